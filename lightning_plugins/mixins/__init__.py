@@ -1,0 +1,1 @@
+"""Mixins for a ``LightningModule`` that writes its own training step."""
