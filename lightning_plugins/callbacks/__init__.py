@@ -1,1 +1,5 @@
-"""Lightning callbacks: they decide when, and call the plain functions that decide what."""
+"""Lightning callbacks: they decide when, and call what stands in the other folders."""
+
+from lightning_plugins.callbacks.von_neumann import VNERegularization
+
+__all__ = ["VNERegularization"]

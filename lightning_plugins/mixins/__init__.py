@@ -1,1 +1,5 @@
-"""Mixins for a ``LightningModule`` that writes its own training step."""
+"""LightningModule mixins for people who write their own steps."""
+
+from lightning_plugins.mixins.von_neumann import VNEMixin
+
+__all__ = ["VNEMixin"]

@@ -1,0 +1,130 @@
+"""Forward hooks that remember what named layers produced while a step was recorded."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_plugins.selection import TensorRef, select_tensors
+
+
+class LayerCapture:
+    """The tensors that named layers of a model received or returned, while `recording`.
+
+    Only the raw tensors are kept: work done inside a hook would run again, and save other tensors, when activation
+    checkpointing recomputes the layer.
+    """
+
+    def __init__(self, model: nn.Module, layers: str | Sequence[str], *, needs_gradient: bool) -> None:
+        self._needs_gradient = needs_gradient
+        self._references = _labelled(select_tensors(model, layers))
+        self._tensors: dict[str, list[Tensor]] = {label: [] for label in self._references}
+        self._without_gradient: set[str] = set()  # layers that ran, but under no_grad only
+        self._active = False
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Register the hooks; nothing is remembered before `recording` begins."""
+        for label, (_, module, side) in self._references.items():
+            if side == "input":
+                handle = module.register_forward_pre_hook(self._input_hook(label), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(self._output_hook(label))
+            self._handles.append(handle)
+
+    def detach(self) -> None:
+        """Remove the hooks and drop what was remembered."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._clear()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Remember the layers' tensors inside this context, and forget those of an earlier one."""
+        self._clear()
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+
+    def take(self) -> dict[str, list[Tensor]]:
+        """Hand over what was recorded since the last `recording`: per layer, one tensor for each of its calls.
+
+        Raises:
+            MisconfigurationException: If a layer did not run, or ran without a gradient although one is recorded.
+        """
+        for label, tensors in self._tensors.items():
+            if tensors:
+                continue
+            if label in self._without_gradient:
+                raise MisconfigurationException(
+                    f"`layers`: {label!r} ran under `torch.no_grad()` only, so no gradient can flow from its tensor. "
+                    "Inside reentrant activation checkpointing pass `use_reentrant=False`; for a network that is not "
+                    "trained (a teacher, a frozen trunk) name a layer that is."
+                )
+            raise MisconfigurationException(
+                f"`layers`: {label!r} was not called in this step. Name a layer that every step calls through its "
+                "`__call__` (functions such as `F.linear(x, layer.weight)` go past it)."
+            )
+        taken = {label: list(tensors) for label, tensors in self._tensors.items()}
+        self._clear()
+        return taken
+
+    def _clear(self) -> None:
+        for tensors in self._tensors.values():
+            tensors.clear()
+        self._without_gradient.clear()
+
+    def _remember(self, label: str, value: Any) -> None:
+        if self._needs_gradient and not torch.is_grad_enabled():
+            self._without_gradient.add(label)  # a stop-gradient pass, or a reentrant checkpoint
+            return
+        self._tensors[label].append(first_tensor(value, label))
+
+    def _input_hook(self, label: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._active:
+                self._remember(label, args if args else kwargs)
+
+        return hook
+
+    def _output_hook(self, label: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._active:
+                self._remember(label, output)
+
+        return hook
+
+
+def _labelled(references: Sequence[TensorRef]) -> dict[str, TensorRef]:
+    """By layer name; a layer of which both sides are taken goes by ``name.input`` and ``name.output``."""
+    sides = Counter(reference.name for reference in references)
+    return {r.name if sides[r.name] == 1 else f"{r.name}.{r.side}": r for r in references}
+
+
+def first_tensor(value: Any, label: str) -> Tensor:
+    """The tensor in what a layer received or returned.
+
+    A tensor is taken as it is, of a tuple, list or dictionary of keyword arguments the first entry, of a transformers
+    output its ``last_hidden_state``.
+
+    Raises:
+        TypeError: If there is no tensor at that place.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping) and value:
+        return first_tensor(value.get("last_hidden_state", next(iter(value.values()))), label)
+    if isinstance(value, tuple | list) and value:
+        return first_tensor(value[0], label)
+    raise TypeError(
+        f"`layers`: {label!r} gave {type(value).__name__}, not a tensor; name a layer that returns one, "
+        "or the input of the layer that takes it ('name:input')"
+    )

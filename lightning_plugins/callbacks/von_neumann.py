@@ -1,0 +1,221 @@
+"""The von Neumann entropy term as a callback for training loops that already exist."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_plugins._checks import (
+    check_choice,
+    check_finite_number,
+    check_non_negative_int,
+    check_positive_int,
+)
+from lightning_plugins.callbacks._capture import LayerCapture
+from lightning_plugins.callbacks._nonfinite import NonfiniteGuard
+from lightning_plugins.callbacks._pool import resolve_pool
+from lightning_plugins.callbacks._progress import training_progress
+from lightning_plugins.callbacks._requirements import (
+    require_automatic_optimization,
+    require_known_total,
+    require_lightning_module,
+    require_supported_strategy,
+)
+from lightning_plugins.callbacks._training_step import WrappedStep, join_training_step
+from lightning_plugins.functional.pooling import pool_embeddings
+from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
+from lightning_plugins.schedules import Schedule
+from lightning_plugins.selection import check_layers
+
+
+class VNERegularization(Callback):
+    r"""Raise or lower the von Neumann entropy of layers' representations during training.
+
+    Adds ``-weight * S`` to the loss of every training step, where ``S``, in nats, is the entropy of the spectrum of the
+    batch's autocorrelation matrix (`lightning_plugins.functional.von_neumann_entropy`). The term is part of what
+    ``training_step`` returns: logged losses, gradient accumulation, loss scaling, clipping and DDP all see it.
+
+    Several layers give one term each, and the terms are summed. A layer that a step calls several times (two views of
+    a batch) gives the mean of its entropies.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
+            layer receives, ``"backbone.fc"`` what it returns. The authors use the input of the last linear layer.
+        weight: Positive to raise the entropy, negative to lower it; the authors advise an absolute value far
+            below 0.5.
+        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"cls"``, ``"tokens"``,
+            ``"flatten"``, or a callable (or its import path) from the layer's tensor to a tensor of shape ``(N, d)``.
+        scope: ``"global"``: the entropy of the batch of all ranks together; ``"local"``: of each rank's own rows.
+        queue_size: This many rows of earlier batches are remembered and join the spectrum, for batches too small to
+            show it (fewer than about 32 rows). No gradient flows through them; they are saved in checkpoints.
+        schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
+        every_n_steps: Only every n-th optimizer step carries the term, then n times as strong.
+        method: How the spectrum is computed; see `lightning_plugins.functional.von_neumann_entropy`.
+        on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, with one warning and a count in the log;
+            ``"raise"`` raises `FloatingPointError`, which costs a synchronisation with the device at every step.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+
+    Logs ``vne/<layer>/entropy`` (nats) and ``vne/penalty`` (the sum over the layers of this callback's terms) at every
+    step that carries the term, and ``vne/skipped`` once a term had to be left out.
+
+    Under accumulation every batch has an entropy of its own, as it has a loss of its own; `queue_size` is the way to
+    let batches see each other.
+
+    Example:
+        >>> from lightning_plugins.schedules import Warmup
+        >>> callback = VNERegularization(layers="backbone.fc:input", weight=0.1, queue_size=256)
+        >>> callback.weight
+        0.1
+
+    Source:
+        Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434. `scope="global"`, `queue_size` and `schedule` are ours.
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        weight: float,
+        *,
+        pool: str | Callable[[Tensor], Tensor] = "mean",
+        scope: Literal["global", "local"] = "global",
+        queue_size: int = 0,
+        schedule: Schedule | None = None,
+        every_n_steps: int = 1,
+        method: Literal["auto", "eigh", "products"] = "auto",
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+    ) -> None:
+        super().__init__()
+        self.layers = check_layers(layers)
+        self.weight = check_finite_number("weight", weight)
+        self.pool = pool
+        self.queue_size = check_non_negative_int("queue_size", queue_size)
+        self.schedule = schedule
+        self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
+        self.scope = check_choice("scope", scope, ("global", "local"))
+        if queue_size and scope == "local":
+            raise ValueError(
+                "`queue_size` remembers the rows of all ranks and needs `scope='global'`, got `scope='local'`; "
+                "on a single device the two scopes are the same"
+            )
+        self._pool = resolve_pool(pool)
+        self._term = VonNeumannEntropy(weight, scope=scope, method=method)
+        self._guard = NonfiniteGuard("vne", check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
+        self._queues: dict[str, Tensor] = {}  # per layer, unit rows, the newest last
+        self._capture: LayerCapture | None = None
+        self._step: WrappedStep | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Unique for every different instance, so that several keep their own entries in a checkpoint."""
+        pool = self.pool if isinstance(self.pool, str) else f"{self.pool.__module__}.{self.pool.__qualname__}"
+        return self._generate_state_key(
+            layers=self.layers,
+            weight=self.weight,
+            pool=pool,
+            scope=self.scope,
+            queue_size=self.queue_size,
+            schedule=repr(self.schedule),
+            every_n_steps=self.every_n_steps,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the module and the Trainer, register the hooks and join the training step."""
+        if stage != "fit":
+            return
+        name = type(self).__name__
+        require_lightning_module(name, pl_module)
+        require_automatic_optimization(name, pl_module, mixin="VNEMixin")
+        require_supported_strategy(name, trainer)
+        require_known_total(name, self.schedule, trainer)
+        if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
+            self._queues.clear()
+        self._step = join_training_step(pl_module, self)
+        if not is_overridden("configure_model", pl_module):
+            self._attach(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Register the hooks of layers that ``configure_model`` has just made."""
+        if self._capture is None:
+            self._attach(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        if self._capture is not None:
+            self._capture.detach()
+        if self._step is not None:
+            self._step.leave(self)
+        self._capture = self._step = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was: ``teardown`` does not run after an exception."""
+        self.teardown(trainer, pl_module, stage="fit")
+
+    def recording(self, pl_module: LightningModule) -> AbstractContextManager[None]:
+        """Record the layers' tensors if this step carries the term (for the wrapper of the training step)."""
+        if self._capture is None or pl_module.global_step % self.every_n_steps:
+            return nullcontext()
+        return self._capture.recording()
+
+    def penalty(self, pl_module: LightningModule) -> Tensor | None:
+        """The sum of the layers' terms at this step (for the wrapper of the training step)."""
+        if self._capture is None or pl_module.global_step % self.every_n_steps:
+            return None
+        weight = self.weight * self.every_n_steps * self._factor(pl_module.trainer)
+        penalties = []
+        for label, tensors in self._capture.take().items():
+            entropies = [self._entropy(tensor, label) for tensor in tensors]
+            pl_module.log(f"vne/{label}/entropy", torch.stack(entropies).detach().mean())
+            kept = [self._guard.leave(entropy, label) for entropy in entropies]
+            penalties.append(-weight * torch.stack(kept).mean())
+        penalty = torch.stack(penalties).sum()
+        pl_module.log("vne/penalty", penalty.detach())
+        return penalty
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say once if terms were left out, when the loggers look at the device anyway."""
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            skipped = self._guard.warn_once()
+            if skipped:
+                pl_module.log("vne/skipped", float(skipped))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once if terms were left out."""
+        self._guard.warn_once()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered rows and the count of terms left out."""
+        return {"queues": {label: rows.clone() for label, rows in self._queues.items()}, "skipped": self._guard.skipped()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's rows and count."""
+        self._queues = dict(state_dict["queues"])
+        self._guard.restore(state_dict["skipped"])
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        self._capture = LayerCapture(pl_module, self.layers, needs_gradient=True)
+        self._capture.attach()
+
+    def _factor(self, trainer: Trainer) -> float:
+        if self.schedule is None:
+            return 1.0
+        return self.schedule(training_progress(trainer, with_totals=self.schedule.needs_total))
+
+    def _entropy(self, tensor: Tensor, label: str) -> Tensor:
+        try:
+            embeddings = self._guard.enter(pool_embeddings(tensor, self._pool))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`layers`: {label!r}: {error}") from error
+        if not self.queue_size:
+            return self._term.entropy(embeddings)
+        entropy, rows = self._term.entropy_with_rows(embeddings, self._queues.get(label))
+        self._queues[label] = rows[-self.queue_size :]
+        return entropy

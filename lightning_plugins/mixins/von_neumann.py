@@ -1,0 +1,74 @@
+"""The von Neumann entropy term for modules that put their loss together themselves."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_plugins._checks import check_finite_number
+from lightning_plugins.callbacks._pool import resolve_pool
+from lightning_plugins.functional.pooling import pool_embeddings
+from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
+
+
+class VNEMixin:
+    """Gives a LightningModule ``self.vne_penalty(features)``, for automatic and manual optimization alike.
+
+    It keeps nothing between steps and adds nothing to checkpoints. Under manual optimization add the penalty to the
+    loss before `manual_backward`; if you accumulate batches there, scale the sum as you scale your loss.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import LightningModule
+        >>> class Model(VNEMixin, LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.backbone, self.head = torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         features = self.backbone(batch[0])
+        ...         loss = torch.nn.functional.cross_entropy(self.head(features), batch[1])
+        ...         return loss + self.vne_penalty(features, weight=0.1)
+        >>> batch = torch.eye(8), torch.zeros(8, dtype=torch.long)
+        >>> bool(Model().training_step(batch, 0).isfinite())
+        True
+
+    Source:
+        Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434.
+    """
+
+    def vne_penalty(
+        self,
+        features: Tensor,
+        weight: float,
+        *,
+        pool: str | Callable[[Tensor], Tensor] = "mean",
+        scope: Literal["global", "local"] = "global",
+        name: str | None = None,
+    ) -> Tensor:
+        """The term ``-weight * S`` of a batch of representations.
+
+        Args:
+            features: Floating tensor of shape ``(N, d)``, a token sequence ``(N, L, d)`` or a feature map
+                ``(N, d, H, W, ...)``.
+            weight: Positive to raise the entropy, negative to lower it.
+            pool: How higher tensors become a matrix; see `lightning_plugins.callbacks.VNERegularization`.
+            scope: ``"global"``: the entropy of the batch of all ranks together (every rank must then call this);
+                ``"local"``: of this rank's own rows.
+            name: If given, and a Trainer runs this module, logs ``vne/<name>/entropy`` (nats) and ``vne/penalty``.
+
+        Returns:
+            Scalar, in float32 for half-precision features, else in their dtype.
+
+        Raises:
+            ValueError: If an argument is out of its range or ``features`` cannot be pooled to a matrix.
+            TypeError: If ``features`` is not a floating tensor.
+        """
+        term = VonNeumannEntropy(check_finite_number("weight", weight), scope=scope)
+        entropy = term.entropy(pool_embeddings(features, resolve_pool(pool)))
+        penalty = -weight * entropy
+        if name is not None and isinstance(self, LightningModule) and self._trainer is not None:
+            self.log(f"vne/{name}/entropy", entropy.detach())
+            self.log("vne/penalty", penalty.detach())
+        return penalty
