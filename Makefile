@@ -1,0 +1,68 @@
+# `make demo` and `make test` work on a fresh checkout: they need git, make and Python 3.11 or newer.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+WORKERS ?= 2
+BENCH ?= $(wildcard benchmarks/[a-z]*.py)
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# One thread a process: the tests already run in parallel, and some start two or three processes themselves.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help install demo test test-all lint format types imports docs notebooks notebooks-check bench clean
+
+help:  ## Say what each target does
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
+
+# Runs again only when the metadata or the pinned versions change.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: name another one, as in `make PYTHON=python3.12`")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED)  ## Make .venv with the package and all that the other targets need
+
+demo: $(INSTALLED)  ## Train a small network with and without the callback on two processes, and compare
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)  ## Run the tests, without those marked slow
+	$(TEST) -m 'not slow'
+
+test-all: $(INSTALLED)  ## Run all tests
+	$(TEST)
+
+lint: $(INSTALLED)  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## Repair style and format where that can be done automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED)  ## Check the package's types
+	$(BIN)/mypy
+
+imports: $(INSTALLED)  ## Check which module imports which
+	$(BIN)/lint-imports --no-logo
+
+docs: $(INSTALLED)  ## Build the documentation; a warning is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --builder html docs docs/_build/html
+	@echo "The documentation's first page is docs/_build/html/index.html"
+
+notebooks: $(INSTALLED)  ## Write the notebooks from the scripts under examples/
+	$(BIN)/python tools/notebooks.py
+
+notebooks-check: $(INSTALLED)  ## Fail if a notebook differs from its script
+	$(BIN)/python tools/notebooks.py --check
+
+bench: $(INSTALLED)  ## Run the benchmarks, or those named: make bench BENCH=benchmarks/x.py
+	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## Remove what the targets made, the environment included
+	rm -rf $(VENV) docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,100 @@
+"""The package as a whole: what its import loads, and that it needs no torchvision."""
+
+import ast
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_plugins
+
+PACKAGE = Path(lightning_plugins.__file__).parent
+
+# Run before the import under test: torchvision is neither on the path nor among the installed distributions.
+HIDE_TORCHVISION = """
+import importlib.machinery, importlib.metadata, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "torchvision" else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
+from_name = importlib.metadata.Distribution.from_name
+
+def without_torchvision(name):
+    if name == "torchvision":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return from_name(name)
+
+importlib.metadata.Distribution.from_name = without_torchvision
+"""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_version_is_the_installed_one():
+    assert lightning_plugins.__version__ == importlib.metadata.version("lightning-plugins")
+
+
+def test_import_loads_nothing_else():
+    done = run(
+        "import sys; before = set(sys.modules); import lightning_plugins; print(*sorted(set(sys.modules) - before))"
+    )
+    assert done.stdout.split() == ["lightning_plugins"], done.stderr
+
+
+@pytest.mark.parametrize("name", ["functional", "schedules", "selection", "distributed", "regularizers"])
+def test_imports_beside_a_broken_torchvision(name, tmp_path):
+    """A torchvision built for another torch raises on import; what needs no Lightning must not touch it.
+
+    Lightning and torchmetrics import an installed torchvision themselves, so the rest fails with them.
+    """
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    path = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
+    assert "operator torchvision::nms" in run("import torchvision", PYTHONPATH=path).stderr  # control: it is found
+    done = run(f"import sys, lightning_plugins.{name}; print(*sys.modules)", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "torchvision" not in done.stdout.split()
+
+
+@pytest.mark.parametrize("name", ["callbacks", "metrics", "mixins"])
+def test_imports_without_torchvision_and_plots(name):
+    done = run(f"{HIDE_TORCHVISION}\nimport sys, lightning_plugins.{name}; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert "lightning_plugins" in done.stdout.split()
+    assert not {"torchvision", "timm", "transformers", "matplotlib.pyplot"} & set(done.stdout.split())
+
+
+def test_hidden_torchvision_is_hidden():
+    done = run(f"{HIDE_TORCHVISION}\nimport torchvision")
+    assert "No module named 'torchvision'" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "functional").rglob("*.py")), ids=lambda path: path.stem)
+def test_functional_imports_torch_and_the_standard_library_alone(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            imported.add(node.module)
+    strange = {
+        name
+        for name in imported
+        if name.partition(".")[0] not in {"torch", *sys.stdlib_module_names}
+        and not f"{name}.".startswith("lightning_plugins.functional.")
+    }
+    assert strange == set()
