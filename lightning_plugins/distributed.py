@@ -1,0 +1,247 @@
+"""Sums over ranks that carry gradients, rows of all ranks, and work shared out over ranks.
+
+Everything here runs unchanged, and moves nothing, in a process without a process group or in one alone in its group.
+All ranks must call the collective functions in the same order.
+"""
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
+
+_cpu_groups: dict[Any, Any] = {}  # at most one entry: the default group, and a group with the same ranks for the CPU
+
+
+def is_distributed() -> bool:
+    """Tell whether this process belongs to a process group of two ranks or more.
+
+    Returns:
+        Whether there is anyone to exchange with.
+
+    Example:
+        >>> is_distributed()
+        False
+    """
+    return world_size() > 1
+
+
+def world_size() -> int:
+    """Count the ranks of the default process group.
+
+    Returns:
+        The number of ranks, 1 without a process group.
+
+    Example:
+        >>> world_size()
+        1
+    """
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum a tensor over the ranks; the backward sums the incoming gradients over the ranks too.
+
+    Every rank receives, for its own ``x``, the derivative of the sum of what all ranks made of the total. That is what
+    one process would compute with all terms in one loss, and it holds for second and higher derivatives as well.
+
+    Args:
+        x: A tensor of the same shape and dtype on every rank.
+
+    Returns:
+        The total, of the shape of ``x``; ``x`` itself if there is one rank.
+
+    Example:
+        >>> sum_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return _SumOverRanks.apply(x) if is_distributed() else x
+
+
+def share_gradient(x: Tensor) -> Tensor:
+    """Pass through a value that every rank computed alike, and sum the gradients that come back over the ranks.
+
+    For a value that depends on rows of all ranks, of which each rank holds only its own attached to the graph: each
+    rank's rows then get the derivative of the sum of all ranks' losses, as with `sum_over_ranks`, although only the
+    gradient of ``x`` travels and not that of the exchanged tensors.
+
+    A second derivative would need the detached rows of the other ranks, so ``create_graph=True`` is refused.
+
+    Args:
+        x: A tensor, usually a scalar, that is equal on all ranks.
+
+    Returns:
+        ``x``, with the backward described; ``x`` itself if there is one rank. The backward raises `RuntimeError`
+        under ``create_graph=True``.
+
+    Example:
+        >>> share_gradient(torch.tensor(2.0))
+        tensor(2.)
+    """
+    return _ShareGradient.apply(x) if is_distributed() else x
+
+
+def gather_row_counts(n: int) -> list[int]:
+    """Exchange how many rows each rank holds, without a synchronisation with the accelerator.
+
+    The counts travel over a group of CPU tensors. If the default group has no backend for these (NCCL alone), the
+    first call creates a gloo group of the same ranks, once per process group.
+
+    Args:
+        n: The number of rows of this rank, at least 0.
+
+    Returns:
+        The number of rows of every rank, in the order of the ranks.
+
+    Raises:
+        TypeError: If ``n`` is not an int.
+        ValueError: If ``n`` is negative.
+
+    Example:
+        >>> gather_row_counts(8)
+        [8]
+    """
+    check_non_negative_int("n", n)
+    if not is_distributed():
+        return [n]
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[dist.get_rank()] = n
+    dist.all_reduce(counts, group=_cpu_group())
+    return [int(count) for count in counts.tolist()]
+
+
+def gather_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Exchange blocks of rows, as many on each rank as there are; no padding travels.
+
+    Args:
+        x: The rows of this rank, shape ``(counts[rank], ...)``; the further dimensions and the dtype are the same on
+            all ranks.
+        counts: The number of rows of every rank, as `gather_row_counts` returns them.
+
+    Returns:
+        One block per rank, in the order of the ranks. The own one is ``x`` as given, with its graph; the others are
+        detached: a gradient never travels back to the rank they came from.
+
+    Raises:
+        ValueError: If ``counts`` does not have one entry per rank, or another number of rows than ``x`` for this one.
+
+    Example:
+        >>> gather_rows(torch.ones(2, 1), [2])
+        [tensor([[1.],
+                [1.]])]
+    """
+    rank = dist.get_rank() if is_distributed() else 0
+    if len(counts) != world_size():
+        raise ValueError(f"`counts` must have one entry for each of {world_size()} ranks, got {list(counts)}")
+    if x.ndim == 0 or len(x) != counts[rank]:
+        raise ValueError(
+            f"`x` must have counts[{rank}] = {counts[rank]} rows on rank {rank}, got shape {tuple(x.shape)}"
+        )
+    own = x.detach().contiguous()
+    blocks = [own if source == rank else own.new_empty((n, *x.shape[1:])) for source, n in enumerate(counts)]
+    if len(blocks) > 1 and len(set(counts)) == 1:
+        dist.all_gather(blocks, own.clone())  # a copy: the own block is one of the outputs
+    elif len(blocks) > 1:  # gloo refuses to gather unequal blocks
+        sends = [dist.broadcast(block, source, async_op=True) for source, block in enumerate(blocks) if len(block)]
+        for send in filter(None, sends):
+            send.wait()
+    return [*blocks[:rank], x, *blocks[rank + 1 :]]
+
+
+def share_out(costs: Sequence[float], world_size: int) -> list[int]:
+    """Share items out over ranks so that the ranks' summed costs are about equal.
+
+    The costliest item first, each to the rank with the least so far, which stays within 4/3 of the best possible. All
+    ranks get the same answer from the same costs.
+
+    Args:
+        costs: The cost of each item, in any unit, at least 0.
+        world_size: The number of ranks.
+
+    Returns:
+        The rank that each item belongs to.
+
+    Raises:
+        TypeError: If ``world_size`` is not an int or a cost not a number.
+        ValueError: If ``world_size`` is less than 1, or a cost is negative or not finite.
+
+    Example:
+        >>> share_out([1, 5, 2, 3], 2)
+        [0, 0, 1, 1]
+    """
+    check_positive_int("world_size", world_size)
+    for index, cost in enumerate(costs):
+        if check_finite_number(f"costs[{index}]", cost) < 0:
+            raise ValueError(f"`costs[{index}]` must be at least 0, got {cost!r}")
+    owners = [0] * len(costs)
+    loads = [(0.0, rank) for rank in range(world_size)]  # ties go to the lowest rank
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):  # stable: ties keep the items' order
+        load, rank = loads[0]
+        owners[index] = rank
+        heapq.heapreplace(loads, (load + costs[index], rank))
+    return owners
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """Assemble a tensor that is sharded over ranks.
+
+    Args:
+        x: A tensor; for a ``DTensor`` all ranks of its mesh must call.
+
+    Returns:
+        The whole tensor of a ``DTensor``, any other tensor itself. The backward hands each shard its part of the
+        gradient, which must be the same on all ranks, as from a loss that all compute alike.
+
+    Example:
+        >>> full_tensor(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if not dist.is_available():
+        return x
+    from torch.distributed.tensor import DTensor  # late: it costs a good part of a second
+
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward is an all-reduce too: ``dist.all_reduce`` alone has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)  # gradients may come expanded
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0])
+
+
+class _ShareGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # that is, create_graph=True
+            raise RuntimeError(
+                "no second derivative through a value shared by several ranks: the other ranks' rows are detached, so "
+                "it would lack their part; use `scope='local'` where gradients are differentiated"
+            )
+        return sum_over_ranks(gradients[0])
+
+
+def _cpu_group() -> Any:
+    """A group of all ranks for CPU tensors: the default one where it can, else one made for it and kept."""
+    if "cpu:" in dist.get_backend_config():
+        return None
+    world = dist.group.WORLD
+    if world not in _cpu_groups:
+        _cpu_groups.clear()  # of a process group that was destroyed
+        _cpu_groups[world] = dist.new_group(backend="gloo")
+    return _cpu_groups[world]
