@@ -1,0 +1,219 @@
+"""Entropies and effective ranks of an embedding matrix."""
+
+import difflib
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.functional.spectral_sum import spectral_sum
+from lightning_plugins.functional.spectrum import (
+    at_least_float32,
+    check_embeddings,
+    check_floating,
+    full_precision,
+    normalize_rows,
+    smaller_gram,
+)
+
+Method = Literal["auto", "eigh", "products"]
+Spectrum = Literal["eigenvalues", "singular_values"]
+
+
+def von_neumann_entropy(embeddings: Tensor, *, method: Method = "auto") -> Tensor:
+    """Von Neumann entropy, in nats, of the autocorrelation matrix of the embeddings.
+
+    With ``Z`` the rows scaled to unit length and ``p`` the eigenvalues of ``C = Z.T @ Z / N``, which add up to 1, the
+    value is ``-sum(p * log(p))`` with ``0 * log(0) = 0``. No mean is subtracted. All-zero rows stay zero: they lower
+    the trace of ``C``. Value, gradient and second derivative are finite for every finite input.
+
+    Args:
+        embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
+        method: See ``matrix_entropy``.
+
+    Returns:
+        Tensor of shape ``(...)`` in ``[0, log(min(N, d))]``: float32 for float16 and bfloat16 input, else the input's
+        dtype. NaN where a matrix holds a value that is not finite. Autocast is off inside.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a real floating tensor, or ``method`` not a string.
+        ValueError: If ``embeddings`` has fewer than two dimensions, no rows or no columns; if ``method`` is unknown.
+
+    Example:
+        >>> von_neumann_entropy(torch.eye(4))  # four equal eigenvalues: log(4)
+        tensor(1.3863)
+
+    Source:
+        Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434. Unlike the published code, the gradient is finite
+        where an eigenvalue is zero: duplicated rows, dead features, a single row.
+    """
+    check_embeddings(embeddings)
+    _check_choice("method", method, get_args(Method))
+    with full_precision(embeddings):
+        return matrix_entropy(smaller_gram(normalize_rows(embeddings)), method=method)
+
+
+def matrix_entropy(matrix: Tensor, *, method: Method = "auto") -> Tensor:
+    """Von Neumann entropy, in nats, of symmetric positive semidefinite matrices: ``-trace(C @ log(C))``.
+
+    The gradient is ``-(log(C) + I)`` in closed form, with the logarithm of a vanishing eigenvalue held finite.
+
+    Args:
+        matrix: Floating tensor of shape ``(..., n, n)``, symmetric, positive semidefinite, of trace at most 1. Only the
+            lower triangle is read; the gradient is symmetric.
+        method: ``"eigh"`` decomposes the matrix; ``"auto"`` picks the faster method for the device, size and dtype.
+
+    Returns:
+        Tensor of shape ``(...)`` in ``[0, log(n)]`` for matrices of trace 1: float32 for float16 and bfloat16 input,
+        else the input's dtype. NaN where a matrix holds a value that is not finite.
+
+    Raises:
+        TypeError: If ``matrix`` is not a real floating tensor, or ``method`` not a string.
+        ValueError: If ``matrix`` does not have shape ``(..., n, n)`` with ``n >= 1``; if ``method`` is unknown.
+
+    Example:
+        >>> matrix_entropy(torch.eye(2) / 2)
+        tensor(0.6931)
+
+    Source:
+        Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434, for the value.
+    """
+    check_floating("matrix", matrix)
+    _check_choice("method", method, get_args(Method))
+    shape = tuple(matrix.shape)
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
+        raise ValueError(f"`matrix` must have shape (..., n, n) with n of at least 1, got {shape}")
+    return -spectral_sum(at_least_float32(matrix), logarithm=True)
+
+
+def renyi_entropy(embeddings: Tensor, order: float = 2.0) -> Tensor:
+    """Rényi entropy, in nats, of the eigenvalues of the autocorrelation matrix of the embeddings.
+
+    ``log(sum(p ** order)) / (1 - order)`` with ``p`` as in ``von_neumann_entropy``. Order 2 is ``-log(trace(C @ C))``
+    and needs no eigenvalues; order 1 is the von Neumann entropy. It does not rise with the order.
+
+    Args:
+        embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
+        order: Above 0 and finite. Below 1, eigenvalues under ``8 * eps`` times the largest are rounding errors and
+            left out.
+
+    Returns:
+        Tensor of shape ``(...)`` in ``[0, log(min(N, d))]`` if no row is all-zero; 0 if all are. Float32 for float16
+        and bfloat16 input, else the input's dtype. NaN where a matrix holds a value that is not finite.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a real floating tensor, or ``order`` not a number.
+        ValueError: If ``embeddings`` has fewer than two dimensions, no rows or no columns; if ``order`` is not above 0
+            and finite.
+
+    Example:
+        >>> renyi_entropy(torch.eye(4))
+        tensor(1.3863)
+
+    Source:
+        Rényi, "On measures of entropy and information", 1961.
+    """
+    check_embeddings(embeddings)
+    if isinstance(order, bool) or not isinstance(order, int | float):
+        raise TypeError(f"`order` must be a number above 0, got {order!r} ({type(order).__name__})")
+    if not 0 < order < math.inf:
+        raise ValueError(f"`order` must be above 0 and finite, got {order!r}; 1 is the von Neumann entropy")
+    if order == 1:
+        return von_neumann_entropy(embeddings)
+    with full_precision(embeddings):
+        gram = smaller_gram(normalize_rows(embeddings))
+        moment = gram.square().sum((-2, -1)) if order == 2 else spectral_sum(gram, power=order)
+        # All-zero embeddings: the logarithm of 1 has the value 0, and the mask a gradient of 0.
+        return moment.masked_fill(moment == 0, 1).log() / (1 - order)
+
+
+def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
+    """Effective rank: the number of equal values that would have the same entropy as the spectrum.
+
+    Two quantities go by this name, and ``of`` says which one:
+
+    * ``"eigenvalues"``: ``exp(von_neumann_entropy(embeddings))``, of the eigenvalues of the autocorrelation matrix of
+      the rows scaled to unit length;
+    * ``"singular_values"``: ``exp(-sum(q * log(q)))`` with ``q`` the singular values of the embeddings *as they are*
+      (neither scaled nor centred) divided by their sum; Roy and Vetterli's effective rank, known as RankMe. It is the
+      larger of the two on rows of unit length. Singular values below ``sqrt(8 * eps)`` of float64, 4e-8, times the
+      largest count as zero.
+
+    Args:
+        embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
+        of: ``"eigenvalues"`` or ``"singular_values"``.
+
+    Returns:
+        Tensor of shape ``(...)`` in ``[1, min(N, d)]``; 1 for all-zero embeddings. Float32 for float16 and bfloat16
+        input, else the input's dtype. NaN where a matrix holds a value that is not finite.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a real floating tensor, or ``of`` not a string.
+        ValueError: If ``embeddings`` has fewer than two dimensions, no rows or no columns; if ``of`` is unknown.
+
+    Example:
+        >>> effective_rank(torch.diag(torch.tensor([1.0, 1.0, 5.0])))  # the rows' lengths do not count
+        tensor(3.)
+        >>> effective_rank(torch.diag(torch.tensor([1.0, 1.0, 5.0])), of="singular_values")
+        tensor(2.2173)
+
+    Source:
+        Roy and Vetterli, EUSIPCO 2007; Garrido et al., ICML 2023 (RankMe), https://arxiv.org/abs/2210.02885, without
+        its added 1e-7; Kim et al., CVPR 2023, for the eigenvalues.
+    """
+    check_embeddings(embeddings)
+    _check_choice("of", of, get_args(Spectrum))
+    if of == "eigenvalues":
+        return von_neumann_entropy(embeddings).exp()
+    with full_precision(embeddings):
+        wide = at_least_float32(embeddings)
+        # Float64: a singular value is the square root of an eigenvalue, whose rounding errors the root magnifies.
+        exact = wide.double()
+        largest = torch.linalg.vector_norm(exact.detach(), ord=torch.inf, dim=(-2, -1), keepdim=True)
+        gram = smaller_gram(exact / largest.masked_fill(largest == 0, 1))
+        total = spectral_sum(gram, power=0.5)
+        total = total.masked_fill(total == 0, 1)
+        # With s the singular values: entropy = log(sum(s)) - sum(s * log(s)) / sum(s), and log(s) = log(s ** 2) / 2.
+        entropy = total.log() - spectral_sum(gram, power=0.5, logarithm=True) / (2 * total)
+        return entropy.exp().to(wide.dtype)
+
+
+def diagonal_entropy(embeddings: Tensor) -> Tensor:
+    """Shannon entropy, in nats, of the diagonal of the autocorrelation matrix of the embeddings.
+
+    The diagonal holds the share of each feature in the squared length of the rows. It is never below
+    ``von_neumann_entropy``, and equal to it only if the features are uncorrelated: the gap measures correlation.
+
+    Args:
+        embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
+
+    Returns:
+        Tensor of shape ``(...)`` in ``[0, log(d)]``: float32 for float16 and bfloat16 input, else the input's dtype.
+        NaN where a matrix holds a value that is not finite.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a real floating tensor.
+        ValueError: If ``embeddings`` has fewer than two dimensions, no rows or no columns.
+
+    Example:
+        >>> diagonal_entropy(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))  # two features, wholly correlated
+        tensor(0.6931)
+
+    Source:
+        Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434.
+    """
+    check_embeddings(embeddings)
+    with full_precision(embeddings):
+        shares = normalize_rows(embeddings).square().mean(-2)
+        return -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(-1)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    listed = " or ".join(filter(None, [", ".join(map(repr, choices[:-1])), repr(choices[-1])]))
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be {listed}, got {value!r} ({type(value).__name__})")
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"`{name}` must be {listed}, got {value!r}{hint}")

@@ -1,0 +1,145 @@
+"""Sums over the eigenvalues of a symmetric matrix, with closed-form first and second derivatives."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lightning_plugins.functional.spectrum import finite_or_zero, full_precision
+
+
+def spectral_sum(matrix: Tensor, *, power: float = 1.0, logarithm: bool = False) -> Tensor:
+    """Sum of ``x ** power``, or of ``x ** power * log(x)``, over the eigenvalues ``x`` of a matrix.
+
+    Both derivatives are written in eigenvalues and eigenvectors of the one decomposition, without differences of
+    eigenvalues in a denominator: they are finite for equal and for vanishing eigenvalues. Where the true slope at zero
+    is infinite, a floor stands in: for ``power >= 1`` the slope is taken at ``eps ** 2`` times the largest eigenvalue;
+    for ``power < 1``, eigenvalues below ``8 * eps`` times the largest are rounding errors and left out.
+
+    Args:
+        matrix: Symmetric positive semidefinite tensor of shape ``(..., n, n)``, float32 or float64. Only the lower
+            triangle is read; the gradient is symmetric.
+        power: Exponent, above 0.
+        logarithm: Whether to multiply by the natural logarithm.
+
+    Returns:
+        Tensor of shape ``(...)``; NaN where a matrix holds a value that is not finite. It can be differentiated twice.
+
+    Example:
+        >>> spectral_sum(torch.diag(torch.tensor([0.25, 0.75])), power=2.0)
+        tensor(0.6250)
+    """
+    # `requires_grad` does not see through `torch.func.vmap`: there the backward decomposes again.
+    vectors = torch.is_grad_enabled() and matrix.requires_grad
+    with full_precision(matrix):
+        total: Tensor = _SpectralSum.apply(matrix, float(power), logarithm, vectors)[0]
+    return total
+
+
+class _SpectralSum(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, power: float, logarithm: bool, vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
+        safe, poison = finite_or_zero(matrix)
+        if vectors:
+            eigenvalues, eigenvectors = torch.linalg.eigh(safe)
+        else:
+            eigenvalues, eigenvectors = torch.linalg.eigvalsh(safe), matrix.new_empty(0)
+        factor, used = _factor(eigenvalues, power, logarithm)
+        return (used * factor).sum(-1) + poison, eigenvalues, eigenvectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool, bool], output: tuple[Tensor, ...]) -> None:
+        matrix, ctx.power, ctx.logarithm, ctx.vectors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(matrix, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        matrix, eigenvalues, eigenvectors = ctx.saved_tensors
+        with full_precision(matrix):
+            if not ctx.vectors:
+                eigenvalues, eigenvectors = torch.linalg.eigh(finite_or_zero(matrix.detach())[0])
+            slope = _Slope.apply(matrix, eigenvalues, eigenvectors, ctx.power, ctx.logarithm)
+        return grad[..., None, None] * slope, None, None, None
+
+
+class _Slope(Function):
+    """The gradient of the sum, ``V diag(f'(x)) V.T``; its backward is the formula of Daleckii and Krein."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, power: float, logarithm: bool) -> Tensor:
+        return (eigenvectors * _slope(eigenvalues, power, logarithm)[..., None, :]) @ eigenvectors.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, bool], output: Tensor) -> None:
+        _, eigenvalues, eigenvectors, ctx.power, ctx.logarithm = inputs
+        ctx.save_for_backward(eigenvalues, eigenvectors)
+
+    @staticmethod
+    @once_differentiable  # eigenvalues and eigenvectors carry no graph: a third derivative would be silently wrong
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        eigenvalues, eigenvectors = ctx.saved_tensors
+        with full_precision(eigenvectors):
+            inside = eigenvectors.mT @ ((grad + grad.mT) / 2) @ eigenvectors
+            inside = inside * _divided_differences(eigenvalues, ctx.power, ctx.logarithm)
+            return eigenvectors @ inside @ eigenvectors.mT, None, None, None, None
+
+
+def _floored(eigenvalues: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues raised to the floor (see ``spectral_sum``), and those that are left in."""
+    info = torch.finfo(eigenvalues.dtype)
+    # The second derivative of a power below 1 goes up to the inverse square of the floor.
+    relative, least = (info.eps**2, info.tiny) if power >= 1 else (8 * info.eps, info.tiny**0.5)
+    floor = (eigenvalues[..., -1:] * relative).clamp_min(least)
+    kept = eigenvalues.new_ones(()).expand_as(eigenvalues) if power >= 1 else (eigenvalues > floor).to(floor.dtype)
+    return torch.maximum(eigenvalues, floor), kept
+
+
+def _factor(eigenvalues: Tensor, power: float, logarithm: bool) -> tuple[Tensor, Tensor]:
+    """``x ** (power - 1)``, times ``log(x)``, and the ``x`` to multiply it with: both factors are finite."""
+    x, kept = _floored(eigenvalues, power)
+    factor = x.log() if logarithm else torch.ones_like(x)
+    if power != 1:
+        factor = factor * x.pow(power - 1)
+    return factor, eigenvalues.clamp_min(0) * kept
+
+
+def _slope(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
+    """Derivative of ``x ** power``, times ``log(x)``."""
+    x, kept = _floored(eigenvalues, power)
+    slope = power * x.log() + 1 if logarithm else torch.full_like(x, power)
+    if power != 1:
+        slope = slope * x.pow(power - 1) * kept
+    return slope
+
+
+def _divided_differences(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
+    """``(f'(x_i) - f'(x_j)) / (x_i - x_j)``, and ``f''`` for equal ones, without cancellation."""
+    x, kept = _floored(eigenvalues, power)
+    low, high = torch.minimum(x[..., None], x[..., None, :]), torch.maximum(x[..., None], x[..., None, :])
+    log_ratio = torch.log1p((high - low) / low)
+    equal = high == low
+    gap = torch.where(equal, 1, high - low)
+    # f' is a power times an affine function of the logarithm: the product rule of divided differences.
+    result = torch.where(equal, power / low, power * log_ratio / gap) if logarithm else torch.zeros_like(gap)
+    if power != 1:
+        rising = low.pow(power - 1)
+        of_power = torch.where(equal, (power - 1) * rising / low, rising * torch.expm1((power - 1) * log_ratio) / gap)
+        result = result * rising + of_power * (power * high.log() + 1 if logarithm else power)
+    if power >= 1:
+        return result
+    # An eigenvalue that is left out counts as zero with slope zero.
+    outside = torch.where(kept[..., None] > kept[..., None, :], x[..., None], x[..., None, :])
+    slope = _slope(eigenvalues, power, logarithm)
+    outside = (slope[..., None] + slope[..., None, :]) / outside
+    both = kept[..., None] * kept[..., None, :]
+    return both * result + (kept[..., None] - kept[..., None, :]).abs() * outside

@@ -1,0 +1,160 @@
+"""Rows of unit length, the smaller Gram matrix, and its eigenvalues."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def normalize_rows(embeddings: Tensor) -> Tensor:
+    """Scale every row to unit length, whatever its scale; a row without length stays a zero row.
+
+    Unlike ``x / x.norm().clamp_min(eps)``, no row overflows or underflows, and an all-zero row has a gradient of
+    exactly zero instead of ``1 / eps``. A row whose largest entry is subnormal counts as all-zero.
+
+    Args:
+        embeddings: Floating tensor of shape ``(..., d)``.
+
+    Returns:
+        Tensor of the same shape: float32 for float16 and bfloat16 input, else the input's dtype. Autocast is off
+        inside.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a real floating tensor.
+
+    Example:
+        >>> normalize_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    check_floating("embeddings", embeddings)
+    with full_precision(embeddings):
+        rows: Tensor = _NormalizeRows.apply(at_least_float32(embeddings))[0]
+    return rows
+
+
+def autocorrelation_eigenvalues(embeddings: Tensor) -> Tensor:
+    """Eigenvalues of the autocorrelation matrix of the embeddings, largest first.
+
+    With ``Z`` the rows scaled to unit length, these are the ``min(N, d)`` largest eigenvalues of ``Z.T @ Z / N`` (the
+    others are zero). They are not negative and add up to 1, less the share of all-zero rows. No mean is subtracted.
+
+    Args:
+        embeddings: Floating tensor of shape ``(..., N, d)`` with ``N >= 1`` and ``d >= 1``.
+
+    Returns:
+        Tensor of shape ``(..., min(N, d))``, without gradient: float32 for float16 and bfloat16 input, else the
+        input's dtype. NaN where a matrix holds a value that is not finite.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a real floating tensor.
+        ValueError: If ``embeddings`` has fewer than two dimensions, no rows or no columns.
+
+    Example:
+        >>> autocorrelation_eigenvalues(torch.tensor([[2.0, 0.0], [5.0, 0.0], [0.0, 3.0], [0.0, 0.1]]))
+        tensor([0.5000, 0.5000])
+    """
+    check_embeddings(embeddings)
+    with torch.no_grad(), full_precision(embeddings):
+        safe, poison = finite_or_zero(smaller_gram(normalize_rows(embeddings)))
+        eigenvalues: Tensor = torch.linalg.eigvalsh(safe).clamp_min(0).flip(-1) + poison[..., None]
+    return eigenvalues
+
+
+def smaller_gram(rows: Tensor) -> Tensor:
+    """``Z @ Z.T / N`` if ``N <= d``, else ``Z.T @ Z / N``: both have the same non-zero eigenvalues."""
+    gram: Tensor = _SmallerGram.apply(rows)
+    return gram
+
+
+def finite_or_zero(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace a matrix that holds NaN or infinity by zeros, which LAPACK accepts.
+
+    Returns:
+        The matrices ``(..., n, n)``, and a number ``(...)`` for each of them to add to results: 0, or NaN.
+    """
+    total = matrix.detach().sum(dim=(-2, -1))
+    return torch.where(total.isfinite()[..., None, None], matrix, 0), total * 0
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Refuse what is not a real floating tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`{name}` must be a floating tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"`{name}` must be a floating tensor, got {tensor.dtype}; convert it with `{name}.float()`")
+
+
+def check_embeddings(embeddings: Tensor) -> None:
+    """Refuse what is not a floating tensor ``(..., N, d)`` with rows and columns."""
+    check_floating("embeddings", embeddings)
+    shape = tuple(embeddings.shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"`embeddings` must have shape (..., N, d), got {shape}; a single sample is `embeddings.unsqueeze(0)`"
+        )
+    if 0 in shape[-2:]:
+        raise ValueError(f"`embeddings` must have shape (..., N, d) with at least one row and one column, got {shape}")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Float16 and bfloat16 to float32; float32 and float64 stay."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off for the device of ``tensor``, if it is on."""
+    device_type = tensor.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+class _NormalizeRows(Function):
+    """Rows and their lengths. The backward is written in both, so that it can be differentiated any number of times."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        largest = torch.linalg.vector_norm(embeddings, ord=torch.inf, dim=-1, keepdim=True)
+        # Division by infinity makes a row without length zero, and the gradient of that row too.
+        largest = largest.masked_fill(largest < torch.finfo(largest.dtype).tiny, torch.inf)
+        scaled = embeddings / largest
+        length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+        length = length.masked_fill(length == 0, 1)
+        return scaled / length, length * largest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, grad_length: Tensor) -> Tensor:
+        rows, length = ctx.saved_tensors
+        grad: Tensor = (grad_rows - rows * (rows * grad_rows).sum(-1, keepdim=True)) / length + rows * grad_length
+        return grad
+
+
+class _SmallerGram(Function):
+    """Autograd alone would do the large product of the backward twice, once for each factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor) -> Tensor:
+        n, d = rows.shape[-2:]
+        return (rows @ rows.mT if n <= d else rows.mT @ rows) / n
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        n, d = rows.shape[-2:]
+        with full_precision(rows):
+            both = (grad + grad.mT) / n
+            grad_rows: Tensor = both @ rows if n <= d else rows @ both
+        return grad_rows
