@@ -41,13 +41,14 @@ class Batches:
 
     def __init__(self, batches: Sequence[Sequence[Tensor]]) -> None:
         self.batches = list(batches)
-        self.position = 0
+        self.position = 0  # batches handed out in this epoch
+        self.start = 0  # where the next epoch begins: behind 0 only after a checkpoint was loaded
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Sequence[Tensor]]:
-        start, self.position = self.position, 0
+        start, self.start = self.start, 0
         for index in range(start, len(self.batches)):
             self.position = index + 1
             yield self.batches[index]
@@ -57,7 +58,7 @@ class Batches:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+        self.start = state["position"]
 
 
 def make_batches(count: int = 4, size: int = 8, *, features: int = 6, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -76,8 +77,8 @@ def shard(batches: Sequence[Sequence[Tensor]], bounds: Sequence[int]) -> list[tu
 
 
 def fit(model: LightningModule, batches: Sequence[Any], callbacks: Any = (), **settings: Any) -> Trainer:
-    """Fit without files, bars or warnings about them; `settings` go to the Trainer."""
-    ckpt_path = settings.pop("ckpt_path", None)
+    """Fit without files or bars; `validation` is a loader, `ckpt_path` a checkpoint, other `settings` are the Trainer's."""
+    ckpt_path, validation = settings.pop("ckpt_path", None), settings.pop("validation", None)
     loader = batches if isinstance(batches, Batches) else Batches(batches)
     defaults = {
         "accelerator": "cpu",
@@ -90,7 +91,7 @@ def fit(model: LightningModule, batches: Sequence[Any], callbacks: Any = (), **s
         "precision": "64-true",
     }
     trainer = Trainer(**{**defaults, **settings}, callbacks=list(callbacks))
-    trainer.fit(model, loader, ckpt_path=ckpt_path)
+    trainer.fit(model, loader, validation, ckpt_path=ckpt_path)
     return trainer
 
 
