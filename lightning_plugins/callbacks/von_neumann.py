@@ -55,8 +55,10 @@ class VNERegularization(Callback):
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th optimizer step carries the term, then n times as strong.
         method: How the spectrum is computed; see `lightning_plugins.functional.von_neumann_entropy`.
-        on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, with one warning and a count in the log;
-            ``"raise"`` raises `FloatingPointError`, which costs a synchronisation with the device at every step.
+        on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, with one warning and a count in the log:
+            nothing is added to the loss, and zeros flow back into the layer (which cannot undo a NaN that the layer
+            multiplies them with); ``"raise"`` raises `FloatingPointError`, which costs a synchronisation with the
+            device at every step.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -193,7 +195,10 @@ class VNERegularization(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered rows and the count of terms left out."""
-        return {"queues": {label: rows.clone() for label, rows in self._queues.items()}, "skipped": self._guard.skipped()}
+        return {
+            "queues": {label: rows.clone() for label, rows in self._queues.items()},
+            "skipped": self._guard.skipped(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's rows and count."""
