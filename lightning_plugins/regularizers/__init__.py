@@ -1,1 +1,6 @@
 """Terms of a loss, one method a file."""
+
+from lightning_plugins.regularizers.invariance import InvarianceVNE
+from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
+
+__all__ = ["InvarianceVNE", "VonNeumannEntropy"]

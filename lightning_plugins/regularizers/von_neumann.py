@@ -1,0 +1,231 @@
+"""The von Neumann entropy of a representation as a term of a loss, exact for batches split over ranks."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins._checks import check_choice, check_finite_number
+from lightning_plugins.distributed import gather_row_counts, gather_rows, is_distributed, share_gradient, sum_over_ranks
+from lightning_plugins.functional.entropy import Method, matrix_entropy
+from lightning_plugins.functional.spectrum import check_floating, full_precision, normalize_rows, smaller_gram
+
+Scope = Literal["global", "local"]
+
+
+class VonNeumannEntropy(nn.Module):
+    """Loss term ``-weight * S`` with ``S`` the von Neumann entropy, in nats, of a batch of embeddings.
+
+    With ``Z`` the rows scaled to unit length, ``S`` is the entropy of the eigenvalues of ``Z.T @ Z / N``. It is
+    computed in float32, in float64 for float64 embeddings, with autocast off.
+
+    Under ``scope="global"`` the rows of all ranks form one batch. All ranks must call the module, in the same order,
+    and all receive the same value; a rank may have no rows as long as another one has. The gradients are those of data
+    parallelism: averaged over the ranks, as DDP and FSDP do, they equal the gradient of one process that saw the whole
+    batch. Only a number travels in the backward pass. Across ranks, differentiating a gradient again
+    (``create_graph=True``) raises `RuntimeError`; with one rank, or ``scope="local"``, it works.
+
+    Args:
+        weight: Positive to raise the entropy, negative to lower it; the authors advise at least 32 rows and an absolute
+            value far below 0.5.
+        scope: ``"global"`` for the batch of all ranks together, ``"local"`` for this rank's own rows. The entropy is
+            concave, so the global one is at least the mean of the local ones: they are different losses.
+        method: How the spectrum is computed; see `lightning_plugins.functional.matrix_entropy`.
+
+    Raises:
+        TypeError: If ``weight`` is not a number, ``scope`` or ``method`` not a string.
+        ValueError: If ``weight`` is not finite, ``scope`` or ``method`` unknown.
+
+    Example:
+        >>> VonNeumannEntropy(0.1)(torch.eye(4))  # four equal eigenvalues: -0.1 * log(4)
+        tensor(-0.1386)
+
+    Source:
+        Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434. The scope over ranks is ours.
+    """
+
+    def __init__(self, weight: float, *, scope: Scope = "global", method: Method = "auto") -> None:
+        super().__init__()
+        self.weight = check_finite_number("weight", weight)
+        self.scope = check_choice("scope", scope, get_args(Scope))
+        check_choice("method", method, get_args(Method))
+        self.method: Method = method
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return ``-weight * S``.
+
+        Args:
+            embeddings: As for `entropy`.
+
+        Returns:
+            Scalar.
+        """
+        return -self.weight * self.entropy(embeddings)
+
+    def entropy(self, embeddings: Tensor, remembered: Tensor | None = None) -> Tensor:
+        """Return the entropy ``S`` itself.
+
+        Args:
+            embeddings: Floating tensor of shape ``(N, d)``, of the same ``d`` and dtype on all ranks.
+            remembered: Further rows, shape ``(q, d)``, of any length, that join the spectrum without a gradient; the
+                same on all ranks under ``scope="global"``.
+
+        Returns:
+            Scalar in ``[0, log(min(N, d))]``, with ``N`` the number of all rows: float32 for float16 and bfloat16
+            embeddings, else in their dtype.
+
+        Raises:
+            TypeError: If a tensor is not a real floating one.
+            ValueError: If a tensor does not have the shape described, or no rank has a row.
+        """
+        rows, memory, counts = self._prepare(embeddings, remembered)
+        return entropy_over_ranks(rows, counts, memory=memory, method=self.method)
+
+    def entropy_with_rows(self, embeddings: Tensor, remembered: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the entropy ``S`` and the rows it was computed from, to remember some of them.
+
+        Args:
+            embeddings: As for `entropy`.
+            remembered: As for `entropy`.
+
+        Returns:
+            The entropy, and all rows, detached and of unit length: the remembered ones first, then those of each rank
+            in the order of the ranks, so that the newest are last. Under ``scope="global"`` all ranks get the same.
+        """
+        rows, memory, counts = self._prepare(embeddings, remembered)
+        blocks = gather_rows(rows, counts) if len(counts) > 1 else [rows]
+        every_row = torch.cat([memory, *blocks]).detach()
+        return _entropy_of_rows(blocks, memory, self.method), every_row
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"weight={self.weight}, scope={self.scope!r}, method={self.method!r}"
+
+    def _prepare(self, embeddings: Tensor, remembered: Tensor | None) -> tuple[Tensor, Tensor, list[int]]:
+        """Own rows and remembered rows, both of unit length, and the row counts of the ranks that take part."""
+        check_matrix("embeddings", embeddings)
+        if remembered is not None:
+            check_matrix("remembered", remembered)
+            if remembered.shape[1] != embeddings.shape[1]:
+                raise ValueError(
+                    f"`remembered` must have {embeddings.shape[1]} columns as `embeddings` has, "
+                    f"got shape {tuple(remembered.shape)}"
+                )
+        counts = row_counts("embeddings", embeddings, self.scope)
+        rows = unit_rows(embeddings, counts)
+        memory = rows.new_empty((0, rows.shape[1])) if remembered is None else remembered.detach()
+        return rows, normalize_rows(memory).to(rows), counts
+
+
+def row_counts(name: str, embeddings: Tensor, scope: str) -> list[int]:
+    """Count the rows of the ranks that form one batch: all ranks under ``"global"``, else this one alone.
+
+    Args:
+        name: The argument's name, for the message.
+        embeddings: Tensor of shape ``(N, d)``.
+        scope: ``"global"`` or ``"local"``.
+
+    Returns:
+        One number for each rank that takes part.
+
+    Raises:
+        ValueError: If there is no row in the batch; on all ranks alike, so that none is left waiting.
+    """
+    together = scope == "global" and is_distributed()
+    counts = gather_row_counts(len(embeddings)) if together else [len(embeddings)]
+    if not sum(counts):
+        where = " on any rank" if together else ""
+        raise ValueError(f"`{name}` must have at least one row, got none{where}, shape {tuple(embeddings.shape)}")
+    return counts
+
+
+def unit_rows(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
+    """Scale the rows to unit length, ready for an exchange between the ranks that ``counts`` stands for.
+
+    Args:
+        embeddings: Floating tensor of shape ``(N, d)``.
+        counts: As `row_counts` returns them.
+
+    Returns:
+        Tensor of shape ``(N, d)``, in float32 or float64.
+    """
+    if len(counts) > 1 and not len(embeddings) and torch.is_grad_enabled() and not embeddings.requires_grad:
+        # Made by hand on a rank without data. The other ranks' backward passes wait for this rank's.
+        embeddings = embeddings.detach().requires_grad_()
+    return normalize_rows(embeddings)
+
+
+def entropy_over_ranks(rows: Tensor, counts: Sequence[int], *, memory: Tensor, method: Method) -> Tensor:
+    """Entropy of the rows of the ranks together, exchanged in the form that moves fewer bytes.
+
+    Args:
+        rows: This rank's rows, of unit length, shape ``(N, d)``, from `unit_rows`.
+        counts: As `row_counts` returns them.
+        memory: Further rows, of unit length, shape ``(q, d)``, the same on all ranks and without a gradient.
+        method: As for `lightning_plugins.functional.matrix_entropy`.
+
+    Returns:
+        Scalar.
+    """
+    if len(counts) == 1:
+        return _entropy_of_rows([rows], memory, method)
+    if exchange_form(sum(counts), rows.shape[1]) == "rows":
+        return _entropy_of_rows(gather_rows(rows, counts), memory, method)
+    return _entropy_of_matrix(rows, sum(counts), memory, method)
+
+
+def exchange_form(rows: int, dim: int) -> Literal["rows", "matrix"]:
+    """Choose what to exchange between ranks: the one of which fewer bytes move.
+
+    On each of ``W`` ranks, gathering the rows in a ring moves ``rows * dim * (W - 1) / W`` elements, and reducing the
+    matrix to the sum over ranks ``2 * dim * dim * (W - 1) / W``, since every part goes round twice.
+
+    Args:
+        rows: Number of rows of all ranks.
+        dim: Number of columns.
+
+    Returns:
+        ``"rows"`` or ``"matrix"``.
+
+    Example:
+        >>> exchange_form(rows=256, dim=512), exchange_form(rows=4096, dim=512)
+        ('rows', 'matrix')
+    """
+    return "rows" if rows <= 2 * dim else "matrix"
+
+
+def check_matrix(name: str, tensor: Tensor) -> None:
+    """Refuse what is not a real floating matrix.
+
+    Args:
+        name: The argument's name, for the message.
+        tensor: The argument.
+
+    Raises:
+        ValueError: If the tensor does not have two dimensions, or has no columns.
+    """
+    check_floating(name, tensor)
+    if tensor.ndim != 2 or not tensor.shape[1]:
+        raise ValueError(f"`{name}` must have shape (N, d) with at least one column, got {tuple(tensor.shape)}")
+
+
+def _entropy_of_rows(blocks: Sequence[Tensor], memory: Tensor, method: Method) -> Tensor:
+    with full_precision(memory):
+        entropy = matrix_entropy(smaller_gram(torch.cat([*blocks, memory])), method=method)
+    return share_gradient(entropy) if len(blocks) > 1 else entropy
+
+
+def _entropy_of_matrix(rows: Tensor, count: int, memory: Tensor, method: Method) -> Tensor:
+    with full_precision(rows):
+        # The entropy's gradient is symmetric, so the derivative through one factor is half of the whole one, and the
+        # backward takes one product instead of two. The difference is zero and only carries that derivative: the value
+        # is the exchanged total, the same on all ranks.
+        own = rows.detach().mT @ rows
+        total = sum_over_ranks(own.detach()) + memory.mT @ memory + 2 * (own - own.detach())
+        entropy = matrix_entropy(total / (count + len(memory)), method=method)
+    # Rank r's rows now have the derivative g_r * dS/dZ_r of their own rank's loss alone, but S stands in the loss of
+    # every rank k, with gradient g_k. Sharing makes it sum(g_k) * dS/dZ_r. Where data parallelism then averages the
+    # gradients of the weights w over the W ranks, and all g_k are g, sum_r(W * g * dS/dZ_r * dZ_r/dw) / W is the
+    # gradient of one process with all the rows.
+    return share_gradient(entropy)
