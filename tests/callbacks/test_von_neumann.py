@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins.callbacks import VNERegularization
@@ -320,3 +321,46 @@ def test_same_arguments_same_key_and_others_another():
     ]
     assert one.state_key == same.state_key
     assert len({one.state_key, *(other.state_key for other in others)}) == 1 + len(others)
+
+
+class CountsReads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for, which on an accelerator waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+class CountsItsReads(VNERegularization):
+    reads = steps = 0
+
+    def penalty(self, pl_module: LightningModule) -> Tensor | None:
+        with CountsReads() as mode:
+            penalty = super().penalty(pl_module)
+            torch.autograd.grad(penalty, list(pl_module.backbone.parameters()), retain_graph=True)
+        self.reads += mode.reads
+        self.steps += 1
+        return penalty
+
+
+@pytest.mark.parametrize(("on_nonfinite", "reads_per_step"), [("skip", 0), ("raise", 1)])
+def test_no_value_is_read_on_the_hot_path(on_nonfinite, reads_per_step):
+    callback = CountsItsReads("backbone", weight=0.3, queue_size=20, method="products", on_nonfinite=on_nonfinite)
+    fit(seeded(Classifier), make_batches(), [callback], precision="32-true")
+    assert callback.steps == 8
+    assert callback.reads == 8 * reads_per_step
+
+
+def test_logs_entropies_and_penalty():
+    model, batches = seeded(Classifier), make_batches(1)
+    embeddings = model.double().backbone(batches[0][0].double())
+    callback = VNERegularization(["backbone", "head"], weight=0.3)
+    trainer = fit(model, batches, [callback], max_epochs=1)
+    entropy = entropy_by_autograd(embeddings).item()
+    assert trainer.callback_metrics["vne/backbone/entropy"].item() == pytest.approx(entropy, rel=1e-6)
+    total = entropy + trainer.callback_metrics["vne/head/entropy"].item()
+    assert trainer.callback_metrics["vne/penalty"].item() == pytest.approx(-0.3 * total, rel=1e-6)
