@@ -23,5 +23,3 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Source"]
 napoleon_use_ivar = True  # the fields of a NamedTuple are documented once, by autodoc
-
-suppress_warnings = ["toc.empty_glob"]  # a folder of cards or measurements may be empty
