@@ -142,10 +142,11 @@ def gather_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
             f"`x` must have counts[{rank}] = {counts[rank]} rows on rank {rank}, got shape {tuple(x.shape)}"
         )
     own = x.detach().contiguous()
-    blocks = [own if source == rank else own.new_empty((n, *x.shape[1:])) for source, n in enumerate(counts)]
+    blocks = [own.new_empty((n, *x.shape[1:])) for n in counts]
     if len(blocks) > 1 and len(set(counts)) == 1:
-        dist.all_gather(blocks, own.clone())  # a copy: the own block is one of the outputs
+        dist.all_gather(blocks, own)
     elif len(blocks) > 1:  # gloo refuses to gather unequal blocks
+        blocks[rank] = own
         sends = [dist.broadcast(block, source, async_op=True) for source, block in enumerate(blocks) if len(block)]
         for send in filter(None, sends):
             send.wait()

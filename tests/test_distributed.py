@@ -62,11 +62,13 @@ def _share(rank):
 def _gather(rank, sizes):
     results = []
     for counts in sizes:
-        x = _rows(rank, counts[rank]).requires_grad_()
+        leaf = _rows(rank, counts[rank]).requires_grad_()
+        x = leaf.exp()  # whose backward needs it unchanged
         with counted_elements() as exchanged:
             known = gather_row_counts(len(x))
             before = dict(exchanged)
             blocks = gather_rows(x, known)
+        torch.cat(blocks).sum().backward()
         moved = {name: n - before.get(name, 0) for name, n in exchanged.items() if n != before.get(name, 0)}
         others = [block for source, block in enumerate(blocks) if source != rank]
         results.append(
@@ -76,6 +78,7 @@ def _gather(rank, sizes):
                 "rows": torch.cat(blocks).detach(),
                 "own": blocks[rank] is x,
                 "detached": not any(block.requires_grad for block in others),
+                "gradient": leaf.grad,
             }
         )
     return results
@@ -169,13 +172,15 @@ def test_a_shared_gradient_is_the_sum_over_ranks_and_has_no_second_derivative(ra
 @pytest.mark.distributed
 def test_rows_of_unequal_ranks_arrive_in_order_without_padding(ranks):
     for case, counts in enumerate(SIZES[len(ranks)]):
-        whole = torch.cat([_rows(rank, n) for rank, n in enumerate(counts)])
-        for result in ranks:
+        shards = [_rows(rank, n).exp() for rank, n in enumerate(counts)]
+        whole = torch.cat(shards)
+        for rank, result in enumerate(ranks):
             gathered = result["gather"][case]
             assert gathered["counts"] == list(counts)
             torch.testing.assert_close(gathered["rows"], whole, rtol=0, atol=0)
             assert gathered["own"]
             assert gathered["detached"]
+            torch.testing.assert_close(gathered["gradient"], shards[rank])
             assert sum(gathered["moved"].values()) == sum(counts) * DIM
 
 
