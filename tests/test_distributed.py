@@ -209,13 +209,13 @@ def test_a_sharded_tensor_is_assembled_with_its_gradient(ranks):
         torch.testing.assert_close(result["shard"]["gradient"], 2 * whole)
 
 
-def _second_group(rank, path):
+@mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl")
+def _second_group(rank, path, _):
     first = gather_row_counts(rank)
     dist.destroy_process_group()
     alone = gather_row_counts(rank)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
-        return [first, alone, gather_row_counts(rank), len(distributed._cpu_groups)]
+    return [first, alone, gather_row_counts(rank), len(distributed._cpu_groups)]
 
 
 @pytest.mark.distributed
