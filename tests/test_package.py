@@ -17,7 +17,7 @@ PACKAGE = Path(lightning_plugins.__file__).parent
 HIDE_EXTRAS = """
 import importlib.machinery, importlib.metadata, sys
 
-HIDDEN = {"torchvision", "timm", "transformers", "matplotlib", "jsonargparse", "rich", "wandb", "tensorboard", "sklearn"}
+HIDDEN = {"torchvision", "timm", "transformers", "matplotlib", "jsonargparse", "rich", "wandb", "tensorboard"}
 
 class Finder(importlib.machinery.PathFinder):
     @classmethod
