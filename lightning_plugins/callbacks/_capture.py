@@ -32,9 +32,9 @@ class LayerCapture:
         """Register the hooks; nothing is remembered before `recording` begins."""
         for label, (_, module, side) in self._references.items():
             if side == "input":
-                handle = module.register_forward_pre_hook(self._input_hook(label), with_kwargs=True)
+                handle = module.register_forward_pre_hook(self._input_hook(label, module), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(self._output_hook(label))
+                handle = module.register_forward_hook(self._output_hook(label, module))
             self._handles.append(handle)
 
     def detach(self) -> None:
@@ -88,16 +88,17 @@ class LayerCapture:
             return
         self._tensors[label].append(first_tensor(value, label))
 
-    def _input_hook(self, label: str) -> Any:
+    # A copy of the model (a teacher, an average of weights) carries the same hook functions: they must not answer there.
+    def _input_hook(self, label: str, own: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._active:
+            if self._active and module is own:
                 self._remember(label, args if args else kwargs)
 
         return hook
 
-    def _output_hook(self, label: str) -> Any:
+    def _output_hook(self, label: str, own: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._active:
+            if self._active and module is own:
                 self._remember(label, output)
 
         return hook

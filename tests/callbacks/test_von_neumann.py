@@ -1,3 +1,4 @@
+import copy
 import math
 from typing import Any
 
@@ -131,22 +132,45 @@ def test_reentrant_checkpointing_is_named():
         fit(model, make_batches(), [VNERegularization("backbone.2", weight=0.3)])
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["module", "backbone"])
-def test_compiled_trains_like_eager_twice(whole):
+@pytest.mark.parametrize("layer", ["backbone", "head:input", "backbone.2"])
+@pytest.mark.parametrize("compiled_part", ["module", "backbone", "backbone in place"])
+def test_compiled_trains_like_eager_twice(compiled_part, layer):
     def compiled(model: Classifier) -> Any:
-        if whole:
+        if compiled_part == "module":
             return torch.compile(model, backend="aot_eager")
-        model.backbone = torch.compile(model.backbone, backend="aot_eager")
+        if compiled_part == "backbone":
+            model.backbone = torch.compile(model.backbone, backend="aot_eager")
+        else:
+            model.backbone.compile(backend="aot_eager")
         return model
 
     expected = seeded(ByHand)
     model = seeded(Classifier)
     passed = compiled(model)
     for _ in range(2):  # the second fit must not run graphs that were traced without hooks
-        fit(passed, make_batches(), [VNERegularization("backbone.2", weight=0.3)])
+        fit(passed, make_batches(), [VNERegularization(layer, weight=0.3)])
         fit(expected, make_batches())
     weights = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     torch.testing.assert_close(weights, dict(expected.state_dict()))
+
+
+class KeepsATeacher(Classifier):
+    """Copies its backbone when the hooks are on already, and runs the copy in every step."""
+
+    def on_train_start(self) -> None:
+        self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.teacher(batch[0])
+        return self.loss(batch)
+
+
+def test_a_copied_layer_is_not_captured():
+    model, expected = seeded(KeepsATeacher), seeded(ByHand)
+    fit(model, make_batches(), [VNERegularization("backbone.2", weight=0.3)])
+    fit(expected, make_batches())
+    del model.teacher
+    assert_same_weights(model, expected)
 
 
 class ReturnsADict(Classifier):
