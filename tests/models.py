@@ -58,7 +58,7 @@ class Batches:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["position"]
+        self.start = state["position"] % len(self.batches)  # behind the last batch begins a new epoch
 
 
 def make_batches(count: int = 4, size: int = 8, *, features: int = 6, seed: int = 0) -> list[tuple[Tensor, Tensor]]:

@@ -1,8 +1,9 @@
 """What a callback needs of the module and the Trainer, checked in ``setup``."""
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_plugins.schedules import Schedule
 
@@ -36,7 +37,7 @@ def require_supported_strategy(name: str, trainer: Trainer) -> None:
                 f"{name} supports ModelParallelStrategy for data parallelism (FSDP2) only, got "
                 f"`tensor_parallel_size={parallel}`; pass `tensor_parallel_size=1`"
             )
-    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    elif isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise MisconfigurationException(
             f"{name} supports a single device, DDP and FSDP2, got {type(strategy).__name__}; pass `strategy='ddp'`, "
             "or ModelParallelStrategy with `fully_shard` in `configure_model`"
@@ -51,8 +52,8 @@ def require_automatic_optimization(name: str, pl_module: LightningModule, mixin:
     """
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            f"{name} adds its term to the loss that `training_step` returns, and {type(pl_module).__name__} uses manual "
-            f"optimization; subclass `lightning_plugins.mixins.{mixin}` and add its penalty in your step"
+            f"{name} adds its term to the loss that `training_step` returns, and {type(pl_module).__name__} uses "
+            f"manual optimization; subclass `lightning_plugins.mixins.{mixin}` and add its penalty in your step"
         )
 
 
@@ -67,3 +68,13 @@ def require_known_total(name: str, schedule: Schedule | None, trainer: Trainer) 
             f"{name}: `schedule={schedule!r}` counts in fractions of training, but `max_epochs=-1` has no end; "
             "pass `unit='steps'` or `unit='epochs'`, or give the Trainer `max_steps` or `max_epochs`"
         )
+
+
+def makes_layers_late(pl_module: LightningModule) -> bool:
+    """Tell whether the module may have layers that are not there yet when callbacks are set up.
+
+    Returns:
+        Whether it has a ``setup`` or ``configure_model`` of its own. Lightning calls both between the callbacks'
+        ``setup`` and ``on_fit_start``.
+    """
+    return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_plugins._checks import (
@@ -20,6 +19,7 @@ from lightning_plugins.callbacks._nonfinite import NonfiniteGuard
 from lightning_plugins.callbacks._pool import resolve_pool
 from lightning_plugins.callbacks._progress import training_progress
 from lightning_plugins.callbacks._requirements import (
+    makes_layers_late,
     require_automatic_optimization,
     require_known_total,
     require_lightning_module,
@@ -139,11 +139,11 @@ class VNERegularization(Callback):
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
             self._queues.clear()
         self._step = join_training_step(pl_module, self)
-        if not is_overridden("configure_model", pl_module):
+        if not makes_layers_late(pl_module):
             self._attach(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register the hooks of layers that ``configure_model`` has just made."""
+        """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
         if self._capture is None:
             self._attach(pl_module)
 
