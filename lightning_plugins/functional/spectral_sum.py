@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_plugins.functional.spectrum import finite_or_zero, full_precision
+from lightning_plugins.functional.spectrum import finite_or_zero, full_precision, symmetric_product
 
 
 def spectral_sum(matrix: Tensor, *, power: float = 1.0, logarithm: bool = False) -> Tensor:
@@ -38,18 +38,44 @@ def spectral_sum(matrix: Tensor, *, power: float = 1.0, logarithm: bool = False)
     return total
 
 
+def known_slope(
+    matrix: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, *, power: float = 1.0, logarithm: bool = False
+) -> Tensor:
+    """The gradient of ``spectral_sum`` from a decomposition at hand; differentiable once with respect to ``matrix``."""
+    slope: Tensor = _Slope.apply(matrix, eigenvalues, eigenvectors, power, logarithm)
+    return slope
+
+
+def decompose(matrix: Tensor, *, vectors: bool) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, smallest first, and eigenvectors: an empty tensor unless asked for."""
+    if vectors:
+        eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
+        return eigenvalues, eigenvectors
+    return torch.linalg.eigvalsh(matrix), matrix.new_empty(0)
+
+
+def sum_over(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
+    """Sum of ``x ** power``, times ``log(x)``, over the last dimension."""
+    x, kept = _floored(eigenvalues, power)
+    term = eigenvalues.clamp_min(0) * kept
+    if power != 1:
+        term = term * x.pow(power - 1)
+    return (term * x.log() if logarithm else term).sum(-1)
+
+
+def log_from(eigenvalues: Tensor, eigenvectors: Tensor) -> Tensor:
+    """The logarithm of a matrix, taken at the floor of ``spectral_sum`` for eigenvalues below it."""
+    return symmetric_product(eigenvectors * _floored(eigenvalues, 1.0)[0].log()[..., None, :], eigenvectors)
+
+
 class _SpectralSum(Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(matrix: Tensor, power: float, logarithm: bool, vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
         safe, poison = finite_or_zero(matrix)
-        if vectors:
-            eigenvalues, eigenvectors = torch.linalg.eigh(safe)
-        else:
-            eigenvalues, eigenvectors = torch.linalg.eigvalsh(safe), matrix.new_empty(0)
-        factor, used = _factor(eigenvalues, power, logarithm)
-        return (used * factor).sum(-1) + poison, eigenvalues, eigenvectors
+        eigenvalues, eigenvectors = decompose(safe, vectors=vectors)
+        return sum_over(eigenvalues, power, logarithm) + poison, eigenvalues, eigenvectors
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool, bool], output: tuple[Tensor, ...]) -> None:
@@ -65,8 +91,8 @@ class _SpectralSum(Function):
         matrix, eigenvalues, eigenvectors = ctx.saved_tensors
         with full_precision(matrix):
             if not ctx.vectors:
-                eigenvalues, eigenvectors = torch.linalg.eigh(finite_or_zero(matrix.detach())[0])
-            slope = _Slope.apply(matrix, eigenvalues, eigenvectors, ctx.power, ctx.logarithm)
+                eigenvalues, eigenvectors = decompose(finite_or_zero(matrix.detach())[0], vectors=True)
+            slope = known_slope(matrix, eigenvalues, eigenvectors, power=ctx.power, logarithm=ctx.logarithm)
         return grad[..., None, None] * slope, None, None, None
 
 
@@ -77,7 +103,7 @@ class _Slope(Function):
 
     @staticmethod
     def forward(matrix: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, power: float, logarithm: bool) -> Tensor:
-        return (eigenvectors * _slope(eigenvalues, power, logarithm)[..., None, :]) @ eigenvectors.mT
+        return symmetric_product(eigenvectors * _slope(eigenvalues, power, logarithm)[..., None, :], eigenvectors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, bool], output: Tensor) -> None:
@@ -102,15 +128,6 @@ def _floored(eigenvalues: Tensor, power: float) -> tuple[Tensor, Tensor]:
     floor = (eigenvalues[..., -1:] * relative).clamp_min(least)
     kept = eigenvalues.new_ones(()).expand_as(eigenvalues) if power >= 1 else (eigenvalues > floor).to(floor.dtype)
     return torch.maximum(eigenvalues, floor), kept
-
-
-def _factor(eigenvalues: Tensor, power: float, logarithm: bool) -> tuple[Tensor, Tensor]:
-    """``x ** (power - 1)``, times ``log(x)``, and the ``x`` to multiply it with: both factors are finite."""
-    x, kept = _floored(eigenvalues, power)
-    factor = x.log() if logarithm else torch.ones_like(x)
-    if power != 1:
-        factor = factor * x.pow(power - 1)
-    return factor, eigenvalues.clamp_min(0) * kept
 
 
 def _slope(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:

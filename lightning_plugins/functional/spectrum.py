@@ -1,5 +1,6 @@
 """Rows of unit length, the smaller Gram matrix, and its eigenvalues."""
 
+import itertools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,8 +32,7 @@ def normalize_rows(embeddings: Tensor) -> Tensor:
     """
     check_floating("embeddings", embeddings)
     with full_precision(embeddings):
-        rows: Tensor = _NormalizeRows.apply(at_least_float32(embeddings))[0]
-    return rows
+        return differentiable_rows(at_least_float32(embeddings))[0]
 
 
 def autocorrelation_eigenvalues(embeddings: Tensor) -> Tensor:
@@ -65,8 +65,45 @@ def autocorrelation_eigenvalues(embeddings: Tensor) -> Tensor:
 
 def smaller_gram(rows: Tensor) -> Tensor:
     """``Z @ Z.T / N`` if ``N <= d``, else ``Z.T @ Z / N``: both have the same non-zero eigenvalues."""
-    gram: Tensor = _SmallerGram.apply(rows)
-    return gram
+    matrix: Tensor = _SmallerGram.apply(rows)
+    return matrix
+
+
+def differentiable_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of unit length and, with shape ``(..., N, 1)``, their lengths: infinite for a row without length."""
+    rows, length = _NormalizeRows.apply(embeddings)
+    return rows, length
+
+
+def rows_and_lengths(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of ``differentiable_rows``, for functions that write their own gradient."""
+    # Two reductions instead of `abs().amax()`: they need no second tensor of this size.
+    largest = torch.maximum(embeddings.amax(-1, keepdim=True), -embeddings.amin(-1, keepdim=True))
+    # Division by infinity makes a row without length zero, and its gradient too.
+    largest = largest.masked_fill(largest < torch.finfo(largest.dtype).tiny, torch.inf)
+    rows = embeddings / largest
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    length = length.masked_fill(length == 0, 1)
+    return rows.div_(length), length * largest
+
+
+def gram(rows: Tensor) -> Tensor:
+    """The values of ``smaller_gram``, for functions that write their own gradient."""
+    n, d = rows.shape[-2:]
+    return symmetric_product(rows, rows).div_(n) if n <= d else symmetric_product(rows.mT, rows.mT).div_(n)
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.mT`` where that is known to be symmetric: large ones on the CPU for 5/8 of the multiplications."""
+    n = left.shape[-2]
+    if left.is_cuda or n < 256:  # not worth the additional kernels
+        return left @ right.mT
+    product = left.new_empty(*left.shape[:-1], n)
+    edges = [0, n // 4, n // 2, 3 * n // 4, n]
+    for low, high in itertools.pairwise(edges):
+        product[..., low:high, :high] = left[..., low:high, :] @ right[..., :high, :].mT
+        product[..., :low, low:high] = product[..., low:high, :low].mT
+    return product
 
 
 def finite_or_zero(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +154,7 @@ class _NormalizeRows(Function):
 
     @staticmethod
     def forward(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        largest = torch.linalg.vector_norm(embeddings, ord=torch.inf, dim=-1, keepdim=True)
-        # Division by infinity makes a row without length zero, and the gradient of that row too.
-        largest = largest.masked_fill(largest < torch.finfo(largest.dtype).tiny, torch.inf)
-        scaled = embeddings / largest
-        length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-        length = length.masked_fill(length == 0, 1)
-        return scaled / length, length * largest
+        return rows_and_lengths(embeddings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -143,8 +174,7 @@ class _SmallerGram(Function):
 
     @staticmethod
     def forward(rows: Tensor) -> Tensor:
-        n, d = rows.shape[-2:]
-        return (rows @ rows.mT if n <= d else rows.mT @ rows) / n
+        return gram(rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

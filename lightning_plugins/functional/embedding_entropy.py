@@ -1,0 +1,76 @@
+"""The von Neumann entropy of embeddings as one node of the graph, which saves time and memory over a chain of nodes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lightning_plugins.functional.matrix_log import known_log, log_by_products
+from lightning_plugins.functional.spectral_sum import decompose, known_slope, log_from, sum_over
+from lightning_plugins.functional.spectrum import (
+    differentiable_rows,
+    finite_or_zero,
+    full_precision,
+    gram,
+    rows_and_lengths,
+    smaller_gram,
+)
+
+
+def embedding_entropy(embeddings: Tensor, *, products: bool) -> Tensor:
+    """``-trace(C @ log(C))`` with ``C`` the smaller Gram matrix of the rows of ``(..., N, d)``; shape ``(...)``."""
+    # `requires_grad` does not see through `torch.func.vmap`: there the backward decomposes again.
+    vectors = torch.is_grad_enabled() and embeddings.requires_grad
+    value: Tensor = _EmbeddingEntropy.apply(embeddings, products, vectors)[0]
+    return value
+
+
+class _EmbeddingEntropy(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(embeddings: Tensor, products: bool, vectors: bool) -> tuple[Tensor, ...]:
+        rows, length = rows_and_lengths(embeddings)
+        if products:
+            matrix = gram(rows)
+            log = log_by_products(matrix)
+            return -(matrix * log).sum((-2, -1)), rows, length, log, log.new_empty(0)
+        matrix, poison = finite_or_zero(gram(rows))
+        eigenvalues, eigenvectors = decompose(matrix, vectors=vectors)
+        return poison - sum_over(eigenvalues, 1.0, True), rows, length, eigenvalues, eigenvectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool, bool], output: tuple[Tensor, ...]) -> None:
+        embeddings, ctx.products, ctx.vectors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(embeddings, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
+        embeddings, rows, length, first, second = ctx.saved_tensors
+        with full_precision(embeddings):
+            if not ctx.products and not ctx.vectors:
+                first, second = decompose(finite_or_zero(gram(rows))[0], vectors=True)
+            if torch.is_grad_enabled():  # the same again by operations that can be differentiated
+                rows, length = differentiable_rows(embeddings)
+                matrix = smaller_gram(rows)
+                log = known_log(matrix, first) if ctx.products else known_slope(matrix, first, second, logarithm=True)
+            else:
+                log = first if ctx.products else log_from(first, second)
+            return _gradient(grad[..., None, None], rows, length, log), None, None
+
+
+def _gradient(grad: Tensor, rows: Tensor, length: Tensor, log: Tensor) -> Tensor:
+    """``-(2 / N) Z log(C)``, less its part along each row, through the scaling of the rows."""
+    # A multiple of the identity in `log` changes nothing: what it adds lies along each row.
+    n, d = rows.shape[-2:]
+    result = log @ rows if n <= d else rows @ log
+    along = (rows * result).sum(-1, keepdim=True)
+    factor = grad * (-2 / n) / length
+    if torch.is_grad_enabled():
+        return (result - rows * along) * factor
+    return result.addcmul_(rows, along, value=-1).mul_(factor)
