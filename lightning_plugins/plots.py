@@ -6,6 +6,7 @@ matplotlib is imported when one is drawn.
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import cycle
 from typing import TYPE_CHECKING, Literal
 
@@ -104,6 +105,16 @@ def spectrum_comparison_figure(spectra: Mapping[str, Tensor], *, title: str | No
     return figure
 
 
+def require_matplotlib() -> None:
+    """Say what to install if figures cannot be drawn.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("figures need matplotlib; run `pip install 'lightning-plugins[plots]'`")
+
+
 def _checked(name: str, spectrum: Tensor) -> Tensor:
     if spectrum.ndim != 1 or not len(spectrum) or not torch.isfinite(spectrum).all():
         raise ValueError(f"`{name}` must be finite eigenvalues of shape (d,), got shape {tuple(spectrum.shape)}")
@@ -111,11 +122,10 @@ def _checked(name: str, spectrum: Tensor) -> Tensor:
 
 
 def _empty_figure(width: float, height: float, title: str | None) -> "Figure":
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib; run `pip install 'lightning-plugins[plots]'`") from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     if title is not None:

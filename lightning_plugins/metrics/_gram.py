@@ -23,6 +23,7 @@ class GramStatistics:
     """
 
     def __init__(self, gram: Tensor, count: Tensor) -> None:
+        self.count = count
         self._usable = torch.isfinite(gram).all() & (count > 0)
         self.autocorrelation = torch.where(self._usable, gram / count.clamp_min(1), 0.0)
 
@@ -89,6 +90,15 @@ class GramMetric(SumMetric):
         """
         statistics = GramStatistics(self.gram, self.count)
         return statistics.or_nan(self.from_statistics(statistics))
+
+    def statistics(self) -> GramStatistics:
+        """The sums over all ranks, for several metrics to share; every rank has to ask.
+
+        Returns:
+            The summed statistics; this metric goes on from the sums of its own rank.
+        """
+        with self.sync_context():
+            return GramStatistics(self.gram, self.count)
 
     @staticmethod
     def from_statistics(statistics: GramStatistics) -> Tensor:

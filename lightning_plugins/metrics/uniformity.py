@@ -50,6 +50,7 @@ class Uniformity(Metric):
         self.t = check_finite_number("t", t)
         if t <= 0:
             raise ValueError(f"`t` must be positive, got {t!r}")
+        self.set_dtype(torch.float32)  # whatever the default was when each rank built its metric
         # rows are kept flat: a rank without any sends an empty tensor of one dimension, whatever the others have
         self.add_state("rows", [], dist_reduce_fx="cat")
 
