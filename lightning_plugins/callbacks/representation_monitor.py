@@ -1,0 +1,279 @@
+"""Watch the spectra of layers' representations during training and validation."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.callbacks._figures import hand_to_loggers
+from lightning_plugins.callbacks._pool import resolve_pool
+from lightning_plugins.callbacks._pooled_capture import PooledCapture
+from lightning_plugins.callbacks._requirements import require_lightning_module, require_supported_strategy
+from lightning_plugins.callbacks._spectra import SpectrumHistory
+from lightning_plugins.callbacks._statistics import METRICS, LayerStatistics
+from lightning_plugins.callbacks._training_step import WrappedStep, join_training_step
+from lightning_plugins.plots import require_matplotlib, spectrum_figure
+from lightning_plugins.selection import check_layers
+
+Stage = Literal["train", "val"]
+STAGES: tuple[Stage, ...] = ("train", "val")
+_DRAWING_SHARE = 0.05  # of the time that has passed; the last figures are drawn whatever they cost
+
+
+class RepresentationMonitor(Callback):
+    """Log and draw the spectra of layers' representations; nothing in the training changes.
+
+    In validation every batch counts, in training the batches of every n-th optimizer step. Only Gram matrices are
+    summed on the way, on the device and without waiting for it; at the end of the epoch the sums of all ranks give the
+    metrics, which therefore do not depend on how the rows were split, and the eigenvalue spectrum of the epoch. A layer
+    that a step calls several times gives the rows of all calls. Training rows of one epoch come from weights that
+    change while they are gathered.
+
+    Logged through ``pl_module.log``, for each layer: ``representation/<train|val>/<layer>/<metric>``, and a figure
+    ``representation/<train|val>/<layer>/spectrum`` that shows the spectra over the training steps. TensorBoard and
+    Weights & Biases get it as an image, for any other logger, or none, it is a PNG file in the logger's directory or
+    the Trainer's `default_root_dir`. Figures are drawn on rank zero, at the end of epochs as long as that takes less
+    than a twentieth of the time, and at the end. ``trainer.validate()`` logs and draws too; sanity checks do not.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
+            layer receives, ``"backbone.fc"`` what it returns. A layer that a stage never calls is left out there.
+        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"cls"``, ``"tokens"``,
+            ``"flatten"``, or a callable (or its import path) from the layer's tensor to a tensor of shape ``(N, d)``.
+        every_n_steps: In training, the batches of every n-th optimizer step are measured.
+        metrics: Out of ``"entropy"``, ``"effective_rank"``, ``"isotropy"``, ``"correlation_gap"``, ``"rankme"`` and
+            ``"uniformity"``; see `lightning_plugins.metrics`. The last one keeps all rows and compares all pairs.
+        figures: Whether to draw; needs matplotlib.
+        max_spectra: So many spectra per layer and stage are remembered, and saved in checkpoints: the first, the latest
+            and, between them, steps as evenly spaced as can be.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+        ImportError: If ``figures`` are wanted and matplotlib is missing.
+
+    Example:
+        >>> monitor = RepresentationMonitor(layers="backbone.fc:input", every_n_steps=10, metrics=["entropy", "rankme"])
+        >>> monitor.metrics
+        ('entropy', 'rankme')
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        *,
+        pool: str | Callable[[Tensor], Tensor] = "mean",
+        every_n_steps: int = 50,
+        metrics: Sequence[str] = ("entropy", "effective_rank", "isotropy", "correlation_gap", "rankme"),
+        figures: bool = True,
+        max_spectra: int = 32,
+    ) -> None:
+        super().__init__()
+        self.layers = check_layers(layers, sides=True)
+        self.pool = pool
+        self._pool = resolve_pool(pool)
+        self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
+        names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        self.metrics = tuple(dict.fromkeys(check_choice("metrics", name, METRICS) for name in names))
+        self.max_spectra = check_positive_int("max_spectra", max_spectra)
+        self.figures = figures
+        if figures:
+            require_matplotlib()
+        self._history = SpectrumHistory(self.max_spectra, STAGES)
+        self._statistics = {stage: LayerStatistics(self.metrics) for stage in STAGES}
+        self._epoch: int | None = None  # of the training sums
+        self._restored: dict[str, Any] | None = None  # sums from a checkpoint, until the devices are known
+        self._capture: PooledCapture | None = None
+        self._step: WrappedStep | None = None
+        self._recording = ExitStack()  # of the validation batch under way
+        self._undrawn: dict[tuple[Stage, str], None] = {}
+        self._next_drawing = 0.0
+
+    @property
+    def spectra(self) -> dict[str, dict[str, dict[int, Tensor]]]:
+        """The remembered eigenvalues by stage, layer and training step, as in ``spectra["val"]["backbone.fc"][100]``.
+
+        Each is a float32 tensor of shape ``(d,)`` on the CPU, largest first.
+        """
+        return self._history.kept
+
+    @property
+    def state_key(self) -> str:
+        """Unique for every different instance, so that several keep their own entries in a checkpoint."""
+        # of callables the name: their representation holds an address, another one in every process
+        pool = self.pool if isinstance(self.pool, str) else getattr(self.pool, "__qualname__", type(self.pool).__name__)
+        return self._generate_state_key(
+            layers=self.layers, pool=pool, every_n_steps=self.every_n_steps, metrics=self.metrics
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the module and the Trainer, register the hooks and join the training step."""
+        if stage not in {"fit", "validate"}:
+            return
+        name = type(self).__name__
+        require_lightning_module(name, pl_module)
+        require_supported_strategy(name, trainer)
+        for (
+            statistics
+        ) in self._statistics.values():  # of a run that was broken off; a checkpoint's come after this hook
+            statistics.reset()
+        if stage == "fit":
+            if trainer.global_step == 0:  # a new training
+                self._history.clear()
+                self._epoch = None
+            self._step = join_training_step(pl_module, self)
+        if not is_overridden("configure_model", pl_module):
+            self._attach(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Register the hooks of layers that ``configure_model`` has just made."""
+        if self._capture is None:
+            self._attach(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the sums of a checkpoint; they are those of all ranks, so one rank takes them.
+
+        From a checkpoint taken after an epoch's last batch but before its end, Lightning goes on with the next epoch
+        and calls no hook for the end of the last one; its spectra are remembered here.
+        """
+        if self._restored is not None:
+            if trainer.is_global_zero:
+                for stage, statistics in self._statistics.items():
+                    statistics.load_state(self._restored[stage], pl_module.device)
+            self._restored = None
+            if self._epoch != trainer.current_epoch:
+                self._summarize("train", trainer, pl_module, log=False)
+        self._epoch = trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note of which epoch the sums are."""
+        self._epoch = trainer.current_epoch
+
+    @contextmanager
+    def recording(self, pl_module: LightningModule) -> Iterator[None]:
+        """Measure this training step if it is its turn (for the wrapper of the training step)."""
+        if self._capture is None or pl_module.global_step % self.every_n_steps:
+            yield
+            return
+        with self._capture.recording():
+            yield
+        self._add("train")
+
+    def penalty(self, pl_module: LightningModule) -> None:
+        """Nothing is added to the loss (for the wrapper of the training step)."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch's measured steps."""
+        self._summarize("train", trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what is new since the last figures."""
+        self._draw(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Register the hooks of layers that ``configure_model`` has just made."""
+        if self._capture is None:
+            self._attach(pl_module)
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Record the layers' tensors, except in a sanity check."""
+        if self._capture is not None and not trainer.sanity_checking:
+            self._recording.enter_context(self._capture.recording())
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Add this batch's rows to the sums."""
+        self._recording.close()
+        if not trainer.sanity_checking:
+            self._add("val")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the whole validation."""
+        if not trainer.sanity_checking:
+            self._summarize("val", trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what ``trainer.validate()`` has found."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._draw(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        self._recording.close()
+        if self._capture is not None:
+            self._capture.detach()
+        if self._step is not None:
+            self._step.leave(self)
+        self._capture = self._step = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was: ``teardown`` does not run after an exception."""
+        self.teardown(trainer, pl_module, stage="fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered spectra and the sums of epochs under way."""
+        sums = {stage: statistics.state() for stage, statistics in self._statistics.items()}
+        return self._state_with(self._restored if self._restored is not None else sums)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the sums of all ranks, where `state_dict` knows those of its own."""
+        if trainer.world_size > 1 and self._capture is not None and self._restored is None:
+            labels, device = self._capture.labels, pl_module.device
+            sums = {stage: own.state_of_all_ranks(labels, device) for stage, own in self._statistics.items()}
+            checkpoint["callbacks"][self.state_key] = self._state_with(sums)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's spectra and sums."""
+        self._history.load_state(state_dict["spectra"])
+        self._restored, self._epoch = state_dict["sums"], state_dict["epoch"]
+
+    def _state_with(self, sums: Mapping[Any, Any]) -> dict[str, Any]:
+        return {"spectra": self._history.state(), "sums": dict(sums), "epoch": self._epoch}
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        self._capture = PooledCapture(pl_module, self.layers, self._pool)
+        self._capture.attach()
+
+    @torch.no_grad()
+    def _add(self, stage: Stage) -> None:
+        if self._capture is None:
+            return
+        with torch.inference_mode(False):  # sums made in validation's inference mode could not be saved and added to
+            for label, embeddings in self._capture.take().items():
+                for rows in embeddings:
+                    self._statistics[stage].update(label, rows)
+
+    @torch.no_grad()
+    def _summarize(self, stage: Stage, trainer: Trainer, pl_module: LightningModule, *, log: bool = True) -> None:
+        if self._capture is None:
+            return
+        with torch.inference_mode(False):
+            summaries = self._statistics[stage].summaries(self._capture.labels, pl_module.device)
+        self._statistics[stage].reset()
+        for label, (values, spectrum) in summaries.items():
+            for name, value in values.items() if log else ():
+                # all ranks have the same value, and the largest of equal numbers is exactly that number
+                pl_module.log(f"representation/{stage}/{label}/{name}", value, sync_dist=True, reduce_fx="max")
+            if torch.isfinite(spectrum).all():
+                self._history.remember(stage, label, trainer.global_step, spectrum.float().cpu())
+                self._undrawn[stage, label] = None
+        if time.monotonic() >= self._next_drawing:
+            self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        started = time.monotonic()
+        if self.figures and trainer.is_global_zero:
+            for stage, label in self._undrawn:
+                steps, spectra = self._history.sorted_by_step(stage, label)
+                title = f"{label} in {'training' if stage == 'train' else 'validation'}"
+                figure = spectrum_figure(spectra, steps, title=title)
+                hand_to_loggers(trainer, f"representation/{stage}/{label}/spectrum", figure)
+        self._undrawn.clear()
+        ended = time.monotonic()
+        self._next_drawing = ended + (ended - started) / _DRAWING_SHARE
