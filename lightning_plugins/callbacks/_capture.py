@@ -24,6 +24,7 @@ class LayerCapture:
         self._needs_gradient = needs_gradient
         self._references = _labelled(select_tensors(model, layers))
         self._tensors: dict[str, list[Tensor]] = {label: [] for label in self._references}
+        self._versions: dict[str, list[int]] = {label: [] for label in self._references}  # changes in place, when seen
         self._without_gradient: set[str] = set()  # layers that ran, but under no_grad only
         self._active = False
         self._handles: list[RemovableHandle] = []
@@ -58,10 +59,17 @@ class LayerCapture:
         """Hand over what was recorded since the last `recording`: per layer, one tensor for each of its calls.
 
         Raises:
-            MisconfigurationException: If a layer did not run, or ran without a gradient although one is recorded.
+            MisconfigurationException: If a layer did not run, or ran without a gradient although one is recorded, or
+                its tensor was changed in place by what came after.
         """
         for label, tensors in self._tensors.items():
             if tensors:
+                if self._needs_gradient and [tensor._version for tensor in tensors] != self._versions[label]:
+                    raise MisconfigurationException(
+                        f"`layers`: the tensor of {label!r} was changed in place by a later operation, such as "
+                        "`ReLU(inplace=True)` or `x += y`, so it is no longer what the layer gave. Name the layer "
+                        "that made the change, or let it write a tensor of its own (`inplace=False`)."
+                    )
                 continue
             if label in self._without_gradient:
                 raise MisconfigurationException(
@@ -78,15 +86,19 @@ class LayerCapture:
         return taken
 
     def _clear(self) -> None:
-        for tensors in self._tensors.values():
+        for label, tensors in self._tensors.items():
             tensors.clear()
+            self._versions[label].clear()
         self._without_gradient.clear()
 
     def _remember(self, label: str, value: Any) -> None:
         if self._needs_gradient and not torch.is_grad_enabled():
             self._without_gradient.add(label)  # a stop-gradient pass, or a reentrant checkpoint
             return
-        self._tensors[label].append(first_tensor(value, label))
+        tensor = first_tensor(value, label)
+        self._tensors[label].append(tensor)
+        if self._needs_gradient:  # never under inference mode, whose tensors do not count their changes
+            self._versions[label].append(tensor._version)
 
     # A copy of the model (a teacher, an average of weights) carries the same hook functions: they must not answer there.
     def _input_hook(self, label: str, own: nn.Module) -> Any:
