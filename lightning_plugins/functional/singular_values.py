@@ -1,0 +1,251 @@
+"""Matrices with their singular values mapped: soft thresholding and the polar factor, with closed-form gradients."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lightning_plugins._checks import check_choice, check_finite_number
+from lightning_plugins.functional.spectrum import at_least_float32, check_floating, finite_or_zero, full_precision
+
+PolarMethod = Literal["auto", "eigh", "products"]
+
+# The slope at zero is 15/8: these raise what is 1e-3 and 1e-4 of the norm to 1, but not yet the rounding errors.
+_PRODUCTS_STEPS = {torch.float32: 14, torch.float64: 18}
+_PRODUCTS_FROM = 64  # on an accelerator, where an eigendecomposition waits for thousands of small kernels
+
+
+def singular_value_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
+    """Lower every singular value by ``threshold``, those below it to exactly zero: ``U @ diag(max(s - t, 0)) @ V.T``.
+
+    The result has the rank of the singular values above the threshold. The gradient, with respect to the weight and to
+    the threshold, is a closed form in divided differences of the map: it is finite for equal and for vanishing singular
+    values. One eigendecomposition of the smaller Gram matrix serves both directions.
+
+    Accuracy: within about ``30 * eps`` of the largest singular value, or ``sqrt(eps)`` of it (3e-4 in float32) where
+    the threshold separates singular values that are smaller than that.
+
+    Args:
+        weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
+        threshold: A number, or a tensor that broadcasts to shape ``(...)``, in the unit of the singular values; a
+            negative entry of a tensor counts as 0.
+
+    Returns:
+        Tensor of the shape of ``weight``: float32 for float16 and bfloat16 input, else the input's dtype. NaN where a
+        matrix holds a value that is not finite. It can be differentiated once; a second time raises `RuntimeError`.
+
+    Raises:
+        TypeError: If ``weight`` is not a real floating tensor or ``threshold`` neither a number nor such a tensor.
+        ValueError: If ``weight`` does not have the shape described, or ``threshold`` is a negative or infinite number.
+
+    Example:
+        >>> singular_value_threshold(torch.diag(torch.tensor([3.0, 1.0])), 2.0)
+        tensor([[1., 0.],
+                [0., 0.]])
+
+    Source:
+        The proximal map of the nuclear norm: Cai, Candès and Shen, SIAM J. Optim. 2010,
+        https://arxiv.org/abs/0810.3286. The form of the gradient is ours.
+    """
+    check_matrices("weight", weight)
+    if isinstance(threshold, Tensor):
+        check_floating("threshold", threshold)
+    elif check_finite_number("threshold", threshold) < 0:
+        raise ValueError(f"`threshold` must be at least 0, got {threshold!r}")
+    with full_precision(weight):
+        matrix = at_least_float32(weight)
+        threshold = torch.as_tensor(threshold, dtype=matrix.dtype, device=matrix.device).clamp_min(0)
+        wide, turned = _wide(matrix)
+        lowered: Tensor = _Threshold.apply(wide, threshold.expand(matrix.shape[:-2]))[0]
+    return lowered.mT if turned else lowered
+
+
+def polar_factor(weight: Tensor, *, method: PolarMethod = "auto") -> Tensor:
+    """The partial isometry ``U @ V.T`` over the non-zero singular values: the gradient of the nuclear norm.
+
+    Args:
+        weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
+        method: ``"eigh"`` decomposes the smaller Gram matrix: singular values below ``sqrt(8 * eps)`` of the largest
+            (1e-3 in float32, 4e-8 in float64) count as zero, and a direction whose singular value is a fraction ``x``
+            of the largest is exact within about ``eps / x ** 2``. ``"products"`` iterates products alone: within 2e-3
+            for singular values above 1e-3 of the Frobenius norm (1e-4 in float64); smaller ones are raised to at most
+            7e3 times (8e4 times) their share of that norm, so that zero stays zero. ``"auto"`` takes products on an
+            accelerator from a smaller side of 64 on, else the decomposition.
+
+    Returns:
+        Tensor of the shape of ``weight``, with singular values in ``[0, 1]``: float32 for float16 and bfloat16 input,
+        else the input's dtype. NaN where a matrix holds a value that is not finite. It can be differentiated once; a
+        second time raises `RuntimeError`. The derivative always takes the decomposition.
+
+    Raises:
+        TypeError: If ``weight`` is not a real floating tensor or ``method`` not a string.
+        ValueError: If ``weight`` does not have the shape described, or ``method`` is unknown.
+
+    Example:
+        >>> polar_factor(torch.diag(torch.tensor([3.0, -2.0, 0.0])))
+        tensor([[ 1.,  0.,  0.],
+                [ 0., -1.,  0.],
+                [ 0.,  0.,  0.]])
+    """
+    check_matrices("weight", weight)
+    check_choice("method", method, get_args(PolarMethod))
+    with full_precision(weight):
+        wide, turned = _wide(at_least_float32(weight))
+        if method == "auto":
+            method = "products" if wide.is_cuda and wide.shape[-2] >= _PRODUCTS_FROM else "eigh"
+        factor: Tensor = _Polar.apply(wide, method == "products")
+    return factor.mT if turned else factor
+
+
+def check_matrices(name: str, tensor: Tensor) -> None:
+    """Refuse what is not a floating tensor ``(..., m, n)`` with rows and columns."""
+    check_floating(name, tensor)
+    shape = tuple(tensor.shape)
+    if len(shape) < 2:
+        raise ValueError(f"`{name}` must have shape (..., m, n), got {shape}; a single row is `{name}.unsqueeze(0)`")
+    if 0 in shape[-2:]:
+        raise ValueError(f"`{name}` must have shape (..., m, n) with at least one row and one column, got {shape}")
+
+
+def unit_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide matrices by their largest absolute entry, so that no square of theirs overflows or vanishes.
+
+    Returns:
+        The scaled matrices, and the scales ``(..., 1, 1)``, constant for autograd; 1 for a matrix of zeros.
+    """
+    with torch.no_grad():
+        scale = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+        scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1)
+    return matrix / scale, scale
+
+
+def _wide(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The matrices with no more rows than columns, and whether they were transposed for that."""
+    turned = matrix.shape[-2] > matrix.shape[-1]
+    return (matrix.mT if turned else matrix), turned
+
+
+def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition of wide matrices from their Gram matrices, smallest values first.
+
+    The lengths of the rows of ``U.T @ W`` are singular values without the squaring of the Gram matrix's eigenvalues.
+
+    Returns:
+        ``U`` of shape ``(..., m, m)``, the values ``(..., m)``, ``V.T`` of shape ``(..., m, n)`` with a zero row for a
+        value below ``10 * eps`` of the largest, and 0 or NaN ``(..., 1, 1)`` to add to results.
+    """
+    scaled, scale = unit_scale(matrix)
+    scaled, poison = finite_or_zero(scaled)
+    vectors = torch.linalg.eigh(scaled @ scaled.mT)[1]
+    rows = vectors.mT @ scaled
+    values = torch.linalg.vector_norm(rows, dim=-1)
+    least = 10 * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+    rows = rows / values.masked_fill(values <= least, torch.inf)[..., None]
+    return vectors, values.masked_fill(values <= least, 0) * scale[..., 0], rows, poison[..., None, None]
+
+
+def _mapped_gradient(
+    grad: Tensor, decomposition: tuple[Tensor, Tensor, Tensor], mapped: Tensor, slope: Tensor, ratio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``U @ diag(f(s)) @ V.T``, and the diagonal of ``P = U.T @ grad @ V``.
+
+    The symmetric part of ``P`` is weighted by ``(f_i - f_j) / (s_i - s_j)``, the skew part by ``(f_i + f_j) / (s_i +
+    s_j)``, and what lies outside the span of ``V`` by ``f / s``. There is no difference of squares to divide by.
+
+    Args:
+        grad: Gradient of the result, ``(..., m, n)``.
+        decomposition: ``U``, ``s`` and ``V.T`` as `_decompose` gives them.
+        mapped: ``f(s)``.
+        slope: ``f'(s)``, for equal singular values.
+        ratio: ``f(s) / s``, with its limit where ``s`` is zero.
+
+    Returns:
+        Tensors of shapes ``(..., m, n)`` and ``(..., m)``.
+    """
+    left, values, right = decomposition
+    inside = left.mT @ grad
+    projected = inside @ right.mT
+    one, other = values[..., None], values[..., None, :]
+    gap, total = one - other, one + other
+    equal = gap.abs() <= 1e-6 * total  # there the quotient would be rounding error; covers both being zero
+    gamma = (mapped[..., None] - mapped[..., None, :]) / torch.where(equal, 1, gap)
+    gamma = torch.where(equal, (slope[..., None] + slope[..., None, :]) / 2, gamma)
+    omega = (mapped[..., None] + mapped[..., None, :]) / total.masked_fill(total == 0, torch.inf)
+    core = (gamma + omega) / 2 * projected + (gamma - omega) / 2 * projected.mT
+    outside = ratio[..., None] * (inside - projected @ right)
+    return left @ (core @ right + outside), projected.diagonal(dim1=-2, dim2=-1)
+
+
+class _Threshold(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        left, values, right, poison = _decompose(matrix)
+        lowered = (values - threshold[..., None]).clamp_min(0)
+        return left @ (lowered[..., None] * right) + poison, left, values, right
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[1], *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, None
+        threshold, left, values, right = ctx.saved_tensors
+        with full_precision(left):
+            lowered = (values - threshold[..., None]).clamp_min(0)
+            kept = (lowered > 0).to(values.dtype)
+            ratio = lowered / values.masked_fill(values == 0, torch.inf)
+            grad_matrix, diagonal = _mapped_gradient(grad, (left, values, right), lowered, kept, ratio)
+            return grad_matrix, -(diagonal * kept).sum(-1)
+
+
+class _Polar(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, products: bool) -> Tensor:
+        if products:
+            return _polar_by_products(matrix)
+        left, kept, _, right, poison = _polar_parts(matrix)
+        return left @ (kept[..., None] * right) + poison
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (matrix,) = ctx.saved_tensors
+        with full_precision(matrix):
+            left, kept, values, right, _ = _polar_parts(matrix)
+            ratio = kept / values.masked_fill(kept == 0, torch.inf)
+            right, values = right * kept[..., None], values * kept
+            gradient, _ = _mapped_gradient(grad, (left, values, right), kept, torch.zeros_like(kept), ratio)
+            return gradient, None
+
+
+def _polar_parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``U``, which singular values count, these, ``V.T``, and 0 or NaN."""
+    left, values, right, poison = _decompose(matrix)
+    least = (8 * torch.finfo(values.dtype).eps) ** 0.5 * values.amax(-1, keepdim=True)
+    return left, (values > least).to(values.dtype), values, right, poison
+
+
+def _polar_by_products(matrix: Tensor) -> Tensor:
+    """The quintic iteration of Newton and Schulz, ``X <- (15 X - 10 (X X.T) X + 3 (X X.T)^2 X) / 8``."""
+    factor: Tensor = unit_scale(matrix)[0]
+    length: Tensor = torch.linalg.matrix_norm(factor, keepdim=True)
+    factor = factor / length.masked_fill(length == 0, 1)
+    for _ in range(_PRODUCTS_STEPS[factor.dtype]):
+        gram = factor @ factor.mT
+        factor = (15 * factor + (3 * gram @ gram - 10 * gram) @ factor) / 8
+    return factor

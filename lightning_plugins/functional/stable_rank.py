@@ -1,0 +1,208 @@
+"""Smooth stand-ins for the rank of a matrix, with closed-form gradients."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import check_positive_int
+from lightning_plugins.functional.singular_values import check_matrices, polar_factor, unit_scale
+from lightning_plugins.functional.spectral_sum import spectral_sum
+from lightning_plugins.functional.spectrum import at_least_float32, finite_or_zero, full_precision, smaller_gram
+from lightning_plugins.functional.split_spectrum import head_and_tail, head_masks, root_powers
+from lightning_plugins.functional.subspace import top_singular_subspace
+
+Power = Literal[1, 2]
+
+
+def stable_rank(weight: Tensor) -> Tensor:
+    """Squared Frobenius norm over squared spectral norm: the sum of the squared singular values over the largest.
+
+    It is at most the rank, equal to it where all non-zero singular values are equal, and does not depend on the scale
+    of the weight. Where the two largest singular values coincide, the gradient takes one of them.
+
+    Args:
+        weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
+
+    Returns:
+        Tensor of shape ``(...)`` in ``[1, min(m, n)]``, 1 for a matrix of zeros, within about ``10 * eps * min(m, n)``:
+        float32 for float16 and bfloat16 input, else the input's dtype. NaN where a matrix holds a value that is not
+        finite. Autocast is off inside. It can be differentiated twice.
+
+    Raises:
+        TypeError: If ``weight`` is not a real floating tensor.
+        ValueError: If ``weight`` has fewer than two dimensions, no rows or no columns.
+
+    Example:
+        >>> stable_rank(torch.diag(torch.tensor([2.0, 2.0, 1.0])))
+        tensor(2.2500)
+    """
+    return 1 + modified_stable_rank(weight, 1, p=2)
+
+
+def modified_stable_rank(weight: Tensor, rank: int, p: Power = 1) -> Tensor:
+    """What lies beyond a target rank, relative to what lies within it.
+
+    That is the sum of ``s ** p`` over the singular values after the ``rank`` largest, divided by that over the ``rank``
+    largest. It is zero exactly where the rank is at most ``rank``, and does not depend on the scale of the weight. With
+    ``p=1`` the pull on a singular value of the tail does not fade as it shrinks, so that minimising drives the tail to
+    zero.
+
+    With ``p=1``, singular values below ``sqrt(8 * eps)`` of the largest (1e-3 in float32, 4e-8 in float64) are rounding
+    errors of the Gram matrix and count as zero, in the value and in the gradient.
+
+    Args:
+        weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
+        rank: The target rank, at least 1; from ``min(m, n)`` on the value is 0.
+        p: 1 or 2.
+
+    Returns:
+        Tensor of shape ``(...)``, at least 0 and at most ``min(m, n) / rank - 1``, 0 for a matrix of zeros: float32 for
+        float16 and bfloat16 input, else the input's dtype. NaN where a matrix holds a value that is not finite.
+        Autocast is off inside. It can be differentiated twice.
+
+    Raises:
+        TypeError: If ``weight`` is not a real floating tensor or ``rank`` not an int.
+        ValueError: If ``weight`` does not have the shape described, ``rank`` is less than 1, or ``p`` not 1 or 2.
+
+    Example:
+        >>> modified_stable_rank(torch.diag(torch.tensor([3.0, 1.0, 1.0])), rank=2)
+        tensor(0.2500)
+
+    Source:
+        Our reading of Eo et al., https://arxiv.org/abs/2111.15179: ``p=1`` by default, ``p=2`` beside it.
+    """
+    check_matrices("weight", weight)
+    _check_target(rank, p)
+    with full_precision(weight):
+        head, tail = head_and_tail(smaller_gram(unit_scale(at_least_float32(weight))[0]), rank, p)
+        return tail / head.masked_fill(head == 0, 1)
+
+
+def nuclear_norm(weight: Tensor) -> Tensor:
+    """The sum of the singular values.
+
+    Singular values below ``sqrt(8 * eps)`` of the largest (1e-3 in float32, 4e-8 in float64) are rounding errors of the
+    Gram matrix and count as zero; the others are exact to ``eps / x`` for a fraction ``x`` of the largest.
+
+    Args:
+        weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
+
+    Returns:
+        Tensor of shape ``(...)``: float32 for float16 and bfloat16 input, else the input's dtype. NaN where a matrix
+        holds a value that is not finite. Autocast is off inside. It can be differentiated twice.
+
+    Raises:
+        TypeError: If ``weight`` is not a real floating tensor.
+        ValueError: If ``weight`` has fewer than two dimensions, no rows or no columns.
+
+    Example:
+        >>> nuclear_norm(torch.diag(torch.tensor([3.0, -2.0])))
+        tensor(5.)
+    """
+    check_matrices("weight", weight)
+    with full_precision(weight):
+        scaled, scale = unit_scale(at_least_float32(weight))
+        # The Gram matrix is divided by the number of rows.
+        norm: Tensor = spectral_sum(smaller_gram(scaled), power=0.5) * scale[..., 0, 0] * weight.shape[-2] ** 0.5
+    return norm
+
+
+class RankTerm(NamedTuple):
+    """A modified stable rank of matrices ``(..., m, n)`` and its gradient.
+
+    Attributes:
+        value: Shape ``(...)``.
+        gradient: Shape ``(..., m, n)``.
+        start: What `followed_gradient` takes at the next call; None after an exact decomposition.
+    """
+
+    value: Tensor
+    gradient: Tensor
+    start: Tensor | None = None
+
+
+def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:
+    """`modified_stable_rank` and its gradient from one decomposition of the smaller Gram matrix, without autograd.
+
+    Args:
+        weight: As for `modified_stable_rank`.
+        rank: As for `modified_stable_rank`.
+        p: As for `modified_stable_rank`.
+
+    Returns:
+        Value and gradient, in float32 or float64.
+    """
+    check_matrices("weight", weight)
+    _check_target(rank, p)
+    with torch.no_grad(), full_precision(weight):
+        matrix = at_least_float32(weight)
+        scaled, scale = unit_scale(matrix)
+        safe, poison = finite_or_zero(smaller_gram(scaled))
+        eigenvalues, vectors = torch.linalg.eigh(safe)
+        of_head, of_tail = head_masks(eigenvalues, rank)
+        powers, slopes = root_powers(eigenvalues, p)
+        head, tail = (powers * of_head).sum(-1), (powers * of_tail).sum(-1)
+        least = head.masked_fill(head == 0, 1)
+        coefficients = (slopes * (of_tail - of_head * (tail / least)[..., None])) / least[..., None]
+        middle = (vectors * (coefficients * 2 / matrix.shape[-2])[..., None, :]) @ vectors.mT
+        gradient = middle @ scaled if matrix.shape[-2] <= matrix.shape[-1] else scaled @ middle
+        return RankTerm(tail / least + poison, gradient.div_(scale) + poison[..., None, None])
+
+
+def followed_gradient(weight: Tensor, rank: int, p: Power, start: Tensor) -> RankTerm:
+    """`modified_stable_rank` and its gradient from followed singular vectors, by products with the weight.
+
+    The accuracy is that of `top_singular_subspace` with ``start``; with ``p=1`` the tail is that of `polar_factor` with
+    ``method="products"``. Absolute entries from 1e-15 to 1e15 are assumed in float32: they are squared as they are.
+
+    Args:
+        weight: As for `modified_stable_rank`.
+        rank: As for `modified_stable_rank`, less than ``min(m, n)``.
+        p: As for `modified_stable_rank`.
+        start: Orthonormal columns of shape ``(..., min(m, n), k)`` with ``k >= rank``, as `top_singular_subspace`
+            returns them.
+
+    Returns:
+        Value, gradient and the next ``start``.
+    """
+    _check_target(rank, p)
+    with torch.no_grad(), full_precision(weight):
+        matrix = at_least_float32(weight)
+        turned = matrix.shape[-2] > matrix.shape[-1]
+        wide = matrix.mT if turned else matrix
+        found = top_singular_subspace(wide, start.shape[-1], start=start)
+        basis, values = found.basis[..., :rank], found.values[..., :rank]
+        value, gradient = _of_squares(wide, basis, values) if p == 2 else _of_sums(wide, basis, values)
+        return RankTerm(value, gradient.mT if turned else gradient, found.start)
+
+
+def _of_squares(matrix: Tensor, basis: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    head = values.square().sum(-1)
+    inverse = 1 / head.masked_fill(head == 0, torch.inf)
+    share = torch.linalg.matrix_norm(matrix).square() * inverse  # of the whole in the head: that of the tail plus 1
+    inverse, factor = 2 * inverse[..., None, None], share[..., None, None]
+    return (share - 1).clamp_min(0), inverse * matrix - (basis * (inverse * factor)) @ (basis.mT @ matrix)
+
+
+def _of_sums(matrix: Tensor, basis: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    rows = basis.mT @ matrix
+    beyond = matrix - basis @ rows
+    polar = polar_factor(beyond, method="products")
+    head, tail = values.sum(-1), (polar * beyond).sum(dim=(-2, -1))
+    inverse = 1 / head.masked_fill(head == 0, torch.inf)
+    small = values <= values[..., :1] * (8 * torch.finfo(values.dtype).eps) ** 0.5
+    directions = basis * ((tail * inverse.square())[..., None] / values.masked_fill(small, torch.inf))[..., None, :]
+    return (tail * inverse).clamp_min(0), inverse[..., None, None] * polar - directions @ rows
+
+
+def check_power(p: Power) -> Power:
+    """Return ``p`` if it is 1 or 2; raise `ValueError` otherwise."""
+    if isinstance(p, bool) or not isinstance(p, int) or p not in {1, 2}:
+        raise ValueError(f"`p` must be 1 or 2, got {p!r}")
+    return p
+
+
+def _check_target(rank: int, p: Power) -> None:
+    check_positive_int("rank", rank)
+    check_power(p)
