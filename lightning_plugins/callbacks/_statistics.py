@@ -66,8 +66,8 @@ class LayerStatistics:
         width = cast(GramMetric, self._layers[label]["unit"]).num_features
         if embeddings.shape[-1] != width:
             raise ValueError(
-                f"`layers`: {label!r} gave embeddings of {width} features and now {embeddings.shape[-1]}; choose a `pool` "
-                "whose number of features does not depend on the size of the input, such as 'mean'"
+                f"`layers`: {label!r} gave embeddings of {width} features and now {embeddings.shape[-1]}; choose a "
+                "`pool` whose number of features does not depend on the size of the input, such as 'mean'"
             )
         for metric in self._layers[label].values():
             metric.update(embeddings)
