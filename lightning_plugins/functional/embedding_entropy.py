@@ -13,6 +13,7 @@ from lightning_plugins.functional.spectrum import (
     finite_or_zero,
     full_precision,
     gram,
+    keep_signature,
     rows_and_lengths,
     smaller_gram,
 )
@@ -30,6 +31,7 @@ class _EmbeddingEntropy(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @keep_signature
     def forward(embeddings: Tensor, products: bool, vectors: bool) -> tuple[Tensor, ...]:
         rows, length = rows_and_lengths(embeddings)
         if products:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_plugins.functional.spectrum import full_precision
+from lightning_plugins.functional.spectrum import full_precision, keep_signature
 
 # On [0, 1], log(x) = CONSTANT + sum(LINEAR[j] * r[j]) + sum(BILINEAR[j] * r[j] * r[j + 1]) + error(x) with r[0] = x and
 # r[j + 1] = GAIN * r[j] - (GAIN * r[j] / 2) ** 2: each map stretches what is near 0 and keeps [0, 1] within [0, 1]. The
@@ -84,6 +84,7 @@ class _ProductEntropy(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @keep_signature
     def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
         log = log_by_products(matrix)
         return -(matrix * log).sum((-2, -1)), log
@@ -107,6 +108,7 @@ class _KnownLog(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @keep_signature
     def forward(matrix: Tensor, log: Tensor) -> Tensor:
         return log.clone()
 

@@ -7,7 +7,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_plugins.functional.spectrum import finite_or_zero, full_precision, symmetric_product
+from lightning_plugins.functional.spectrum import (
+    finite_or_zero,
+    full_precision,
+    keep_signature,
+    symmetric_product,
+)
 
 
 def spectral_sum(matrix: Tensor, *, power: float = 1.0, logarithm: bool = False) -> Tensor:
@@ -56,22 +61,25 @@ def decompose(matrix: Tensor, *, vectors: bool) -> tuple[Tensor, Tensor]:
 
 def sum_over(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
     """Sum of ``x ** power``, times ``log(x)``, over the last dimension."""
-    x, kept = _floored(eigenvalues, power)
-    term = eigenvalues.clamp_min(0) * kept
+    x = _floored(eigenvalues, power)
+    term = eigenvalues.clamp_min(0)
     if power != 1:
         term = term * x.pow(power - 1)
+    if power < 1:
+        term = term * _kept(eigenvalues, x)
     return (term * x.log() if logarithm else term).sum(-1)
 
 
 def log_from(eigenvalues: Tensor, eigenvectors: Tensor) -> Tensor:
     """The logarithm of a matrix, taken at the floor of ``spectral_sum`` for eigenvalues below it."""
-    return symmetric_product(eigenvectors * _floored(eigenvalues, 1.0)[0].log()[..., None, :], eigenvectors)
+    return symmetric_product(eigenvectors * _floored(eigenvalues, 1.0).log()[..., None, :], eigenvectors)
 
 
 class _SpectralSum(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @keep_signature
     def forward(matrix: Tensor, power: float, logarithm: bool, vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
         safe, poison = finite_or_zero(matrix)
         eigenvalues, eigenvectors = decompose(safe, vectors=vectors)
@@ -102,6 +110,7 @@ class _Slope(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @keep_signature
     def forward(matrix: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, power: float, logarithm: bool) -> Tensor:
         return symmetric_product(eigenvectors * _slope(eigenvalues, power, logarithm)[..., None, :], eigenvectors)
 
@@ -120,28 +129,35 @@ class _Slope(Function):
             return eigenvectors @ inside @ eigenvectors.mT, None, None, None, None
 
 
-def _floored(eigenvalues: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues raised to the floor (see ``spectral_sum``), and those that are left in."""
+def _floored(eigenvalues: Tensor, power: float) -> Tensor:
+    """Eigenvalues raised to the floor (see ``spectral_sum``)."""
+    relative, least = _floor_of(eigenvalues, power)
+    return torch.maximum(eigenvalues, (eigenvalues[..., -1:] * relative).clamp_min(least))
+
+
+def _floor_of(eigenvalues: Tensor, power: float) -> tuple[float, float]:
     info = torch.finfo(eigenvalues.dtype)
     # The second derivative of a power below 1 goes up to the inverse square of the floor.
-    relative, least = (info.eps**2, info.tiny) if power >= 1 else (8 * info.eps, info.tiny**0.5)
-    floor = (eigenvalues[..., -1:] * relative).clamp_min(least)
-    kept = eigenvalues.new_ones(()).expand_as(eigenvalues) if power >= 1 else (eigenvalues > floor).to(floor.dtype)
-    return torch.maximum(eigenvalues, floor), kept
+    return (info.eps**2, info.tiny) if power >= 1 else (8 * info.eps, info.tiny**0.5)
+
+
+def _kept(eigenvalues: Tensor, floored: Tensor) -> Tensor:
+    """1 for eigenvalues that a power below 1 leaves in, else 0."""
+    return (eigenvalues == floored).to(eigenvalues.dtype)
 
 
 def _slope(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
     """Derivative of ``x ** power``, times ``log(x)``."""
-    x, kept = _floored(eigenvalues, power)
+    x = _floored(eigenvalues, power)
     slope = power * x.log() + 1 if logarithm else torch.full_like(x, power)
     if power != 1:
-        slope = slope * x.pow(power - 1) * kept
-    return slope
+        slope = slope * x.pow(power - 1)
+    return slope * _kept(eigenvalues, x) if power < 1 else slope
 
 
 def _divided_differences(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
     """``(f'(x_i) - f'(x_j)) / (x_i - x_j)``, and ``f''`` for equal ones, without cancellation."""
-    x, kept = _floored(eigenvalues, power)
+    x = _floored(eigenvalues, power)
     low, high = torch.minimum(x[..., None], x[..., None, :]), torch.maximum(x[..., None], x[..., None, :])
     log_ratio = torch.log1p((high - low) / low)
     equal = high == low
@@ -155,6 +171,7 @@ def _divided_differences(eigenvalues: Tensor, power: float, logarithm: bool) -> 
     if power >= 1:
         return result
     # An eigenvalue that is left out counts as zero with slope zero.
+    kept = _kept(eigenvalues, x)
     outside = torch.where(kept[..., None] > kept[..., None, :], x[..., None], x[..., None, :])
     slope = _slope(eigenvalues, power, logarithm)
     outside = (slope[..., None] + slope[..., None, :]) / outside
