@@ -40,13 +40,19 @@ class NonfiniteGuard:
         """Pass embeddings into the term: in float32 at least, their gradient free of undefined entries.
 
         The cast comes first: an overflow in the half-precision gradient behind it is what an fp16 scaler looks for.
+
+        Returns:
+            The embeddings, for the term to be computed from.
         """
         if embeddings.dtype in (torch.float16, torch.bfloat16):
             embeddings = embeddings.float()
         return cast(Tensor, _ZeroUndefinedGradient.apply(embeddings))
 
     def leave(self, value: Tensor, label: str) -> Tensor:
-        """The value, or zero (without a gradient) in place of one that is not finite.
+        """Let a term's value out.
+
+        Returns:
+            The value, or zero (without a gradient) in place of one that is not finite.
 
         Raises:
             FloatingPointError: If the value is not finite and the guard was told to raise.
@@ -55,8 +61,8 @@ class NonfiniteGuard:
         if self._on_nonfinite == "raise":
             if not finite:
                 raise FloatingPointError(
-                    f"{self._method}: the term of layer {label!r} is {value.item()}; look for NaN or Inf in its tensor, "
-                    "or pass `on_nonfinite='skip'`"
+                    f"{self._method}: the term of layer {label!r} is {value.item()}; look for NaN or Inf in its "
+                    "tensor, or pass `on_nonfinite='skip'`"
                 )
             return value
         self._skipped = self._skipped + (~finite).long()
@@ -67,8 +73,9 @@ class NonfiniteGuard:
         return int(self._skipped)
 
     def restore(self, skipped: int) -> None:
-        """Go on counting from ``skipped``."""
+        """Go on counting from ``skipped``, and warn again."""
         self._skipped = skipped
+        self._warned = False
 
     def warn_once(self) -> int:
         """Warn if anything was ever left out, the first time only; synchronises with the device."""

@@ -106,6 +106,11 @@ class VNERegularization(Callback):
                 "`queue_size` remembers the rows of all ranks and needs `scope='global'`, got `scope='local'`; "
                 "on a single device the two scopes are the same"
             )
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"`schedule` must be a Schedule, got {schedule!r} ({type(schedule).__name__}); take one out of "
+                "`lightning_plugins.schedules`, where a number is `Constant(number)`, or subclass Schedule"
+            )
         self._pool = resolve_pool(pool)
         self._term = VonNeumannEntropy(weight, scope=scope, method=method)
         self._guard = NonfiniteGuard("vne", check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
@@ -138,6 +143,7 @@ class VNERegularization(Callback):
         require_known_total(name, self.schedule, trainer)
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
             self._queues.clear()
+            self._guard.restore(0)
         self._step = join_training_step(pl_module, self)
         if not makes_layers_late(pl_module):
             self._attach(pl_module)
@@ -217,10 +223,11 @@ class VNERegularization(Callback):
     def _entropy(self, tensor: Tensor, label: str) -> Tensor:
         try:
             embeddings = self._guard.enter(pool_embeddings(tensor, self._pool))
+            if not self.queue_size:
+                return self._term.entropy(embeddings)
+            entropy, rows = self._term.entropy_with_rows(embeddings, self._queues.get(label))
         except (TypeError, ValueError) as error:
             raise type(error)(f"`layers`: {label!r}: {error}") from error
-        if not self.queue_size:
-            return self._term.entropy(embeddings)
-        entropy, rows = self._term.entropy_with_rows(embeddings, self._queues.get(label))
-        self._queues[label] = rows[-self.queue_size :]
+        # a row that is NaN would spoil every entropy until it has left; a row of zeros adds nothing to the spectrum
+        self._queues[label] = rows[-self.queue_size :].nan_to_num(nan=0.0)
         return entropy
