@@ -1,0 +1,164 @@
+"""Gradients with rescaled singular values: the preconditioner of GAP, exact and approximate."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lightning_plugins._checks import check_choice
+from lightning_plugins.functional.spectrum import at_least_float32, check_floating, finite_or_zero, full_precision
+
+Derivative = Literal["constant", "exact"]
+
+_TIE = 1e-3  # of the sum of two singular values: closer ones count as equal in the exact derivative
+
+
+def gap_precondition(
+    gradient: Tensor, gains: Tensor, *, approximate: bool = False, derivative: Derivative = "constant"
+) -> Tensor:
+    """Multiply the singular values of a gradient by gains, the first gain being that of the largest singular value.
+
+    With the decomposition ``G = U @ diag(s) @ V.T`` the result is ``U @ diag(gains * s) @ V.T``, from one
+    eigendecomposition of the smaller Gram matrix. Gains of one return the gradient itself. Since gains go by the order
+    of the singular values, the result jumps where two of them with different gains change places.
+
+    The result's own derivative, which is what meta-learning needs, comes in two forms:
+
+    * ``"constant"``: singular vectors count as constants, as in the published update ``P @ G`` with
+      ``P = U @ diag(gains) @ U.T``. Where ``m > n``, ``P`` has rank ``n`` at most, and changes of ``G`` outside of the
+      columns of ``U`` are lost, even with gains of one.
+    * ``"exact"``: the derivative of the result, in divided differences. Two singular values that differ by less than a
+      thousandth of their sum count as equal, which leaves out the term that grows without bound at the jump.
+
+    With respect to the gains both are the same. They are finite for equal and for vanishing singular values.
+
+    Args:
+        gradient: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``: gradients of tasks or layers of one
+            shape. A convolution's kernel goes in as ``(out, in * height * width)``.
+        gains: Floating tensor of shape ``(min(m, n),)``, or ``(..., min(m, n))`` that broadcasts with the gradient.
+        approximate: Multiply the rows by the gains if ``m <= n``, else the columns: no decomposition. ``derivative``
+            does not matter then.
+        derivative: ``"constant"`` or ``"exact"``.
+
+    Returns:
+        Tensor of shape ``(..., m, n)``: float32 for float16 and bfloat16 gradients, else the gradient's dtype. Autocast
+        is off inside. Singular values below ``sqrt(eps)`` of the largest (3e-4 in float32) may exchange their gains.
+        NaN where a matrix holds a value that is not finite. It can be differentiated once, and for ``approximate`` any
+        number of times.
+
+    Raises:
+        TypeError: If ``gradient`` or ``gains`` is not a real floating tensor, or ``derivative`` not a string.
+        ValueError: If ``gradient`` or ``gains`` does not have the shape described, or ``derivative`` is unknown.
+
+    Example:
+        >>> gap_precondition(torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([2.0, 0.5]))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 6.0000]])
+
+    Source:
+        Kang et al., CVPR 2023, https://arxiv.org/abs/2304.01552. The authors' code decomposes the gradient itself; the
+        exact derivative is ours.
+    """
+    _check_shapes(gradient, gains)
+    check_choice("derivative", derivative, get_args(Derivative))
+    with full_precision(gradient):
+        matrix = at_least_float32(gradient)
+        gains = gains.to(matrix.dtype)
+        turned = matrix.shape[-2] > matrix.shape[-1]
+        if approximate:
+            return matrix * (gains[..., None, :] if turned else gains[..., None])
+        batch = torch.broadcast_shapes(matrix.shape[:-2], gains.shape[:-1])
+        matrix = matrix.expand(*batch, *matrix.shape[-2:])
+        wide = matrix.mT if turned else matrix
+        gains = gains.expand(*batch, wide.shape[-2])
+        result: Tensor = _Precondition.apply(wide, gains, turned, derivative == "exact")[0]
+    return result.mT if turned else result
+
+
+def _check_shapes(gradient: Tensor, gains: Tensor) -> None:
+    check_floating("gradient", gradient)
+    check_floating("gains", gains)
+    shape = tuple(gradient.shape)
+    if len(shape) < 2 or 0 in shape[-2:]:
+        raise ValueError(
+            f"`gradient` must have shape (..., m, n) with at least one row and one column, got {shape};"
+            " a convolution's kernel is `gradient.flatten(1)`, the gradient of a bias takes no gains"
+        )
+    least = min(shape[-2:])
+    if gains.ndim == 0 or gains.shape[-1] != least:
+        raise ValueError(f"`gains` must have shape (..., {least}) for matrices {shape[-2:]}, got {tuple(gains.shape)}")
+    if any(a != b and 1 not in {a, b} for a, b in zip(reversed(shape[:-2]), reversed(gains.shape[:-1]), strict=False)):
+        raise ValueError(f"`gains` must broadcast with a gradient {shape}, got {tuple(gains.shape)}")
+
+
+class _Precondition(Function):
+    """Matrices with no more rows than columns; ``turned`` says that they are transposed gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, gains: Tensor, turned: bool, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        left, values, rows, right, poison = _decompose(matrix)
+        # As a change of the matrix: gains of one are the identity without rounding.
+        return matrix + left @ ((gains - 1)[..., None] * rows) + poison, left, values, right
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool, bool], output: tuple[Tensor, ...]) -> None:
+        _, gains, ctx.turned, ctx.exact = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gains, *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        gains, left, values, right = ctx.saved_tensors
+        with full_precision(left):
+            inside = left.mT @ grad
+            projected = inside @ right.mT
+            if ctx.exact:
+                core = _weighted(projected, gains, values)
+                grad_matrix = left @ (core @ right + gains[..., None] * (inside - projected @ right))
+            elif ctx.turned:  # the gradient's left singular vectors are the rows of `right`
+                grad_matrix = (grad @ right.mT) @ (gains[..., None] * right)
+            else:
+                grad_matrix = left @ (gains[..., None] * inside)
+            return grad_matrix, projected.diagonal(dim1=-2, dim2=-1) * values, None, None
+
+
+def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition of wide matrices from their Gram matrices, largest values first.
+
+    Returns:
+        ``U`` of shape ``(..., m, m)``, the values ``(..., m)``, the rows of ``U.T @ G`` and the same scaled to unit
+        length, ``(..., m, n)``, with a zero row for a value below ``10 * eps`` of the largest; and 0 or NaN,
+        ``(..., 1, 1)``, to add to results.
+    """
+    # The squares of very large or small entries would overflow or vanish.
+    scale = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1)
+    scaled, poison = finite_or_zero(matrix / scale)
+    left = torch.linalg.eigh(scaled @ scaled.mT)[1].flip(-1)
+    rows = left.mT @ scaled
+    # The rows' lengths are singular values without the squaring of the Gram matrix's eigenvalues.
+    values = torch.linalg.vector_norm(rows, dim=-1)
+    vanishing = values <= 10 * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+    right = rows / values.masked_fill(vanishing, torch.inf)[..., None]
+    return left, values.masked_fill(vanishing, 0) * scale[..., 0], rows * scale, right, poison[..., None, None]
+
+
+def _weighted(projected: Tensor, gains: Tensor, values: Tensor) -> Tensor:
+    """The core of the exact derivative, from ``U.T @ grad @ V``."""
+    # With f = gains * s, the symmetric part is weighted by (f_i - f_j) / (s_i - s_j) and the skew part by (f_i + f_j) /
+    # (s_i + s_j). Both are the mean of the two gains and a term in their difference, which vanishes on the diagonal.
+    mean = (gains[..., None] + gains[..., None, :]) / 2
+    half = (gains[..., None] - gains[..., None, :]) / 2
+    gap = values[..., None] - values[..., None, :]
+    total = values[..., None] + values[..., None, :]
+    symmetric = half * (total / gap.masked_fill(gap.abs() <= _TIE * total, torch.inf))
+    skew = half * (gap / total.masked_fill(total == 0, torch.inf))
+    return (mean + (symmetric + skew) / 2) * projected + (symmetric - skew) / 2 * projected.mT
