@@ -75,4 +75,4 @@ def _gradient(grad: Tensor, rows: Tensor, length: Tensor, log: Tensor) -> Tensor
     factor = grad * (-2 / n) / length
     if torch.is_grad_enabled():
         return (result - rows * along) * factor
-    return result.addcmul_(rows, along, value=-1).mul_(factor)
+    return result.sub_(rows * along).mul_(factor)
