@@ -77,7 +77,7 @@ def shard(batches: Sequence[Sequence[Tensor]], bounds: Sequence[int]) -> list[tu
 
 
 def fit(model: LightningModule, batches: Sequence[Any], callbacks: Any = (), **settings: Any) -> Trainer:
-    """Fit without files or bars; `validation` is a loader, `ckpt_path` a checkpoint, other `settings` are the Trainer's."""
+    """Fit without files or bars; `validation` is a loader, `ckpt_path` a checkpoint, the rest goes to the Trainer."""
     ckpt_path, validation = settings.pop("ckpt_path", None), settings.pop("validation", None)
     loader = batches if isinstance(batches, Batches) else Batches(batches)
     defaults = {

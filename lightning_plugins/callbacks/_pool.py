@@ -29,7 +29,7 @@ def resolve_pool(pool: str | Callable[[Tensor], Tensor]) -> str | Callable[[Tens
     module, _, name = pool.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: nothing before a dot
         raise ValueError(
             f"`pool={pool!r}` cannot be imported: {error}; give the dotted path of a function, "
             f"or one of {', '.join(map(repr, POOLS))}"
@@ -37,3 +37,10 @@ def resolve_pool(pool: str | Callable[[Tensor], Tensor]) -> str | Callable[[Tens
     if not callable(found):
         raise ValueError(f"`pool={pool!r}` names {type(found).__name__}, which cannot be called")
     return cast(Callable[[Tensor], Tensor], found)
+
+
+def pool_name(pool: str | Callable[[Tensor], Tensor]) -> str:
+    """A name for state keys: the representation of a callable holds an address, another one in every process."""
+    if isinstance(pool, str):
+        return pool
+    return f"{getattr(pool, '__module__', '')}.{getattr(pool, '__qualname__', type(pool).__name__)}"

@@ -26,17 +26,22 @@ class StepListener(Protocol):
 
 
 class WrappedStep:
-    """The callable that stands in a module's ``__dict__`` as its ``training_step``."""
+    """The wrapper of one module's ``training_step`` and the callbacks that take part in it."""
 
     def __init__(self, pl_module: LightningModule) -> None:
         self.listeners: list[StepListener] = []
         self._pl_module = pl_module
         self._own_entry = vars(pl_module).get("training_step")  # a compiled module has one
         self._step: Callable[..., Any] = pl_module.training_step
-        # Lightning reads the step's signature (does it take `batch_idx`, `dataloader_iter`?) behind this attribute
-        self.__wrapped__ = getattr(self._step, "__wrapped__", self._step)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def training_step(*args: Any, **kwargs: Any) -> Any:  # a plain function: Lightning looks at its code
+            return self._run(*args, **kwargs)
+
+        # Lightning reads the step's signature (does it take `batch_idx`, `dataloader_iter`?) behind `__wrapped__`.
+        vars(training_step).update(__wrapped__=getattr(self._step, "__wrapped__", self._step), wrapped_step=self)
+        self.training_step = training_step
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if not self._pl_module.trainer.training:  # a validation_step may call training_step: no penalty there
             return self._step(*args, **kwargs)
         with ExitStack() as contexts:
@@ -55,19 +60,19 @@ class WrappedStep:
         """End the listener's part; the last one takes the wrapper off."""
         if listener in self.listeners:
             self.listeners.remove(listener)
-        if self.listeners or vars(self._pl_module).get("training_step") is not self:
+        if self.listeners or vars(self._pl_module).get("training_step") is not self.training_step:
             return  # someone wrapped the step after us: without listeners we only pass it on
         del self._pl_module.training_step
         if self._own_entry is not None:
-            self._pl_module.training_step = self._own_entry
+            self._pl_module.training_step = self._own_entry  # type: ignore[method-assign]  # as it stood before
 
 
 def join_training_step(pl_module: LightningModule, listener: StepListener) -> WrappedStep:
     """Let ``listener`` take part in the module's training steps; the first one puts the wrapper on."""
-    step = vars(pl_module).get("training_step")
-    if not isinstance(step, WrappedStep):
+    step: WrappedStep | None = getattr(vars(pl_module).get("training_step"), "wrapped_step", None)
+    if step is None:
         step = WrappedStep(pl_module)
-        pl_module.training_step = step
+        pl_module.training_step = step.training_step  # type: ignore[method-assign]  # this is the mechanism
         if _is_compiled(pl_module):
             torch.compiler.reset()  # graphs traced in an earlier fit would go past hooks registered since
     step.listeners.append(listener)

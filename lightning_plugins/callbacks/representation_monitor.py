@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins.callbacks._figures import hand_to_loggers
-from lightning_plugins.callbacks._pool import resolve_pool
+from lightning_plugins.callbacks._pool import pool_name, resolve_pool
 from lightning_plugins.callbacks._pooled_capture import PooledCapture
 from lightning_plugins.callbacks._requirements import require_lightning_module, require_supported_strategy
 from lightning_plugins.callbacks._spectra import SpectrumHistory
@@ -107,10 +107,8 @@ class RepresentationMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Unique for every different instance, so that several keep their own entries in a checkpoint."""
-        # of callables the name: their representation holds an address, another one in every process
-        pool = self.pool if isinstance(self.pool, str) else getattr(self.pool, "__qualname__", type(self.pool).__name__)
         return self._generate_state_key(
-            layers=self.layers, pool=pool, every_n_steps=self.every_n_steps, metrics=self.metrics
+            layers=self.layers, pool=pool_name(self.pool), every_n_steps=self.every_n_steps, metrics=self.metrics
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -16,7 +16,7 @@ from lightning_plugins._checks import (
 )
 from lightning_plugins.callbacks._capture import LayerCapture
 from lightning_plugins.callbacks._nonfinite import NonfiniteGuard
-from lightning_plugins.callbacks._pool import resolve_pool
+from lightning_plugins.callbacks._pool import pool_name, resolve_pool
 from lightning_plugins.callbacks._progress import training_progress
 from lightning_plugins.callbacks._requirements import (
     makes_layers_late,
@@ -121,11 +121,10 @@ class VNERegularization(Callback):
     @property
     def state_key(self) -> str:
         """Unique for every different instance, so that several keep their own entries in a checkpoint."""
-        pool = self.pool if isinstance(self.pool, str) else f"{self.pool.__module__}.{self.pool.__qualname__}"
         return self._generate_state_key(
             layers=self.layers,
             weight=self.weight,
-            pool=pool,
+            pool=pool_name(self.pool),
             scope=self.scope,
             queue_size=self.queue_size,
             schedule=repr(self.schedule),
@@ -190,7 +189,8 @@ class VNERegularization(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Say once if terms were left out, when the loggers look at the device anyway."""
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the Trainer sets it
+        if every and trainer.global_step % every == 0:
             skipped = self._guard.warn_once()
             if skipped:
                 pl_module.log("vne/skipped", float(skipped))

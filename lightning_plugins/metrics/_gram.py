@@ -1,5 +1,6 @@
 """What the spectral metrics share: a Gram matrix summed over batches and ranks, and its spectrum."""
 
+from abc import abstractmethod
 from functools import cached_property
 
 import torch
@@ -101,6 +102,6 @@ class GramMetric(SumMetric):
             return GramStatistics(self.gram, self.count)
 
     @staticmethod
+    @abstractmethod
     def from_statistics(statistics: GramStatistics) -> Tensor:
         """The metric's value from the summed Gram matrix; subclasses say how."""
-        raise NotImplementedError

@@ -1,5 +1,5 @@
 import copy
-import math
+import functools
 from typing import Any
 
 import pytest
@@ -324,8 +324,7 @@ def test_a_wrapper_put_on_later_survives():
     class WrapsLater(VNERegularization):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             super().on_fit_start(trainer, pl_module)
-            inner = pl_module.training_step
-            pl_module.training_step = lambda batch, batch_idx: inner(batch, batch_idx)
+            pl_module.training_step = functools.partial(pl_module.training_step)
 
     model = seeded(Classifier)
     fit(model, make_batches(), [WrapsLater("backbone", weight=0.3)])
@@ -341,6 +340,7 @@ def test_same_arguments_same_key_and_others_another():
         VNERegularization("a", weight=0.2),
         VNERegularization("a", weight=0.1, pool="tokens"),
         VNERegularization("a", weight=0.1, pool=torch.flatten),
+        VNERegularization("a", weight=0.1, pool=nn.Flatten()),
         VNERegularization("a", weight=0.1, schedule=Linear(0, 1)),
     ]
     assert one.state_key == same.state_key
