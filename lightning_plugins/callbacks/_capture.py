@@ -56,7 +56,10 @@ class LayerCapture:
             self._active = False
 
     def take(self) -> dict[str, list[Tensor]]:
-        """Hand over what was recorded since the last `recording`: per layer, one tensor for each of its calls.
+        """Hand over what was recorded since the last `recording`.
+
+        Returns:
+            By layer, one tensor for each of its calls.
 
         Raises:
             MisconfigurationException: If a layer did not run, or ran without a gradient although one is recorded, or
@@ -100,7 +103,7 @@ class LayerCapture:
         if self._needs_gradient:  # never under inference mode, whose tensors do not count their changes
             self._versions[label].append(tensor._version)
 
-    # A copy of the model (a teacher, an average of weights) carries the same hook functions: they must not answer there.
+    # A copy of the model (a teacher, an average of weights) has the same hook functions: they must not answer there.
     def _input_hook(self, label: str, own: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._active and module is own:
@@ -125,8 +128,13 @@ def _labelled(references: Sequence[TensorRef]) -> dict[str, TensorRef]:
 def first_tensor(value: Any, label: str) -> Tensor:
     """The tensor in what a layer received or returned.
 
-    A tensor is taken as it is, of a tuple, list or dictionary of keyword arguments the first entry, of a transformers
-    output its ``last_hidden_state``.
+    Args:
+        value: A tensor, a tuple or list or dictionary of keyword arguments whose first entry is one, or a transformers
+            output, of which ``last_hidden_state`` is taken.
+        label: The layer's name, for the message.
+
+    Returns:
+        The tensor itself.
 
     Raises:
         TypeError: If there is no tensor at that place.
