@@ -8,14 +8,17 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins.callbacks._figures import hand_to_loggers
 from lightning_plugins.callbacks._pool import pool_name, resolve_pool
 from lightning_plugins.callbacks._pooled_capture import PooledCapture
-from lightning_plugins.callbacks._requirements import require_lightning_module, require_supported_strategy
+from lightning_plugins.callbacks._requirements import (
+    makes_layers_late,
+    require_lightning_module,
+    require_supported_strategy,
+)
 from lightning_plugins.callbacks._spectra import SpectrumHistory
 from lightning_plugins.callbacks._statistics import METRICS, LayerStatistics
 from lightning_plugins.callbacks._training_step import WrappedStep, join_training_step
@@ -127,11 +130,11 @@ class RepresentationMonitor(Callback):
                 self._history.clear()
                 self._epoch = None
             self._step = join_training_step(pl_module, self)
-        if not is_overridden("configure_model", pl_module):
+        if not makes_layers_late(pl_module):
             self._attach(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register the hooks of layers that ``configure_model`` has just made."""
+        """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
         if self._capture is None:
             self._attach(pl_module)
 
@@ -176,7 +179,7 @@ class RepresentationMonitor(Callback):
         self._draw(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register the hooks of layers that ``configure_model`` has just made."""
+        """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
         if self._capture is None:
             self._attach(pl_module)
 
