@@ -1,0 +1,244 @@
+"""The settings in which every public callback keeps the contract, one row each, with what a user would write instead.
+
+A later callback adds its rows here; the tests named ``test_contract*`` run over all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
+from lightning_plugins.schedules import Linear
+from tests.models import Classifier, entropy_by_autograd
+
+RATE = 0.05  # small enough that rounding differences do not grow, as they do in a training that overshoots
+
+
+class Model(Classifier):
+    """Sees each batch in one or two views; its main loss adds up over ranks, although DDP averages gradients."""
+
+    def __init__(self, *, views: int = 1, **arguments: Any) -> None:
+        super().__init__(lr=RATE, **arguments)
+        self.views = views
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        losses = [self.loss([view, batch[1]]) for view in self.views_of(batch)]
+        return torch.stack(losses).sum() * self.trainer.world_size
+
+    def views_of(self, batch: Sequence[Tensor]) -> list[Tensor]:
+        return [batch[0], batch[0].flip(1)][: self.views]
+
+
+class ByHand(Model):
+    """The entropy term written out in the step, through autograd of an eigendecomposition."""
+
+    layers: tuple[str, ...] = ("head",)
+    weight = 0.3
+    queue_size = 0
+    every_n_steps = 1
+
+    def __init__(self, *, factor: Callable[[int, float], float] = lambda step, end: 1.0, **arguments: Any) -> None:
+        own = {name: arguments.pop(name) for name in tuple(arguments) if hasattr(ByHand, name)}
+        super().__init__(**arguments)
+        vars(self).update(own)
+        self.factor = factor
+
+    def on_train_start(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step % self.every_n_steps:
+            return loss
+        strength = (
+            self.weight * self.every_n_steps * self.factor(self.global_step, self.trainer.estimated_stepping_batches)
+        )
+        for layer in self.layers:
+            entropies = [self.entropy(layer, view) for view in self.views_of(batch)]
+            loss = loss - strength * torch.stack(entropies).mean()
+        return loss
+
+    def entropy(self, layer: str, view: Tensor) -> Tensor:
+        features = self.backbone[:2](view) if layer == "first" else self.backbone(view)
+        with torch.autocast("cpu", enabled=False):
+            rows = nn.functional.normalize(features.double() if features.dtype == torch.float64 else features.float())
+            rows = torch.cat([self.memory.get(layer, rows[:0]), rows])
+            if self.queue_size:
+                self.memory[layer] = rows.detach()[-self.queue_size :]
+            return entropy_by_autograd(rows)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row.
+
+    Attributes:
+        callbacks: Makes the callbacks; called once for every Trainer.
+        by_hand: What to hand to `ByHand` to get the same training without them; None if they only look on.
+        model: Arguments of the model.
+        logged: The names they log, all of them.
+        yaml: The same callbacks as LightningCLI reads them.
+    """
+
+    callbacks: Callable[[], list[Callback]]
+    by_hand: dict[str, Any] | None
+    logged: tuple[str, ...]
+    yaml: str
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, kind: type[Model] = Model, **arguments: Any) -> Model:
+        """The model that the callbacks are put on."""
+        torch.manual_seed(0)
+        return kind(**{**self.model, **arguments})
+
+    def reference(self, **arguments: Any) -> Model:
+        """The model, of the same weights, that needs no callbacks."""
+        if self.by_hand is None:
+            return self.make(**arguments)
+        return self.make(ByHand, **self.by_hand, **arguments)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a batch is seen together with earlier ones."""
+        return bool(self.by_hand and self.by_hand.get("queue_size"))
+
+
+def assert_close(case: str, found: Any, wanted: Any, **tolerance: float) -> None:
+    """For tests that go through many cases: the message begins with the name of the case."""
+    torch.testing.assert_close(found, wanted, **tolerance, msg=lambda text: f"{case}: {text}")
+
+
+def total(features: Tensor) -> Tensor:
+    """A pool that is named by its import path."""
+    return features.flatten(start_dim=1)
+
+
+SETTINGS = {
+    # 8 rows: of three columns ranks exchange the matrix, of twenty the rows
+    "vne": Setting(
+        lambda: [VNERegularization("head:input", weight=0.3)],
+        by_hand={},
+        model={"width": 3},
+        logged=("vne/head/entropy", "vne/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args: {layers: "head:input", weight: 0.3}
+""",
+    ),
+    "vne, more columns than rows": Setting(
+        lambda: [VNERegularization("backbone", weight=-0.2, pool=total)],
+        by_hand={"weight": -0.2},
+        model={"width": 20},
+        logged=("vne/backbone/entropy", "vne/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args: {layers: backbone, weight: -0.2, pool: tests.contract_table.total}
+""",
+    ),
+    "vne, queue": Setting(
+        lambda: [VNERegularization("backbone", weight=0.3, queue_size=11)],
+        by_hand={"queue_size": 11},
+        logged=("vne/backbone/entropy", "vne/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args: {layers: backbone, weight: 0.3, queue_size: 11, scope: global, method: eigh, on_nonfinite: raise}
+""",
+    ),
+    "vne, schedule": Setting(
+        lambda: [VNERegularization("backbone", weight=0.3, schedule=Linear(0.0, 1.0, begin=1, until=6, unit="steps"))],
+        by_hand={"factor": lambda step, end: min(max((step - 1) / 5, 0.0), 1.0)},
+        logged=("vne/backbone/entropy", "vne/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args:
+    layers: backbone
+    weight: 0.3
+    schedule:
+      class_path: lightning_plugins.schedules.Linear
+      init_args: {start: 0.0, end: 1.0, begin: 1, until: 6, unit: steps}
+""",
+    ),
+    "vne, several layers": Setting(
+        lambda: [VNERegularization(["backbone.1", "head:input"], weight=0.1)],
+        by_hand={"layers": ("first", "head"), "weight": 0.1},
+        logged=("vne/backbone.1/entropy", "vne/head/entropy", "vne/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args: {layers: ["backbone.1", "head:input"], weight: 0.1, pool: flatten}
+""",
+    ),
+    "vne, all at once": Setting(
+        lambda: [
+            VNERegularization("backbone", 0.1, queue_size=11, every_n_steps=2, schedule=Linear(1, 0.5, until=0.5)),
+        ],
+        by_hand={
+            "weight": 0.1,
+            "queue_size": 11,
+            "every_n_steps": 2,
+            "factor": lambda step, end: max(1 - step / end, 0.5),
+        },
+        model={"views": 2},
+        logged=("vne/backbone/entropy", "vne/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args:
+    layers: backbone
+    weight: 0.1
+    queue_size: 11
+    every_n_steps: 2
+    schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
+""",
+    ),
+    "vne twice": Setting(
+        lambda: [VNERegularization("backbone.1", weight=0.1), VNERegularization("backbone", weight=0.1)],
+        by_hand={"layers": ("first", "head"), "weight": 0.1},
+        logged=("vne/backbone.1/entropy", "vne/backbone/entropy", "vne/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args: {layers: backbone.1, weight: 0.1}
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args: {layers: backbone, weight: 0.1}
+""",
+    ),
+    "monitor": Setting(
+        lambda: [
+            RepresentationMonitor(
+                ["backbone.1", "head:input"], every_n_steps=1, metrics=["entropy", "uniformity"], figures=False
+            )
+        ],
+        by_hand=None,
+        logged=tuple(
+            f"representation/train/{layer}/{metric}"
+            for layer in ("backbone.1", "head")
+            for metric in ("entropy", "uniformity")
+        ),
+        yaml="""
+- class_path: lightning_plugins.callbacks.RepresentationMonitor
+  init_args:
+    layers: ["backbone.1", "head:input"]
+    every_n_steps: 1
+    metrics: [entropy, uniformity]
+    pool: tests.contract_table.total
+    figures: true
+    max_spectra: 4
+""",
+    ),
+    "vne and monitor": Setting(
+        lambda: [
+            RepresentationMonitor("backbone", every_n_steps=2, metrics=["rankme"], figures=False),
+            VNERegularization("backbone", weight=0.3),
+        ],
+        by_hand={},
+        logged=("vne/backbone/entropy", "vne/penalty", "representation/train/backbone/rankme"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.RepresentationMonitor
+  init_args: {layers: backbone, every_n_steps: 2, metrics: [rankme], figures: false}
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args: {layers: backbone, weight: 0.3}
+""",
+    ),
+}
