@@ -114,12 +114,24 @@ class RankTerm(NamedTuple):
     Attributes:
         value: Shape ``(...)``.
         gradient: Shape ``(..., m, n)``.
-        start: What `followed_gradient` takes at the next call; None after an exact decomposition.
     """
 
     value: Tensor
     gradient: Tensor
-    start: Tensor | None = None
+
+
+class FollowedRankTerm(NamedTuple):
+    """A modified stable rank of matrices ``(..., m, n)``, its gradient, and where to go on from.
+
+    Attributes:
+        value: Shape ``(...)``.
+        gradient: Shape ``(..., m, n)``.
+        start: What `followed_gradient` takes at the next call.
+    """
+
+    value: Tensor
+    gradient: Tensor
+    start: Tensor
 
 
 def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:
@@ -150,7 +162,7 @@ def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:
         return RankTerm(tail / least + poison, gradient.div_(scale) + poison[..., None, None])
 
 
-def followed_gradient(weight: Tensor, rank: int, p: Power, start: Tensor) -> RankTerm:
+def followed_gradient(weight: Tensor, rank: int, p: Power, start: Tensor) -> FollowedRankTerm:
     """`modified_stable_rank` and its gradient from followed singular vectors, by products with the weight.
 
     The accuracy is that of `top_singular_subspace` with ``start``; with ``p=1`` the tail is that of `polar_factor` with
@@ -174,7 +186,7 @@ def followed_gradient(weight: Tensor, rank: int, p: Power, start: Tensor) -> Ran
         found = top_singular_subspace(wide, start.shape[-1], start=start)
         basis, values = found.basis[..., :rank], found.values[..., :rank]
         value, gradient = _of_squares(wide, basis, values) if p == 2 else _of_sums(wide, basis, values)
-        return RankTerm(value, gradient.mT if turned else gradient, found.start)
+        return FollowedRankTerm(value, gradient.mT if turned else gradient, found.start)
 
 
 def _of_squares(matrix: Tensor, basis: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,5 +85,5 @@ def _follow(matrix: Tensor, start: Tensor) -> Subspace:
     rotation = rotation.flip(-1)
     ahead = matrix @ rows.mT @ rotation
     # Householder's: columns of a rank-deficient matrix may vanish, and are then completed to an orthonormal set.
-    following = torch.linalg.qr(torch.where(poison[..., None, None] == 0, ahead, start))[0]
+    following = torch.linalg.qr(torch.where(poison[..., None, None] == 0, ahead, start))[0].contiguous()
     return Subspace(start @ rotation, eigenvalues.flip(-1).clamp_min(0).sqrt() + poison[..., None], following)
