@@ -1,0 +1,256 @@
+"""The stable rank of weights as a callback for training loops that already exist."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
+from lightning_plugins.callbacks._nonfinite import NonfiniteGuard
+from lightning_plugins.callbacks._progress import training_progress
+from lightning_plugins.callbacks._requirements import (
+    require_known_total,
+    require_lightning_module,
+    require_supported_strategy,
+)
+from lightning_plugins.callbacks._weight_gradients import add_gradient, scaler_of_fused, shared_out
+from lightning_plugins.functional.stable_rank import check_power, exact_gradient, followed_gradient
+from lightning_plugins.functional.subspace import top_singular_subspace
+from lightning_plugins.regularizers._weight_targets import Target, check_rank, check_scheme, select_targets
+from lightning_plugins.schedules import Schedule
+from lightning_plugins.selection import check_layers
+
+
+class StableRankRegularization(Callback):
+    """Press weights towards a low rank during training, at next to no cost and with no change to the model.
+
+    Without ``rank`` the term of a layer is ``weight * SR``, with ``SR`` the stable rank: the squared Frobenius norm
+    over the squared spectral norm. With ``rank`` it is ``weight * mSR``: the sum of ``s ** p`` over the singular values
+    after the ``rank`` largest, divided by that over the ``rank`` largest. The terms of the layers are summed. They do
+    not depend on the scale of a weight, so keep weight decay on.
+
+    The gradient is a closed form that is added once an optimizer step, however many batches are accumulated: after the
+    ranks' gradients were averaged and an fp16 scaler undone, before clipping. The layers are shared out over the ranks
+    and the gradients exchanged. It works for manual optimization too. The loss that is logged is without the term. A
+    weight that has no gradient at a step (frozen, or not used) gets none from the term either.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them. Among the matches of a glob the linear
+            layers, the convolutions and the projections of ``nn.MultiheadAttention`` are taken; each group of a grouped
+            convolution is a matrix of its own, whose terms are summed.
+        weight: Positive to lower the stable rank, negative to raise it.
+        rank: The rank aimed at: a fraction (a float between 0 and 1) of each matrix's smaller side, one number for all
+            (matrices that are not larger have no tail and are passed over), a mapping from the layers' names to
+            numbers, or None for the stable rank, which aims at 1.
+        p: With ``rank``: 1 drives the singular values beyond it to zero, 2 lowers them. 1 costs two products with the
+            smaller side's square and its eigendecomposition; 2, as ``rank=None``, follows the leading singular vectors
+            from step to step instead.
+        scheme: How a convolution's kernel becomes a matrix: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``.
+        schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
+        every_n_steps: Only every n-th step of an optimizer carries the term, then n times as strong.
+        on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, with one warning and a count in the log;
+            ``"raise"`` raises `FloatingPointError`, which costs a synchronisation with the device at every step.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+
+    Logs ``stable_rank/<layer>``, the ``SR`` or ``mSR`` of each layer, and ``stable_rank/penalty``, the sum of this
+    callback's terms, at every step that carries them, and ``stable_rank/skipped`` once a term had to be left out.
+
+    Example:
+        >>> callback = StableRankRegularization(layers="backbone.*", weight=0.01, rank=0.25)
+        >>> callback.rank
+        0.25
+
+    Source:
+        Our reading of Eo et al., https://arxiv.org/abs/2111.15179, for ``mSR``. Following the singular vectors is ours.
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        weight: float,
+        *,
+        rank: int | float | dict[str, int] | None = None,
+        p: Literal[1, 2] = 1,
+        scheme: Literal[1, 2] = 1,
+        schedule: Schedule | None = None,
+        every_n_steps: int = 1,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+    ) -> None:
+        super().__init__()
+        self.layers = check_layers(layers, sides=False)
+        self.weight = check_finite_number("weight", weight)
+        self.rank = check_rank(rank)
+        self.p: Literal[1, 2] = check_power(p)
+        self.scheme: Literal[1, 2] = check_scheme(scheme)
+        self.schedule = schedule
+        self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
+        self._guard = NonfiniteGuard("stable_rank", check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
+        self._starts: dict[str, Tensor] = {}  # per matrix, the vectors that the next step goes on from
+        self._steps: dict[int, int] = {}  # per optimizer, the steps seen
+        self._targets: list[Target] = []
+
+    @property
+    def state_key(self) -> str:
+        """Unique for every different instance, so that several keep their own entries in a checkpoint."""
+        return self._generate_state_key(
+            layers=self.layers,
+            weight=self.weight,
+            rank=self.rank,
+            p=self.p,
+            scheme=self.scheme,
+            schedule=repr(self.schedule),
+            every_n_steps=self.every_n_steps,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the module and the Trainer, and find the weights."""
+        if stage != "fit":
+            return
+        name = type(self).__name__
+        require_lightning_module(name, pl_module)
+        require_supported_strategy(name, trainer)
+        require_known_total(name, self.schedule, trainer)
+        if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
+            self._starts.clear()
+            self._steps.clear()
+        if not (is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)):
+            self._find(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the weights where the module has only now made them, and check that an optimizer trains some."""
+        self._find(pl_module)
+        optimized = {id(parameter) for optimizer in trainer.optimizers for parameter in _parameters(optimizer)}
+        if not any(id(weight.tensor) in optimized for weight, _ in self._targets):
+            labels = ", ".join(weight.label for weight, _ in self._targets[:5])
+            raise MisconfigurationException(f"`layers`: an optimizer must train at least one of {labels}; none does")
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                f"{type(self).__name__} adds a gradient without a loss, and LBFGS compares losses; use another "
+                "optimizer, or `StableRankMixin`, whose term is part of the loss"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module, to which nothing was done."""
+        self._targets = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the module: ``teardown`` does not run after an exception."""
+        self._targets = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Add the terms' gradients to those of the weights that this optimizer trains."""
+        index = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
+        step = self._steps.get(index, 0)
+        self._steps[index] = step + 1
+        trained = {id(parameter) for parameter in _parameters(optimizer) if parameter.requires_grad}
+        targets = [target for target in self._targets if id(target.weight.tensor) in trained]
+        if not targets or step % self.every_n_steps:
+            return
+        factor = self.weight * self.every_n_steps * self._factor(trainer)
+        if factor == 0:
+            for weight, _ in targets:  # vectors that nobody follows fall behind: start afresh afterwards
+                self._starts.pop(weight.label, None)
+            return
+        with torch.no_grad():
+            self._add(pl_module, targets, factor, scaler_of_fused(trainer, optimizer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say once if terms were left out, when the loggers look at the device anyway."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+        if every and trainer.global_step % every == 0:
+            skipped = self._guard.warn_once()
+            if skipped:
+                pl_module.log("stable_rank/skipped", float(skipped))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once if terms were left out."""
+        self._guard.warn_once()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The vectors that are followed, the steps of each optimizer, and the count of terms left out."""
+        return {
+            "starts": {label: start.clone() for label, start in self._starts.items()},
+            "steps": dict(self._steps),
+            "skipped": self._guard.skipped(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's vectors and counts."""
+        self._starts = dict(state_dict["starts"])
+        self._steps = dict(state_dict["steps"])
+        self._guard.restore(state_dict["skipped"])
+
+    def _find(self, pl_module: LightningModule) -> None:
+        self._targets = select_targets(pl_module, self.layers, rank=self.rank, scheme=self.scheme)
+
+    def _factor(self, trainer: Trainer) -> float:
+        if self.schedule is None:
+            return 1.0
+        return self.schedule(training_progress(trainer, with_totals=self.schedule.needs_total))
+
+    def _add(self, pl_module: LightningModule, targets: list[Target], factor: float, scaler: Any) -> None:
+        found = shared_out(
+            [weight for weight, _ in targets],
+            lambda index, matrix: self._term(targets[index], matrix),
+            lambda index, matrix: self._empty(targets[index], matrix),
+        )
+        total = torch.zeros((), device=found[0][0].device)
+        for (weight, rank), (value, gradient, *start) in zip(targets, found, strict=True):
+            value = value.sum() + (rank is None) * value.numel()  # of all groups; a stable rank is 1 more
+            pl_module.log(f"stable_rank/{weight.label}", value)
+            total = total + factor * self._guard.leave(value, weight.label)
+            add_gradient(weight, _where_finite(value, gradient), factor, scaler)
+            if start:
+                self._starts[weight.label] = start[0]
+        pl_module.log("stable_rank/penalty", total)
+
+    def _term(self, target: Target, matrix: Tensor) -> tuple[Tensor, ...]:
+        """Value, gradient and, where vectors are followed, the vectors to go on from."""
+        rank, p = self._rank_and_power(target)
+        shape = self._start_shape(target, matrix)
+        if shape is None:
+            return exact_gradient(matrix, rank, p)[:2]
+        start = self._starts.get(target.weight.label)
+        if start is None or start.shape != shape:
+            start = top_singular_subspace(matrix, shape[-1]).start
+        value, gradient, following = followed_gradient(matrix, rank, p, start.to(matrix.device))
+        return value, gradient, following
+
+    def _empty(self, target: Target, matrix: Tensor) -> tuple[Tensor, ...]:
+        """What a rank receives `_term` into that does not compute it."""
+        dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+        shapes = [matrix.shape[:-2], matrix.shape, self._start_shape(target, matrix)]
+        return tuple(matrix.new_empty(shape, dtype=dtype) for shape in shapes if shape is not None)
+
+    def _start_shape(self, target: Target, matrix: Tensor) -> tuple[int, ...] | None:
+        """The shape of the vectors to follow; None where a whole decomposition at each step costs no more."""
+        rank, p = self._rank_and_power(target)
+        side = min(matrix.shape[-2:])
+        count = rank + max(8, rank // 4)  # the error of the last one wanted shrinks the faster, the more stand behind
+        cheaper = count <= side // 2 if p == 2 else matrix.is_cuda and 128 <= side >= count
+        # A weight that moved on for many steps is no longer where its vectors were left.
+        return (*matrix.shape[:-2], side, count) if cheaper and self.every_n_steps <= 4 else None
+
+    def _rank_and_power(self, target: Target) -> tuple[int, Literal[1, 2]]:
+        """A stable rank is, up to 1, what lies beyond rank 1 in squares."""
+        return (1, 2) if target.rank is None else (target.rank, self.p)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _where_finite(value: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient, or zeros if the value is not finite."""
+    if gradient.is_cpu:  # there a look at the value costs nothing, and a pass over the gradient does
+        return gradient if bool(value.isfinite()) else torch.zeros_like(gradient)
+    return torch.where(value.isfinite(), gradient, 0)
