@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lightning_plugins.functional import (
     renyi_entropy,
     von_neumann_entropy,
 )
+from lightning_plugins.functional.entropy import _use_products
 
 SHAPES = [(5, 3), (3, 5), (4, 4), (1, 4), (4, 1), (2, 5, 3), (2, 1, 3, 5)]
 ENTROPIES = {
@@ -272,6 +274,24 @@ def test_two_effective_ranks_differ():
     torch.testing.assert_close(effective_rank(h).item(), 4**0.75)
     torch.testing.assert_close(effective_rank(h, of="singular_values").item(), 8**0.5)
     torch.testing.assert_close(effective_rank(7 * h, of="singular_values").item(), 8**0.5)
+
+
+def test_singular_values_of_float32_are_not_squared_in_float32():
+    h = torch.randn(200, 3, dtype=torch.float64) @ torch.randn(3, 100, dtype=torch.float64)
+    expected = _in_numpy("rank_of_singular_values", h.numpy())
+    torch.testing.assert_close(effective_rank(h.float(), of="singular_values").item(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "n", "expected"),
+    [("cuda", torch.float32, 512, True), ("cuda", torch.float64, 512, False), ("cuda", torch.float32, 8, False)]
+    + [("cpu", torch.float32, 512, False)],
+)
+def test_auto_takes_products_for_float32_on_a_gpu(device, dtype, n, expected):
+    tensor = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)  # stands for a tensor on a device not at hand
+    assert _use_products(tensor, n, "auto") is expected
+    assert _use_products(tensor, n, "products")
+    assert not _use_products(tensor, n, "eigh")
 
 
 @pytest.mark.parametrize(
