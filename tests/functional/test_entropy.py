@@ -277,15 +277,21 @@ def test_two_effective_ranks_differ():
 
 
 def test_singular_values_of_float32_are_not_squared_in_float32():
-    h = torch.randn(200, 3, dtype=torch.float64) @ torch.randn(3, 100, dtype=torch.float64)
+    values = torch.full((100,), 3e-4, dtype=torch.float64)  # their squares would be lost beside 1
+    values[0] = 1
+    h = torch.linalg.qr(torch.randn(200, 100, dtype=torch.float64))[0] * values
     expected = _in_numpy("rank_of_singular_values", h.numpy())
     torch.testing.assert_close(effective_rank(h.float(), of="singular_values").item(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "n", "expected"),
-    [("cuda", torch.float32, 512, True), ("cuda", torch.float64, 512, False), ("cuda", torch.float32, 8, False)]
-    + [("cpu", torch.float32, 512, False)],
+    [
+        ("cuda", torch.float32, 512, True),
+        ("cuda", torch.float64, 512, False),
+        ("cuda", torch.float32, 8, False),
+        ("cpu", torch.float32, 512, False),
+    ],
 )
 def test_auto_takes_products_for_float32_on_a_gpu(device, dtype, n, expected):
     tensor = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)  # stands for a tensor on a device not at hand
