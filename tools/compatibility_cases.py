@@ -114,11 +114,6 @@ class Reentrant(Task):
             timm.layers.set_reentrant_ckpt(False)
 
 
-def mean_over_positions(features: Tensor) -> Tensor:
-    """The `pool` for feature maps with channels last: (N, H, W, d) to (N, d)."""
-    return features.mean(dim=(1, 2))
-
-
 def family(name: str) -> str:
     return model_entrypoint(name).__module__.rpartition(".")[2]
 
@@ -166,8 +161,8 @@ def inner_cases() -> list[Case]:
         (vit, "blocks.1", {"pool": "cls"}),
         (vit, "blocks.1", {"pool": "mean"}),
         (vit, "blocks.0.mlp.fc2", {"pool": "tokens", "rows": ROWS * patches}),
-        (swin, "layers.3", {"pool": mean_over_positions}),
-        ("sequencer2d_s", "norm", {"pool": mean_over_positions}),
+        (swin, "layers.3", {"pool": "mean_last"}),
+        ("sequencer2d_s", "norm", {"pool": "mean_last"}),
         ("gcvit_xxtiny", "stages.3", {}),
     ]
     return [timm_case(name, [layer], group="timm, other layers", **settings) for name, layer, settings in tried]
@@ -183,7 +178,7 @@ def recomputing_cases() -> list[Case]:
         ("test_convnext", "head.fc:input", "stages.1.blocks.0", "mean"),
         ("test_efficientnet", "classifier:input", "blocks.2.0", "mean"),
         ("densenet121", "classifier:input", "features.denseblock2.denselayer1.conv1", "mean"),
-        (swin, "head.fc:input", "layers.1.blocks.0", mean_over_positions),
+        (swin, "head.fc:input", "layers.1.blocks.0", "mean_last"),
     ]
     cases = []
     for name, outside, inside, pool in tried:

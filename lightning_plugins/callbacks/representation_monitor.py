@@ -48,8 +48,9 @@ class RepresentationMonitor(Callback):
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
             layer receives, ``"backbone.fc"`` what it returns. A layer that a stage never calls is left out there.
-        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"cls"``, ``"tokens"``,
-            ``"flatten"``, or a callable (or its import path) from the layer's tensor to a tensor of shape ``(N, d)``.
+        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"mean_last"`` (where
+            channels are last), ``"cls"``, ``"tokens"``, ``"flatten"``, or a callable (or its import path) from the
+            layer's tensor to a tensor of shape ``(N, d)``.
         every_n_steps: In training, the batches of every n-th optimizer step are measured.
         metrics: Out of ``"entropy"``, ``"effective_rank"``, ``"isotropy"``, ``"correlation_gap"``, ``"rankme"`` and
             ``"uniformity"``; see `lightning_plugins.metrics`. The last one keeps all rows and compares all pairs.

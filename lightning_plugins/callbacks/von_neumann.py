@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_plugins._checks import (
@@ -47,8 +48,9 @@ class VNERegularization(Callback):
             layer receives, ``"backbone.fc"`` what it returns. The authors use the input of the last linear layer.
         weight: Positive to raise the entropy, negative to lower it; the authors advise an absolute value far
             below 0.5.
-        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"cls"``, ``"tokens"``,
-            ``"flatten"``, or a callable (or its import path) from the layer's tensor to a tensor of shape ``(N, d)``.
+        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"mean_last"`` (where
+            channels are last), ``"cls"``, ``"tokens"``, ``"flatten"``, or a callable (or its import path) from the
+            layer's tensor to a tensor of shape ``(N, d)``.
         scope: ``"global"``: the entropy of the batch of all ranks together; ``"local"``: of each rank's own rows.
         queue_size: This many rows of earlier batches are remembered and join the spectrum, for batches too small to
             show it (fewer than about 32 rows). No gradient flows through them; they are saved in checkpoints.
@@ -115,6 +117,7 @@ class VNERegularization(Callback):
         self._term = VonNeumannEntropy(weight, scope=scope, method=method)
         self._guard = NonfiniteGuard("vne", check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._queues: dict[str, Tensor] = {}  # per layer, unit rows, the newest last
+        self._constant: set[str] = set()  # layers that a warning was given for
         self._capture: LayerCapture | None = None
         self._step: WrappedStep | None = None
 
@@ -177,6 +180,7 @@ class VNERegularization(Callback):
         weight = self.weight * self.every_n_steps * self._factor(pl_module.trainer)
         penalties = []
         for label, tensors in self._capture.take().items():
+            self._warn_if_constant(label, tensors)
             entropies = [self._entropy(tensor, label) for tensor in tensors]
             pl_module.log(f"vne/{label}/entropy", torch.stack(entropies).detach().mean())
             kept = [self._guard.leave(entropy, label) for entropy in entropies]
@@ -219,6 +223,15 @@ class VNERegularization(Callback):
         if self.schedule is None:
             return 1.0
         return self.schedule(training_progress(trainer, with_totals=self.schedule.needs_total))
+
+    def _warn_if_constant(self, label: str, tensors: list[Tensor]) -> None:
+        # No error: a callback that thaws layers may be at work.
+        if label not in self._constant and not any(tensor.requires_grad for tensor in tensors):
+            self._constant.add(label)
+            rank_zero_warn(
+                f"`layers`: nothing before {label!r} is trained at this step, so its term has no effect on any weight; "
+                "name a layer behind one that is trained, if nothing will be thawed"
+            )
 
     def _entropy(self, tensor: Tensor, label: str) -> Tensor:
         try:

@@ -15,6 +15,10 @@ def _mean(features: Tensor) -> Tensor:
     return features.flatten(start_dim=2).mean(dim=2)  # (N, d, H, W, ...): channels stand before positions
 
 
+def _mean_last(features: Tensor) -> Tensor:
+    return features.flatten(start_dim=1, end_dim=-2).mean(dim=1)
+
+
 def _cls(features: Tensor) -> Tensor:
     if features.ndim != 3:
         raise ValueError(
@@ -30,21 +34,27 @@ def _tokens(features: Tensor) -> Tensor:
     return features.flatten(start_dim=2).transpose(1, 2).flatten(end_dim=1)
 
 
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {"flatten": _flatten, "mean": _mean, "cls": _cls, "tokens": _tokens}
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flatten": _flatten,
+    "mean": _mean,
+    "mean_last": _mean_last,
+    "cls": _cls,
+    "tokens": _tokens,
+}
 
 
 def pool_embeddings(features: Tensor, pool: str | Callable[..., Tensor] = "mean") -> Tensor:
     """Pool a layer's tensor to embeddings of shape ``(N, d)``.
 
     A matrix stays as it is under every named pool. Of higher tensors, three dimensions are read as a token sequence
-    ``(N, L, d)``, four and more as a feature map ``(N, d, H, W, ...)``; feature maps with channels last need a
-    callable, for example ``lambda x: x.mean(dim=(1, 2))``.
+    ``(N, L, d)``, four and more as a feature map ``(N, d, H, W, ...)``. Shapes do not tell feature maps with channels
+    last, ``(N, H, W, ..., d)``, from these: Swin and its relatives need ``"mean_last"``.
 
     Args:
         features: Floating tensor of shape ``(N, d)``, ``(N, L, d)`` or ``(N, d, H, W, ...)``.
-        pool: ``"mean"`` over tokens or positions, ``"cls"`` (the first token), ``"tokens"`` (every token or position
-            is a row of its own), ``"flatten"`` (all but the first dimension become ``d``), or a callable that takes
-            ``features`` and returns the matrix.
+        pool: ``"mean"`` over tokens or positions, ``"mean_last"`` the same where channels are last, ``"cls"`` (the
+            first token), ``"tokens"`` (every token or position is a row of its own), ``"flatten"`` (all but the first
+            dimension become ``d``), or a callable that takes ``features`` and returns the matrix.
 
     Returns:
         Tensor of shape ``(N, d)``, or ``(N * positions, d)`` for ``"tokens"``.

@@ -347,6 +347,14 @@ def test_same_arguments_same_key_and_others_another():
     assert len({one.state_key, *(other.state_key for other in others)}) == 1 + len(others)
 
 
+def test_a_frozen_layer_is_warned_of_once():
+    model = seeded(Classifier)
+    model.backbone.requires_grad_(False)
+    with pytest.warns(UserWarning, match="nothing before 'backbone' is trained") as caught:
+        fit(model, make_batches(), [VNERegularization("backbone", weight=0.3)])
+    assert sum("is trained" in str(warning.message) for warning in caught) == 1
+
+
 class CountsReads(TorchDispatchMode):
     """Counts how often a tensor's value is asked for, which on an accelerator waits for the device."""
 

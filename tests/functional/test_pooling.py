@@ -50,6 +50,16 @@ def test_cls_of_a_feature_map_is_refused(features: Tensor):
         pool_embeddings(features, "cls")
 
 
+@pytest.mark.parametrize("features", [IMAGE, VIDEO], ids=["image", "video"])
+def test_mean_with_channels_last(features: Tensor):
+    pooled = pool_embeddings(features.movedim(1, -1), "mean_last")
+    torch.testing.assert_close(pooled, pool_embeddings(features, "mean"))
+
+
+def test_mean_of_tokens_has_channels_last_anyway():
+    torch.testing.assert_close(pool_embeddings(TOKENS, "mean_last"), pool_embeddings(TOKENS, "mean"))
+
+
 def test_a_callable_sees_the_whole_tensor():
     channels_last = IMAGE.movedim(1, -1)
     pooled = pool_embeddings(channels_last, lambda x: x.mean(dim=(1, 2)))
