@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_plugins.distributed import full_tensor, is_distributed, share_out, world_size
+from lightning_plugins.functional.stable_rank import whole_gradient
 from lightning_plugins.regularizers._weight_matrices import WeightMatrix
 
 
@@ -46,19 +47,27 @@ def shared_out(
     return found
 
 
-def add_gradient(weight: WeightMatrix, matrix: Tensor, factor: float, scaler: Any) -> None:
-    """Add ``factor * matrix`` to the gradient of a weight.
+def add_gradient(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, scaler: Any, *, wanted: Tensor) -> None:
+    """Add ``factor`` times the gradient of a term to that of a weight; if the weight has none, it stays so.
 
     Args:
-        weight: The weight; if it has no gradient, it stays so.
-        matrix: The gradient of a term with respect to the weight as a matrix, the same on all ranks.
+        weight: The weight.
+        parts: The gradient with respect to the weight as a matrix, or the ``scale``, ``left`` and ``right`` that
+            `FollowedRankTerm` describes; the same on all ranks.
         factor: What to multiply it with.
         scaler: The scaler of a fused optimizer, whose gradients are still scaled at this point; else None.
+        wanted: Whether to add anything, a bool on the weight's device.
     """
     parameter = weight.tensor
-    grad = parameter.grad
-    if grad is None:
+    if parameter.grad is None or (wanted.is_cpu and not wanted):
         return
+    if not wanted.is_cpu:  # nothing that waits for the device
+        parts = [torch.where(wanted, part, 0) for part in parts]
+    if len(parts) == 3 and scaler is None and _add_in_place(weight, parts, factor, wanted):
+        return
+    matrix = parts[0]
+    if len(parts) == 3:
+        matrix = whole_gradient(_finite(weight.take(full_tensor(parameter.detach())), wanted), *parts)
     part = weight.put(matrix)
     if scaler is not None:
         part = scaler.scale(part)
@@ -67,11 +76,34 @@ def add_gradient(weight: WeightMatrix, matrix: Tensor, factor: float, scaler: An
         if weight.rows is not None:
             whole = part.new_zeros(parameter.shape)
             whole[slice(*weight.rows)] = part
-        grad.add_(_sharded_like(parameter, whole), alpha=factor)
+        parameter.grad.add_(_sharded_like(parameter, whole), alpha=factor)
     elif weight.rows is None:
-        grad.add_(part, alpha=factor)
+        parameter.grad.add_(part, alpha=factor)
     else:
-        grad[slice(*weight.rows)].add_(part, alpha=factor)
+        parameter.grad[slice(*weight.rows)].add_(part, alpha=factor)
+
+
+def _add_in_place(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, wanted: Tensor) -> bool:
+    """Add the parts without a tensor of the weight's size between; tells whether the memory layout allows it."""
+    parameter, (scale, left, right) = weight.tensor, parts
+    grad = parameter.grad
+    if grad is None or _is_sharded(parameter) or {grad.dtype, parameter.dtype} != {scale.dtype}:
+        return False
+    target = weight.take(grad)
+    if target.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
+        return False
+    target.addcmul_(_finite(weight.take(parameter.detach()), wanted), scale, value=factor)
+    wide = target if target.shape[-2] <= target.shape[-1] else target.mT
+    if wide.ndim == 2:
+        wide.addmm_(left, right, alpha=factor)
+    else:
+        wide.baddbmm_(left, right, alpha=factor)
+    return True
+
+
+def _finite(matrix: Tensor, wanted: Tensor) -> Tensor:
+    """A weight that a zero may be multiplied with."""
+    return matrix if wanted.is_cpu else torch.where(wanted, matrix, 0)
 
 
 def scaler_of_fused(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Any:

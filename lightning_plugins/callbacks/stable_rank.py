@@ -18,7 +18,7 @@ from lightning_plugins.callbacks._requirements import (
     require_supported_strategy,
 )
 from lightning_plugins.callbacks._weight_gradients import add_gradient, scaler_of_fused, shared_out
-from lightning_plugins.functional.stable_rank import check_power, exact_gradient, followed_gradient
+from lightning_plugins.functional.stable_rank import check_power, exact_gradient, followed_term
 from lightning_plugins.functional.subspace import top_singular_subspace
 from lightning_plugins.regularizers._weight_targets import Target, check_rank, check_scheme, select_targets
 from lightning_plugins.schedules import Schedule
@@ -204,41 +204,41 @@ class StableRankRegularization(Callback):
             lambda index, matrix: self._empty(targets[index], matrix),
         )
         total = torch.zeros((), device=found[0][0].device)
-        for (weight, rank), (value, gradient, *start) in zip(targets, found, strict=True):
-            value = value.sum() + (rank is None) * value.numel()  # of all groups; a stable rank is 1 more
+        for (weight, rank), parts in zip(targets, found, strict=True):
+            value = parts[0].sum() + (rank is None) * parts[0].numel()  # of all groups; a stable rank is 1 more
             pl_module.log(f"stable_rank/{weight.label}", value)
             total = total + factor * self._guard.leave(value, weight.label)
-            add_gradient(weight, _where_finite(value, gradient), factor, scaler)
-            if start:
-                self._starts[weight.label] = start[0]
+            if len(parts) > 2:
+                self._starts[weight.label] = parts[-1]
+            add_gradient(weight, parts[1:4], factor, scaler, wanted=value.isfinite())
         pl_module.log("stable_rank/penalty", total)
 
     def _term(self, target: Target, matrix: Tensor) -> tuple[Tensor, ...]:
-        """Value, gradient and, where vectors are followed, the vectors to go on from."""
+        """Value and gradient, or value, the gradient's parts and the vectors to go on from."""
         rank, p = self._rank_and_power(target)
-        shape = self._start_shape(target, matrix)
-        if shape is None:
-            return exact_gradient(matrix, rank, p)[:2]
+        count = self._followed(target, matrix)
+        if not count:
+            return exact_gradient(matrix, rank, p)
         start = self._starts.get(target.weight.label)
-        if start is None or start.shape != shape:
-            start = top_singular_subspace(matrix, shape[-1]).start
-        value, gradient, following = followed_gradient(matrix, rank, p, start.to(matrix.device))
-        return value, gradient, following
+        if start is None or start.shape != (*matrix.shape[:-2], min(matrix.shape[-2:]), count):
+            start = top_singular_subspace(matrix, count).start
+        return followed_term(matrix, rank, start.to(matrix.device))
 
     def _empty(self, target: Target, matrix: Tensor) -> tuple[Tensor, ...]:
         """What a rank receives `_term` into that does not compute it."""
         dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-        shapes = [matrix.shape[:-2], matrix.shape, self._start_shape(target, matrix)]
-        return tuple(matrix.new_empty(shape, dtype=dtype) for shape in shapes if shape is not None)
+        rank, _ = self._rank_and_power(target)
+        count, batch, sides = self._followed(target, matrix), matrix.shape[:-2], sorted(matrix.shape[-2:])
+        shapes = [(1, 1), (sides[0], rank), (rank, sides[1]), (sides[0], count)] if count else [matrix.shape[-2:]]
+        return tuple(matrix.new_empty((*batch, *shape), dtype=dtype) for shape in [(), *shapes])
 
-    def _start_shape(self, target: Target, matrix: Tensor) -> tuple[int, ...] | None:
-        """The shape of the vectors to follow; None where a whole decomposition at each step costs no more."""
+    def _followed(self, target: Target, matrix: Tensor) -> int:
+        """How many vectors are followed; 0 where a decomposition at each step costs no more, or there is no way."""
+        # The error of the last vector wanted shrinks the faster, the more stand behind it. After many steps a weight is
+        # no longer where its vectors were left.
         rank, p = self._rank_and_power(target)
-        side = min(matrix.shape[-2:])
-        count = rank + max(8, rank // 4)  # the error of the last one wanted shrinks the faster, the more stand behind
-        cheaper = count <= side // 2 if p == 2 else matrix.is_cuda and 128 <= side >= count
-        # A weight that moved on for many steps is no longer where its vectors were left.
-        return (*matrix.shape[:-2], side, count) if cheaper and self.every_n_steps <= 4 else None
+        count = rank + max(8, rank // 4)
+        return count if p == 2 and count <= min(matrix.shape[-2:]) // 2 and self.every_n_steps <= 4 else 0
 
     def _rank_and_power(self, target: Target) -> tuple[int, Literal[1, 2]]:
         """A stable rank is, up to 1, what lies beyond rank 1 in squares."""
@@ -247,10 +247,3 @@ class StableRankRegularization(Callback):
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _where_finite(value: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient, or zeros if the value is not finite."""
-    if gradient.is_cpu:  # there a look at the value costs nothing, and a pass over the gradient does
-        return gradient if bool(value.isfinite()) else torch.zeros_like(gradient)
-    return torch.where(value.isfinite(), gradient, 0)

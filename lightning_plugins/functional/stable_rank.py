@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.functional.singular_values import check_matrices, polar_factor, unit_scale
+from lightning_plugins.functional.singular_values import check_matrices, unit_scale
 from lightning_plugins.functional.spectral_sum import spectral_sum
 from lightning_plugins.functional.spectrum import at_least_float32, finite_or_zero, full_precision, smaller_gram
 from lightning_plugins.functional.split_spectrum import head_and_tail, head_masks, root_powers
@@ -121,17 +121,43 @@ class RankTerm(NamedTuple):
 
 
 class FollowedRankTerm(NamedTuple):
-    """A modified stable rank of matrices ``(..., m, n)``, its gradient, and where to go on from.
+    """A modified stable rank of matrices ``(..., m, n)``, its gradient in parts, and where to go on from.
+
+    The gradient is ``scale * W + left @ right`` if ``m <= n``; else ``left @ right`` is its transpose's part.
 
     Attributes:
         value: Shape ``(...)``.
-        gradient: Shape ``(..., m, n)``.
-        start: What `followed_gradient` takes at the next call.
+        scale: Shape ``(..., 1, 1)``.
+        left: Shape ``(..., min(m, n), rank)``.
+        right: Shape ``(..., rank, max(m, n))``.
+        start: What `followed_term` takes at the next call.
     """
 
     value: Tensor
-    gradient: Tensor
+    scale: Tensor
+    left: Tensor
+    right: Tensor
     start: Tensor
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """The gradient as one tensor of the shape of ``weight``."""
+        return whole_gradient(weight, self.scale, self.left, self.right)
+
+
+def whole_gradient(weight: Tensor, scale: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The gradient as one tensor from the parts that `FollowedRankTerm` describes.
+
+    Args:
+        weight: Tensor of shape ``(..., m, n)``.
+        scale: As in `FollowedRankTerm`.
+        left: As in `FollowedRankTerm`.
+        right: As in `FollowedRankTerm`.
+
+    Returns:
+        Tensor of the shape of ``weight``.
+    """
+    product = left @ right
+    return scale * weight + (product if weight.shape[-2] <= weight.shape[-1] else product.mT)
 
 
 def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:
@@ -162,50 +188,31 @@ def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:
         return RankTerm(tail / least + poison, gradient.div_(scale) + poison[..., None, None])
 
 
-def followed_gradient(weight: Tensor, rank: int, p: Power, start: Tensor) -> FollowedRankTerm:
-    """`modified_stable_rank` and its gradient from followed singular vectors, by products with the weight.
+def followed_term(weight: Tensor, rank: int, start: Tensor) -> FollowedRankTerm:
+    """`modified_stable_rank` with ``p=2`` and its gradient from followed singular vectors, by products with the weight.
 
-    The accuracy is that of `top_singular_subspace` with ``start``; with ``p=1`` the tail is that of `polar_factor` with
-    ``method="products"``. Absolute entries from 1e-15 to 1e15 are assumed in float32: they are squared as they are.
+    The accuracy is that of `top_singular_subspace` with ``start``. Absolute entries from 1e-15 to 1e15 are assumed in
+    float32: they are squared as they are.
 
     Args:
         weight: As for `modified_stable_rank`.
         rank: As for `modified_stable_rank`, less than ``min(m, n)``.
-        p: As for `modified_stable_rank`.
         start: Orthonormal columns of shape ``(..., min(m, n), k)`` with ``k >= rank``, as `top_singular_subspace`
             returns them.
 
     Returns:
-        Value, gradient and the next ``start``.
+        Value, gradient and the next ``start``; of a matrix of zeros, 0 and zeros.
     """
-    _check_target(rank, p)
+    _check_target(rank, 2)
     with torch.no_grad(), full_precision(weight):
         matrix = at_least_float32(weight)
-        turned = matrix.shape[-2] > matrix.shape[-1]
-        wide = matrix.mT if turned else matrix
-        found = top_singular_subspace(wide, start.shape[-1], start=start)
-        basis, values = found.basis[..., :rank], found.values[..., :rank]
-        value, gradient = _of_squares(wide, basis, values) if p == 2 else _of_sums(wide, basis, values)
-        return FollowedRankTerm(value, gradient.mT if turned else gradient, found.start)
-
-
-def _of_squares(matrix: Tensor, basis: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    head = values.square().sum(-1)
-    inverse = 1 / head.masked_fill(head == 0, torch.inf)
-    share = torch.linalg.matrix_norm(matrix).square() * inverse  # of the whole in the head: that of the tail plus 1
-    inverse, factor = 2 * inverse[..., None, None], share[..., None, None]
-    return (share - 1).clamp_min(0), inverse * matrix - (basis * (inverse * factor)) @ (basis.mT @ matrix)
-
-
-def _of_sums(matrix: Tensor, basis: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    rows = basis.mT @ matrix
-    beyond = matrix - basis @ rows
-    polar = polar_factor(beyond, method="products")
-    head, tail = values.sum(-1), (polar * beyond).sum(dim=(-2, -1))
-    inverse = 1 / head.masked_fill(head == 0, torch.inf)
-    small = values <= values[..., :1] * (8 * torch.finfo(values.dtype).eps) ** 0.5
-    directions = basis * ((tail * inverse.square())[..., None] / values.masked_fill(small, torch.inf))[..., None, :]
-    return (tail * inverse).clamp_min(0), inverse[..., None, None] * polar - directions @ rows
+        found = top_singular_subspace(matrix, start.shape[-1], start=start, leading=rank)
+        head = found.values.square().sum(-1)
+        inverse = 1 / head.masked_fill(head == 0, torch.inf)
+        share = torch.linalg.matrix_norm(matrix).square() * inverse  # of the whole in the head: that of the tail plus 1
+        scale = 2 * inverse[..., None, None]
+        left = found.basis * (-scale * share[..., None, None])
+        return FollowedRankTerm((share - 1).clamp_min(0), scale, left, found.rows, found.start)
 
 
 def check_power(p: Power) -> Power:

@@ -16,15 +16,19 @@ class Subspace(NamedTuple):
     Attributes:
         basis: Orthonormal columns, shape ``(..., min(m, n), k)``, the vector of the largest singular value first.
         values: Their singular values, shape ``(..., k)``, descending.
+        rows: ``basis.T @ W``, or ``basis.T @ W.T`` if ``m > n``: shape ``(..., k, max(m, n))``.
         start: Orthonormal columns, shape ``(..., min(m, n), k)``, to hand to the next call after the matrix changed.
     """
 
     basis: Tensor
     values: Tensor
+    rows: Tensor
     start: Tensor
 
 
-def top_singular_subspace(weight: Tensor, rank: int, *, start: Tensor | None = None) -> Subspace:
+def top_singular_subspace(
+    weight: Tensor, rank: int, *, start: Tensor | None = None, leading: int | None = None
+) -> Subspace:
     """The ``rank`` largest singular values and their vectors on the smaller side.
 
     Without ``start`` they come from an eigendecomposition of the smaller Gram matrix: values down to ``sqrt(eps)`` of
@@ -41,6 +45,7 @@ def top_singular_subspace(weight: Tensor, rank: int, *, start: Tensor | None = N
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
         rank: Number of vectors, from 1 to ``min(m, n)``.
         start: Orthonormal columns of shape ``(..., min(m, n), rank)`` from an earlier call.
+        leading: How many of the vectors, values and rows to return; all if None. ``start`` always has all.
 
     Returns:
         The vectors and values, without gradient: float32 for float16 and bfloat16 input, else the input's dtype. For a
@@ -65,25 +70,30 @@ def top_singular_subspace(weight: Tensor, rank: int, *, start: Tensor | None = N
     with torch.no_grad(), full_precision(weight):
         matrix = at_least_float32(weight)
         wide = matrix if matrix.shape[-2] == side else matrix.mT
-        return _exact(wide, rank) if start is None else _follow(wide, start.to(matrix))
+        leading = rank if leading is None else leading
+        return _exact(wide, rank, leading) if start is None else _follow(wide, start.to(matrix), leading)
 
 
-def _exact(matrix: Tensor, rank: int) -> Subspace:
+def _exact(matrix: Tensor, rank: int, leading: int) -> Subspace:
     scaled, scale = unit_scale(matrix)
     safe, poison = finite_or_zero(scaled @ scaled.mT)
     eigenvalues, vectors = torch.linalg.eigh(safe)
-    basis = vectors[..., -rank:].flip(-1).contiguous()
-    values = eigenvalues[..., -rank:].flip(-1).clamp_min(0).sqrt() * scale[..., 0]
-    return Subspace(basis, values + poison[..., None], basis)
+    start = vectors[..., -rank:].flip(-1).contiguous()
+    basis = start[..., :leading]
+    values = eigenvalues[..., -rank:].flip(-1)[..., :leading].clamp_min(0).sqrt() * scale[..., 0]
+    return Subspace(basis, values + poison[..., None], basis.mT @ matrix, start)
 
 
-def _follow(matrix: Tensor, start: Tensor) -> Subspace:
-    """No pass over the matrix but for the products: on a CPU each costs as much as a narrow product."""
+def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
+    """No pass over the matrix but for two products: on a CPU each costs as much as a narrow product."""
     rows = start.mT @ matrix
     safe, poison = finite_or_zero(rows @ rows.mT)
     eigenvalues, rotation = torch.linalg.eigh(safe)
     rotation = rotation.flip(-1)
+    wanted = rotation[..., :leading]
+    values = eigenvalues.flip(-1)[..., :leading].clamp_min(0).sqrt() + poison[..., None]
     ahead = matrix @ rows.mT @ rotation
-    # Householder's: columns of a rank-deficient matrix may vanish, and are then completed to an orthonormal set.
+    # Householder's: columns of a rank-deficient matrix may vanish, and are then completed to an orthonormal set. In one
+    # memory layout from here to a checkpoint and back: products of another one differ in the last bit.
     following = torch.linalg.qr(torch.where(poison[..., None, None] == 0, ahead, start))[0].contiguous()
-    return Subspace(start @ rotation, eigenvalues.flip(-1).clamp_min(0).sqrt() + poison[..., None], following)
+    return Subspace(start @ wanted, values, wanted.mT @ rows, following)

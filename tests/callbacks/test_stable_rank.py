@@ -1,4 +1,5 @@
 import math
+import os
 import warnings
 from typing import Any
 
@@ -8,9 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
+from lightning_plugins.distributed import full_tensor
 from lightning_plugins.functional.stable_rank import exact_gradient
 from lightning_plugins.schedules import Linear, Piecewise
 from tests._processes import run_on_ranks
@@ -419,11 +423,14 @@ def _trained(rank: int, form: dict[str, Any], strategy: Any) -> dict[str, Any]:
 
 
 def _on_ranks(rank: int, forms: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    import os
+    _act_as_rank(rank)
+    return [_trained(rank, form, "ddp") for form in forms]
 
+
+def _act_as_rank(rank: int) -> None:
+    """Lightning takes the running process group where the environment says who this process is."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
     warnings.simplefilter("ignore")
-    return [_trained(rank, form, "ddp") for form in forms]
 
 
 @pytest.mark.distributed
@@ -441,7 +448,45 @@ def test_two_unequal_ranks_equal_one_process(tmp_path):
         assert max(done) < 0.8 * sum(done)
 
 
-def test_yaml(tmp_path, monkeypatch):
+class Untied(Pictures):
+    def __init__(self) -> None:
+        super().__init__()
+        self.also_tied = nn.Identity()
+
+
+class Sharded(Untied):
+    """Its parameters are split over the ranks: of three input channels, evenly or not."""
+
+    def configure_model(self) -> None:
+        for layer in self.children():
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+PICTURES = [torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+
+def _sharded(rank: int) -> dict[str, Any]:
+    _act_as_rank(rank)
+    model = seeded(Sharded)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    callback = StableRankRegularization("*", WEIGHT, rank=2, scheme=2)
+    fit(model, PICTURES, [callback], strategy=strategy, devices=2, precision="32-true", use_distributed_sampler=False)
+    kind = type(model.attention.in_proj_weight.data).__name__
+    return {"kind": kind, "weights": {name: full_tensor(value) for name, value in model.state_dict().items()}}
+
+
+@pytest.mark.distributed
+def test_sharded_parameters_train_like_whole_ones(tmp_path):
+    expected, plain = seeded(Untied), seeded(Untied)
+    fit(expected, PICTURES, [StableRankRegularization("*", WEIGHT, rank=2, scheme=2)], precision="32-true")
+    fit(plain, PICTURES, precision="32-true")
+    for rank in run_on_ranks(_sharded, 2, tmp_path):
+        assert rank["kind"] == "DTensor"  # control: the strategy did split the parameters
+        torch.testing.assert_close(rank["weights"], dict(expected.state_dict()), rtol=1e-4, atol=1e-5)
+    assert_different(expected, plain)
+
+
+def test_yaml(tmp_path):
     config = """
 - class_path: lightning_plugins.callbacks.stable_rank.StableRankRegularization
   init_args: {layers: "*", weight: 0.3, rank: %s, p: 2, scheme: 1, every_n_steps: 2, on_nonfinite: skip}

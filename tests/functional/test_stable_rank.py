@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from lightning_plugins.functional.stable_rank import (
     exact_gradient,
-    followed_gradient,
+    followed_term,
     modified_stable_rank,
     nuclear_norm,
     stable_rank,
@@ -165,29 +165,31 @@ def test_closed_form_is_finite_on_degenerate_weights(p, kind):
 
 
 @pytest.mark.parametrize("shape", [(48, 200), (200, 48), (2, 30, 60)], ids=str)
-@pytest.mark.parametrize(("rank", "p"), [(1, 2), (10, 2), (10, 1)])
-def test_followed_gradient_stays_within_a_percent(shape, rank, p):
+@pytest.mark.parametrize("rank", [1, 10])
+def test_followed_gradient_stays_within_a_percent(shape, rank):
     weight, start = random(*shape, dtype=torch.float32), None
     start = top_singular_subspace(weight, rank + 8).start
     for step in range(30):
         change = random(*shape, seed=step + 1, dtype=torch.float32)
         weight = weight + 3e-4 * change
-        term = followed_gradient(weight, rank, p, start)
+        term = followed_term(weight, rank, start)
         start = term.start
-        exact = exact_gradient(weight.double(), rank, p)
-        error = torch.linalg.matrix_norm(term.gradient - exact.gradient) / torch.linalg.matrix_norm(exact.gradient)
+        exact = exact_gradient(weight.double(), rank, 2)
+        error = torch.linalg.matrix_norm(term.gradient(weight) - exact.gradient) / torch.linalg.matrix_norm(
+            exact.gradient
+        )
         assert error.max() < 0.01
         torch.testing.assert_close(term.value.double(), exact.value, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("weight", [torch.zeros(6, 8), torch.eye(6), torch.ones(6, 8)], ids=["0", "I", "1"])
-def test_followed_gradient_is_finite_on_degenerate_weights(weight, p):
+def test_followed_gradient_is_finite_on_degenerate_weights(weight):
     start = top_singular_subspace(weight, 4).start
     for _ in range(3):
-        value, gradient, start = followed_gradient(weight, 2, p, start)
-        assert bool(value.isfinite())
-        assert bool(gradient.isfinite().all())
+        term = followed_term(weight, 2, start)
+        start = term.start
+        assert bool(term.value.isfinite())
+        assert bool(term.gradient(weight).isfinite().all())
         torch.testing.assert_close(start.mT @ start, torch.eye(4))
 
 

@@ -21,6 +21,7 @@ def test_exact_subspace_is_that_of_the_svd(shape):
     u, s, v = torch.linalg.svd(weight)
     vectors = u if shape[-2] <= shape[-1] else v.mT
     found = top_singular_subspace(weight, rank)
+    torch.testing.assert_close(found.rows, found.basis.mT @ (weight if shape[-2] <= shape[-1] else weight.mT))
     torch.testing.assert_close(found.values, s[..., :rank])
     torch.testing.assert_close(projector(found.basis), projector(vectors[..., :rank]))
 
@@ -34,6 +35,7 @@ def test_following_converges_to_the_exact_one(shape):
     for _ in range(60):
         found = top_singular_subspace(weight, 8, start=start)
         start = found.start
+        torch.testing.assert_close(found.rows.square().sum(-1).sqrt(), found.values)
         errors.append(torch.linalg.matrix_norm(projector(found.basis[..., :4]) - projector(exact.basis)).max().item())
         assert bool((found.values[..., :4] <= exact.values + 1e-12).all())
     assert errors[-1] < 1e-3 < errors[0]
