@@ -62,3 +62,21 @@ def test_tensors_of_inference_mode_do_not_say_whether_they_were_changed():
     with torch.inference_mode():
         taken = record(model, "0", needs_gradient=False).take()
     torch.testing.assert_close(taken, {"0": [model[0](torch.ones(2, 4)).detach()]})
+
+
+@pytest.mark.parametrize("layer", ["0", "2:input"])
+def test_nothing_is_kept_outside_of_a_recording(layer):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    capture = record(model, layer)
+    model(torch.zeros(2, 4))  # a validation, or what activation checkpointing computes again in the backward pass
+    expected = model[0](torch.ones(2, 4))
+    (taken,) = capture.take().values()
+    torch.testing.assert_close(taken, [expected if layer == "0" else expected.tanh()])
+    with pytest.raises(MisconfigurationException, match="was not called in this step"):
+        capture.take()  # a second time
+
+
+def test_no_hook_is_left_behind():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    record(model, ["0:input", "1"]).detach()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
