@@ -152,7 +152,12 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alph
 
 def _rounds_to_tf32(tensor: Tensor) -> bool:
     """Whether the user's settings, which are only read here, let matrix products drop mantissa bits."""
-    return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    if not tensor.is_cuda or tensor.dtype != torch.float32:
+        return False
+    settings = torch.backends.cuda.matmul
+    # Where both exist, the older one raises an error if the newer one has been set.
+    precision = getattr(settings, "fp32_precision", None)
+    return bool(settings.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _high_part(tensor: Tensor) -> Tensor:

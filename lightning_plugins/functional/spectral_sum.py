@@ -131,14 +131,10 @@ class _Slope(Function):
 
 def _floored(eigenvalues: Tensor, power: float) -> Tensor:
     """Eigenvalues raised to the floor (see ``spectral_sum``)."""
-    relative, least = _floor_of(eigenvalues, power)
-    return torch.maximum(eigenvalues, (eigenvalues[..., -1:] * relative).clamp_min(least))
-
-
-def _floor_of(eigenvalues: Tensor, power: float) -> tuple[float, float]:
     info = torch.finfo(eigenvalues.dtype)
     # The second derivative of a power below 1 goes up to the inverse square of the floor.
-    return (info.eps**2, info.tiny) if power >= 1 else (8 * info.eps, info.tiny**0.5)
+    relative, least = (info.eps**2, info.tiny) if power >= 1 else (8 * info.eps, info.tiny**0.5)
+    return torch.maximum(eigenvalues, (eigenvalues[..., -1:] * relative).clamp_min(least))
 
 
 def _kept(eigenvalues: Tensor, floored: Tensor) -> Tensor:

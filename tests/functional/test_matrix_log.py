@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,3 +143,15 @@ def test_products_stay_precise_where_a_gpu_would_round_to_tf32(name, monkeypatch
     assert _errors(spectrum, torch.float32, "products")[1] > 1e-3  # the control: rounding does harm
     monkeypatch.setattr(matrix_log, "_rounds_to_tf32", lambda tensor: True)
     assert _errors(spectrum, torch.float32, "products")[1] < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"fp32_precision": "tf32"}, True), ({"fp32_precision": "none"}, False), ({"allow_tf32": True}, True)],
+)
+def test_reads_either_setting_of_tf32(settings, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**settings))
+    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32)  # stands for a tensor on a device not at hand
+    assert matrix_log._rounds_to_tf32(tensor) is expected
+    assert not matrix_log._rounds_to_tf32(SimpleNamespace(is_cuda=True, dtype=torch.float64))
+    assert not matrix_log._rounds_to_tf32(torch.eye(2))
