@@ -44,7 +44,8 @@ def gap_precondition(
 
     Returns:
         Tensor of shape ``(..., m, n)``: float32 for float16 and bfloat16 gradients, else the gradient's dtype. Autocast
-        is off inside. Singular values below ``sqrt(eps)`` of the largest (3e-4 in float32) may exchange their gains.
+        is off inside, and the decomposition in float64. Singular values that differ by less than about ``eps`` of the
+        largest may exchange their gains.
         NaN where a matrix holds a value that is not finite. It can be differentiated once, and for ``approximate`` any
         number of times.
 
@@ -142,13 +143,22 @@ def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     scale = matrix.abs().amax(dim=(-2, -1), keepdim=True)
     scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1)
     scaled, poison = finite_or_zero(matrix / scale)
-    left = torch.linalg.eigh(scaled @ scaled.mT)[1].flip(-1)
+    left = _eigenvectors(scaled)
     rows = left.mT @ scaled
     # The rows' lengths are singular values without the squaring of the Gram matrix's eigenvalues.
     values = torch.linalg.vector_norm(rows, dim=-1)
     vanishing = values <= 10 * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
     right = rows / values.masked_fill(vanishing, torch.inf)[..., None]
     return left, values.masked_fill(vanishing, 0) * scale[..., 0], rows * scale, right, poison[..., None, None]
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Eigenvectors of ``G @ G.T``, largest eigenvalue first."""
+    # In float64: the Gram matrix squares the singular values. Besides, on matrices with rows of zeros, as dead units
+    # give, the decomposition in float32 (of MKL at least) now and then fails to converge or returns NaN.
+    exact = matrix if matrix.device.type == "mps" else matrix.double()  # which has no float64
+    vectors: Tensor = torch.linalg.eigh(exact @ exact.mT)[1]
+    return vectors.flip(-1).to(matrix.dtype)
 
 
 def _weighted(projected: Tensor, gains: Tensor, values: Tensor) -> Tensor:

@@ -154,6 +154,25 @@ def test_degenerate_gradients_are_finite_and_bounded(shape, kind, derivative):
         assert after <= gains.max() * before * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("seed", [5, 25, 59])
+def test_dead_units_do_not_break_the_decomposition(seed):
+    """In float32 the one of MKL returns NaN, or does not converge, for one or two of these Gram matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    alive = torch.rand(50, 40, 1, generator=generator) < 0.5
+    deltas = torch.randn(50, 40, 10, generator=generator) * alive * (torch.rand(50, 40, 10, generator=generator) < 0.3)
+    inputs = torch.randn(50, 10, 1, generator=generator) * torch.randn(50, 1, 40, generator=generator)
+    gradient, gains = deltas @ (inputs + 0.1).relu(), spread_gains(40, dtype=torch.float32)
+    expected = reference(gradient.double(), gains.double()).float()
+    torch.testing.assert_close(gap_precondition(gradient, gains), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_small_singular_values_keep_their_gains_in_float32():
+    gradient = with_values([1.0, 1e-4, 3e-5], 3, 5).float()
+    gains = torch.tensor([1.0, 10.0, 100.0])
+    expected = with_values([1.0, 1e-3, 3e-3], 3, 5).float()
+    torch.testing.assert_close(gap_precondition(gradient, gains), expected, rtol=0, atol=2e-5)
+
+
 def test_what_is_not_finite_stays_visible_and_alone():
     gradient = random(3, 2, 4)
     gradient[1, 0, 0] = torch.inf
