@@ -1,0 +1,67 @@
+"""What an inner loop is given, checked: what adapts, by what, and which steps count."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lightning_plugins._checks import check_finite_number
+from lightning_plugins.meta.preconditioners import Identity, Preconditioner, few
+from lightning_plugins.selection import select_modules
+
+
+def adapted_parameters(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, Tensor]:
+    """The parameters that require a gradient, of the chosen layers or of all, by dotted name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch module, got {type(model).__name__}")
+    modules = [model] if layers is None else list(select_modules(model, layers).values())
+    chosen = {id(parameter) for module in modules for parameter in module.parameters()}
+    found: dict[str, Tensor] = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in chosen and parameter.requires_grad
+    }
+    if not found:
+        where = "`model`" if layers is None else f"`layers`: {layers!r}"
+        raise ValueError(f"{where} must have parameters that require a gradient, got {len(chosen)} that do not")
+    return found
+
+
+def initialised(preconditioner: Preconditioner | None, parameters: dict[str, Tensor], steps: int) -> Preconditioner:
+    """The preconditioner with its parameters, unless another loop has given it some already."""
+    if preconditioner is None:
+        return Identity()
+    if not isinstance(preconditioner, Preconditioner):
+        got = preconditioner.__name__ if isinstance(preconditioner, type) else type(preconditioner).__name__
+        hint = f"; did you mean `{got}()`?" if isinstance(preconditioner, type) else ""
+        raise TypeError(f"`preconditioner` must be a `Preconditioner`, got {got}{hint}")
+    if preconditioner.initialised:
+        name = type(preconditioner).__name__
+        raise ValueError(f"`preconditioner` must be new, got a {name} that belongs to another loop; make another one")
+    preconditioner.initialise(parameters, steps)
+    preconditioner.initialised = True
+    return preconditioner
+
+
+def weights_of_steps(weights: Sequence[float] | None, steps: int) -> list[float]:
+    """A weight for the query loss after every step; without steps, one for the model as it is."""
+    if weights is None:
+        return [0.0] * (steps - 1) + [1.0]
+    if len(weights) != steps:
+        raise ValueError(f"`step_weights` must have one number per step, {steps}, got {len(weights)}")
+    checked = [check_finite_number("step_weights", weight) for weight in weights]
+    if not any(checked):
+        raise ValueError(f"`step_weights` must not all be zero, got {list(weights)}")
+    return checked
+
+
+def check_updates(updates: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Refuse updates that are not those of the gradients."""
+    for name, gradient in gradients.items():
+        if name not in updates:
+            raise ValueError(f"`preconditioner` must return an update for {name!r}, got {few(updates) or 'none'}")
+        if updates[name].shape != gradient.shape:
+            raise ValueError(
+                f"`preconditioner` must return an update of shape {tuple(gradient.shape)} for {name!r},"
+                f" got {tuple(updates[name].shape)}"
+            )
+    return updates

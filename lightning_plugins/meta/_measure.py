@@ -1,0 +1,50 @@
+"""The model and the loss on one task's batch, with given parameters."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_plugins.meta.preconditioners import few
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Parameters = dict[str, Tensor]
+
+
+def outputs_of(model: nn.Module, parameters: Parameters, inputs: Tensor) -> Tensor:
+    """The model's outputs; parameters that are not given are its own."""
+    outputs = functional_call(model, parameters, (inputs,))
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"`model` must return a tensor, got {type(outputs).__name__}")
+    return outputs
+
+
+def measure(model: nn.Module, loss: Loss, parameters: Parameters, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss and the outputs."""
+    outputs = outputs_of(model, parameters, batch[0])
+    value = loss(outputs, batch[1])
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`loss` must return a scalar tensor, got {type(value).__name__}")
+    if value.ndim:
+        raise ValueError(
+            f"`loss` must return a scalar for the samples of one task, got shape {tuple(value.shape)};"
+            " reduce it, as `reduction='mean'` does"
+        )
+    return value, outputs
+
+
+def check_used(model: nn.Module, loss: Loss, parameters: Parameters, support: Sequence[Tensor]) -> None:
+    """Refuse adapted parameters without part in the first task's loss: they never adapt, and nothing else says so."""
+    devices = [support[0].device] if support[0].is_cuda else []
+    with torch.enable_grad(), torch.random.fork_rng(devices):
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+        value, _ = measure(model, loss, leaves, [tensor[0].detach() for tensor in support])
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    if unused := [name for name, gradient in zip(leaves, found, strict=True) if gradient is None]:
+        raise ValueError(
+            f"the support loss must depend on all adapted parameters, it does not on {few(unused)};"
+            " name the layers that adapt with `layers`, or freeze these with `requires_grad_(False)`"
+        )

@@ -1,0 +1,42 @@
+"""Norms that share statistics between calls, and why an inner loop cannot have them in training mode."""
+
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def use_batch_statistics(model: Model) -> Model:
+    """Make batch norms take the statistics of the batch at hand, always, and forget their running statistics.
+
+    For an inner loop this is the transductive setting of most published few-shot results: the samples of a task's query
+    batch share statistics, in evaluation too.
+
+    Args:
+        model: The model, changed in place: the running statistics also leave its state dict.
+
+    Returns:
+        ``model``.
+
+    Example:
+        >>> norm = use_batch_statistics(nn.Sequential(nn.BatchNorm2d(4)))[0]
+        >>> norm.running_mean is None, sorted(norm.state_dict())
+        (True, ['bias', 'weight'])
+    """
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return model
+
+
+def check_no_running_statistics(model: nn.Module) -> None:
+    """Refuse norms that would update running statistics: neither ``vmap`` nor ``grad`` can change a buffer in place."""
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+            raise ValueError(
+                f"`model`: {name!r} ({type(module).__name__}) would update running statistics with every task and inner"
+                " step; call `use_batch_statistics(model)`, or its `eval()` to normalise by those it has"
+            )
