@@ -24,7 +24,8 @@ class LayerCapture:
         self._needs_gradient = needs_gradient
         self._references = _labelled(select_tensors(model, layers))
         self._tensors: dict[str, list[Tensor]] = {label: [] for label in self._references}
-        self._versions: dict[str, list[int]] = {label: [] for label in self._references}  # changes in place, when seen
+        # How often each tensor had been changed in place when it was seen; None where that cannot be known.
+        self._versions: dict[str, list[int | None]] = {label: [] for label in self._references}
         self._without_gradient: set[str] = set()  # layers that ran, but under no_grad only
         self._active = False
         self._handles: list[RemovableHandle] = []
@@ -67,7 +68,7 @@ class LayerCapture:
         """
         for label, tensors in self._tensors.items():
             if tensors:
-                if self._needs_gradient and [tensor._version for tensor in tensors] != self._versions[label]:
+                if any(map(_changed, tensors, self._versions[label])):
                     raise MisconfigurationException(
                         f"`layers`: the tensor of {label!r} was changed in place by a later operation, such as "
                         "`ReLU(inplace=True)` or `x += y`, so it is no longer what the layer gave. Name the layer "
@@ -100,8 +101,10 @@ class LayerCapture:
             return
         tensor = first_tensor(value, label)
         self._tensors[label].append(tensor)
-        if self._needs_gradient:  # never under inference mode, whose tensors do not count their changes
-            self._versions[label].append(tensor._version)
+        # Tensors of inference mode, where nothing needs a gradient, do not count their changes; those that compiled
+        # code returns count what was written into their memory while they were computed.
+        countable = self._needs_gradient and not torch.compiler.is_compiling()
+        self._versions[label].append(tensor._version if countable else None)
 
     # A copy of the model (a teacher, an average of weights) has the same hook functions: they must not answer there.
     def _input_hook(self, label: str, own: nn.Module) -> Any:
@@ -117,6 +120,10 @@ class LayerCapture:
                 self._remember(label, output)
 
         return hook
+
+
+def _changed(tensor: Tensor, version: int | None) -> bool:
+    return version is not None and tensor._version != version
 
 
 def _labelled(references: Sequence[TensorRef]) -> dict[str, TensorRef]:
