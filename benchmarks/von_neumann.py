@@ -8,9 +8,7 @@ Both formulas run in turns, so that what else the machine does falls on both; th
 """
 
 import argparse
-import datetime
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _report import describe_machine
 from torch import Tensor
 
 from lightning_plugins.functional import von_neumann_entropy
@@ -113,25 +112,6 @@ def check_no_synchronisation(n: int, d: int) -> None:
     print("products: no synchronisation with the host in forward and backward")
 
 
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.stdout.strip() or "unknown"
-
-
-def processor(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -147,8 +127,7 @@ def main() -> None:
         print(peak_bytes({"published": published, "ours": ours}[name], embeddings))
         return
     torch.manual_seed(0)
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    print(f"{processor(arguments.device)}; torch {torch.__version__}; {now}; commit {commit()}; {arguments.method}")
+    print(f"{describe_machine(arguments.device)}; method {arguments.method}")
     if arguments.device == "cuda":
         check_no_synchronisation(1024, 512)
     print("|    N |    d | published ms | ours ms | ratio | pairs | published MiB | ours MiB |")
