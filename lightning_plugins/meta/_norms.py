@@ -13,8 +13,8 @@ class PlainNorms(TorchFunctionMode):
     """Computes norms by elementary operations while it is entered.
 
     Under ``vmap(grad(...))`` torch writes the backward of these norms in the mean and the deviation that the forward
-    saved, as if they did not depend on the input: the value and the first derivative are right, the second is not
-    (pytorch/functorch issue 534). Group norm is not affected.
+    saved, as if they did not depend on the input: the value and the first derivative are right, the second is
+    silently wrong. Group norm is not affected.
     """
 
     def __torch_function__(

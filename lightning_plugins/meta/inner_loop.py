@@ -271,8 +271,7 @@ class InnerLoop(nn.Module):
 
     def _updated(self, parameters: Parameters, support: Sequence[Tensor], step: int) -> Parameters:
         """The parameters after one inner step."""
-        rest: Parameters = {}
-        followed = parameters
+        rest, followed = Parameters(), parameters
         if self.first_order:  # nothing then asks for the graph of the inner gradient
             rest = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
             followed = {name: parameter.detach() for name, parameter in parameters.items()}
