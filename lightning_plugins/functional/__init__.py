@@ -7,12 +7,14 @@ from lightning_plugins.functional.entropy import (
     renyi_entropy,
     von_neumann_entropy,
 )
+from lightning_plugins.functional.preconditioning import gap_precondition
 from lightning_plugins.functional.spectrum import autocorrelation_eigenvalues, normalize_rows
 
 __all__ = [
     "autocorrelation_eigenvalues",
     "diagonal_entropy",
     "effective_rank",
+    "gap_precondition",
     "matrix_entropy",
     "normalize_rows",
     "renyi_entropy",
