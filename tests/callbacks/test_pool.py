@@ -24,7 +24,9 @@ def test_a_known_name_stays_a_name(name: str):
     assert resolve_pool(name) == name
 
 
-@pytest.mark.parametrize("pool", [last_token, Pools.first, torch.nn.Flatten(), lambda x: x], ids=str)
+@pytest.mark.parametrize(
+    "pool", [last_token, Pools.first, torch.nn.Flatten(), lambda x: x], ids=["function", "method", "module", "lambda"]
+)
 def test_a_callable_stays_what_it_is(pool: Any):
     assert resolve_pool(pool) is pool
 
