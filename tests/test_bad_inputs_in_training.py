@@ -33,12 +33,12 @@ class Odd(Classifier):
 
     def __init__(self, odd: nn.Module) -> None:
         super().__init__()
-        self.odd = odd
+        self.before, self.odd = nn.Linear(6, 6), odd
         self.unused = nn.Linear(2, 2)
         self.several = nn.ModuleList([nn.Linear(2, 2)])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.odd(batch[0])
+        self.odd(self.before(batch[0]))
         return self.loss(batch)
 
 

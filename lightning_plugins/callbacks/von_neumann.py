@@ -180,8 +180,8 @@ class VNERegularization(Callback):
         weight = self.weight * self.every_n_steps * self._factor(pl_module.trainer)
         penalties = []
         for label, tensors in self._capture.take().items():
-            self._warn_if_constant(label, tensors)
             entropies = [self._entropy(tensor, label) for tensor in tensors]
+            self._warn_if_constant(label, tensors)
             pl_module.log(f"vne/{label}/entropy", torch.stack(entropies).detach().mean())
             kept = [self._guard.leave(entropy, label) for entropy in entropies]
             penalties.append(-weight * torch.stack(kept).mean())
