@@ -24,6 +24,10 @@ from lightning_plugins.regularizers._weight_targets import Target, check_rank, c
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
 
+# Where the estimated error of a gradient is larger, the weight is decomposed anew. The estimate is cautious: on weights
+# that change fast it was found to be one to four times the error.
+_ERROR = 0.02
+
 
 class StableRankRegularization(Callback):
     """Press weights towards a low rank during training, at next to no cost and with no change to the model.
@@ -46,9 +50,9 @@ class StableRankRegularization(Callback):
         rank: The rank aimed at: a fraction (a float between 0 and 1) of each matrix's smaller side, one number for all
             (matrices that are not larger have no tail and are passed over), a mapping from the layers' names to
             numbers, or None for the stable rank, which aims at 1.
-        p: With ``rank``: 1 drives the singular values beyond it to zero, 2 lowers them. 1 costs two products with the
-            smaller side's square and its eigendecomposition; 2, as ``rank=None``, follows the leading singular vectors
-            from step to step instead.
+        p: With ``rank``: 1 drives the singular values beyond it to zero, 2 lowers them. 1 decomposes the smaller Gram
+            matrix of each weight; 2, as ``rank=None``, follows the leading singular vectors from step to step instead
+            where that is cheaper. On a CPU a weight whose gradient would be off by more than about 1 % is decomposed.
         scheme: How a convolution's kernel becomes a matrix: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``.
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th step of an optimizer carries the term, then n times as strong.
@@ -222,7 +226,10 @@ class StableRankRegularization(Callback):
         start = self._starts.get(target.weight.label)
         if start is None or start.shape != (*matrix.shape[:-2], min(matrix.shape[-2:]), count):
             start = top_singular_subspace(matrix, count).start
-        return followed_term(matrix, rank, start.to(matrix.device))
+        term = followed_term(matrix, rank, start.to(matrix.device))
+        if matrix.is_cpu and bool((term.error > _ERROR).any()):  # elsewhere this look would wait for the device
+            term = followed_term(matrix, rank, top_singular_subspace(matrix, count).start)
+        return term[:-1]
 
     def _empty(self, target: Target, matrix: Tensor) -> tuple[Tensor, ...]:
         """What a rank receives `_term` into that does not compute it."""

@@ -131,6 +131,7 @@ class FollowedRankTerm(NamedTuple):
         left: Shape ``(..., min(m, n), rank)``.
         right: Shape ``(..., rank, max(m, n))``.
         start: What `followed_term` takes at the next call.
+        error: Estimated error of the gradient, relative to its length, shape ``(...)``.
     """
 
     value: Tensor
@@ -138,6 +139,7 @@ class FollowedRankTerm(NamedTuple):
     left: Tensor
     right: Tensor
     start: Tensor
+    error: Tensor
 
     def gradient(self, weight: Tensor) -> Tensor:
         """The gradient as one tensor of the shape of ``weight``."""
@@ -212,7 +214,11 @@ def followed_term(weight: Tensor, rank: int, start: Tensor) -> FollowedRankTerm:
         share = torch.linalg.matrix_norm(matrix).square() * inverse  # of the whole in the head: that of the tail plus 1
         scale = 2 * inverse[..., None, None]
         left = found.basis * (-scale * share[..., None, None])
-        return FollowedRankTerm((share - 1).clamp_min(0), scale, left, found.rows, found.start)
+        value = (share - 1).clamp_min(0)
+        # Turning vector i by an angle moves the part of the head by the angle times s_i in two directions.
+        moved = (found.angles * found.values).square().sum(-1) * 2 * share
+        length = (value * head).masked_fill(value * head == 0, torch.inf)
+        return FollowedRankTerm(value, scale, left, found.rows, found.start, (moved / length).sqrt())
 
 
 def check_power(p: Power) -> Power:

@@ -18,12 +18,15 @@ class Subspace(NamedTuple):
         values: Their singular values, shape ``(..., k)``, descending.
         rows: ``basis.T @ W``, or ``basis.T @ W.T`` if ``m > n``: shape ``(..., k, max(m, n))``.
         start: Orthonormal columns, shape ``(..., min(m, n), k)``, to hand to the next call after the matrix changed.
+        angles: Estimated angles, in radians, between the columns of ``basis`` and the true span, shape ``(..., k)``;
+            zeros without ``start``.
     """
 
     basis: Tensor
     values: Tensor
     rows: Tensor
     start: Tensor
+    angles: Tensor
 
 
 def top_singular_subspace(
@@ -81,7 +84,8 @@ def _exact(matrix: Tensor, rank: int, leading: int) -> Subspace:
     start = vectors[..., -rank:].flip(-1).contiguous()
     basis = start[..., :leading]
     values = eigenvalues[..., -rank:].flip(-1)[..., :leading].clamp_min(0).sqrt() * scale[..., 0]
-    return Subspace(basis, values + poison[..., None], basis.mT @ matrix, start)
+    values = values + poison[..., None]
+    return Subspace(basis, values, basis.mT @ matrix, start, torch.zeros_like(values))
 
 
 def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
@@ -91,9 +95,16 @@ def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
     eigenvalues, rotation = torch.linalg.eigh(safe)
     rotation = rotation.flip(-1)
     wanted = rotation[..., :leading]
-    values = eigenvalues.flip(-1)[..., :leading].clamp_min(0).sqrt() + poison[..., None]
+    squares = eigenvalues.flip(-1).clamp_min(0)
+    values = squares[..., :leading].sqrt() + poison[..., None]
+    basis = start @ wanted
     ahead = matrix @ rows.mT @ rotation
+    # How far each vector is from being one of the Gram matrix, over the gap to what the block does not hold.
+    residual = torch.linalg.vector_norm(ahead[..., :leading] - basis * squares[..., None, :leading], dim=-2)
+    gap = squares[..., :leading] - squares[..., -1:]
+    tiny = torch.finfo(gap.dtype).eps * squares[..., :1]
+    angles = residual / torch.maximum(gap, tiny).clamp_min(torch.finfo(gap.dtype).tiny)
     # Householder's: columns of a rank-deficient matrix may vanish, and are then completed to an orthonormal set. In one
     # memory layout from here to a checkpoint and back: products of another one differ in the last bit.
     following = torch.linalg.qr(torch.where(poison[..., None, None] == 0, ahead, start))[0].contiguous()
-    return Subspace(start @ wanted, values, wanted.mT @ rows, following)
+    return Subspace(basis, values, wanted.mT @ rows, following, angles)

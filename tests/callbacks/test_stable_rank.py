@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_plugins.callbacks import stable_rank
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.distributed import full_tensor
 from lightning_plugins.functional.stable_rank import exact_gradient
@@ -199,6 +200,18 @@ def test_followed_gradient_is_within_a_percent_of_the_exact_one(form):
     assert max(callback.errors) < 0.01
 
 
+@pytest.mark.parametrize("form", [{"rank": None}, {"rank": 5, "p": 2}], ids=str)
+def test_weights_that_change_fast_are_decomposed_anew(form, monkeypatch):
+    errors = {}
+    for threshold in (0.02, math.inf):
+        monkeypatch.setattr(stable_rank, "_ERROR", threshold)
+        callback, model = Compares("backbone.*", 0.01, **form), seeded(Wide)
+        model.lr = 0.1
+        fit(model, WIDE, [callback], max_epochs=5)
+        errors[threshold] = max(callback.errors)
+    assert errors[0.02] < 0.02 < 0.05 < errors[math.inf]
+
+
 def test_vectors_left_behind_by_a_schedule_are_not_gone_on_from():
     schedule = Piecewise(boundaries=[2, 20], values=[1.0, 0.0, 1.0], unit="steps")
     callback = Compares("backbone.*", 0.01, rank=5, p=2, schedule=schedule)
@@ -294,7 +307,8 @@ def test_frozen_and_unused_weights_are_left_alone():
     model.unused = nn.Linear(6, 6)
     model.backbone[0].requires_grad_(False)
     frozen, unused = model.backbone[0].weight.clone(), model.unused.weight.clone()
-    fit(model, BATCHES, [StableRankRegularization("*", WEIGHT)])
+    trainer = fit(model, BATCHES, [StableRankRegularization("*", WEIGHT)])
+    assert "stable_rank/backbone.0" not in trainer.callback_metrics
     torch.testing.assert_close(model.backbone[0].weight, frozen.double(), rtol=0, atol=0)
     torch.testing.assert_close(model.unused.weight, unused.double(), rtol=0, atol=0)
 
@@ -363,6 +377,16 @@ def test_kinds_of_layers(scheme):
     assert_same(model, expected)
     logged = {name.removeprefix("stable_rank/") for name in trainer.callback_metrics}
     assert logged == {*pictures_by_hand(model, scheme), "penalty"}
+
+
+def test_logs_the_sum_over_groups():
+    model = seeded(Pictures).double()
+    expected = {name: value.detach() for name, value in pictures_by_hand(model, 1).items()}
+    trainer = fit(model, PICTURES[:1], [StableRankRegularization("*", WEIGHT)], max_epochs=1)
+    logged = {name.removeprefix("stable_rank/"): value.double() for name, value in trainer.callback_metrics.items()}
+    penalty = logged.pop("penalty")
+    torch.testing.assert_close(logged, expected)
+    torch.testing.assert_close(penalty, WEIGHT * sum(expected.values()))
 
 
 def test_logs_stable_ranks_and_penalty():

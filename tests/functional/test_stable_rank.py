@@ -182,6 +182,18 @@ def test_followed_gradient_stays_within_a_percent(shape, rank):
         torch.testing.assert_close(term.value.double(), exact.value, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(48, 200), (60, 40)], ids=str)
+@pytest.mark.parametrize("rank", [1, 10])
+def test_error_of_a_followed_gradient_is_estimated(shape, rank):
+    weight = random(*shape)
+    start = top_singular_subspace(weight, rank + 8).start
+    for change in (3e-2, 1e-2, 3e-3, 1e-3):
+        moved = weight + change * random(*shape, seed=1)
+        term, exact = followed_term(moved, rank, start), exact_gradient(moved, rank, 2).gradient
+        error = float((term.gradient(moved) - exact).norm() / exact.norm())
+        assert 0.7 * error < float(term.error) < 5 * error
+
+
 @pytest.mark.parametrize("weight", [torch.zeros(6, 8), torch.eye(6), torch.ones(6, 8)], ids=["0", "I", "1"])
 def test_followed_gradient_is_finite_on_degenerate_weights(weight):
     start = top_singular_subspace(weight, 4).start
@@ -189,6 +201,7 @@ def test_followed_gradient_is_finite_on_degenerate_weights(weight):
         term = followed_term(weight, 2, start)
         start = term.start
         assert bool(term.value.isfinite())
+        assert bool(term.error.isfinite())
         assert bool(term.gradient(weight).isfinite().all())
         torch.testing.assert_close(start.mT @ start, torch.eye(4))
 
