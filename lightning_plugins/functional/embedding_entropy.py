@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_plugins.functional.matrix_log import known_log, log_by_products
-from lightning_plugins.functional.spectral_sum import decompose, known_slope, log_from, sum_over
+from lightning_plugins.functional.spectral_sum import known_slope, log_from, sum_over
 from lightning_plugins.functional.spectrum import (
+    decompose,
     differentiable_rows,
     finite_or_zero,
     full_precision,

@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lightning_plugins.functional.spectrum import (
+    decompose,
     finite_or_zero,
     full_precision,
     keep_signature,
@@ -49,14 +50,6 @@ def known_slope(
     """The gradient of ``spectral_sum`` from a decomposition at hand; differentiable once with respect to ``matrix``."""
     slope: Tensor = _Slope.apply(matrix, eigenvalues, eigenvectors, power, logarithm)
     return slope
-
-
-def decompose(matrix: Tensor, *, vectors: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, smallest first, and eigenvectors: an empty tensor unless asked for."""
-    if vectors:
-        eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-        return eigenvalues, eigenvectors
-    return torch.linalg.eigvalsh(matrix), matrix.new_empty(0)
 
 
 def sum_over(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
