@@ -18,16 +18,16 @@ OUTPUT = Path("demo_output")
 
 
 class Digits(LightningDataModule):
-    """The 1797 digits that come with scikit-learn, enlarged to 32 × 32; the last fifth is kept for validation."""
+    """The 1797 digits that come with scikit-learn, enlarged; the last fifth is kept for validation."""
 
-    def __init__(self, batch_size: int = 64) -> None:
+    def __init__(self, batch_size: int = 64, pixels: int = 32) -> None:
         super().__init__()
         images, labels = map(torch.tensor, load_digits(return_X_y=True))
-        pixels = images.float().view(-1, 1, 8, 8) / 8 - 1  # from 0..16 to -1..1
-        pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear")
-        split = len(pixels) * 4 // 5
-        self.train = TensorDataset(pixels[:split], labels[:split])
-        self.val = TensorDataset(pixels[split:], labels[split:])
+        images = images.float().view(-1, 1, 8, 8) / 8 - 1  # from 0..16 to -1..1
+        images = F.interpolate(images, size=(pixels, pixels), mode="bilinear")
+        split = len(images) * 4 // 5
+        self.train = TensorDataset(images[:split], labels[:split])
+        self.val = TensorDataset(images[split:], labels[split:])
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader:
