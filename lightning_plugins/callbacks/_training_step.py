@@ -18,6 +18,8 @@ from torch._dynamo import OptimizedModule
 class StepListener(Protocol):
     """What a callback offers in order to take part in the training step."""
 
+    method: str  # what its penalties are logged under
+
     def recording(self, pl_module: LightningModule) -> AbstractContextManager[None]:
         """The context that the module's own step runs in."""
 
@@ -50,10 +52,14 @@ class WrappedStep:
             output = self._step(*args, **kwargs)
         if output is None:  # the user skips this batch
             return None
+        penalties: dict[str, Tensor] = {}
         for listener in self.listeners:
             penalty = listener.penalty(self._pl_module)
             if penalty is not None:
                 output = _add_to_loss(output, penalty)
+                penalties[listener.method] = penalties.get(listener.method, 0) + penalty.detach()
+        for method, total in penalties.items():  # several callbacks of one method log their sum
+            self._pl_module.log(f"{method}/penalty", total)
         return output
 
     def leave(self, listener: StepListener) -> None:

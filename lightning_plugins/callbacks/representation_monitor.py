@@ -69,6 +69,8 @@ class RepresentationMonitor(Callback):
         ('entropy', 'rankme')
     """
 
+    method = "representation"
+
     def __init__(
         self,
         layers: str | list[str],

@@ -66,8 +66,8 @@ class VNERegularization(Callback):
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
 
-    Logs ``vne/<layer>/entropy`` (nats) and ``vne/penalty`` (the sum over the layers of this callback's terms) at every
-    step that carries the term, and ``vne/skipped`` once a term had to be left out.
+    Logs ``vne/<layer>/entropy`` (nats) and ``vne/penalty`` (the sum of the terms of all such callbacks) at every step
+    that carries the term, and ``vne/skipped`` once a term had to be left out.
 
     Under accumulation every batch has an entropy of its own, as it has a loss of its own; `queue_size` is the way to
     let batches see each other.
@@ -81,6 +81,8 @@ class VNERegularization(Callback):
     Source:
         Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434. `scope="global"`, `queue_size` and `schedule` are ours.
     """
+
+    method = "vne"
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class VNERegularization(Callback):
             )
         self._pool = resolve_pool(pool)
         self._term = VonNeumannEntropy(weight, scope=scope, method=method)
-        self._guard = NonfiniteGuard("vne", check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
+        self._guard = NonfiniteGuard(self.method, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._queues: dict[str, Tensor] = {}  # per layer, unit rows, the newest last
         self._constant: set[str] = set()  # layers that a warning was given for
         self._capture: LayerCapture | None = None
@@ -185,9 +187,7 @@ class VNERegularization(Callback):
             pl_module.log(f"vne/{label}/entropy", torch.stack(entropies).detach().mean())
             kept = [self._guard.leave(entropy, label) for entropy in entropies]
             penalties.append(-weight * torch.stack(kept).mean())
-        penalty = torch.stack(penalties).sum()
-        pl_module.log("vne/penalty", penalty.detach())
-        return penalty
+        return torch.stack(penalties).sum()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -390,9 +390,10 @@ def test_no_value_is_read_on_the_hot_path(on_nonfinite, reads_per_step):
 def test_logs_entropies_and_penalty():
     model, batches = seeded(Classifier), make_batches(1)
     embeddings = model.double().backbone(batches[0][0].double())
-    callback = VNERegularization(["backbone", "head"], weight=0.3)
-    trainer = fit(model, batches, [callback], max_epochs=1)
+    callbacks = [VNERegularization(["backbone", "head"], weight=0.3), VNERegularization("head", weight=-0.1)]
+    trainer = fit(model, batches, callbacks, max_epochs=1)
     entropy = entropy_by_autograd(embeddings).item()
     assert trainer.callback_metrics["vne/backbone/entropy"].item() == pytest.approx(entropy, rel=1e-6)
-    total = entropy + trainer.callback_metrics["vne/head/entropy"].item()
-    assert trainer.callback_metrics["vne/penalty"].item() == pytest.approx(-0.3 * total, rel=1e-6)
+    of_head = trainer.callback_metrics["vne/head/entropy"].item()
+    penalty = -0.3 * (entropy + of_head) + 0.1 * of_head
+    assert trainer.callback_metrics["vne/penalty"].item() == pytest.approx(penalty, rel=1e-6)
