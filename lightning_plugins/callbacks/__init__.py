@@ -1,6 +1,7 @@
 """Lightning callbacks: they decide when, and call what stands in the other folders."""
 
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
+from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.callbacks.von_neumann import VNERegularization
 
-__all__ = ["RepresentationMonitor", "VNERegularization"]
+__all__ = ["RepresentationMonitor", "StableRankRegularization", "VNERegularization"]

@@ -30,7 +30,7 @@ _ERROR = 0.02
 
 
 class StableRankRegularization(Callback):
-    """Press weights towards a low rank during training, at next to no cost and with no change to the model.
+    """Press weights towards a low rank during training, with no change to the model.
 
     Without ``rank`` the term of a layer is ``weight * SR``, with ``SR`` the stable rank: the squared Frobenius norm
     over the squared spectral norm. With ``rank`` it is ``weight * mSR``: the sum of ``s ** p`` over the singular values

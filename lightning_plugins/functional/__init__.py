@@ -8,7 +8,10 @@ from lightning_plugins.functional.entropy import (
     von_neumann_entropy,
 )
 from lightning_plugins.functional.preconditioning import gap_precondition
+from lightning_plugins.functional.singular_values import polar_factor, singular_value_threshold
 from lightning_plugins.functional.spectrum import autocorrelation_eigenvalues, normalize_rows
+from lightning_plugins.functional.stable_rank import modified_stable_rank, nuclear_norm, stable_rank
+from lightning_plugins.functional.subspace import top_singular_subspace
 
 __all__ = [
     "autocorrelation_eigenvalues",
@@ -16,7 +19,13 @@ __all__ = [
     "effective_rank",
     "gap_precondition",
     "matrix_entropy",
+    "modified_stable_rank",
     "normalize_rows",
+    "nuclear_norm",
+    "polar_factor",
     "renyi_entropy",
+    "singular_value_threshold",
+    "stable_rank",
+    "top_singular_subspace",
     "von_neumann_entropy",
 ]

@@ -512,7 +512,7 @@ def test_sharded_parameters_train_like_whole_ones(tmp_path):
 
 def test_yaml(tmp_path):
     config = """
-- class_path: lightning_plugins.callbacks.stable_rank.StableRankRegularization
+- class_path: lightning_plugins.callbacks.StableRankRegularization
   init_args: {layers: "*", weight: 0.3, rank: %s, p: 2, scheme: 1, every_n_steps: 2, on_nonfinite: skip}
 """
     for rank, expected in (("2", 2), ("0.5", 0.5), ("null", None), ("{backbone.0: 2}", {"backbone.0": 2})):
