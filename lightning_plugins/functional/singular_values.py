@@ -8,7 +8,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lightning_plugins._checks import check_choice, check_finite_number
-from lightning_plugins.functional.spectrum import at_least_float32, check_floating, finite_or_zero, full_precision
+from lightning_plugins.functional.spectrum import (
+    at_least_float32,
+    check_floating,
+    decompose,
+    finite_or_zero,
+    full_precision,
+)
 
 PolarMethod = Literal["auto", "eigh", "products"]
 
@@ -138,7 +144,7 @@ def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     scaled, scale = unit_scale(matrix)
     scaled, poison = finite_or_zero(scaled)
-    vectors = torch.linalg.eigh(scaled @ scaled.mT)[1]
+    vectors = decompose(scaled @ scaled.mT, vectors=True)[1]
     rows = vectors.mT @ scaled
     values = torch.linalg.vector_norm(rows, dim=-1)
     least = 10 * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)

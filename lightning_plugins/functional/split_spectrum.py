@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_plugins.functional.spectrum import finite_or_zero, full_precision
+from lightning_plugins.functional.spectrum import decompose, finite_or_zero, full_precision
 
 
 def head_and_tail(gram: Tensor, rank: int, p: int) -> tuple[Tensor, Tensor]:
@@ -57,10 +57,7 @@ class _HeadTail(Function):
     @staticmethod
     def forward(matrix: Tensor, rank: int, p: int, vectors: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         safe, poison = finite_or_zero(matrix)
-        if vectors:
-            eigenvalues, eigenvectors = torch.linalg.eigh(safe)
-        else:
-            eigenvalues, eigenvectors = torch.linalg.eigvalsh(safe), matrix.new_empty(0)
+        eigenvalues, eigenvectors = decompose(safe, vectors=vectors)
         of_head, of_tail = head_masks(eigenvalues, rank)
         powers, _ = root_powers(eigenvalues, p)
         head, tail = (powers * of_head).sum(-1) + poison, (powers * of_tail).sum(-1) + poison
@@ -77,7 +74,7 @@ class _HeadTail(Function):
         matrix, eigenvalues, eigenvectors = ctx.saved_tensors
         with full_precision(matrix):
             if not ctx.vectors:
-                eigenvalues, eigenvectors = torch.linalg.eigh(finite_or_zero(matrix.detach())[0])
+                eigenvalues, eigenvectors = decompose(finite_or_zero(matrix.detach())[0], vectors=True)
             slopes: Tensor = _Slopes.apply(matrix, grad_head, grad_tail, eigenvalues, eigenvectors, ctx.rank, ctx.p)
         return slopes, None, None, None
 

@@ -8,7 +8,13 @@ from torch import Tensor
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.functional.singular_values import check_matrices, unit_scale
 from lightning_plugins.functional.spectral_sum import spectral_sum
-from lightning_plugins.functional.spectrum import at_least_float32, finite_or_zero, full_precision, smaller_gram
+from lightning_plugins.functional.spectrum import (
+    at_least_float32,
+    decompose,
+    finite_or_zero,
+    full_precision,
+    smaller_gram,
+)
 from lightning_plugins.functional.split_spectrum import head_and_tail, head_masks, root_powers
 from lightning_plugins.functional.subspace import top_singular_subspace
 
@@ -179,7 +185,7 @@ def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:
         matrix = at_least_float32(weight)
         scaled, scale = unit_scale(matrix)
         safe, poison = finite_or_zero(smaller_gram(scaled))
-        eigenvalues, vectors = torch.linalg.eigh(safe)
+        eigenvalues, vectors = decompose(safe, vectors=True)
         of_head, of_tail = head_masks(eigenvalues, rank)
         powers, slopes = root_powers(eigenvalues, p)
         head, tail = (powers * of_head).sum(-1), (powers * of_tail).sum(-1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.functional.singular_values import check_matrices, unit_scale
-from lightning_plugins.functional.spectrum import at_least_float32, finite_or_zero, full_precision
+from lightning_plugins.functional.spectrum import at_least_float32, decompose, finite_or_zero, full_precision
 
 
 class Subspace(NamedTuple):
@@ -80,7 +80,7 @@ def top_singular_subspace(
 def _exact(matrix: Tensor, rank: int, leading: int) -> Subspace:
     scaled, scale = unit_scale(matrix)
     safe, poison = finite_or_zero(scaled @ scaled.mT)
-    eigenvalues, vectors = torch.linalg.eigh(safe)
+    eigenvalues, vectors = decompose(safe, vectors=True)
     start = vectors[..., -rank:].flip(-1).contiguous()
     basis = start[..., :leading]
     values = eigenvalues[..., -rank:].flip(-1)[..., :leading].clamp_min(0).sqrt() * scale[..., 0]
@@ -92,7 +92,7 @@ def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
     """No pass over the matrix but for two products: on a CPU each costs as much as a narrow product."""
     rows = start.mT @ matrix
     safe, poison = finite_or_zero(rows @ rows.mT)
-    eigenvalues, rotation = torch.linalg.eigh(safe)
+    eigenvalues, rotation = decompose(safe, vectors=True)
     rotation = rotation.flip(-1)
     wanted = rotation[..., :leading]
     squares = eigenvalues.flip(-1).clamp_min(0)
