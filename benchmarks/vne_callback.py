@@ -19,6 +19,7 @@ import torch
 from _report import describe_machine, markdown_table
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_plugins.callbacks import VNERegularization
 
@@ -98,7 +99,8 @@ def main() -> None:
         callbacks=[timed],
     )
     warm_up = 2
-    trainer.fit(Classifier(name), [(images, labels)] * (2 * (settings.pairs + warm_up)))
+    batches = [(images, labels)] * (2 * (settings.pairs + warm_up))
+    trainer.fit(Classifier(name), DataLoader(batches, batch_size=None))
 
     median = {kind: statistics.median(values[warm_up:]) for kind, values in timed.seconds.items()}
     spread = {kind: statistics.quantiles(values[warm_up:], n=4) for kind, values in timed.seconds.items()}
