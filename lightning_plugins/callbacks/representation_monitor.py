@@ -124,9 +124,7 @@ class RepresentationMonitor(Callback):
         name = type(self).__name__
         require_lightning_module(name, pl_module)
         require_supported_strategy(name, trainer)
-        for (
-            statistics
-        ) in self._statistics.values():  # of a run that was broken off; a checkpoint's come after this hook
+        for statistics in self._statistics.values():  # of a broken-off run; a checkpoint's come after this hook
             statistics.reset()
         if stage == "fit":
             if trainer.global_step == 0:  # a new training
