@@ -54,6 +54,8 @@ def known_slope(
 
 def sum_over(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
     """Sum of ``x ** power``, times ``log(x)``, over the last dimension."""
+    if power == 1 and logarithm:  # the same in fewer operations
+        return -torch.special.entr(eigenvalues.clamp_min(0)).sum(-1)
     x = _floored(eigenvalues, power)
     term = eigenvalues.clamp_min(0)
     if power != 1:

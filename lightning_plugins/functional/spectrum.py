@@ -115,8 +115,8 @@ def finite_or_zero(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The matrices ``(..., n, n)``, and a number ``(...)`` for each of them to add to results: 0, or NaN.
     """
-    total = matrix.detach().sum(dim=(-2, -1))
-    return torch.where(total.isfinite()[..., None, None], matrix, 0), total * 0
+    total = matrix.detach().sum(dim=(-2, -1), keepdim=True)
+    return torch.where(total.isfinite(), matrix, 0), (total * 0).squeeze((-2, -1))
 
 
 def decompose(matrix: Tensor, *, vectors: bool) -> tuple[Tensor, Tensor]:
