@@ -114,7 +114,7 @@ def run(rank: int, job: Job, folder: Path, name: str, arguments: dict[str, Any])
                 init_method=f"file://{folder}/{name}",
                 rank=rank,
                 world_size=job.ranks,
-                timeout=timedelta(seconds=60),
+                timeout=timedelta(seconds=240),
             )
         torch.save(train(rank, job, folder, **arguments), folder / f"{name}-{rank}.pt")
         if job.ranks > 1:
@@ -129,10 +129,10 @@ def run(rank: int, job: Job, folder: Path, name: str, arguments: dict[str, Any])
 def test_resume_after_sigkill_equals_uninterrupted(tmp_path: Path):
     process = multiprocessing.get_context("spawn").Process(target=nursery, args=(tmp_path,))
     process.start()
-    process.join(timeout=240)
+    process.join(timeout=600)
     alive = process.is_alive()
     process.kill()
-    assert not alive, "the trainings did not end within 240 s"
+    assert not alive, "the trainings did not end within 600 s"
     assert process.exitcode == 0
     for number, job in enumerate(JOBS):
         folder = tmp_path / str(number)
