@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_plugins.functional.matrix_log import known_log, log_by_products
-from lightning_plugins.functional.spectral_sum import known_slope, log_from, sum_over
+from lightning_plugins.functional.spectral_sum import floored_log, known_slope, log_from, sum_over
 from lightning_plugins.functional.spectrum import (
     decompose,
     differentiable_rows,
@@ -62,8 +62,13 @@ class _EmbeddingEntropy(Function):
                 rows, length = differentiable_rows(embeddings)
                 matrix = smaller_gram(rows)
                 log = known_log(matrix, first) if ctx.products else known_slope(matrix, first, second, logarithm=True)
+            elif ctx.products:
+                log = first
             else:
-                log = first if ctx.products else log_from(first, second)
+                log = log_from(first, second)
+                if rows.shape[-2] <= rows.shape[-1]:
+                    along = (second.square() @ (first * floored_log(first))[..., None]) * rows.shape[-2]
+                    return _gradient_by_small_matrix(grad[..., None, None], rows, length, log, along), None, None
             return _gradient(grad[..., None, None], rows, length, log), None, None
 
 
@@ -76,4 +81,10 @@ def _gradient(grad: Tensor, rows: Tensor, length: Tensor, log: Tensor) -> Tensor
     factor = grad * (-2 / n) / length
     if torch.is_grad_enabled():
         return (result - rows * along) * factor
-    return result.sub_(rows * along).mul_(factor)
+    return torch.addcmul(result, rows, along, value=-1).mul_(factor)
+
+
+def _gradient_by_small_matrix(grad: Tensor, rows: Tensor, length: Tensor, log: Tensor, along: Tensor) -> Tensor:
+    """The same where ``N <= d``, with ``along`` from the spectrum: one product, and no other large tensor."""
+    factor = grad * (-2 / rows.shape[-2]) / length
+    return ((log - torch.diag_embed(along[..., 0])) * factor) @ rows

@@ -55,7 +55,8 @@ def known_slope(
 def sum_over(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
     """Sum of ``x ** power``, times ``log(x)``, over the last dimension."""
     if power == 1 and logarithm:  # the same in fewer operations
-        return -torch.special.entr(eigenvalues.clamp_min(0)).sum(-1)
+        entropy: Tensor = torch.special.entr(eigenvalues.clamp_min(0)).sum(-1)
+        return -entropy
     x = _floored(eigenvalues, power)
     term = eigenvalues.clamp_min(0)
     if power != 1:
@@ -65,9 +66,14 @@ def sum_over(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
     return (term * x.log() if logarithm else term).sum(-1)
 
 
+def floored_log(eigenvalues: Tensor) -> Tensor:
+    """Logarithms, taken at the floor of ``spectral_sum`` for eigenvalues below it."""
+    return _floored(eigenvalues, 1.0).log()
+
+
 def log_from(eigenvalues: Tensor, eigenvectors: Tensor) -> Tensor:
-    """The logarithm of a matrix, taken at the floor of ``spectral_sum`` for eigenvalues below it."""
-    return symmetric_product(eigenvectors * _floored(eigenvalues, 1.0).log()[..., None, :], eigenvectors)
+    """The logarithm of a matrix, its eigenvalues' being ``floored_log``."""
+    return symmetric_product(eigenvectors * floored_log(eigenvalues)[..., None, :], eigenvectors)
 
 
 class _SpectralSum(Function):
