@@ -67,24 +67,21 @@ class _EmbeddingEntropy(Function):
             else:
                 log = log_from(first, second)
                 if rows.shape[-2] <= rows.shape[-1]:
+                    # The part along each row, which `_gradient` takes off, from the spectrum: no other large tensor.
                     along = (second.square() @ (first * floored_log(first))[..., None]) * rows.shape[-2]
-                    return _gradient_by_small_matrix(grad[..., None, None], rows, length, log, along), None, None
+                    log.diagonal(dim1=-2, dim2=-1).sub_(along[..., 0])
+                    return (log * _factor(grad[..., None, None], length)) @ rows, None, None
             return _gradient(grad[..., None, None], rows, length, log), None, None
 
 
 def _gradient(grad: Tensor, rows: Tensor, length: Tensor, log: Tensor) -> Tensor:
     """``-(2 / N) Z log(C)``, less its part along each row, through the scaling of the rows."""
     # A multiple of the identity in `log` changes nothing: what it adds lies along each row.
-    n, d = rows.shape[-2:]
-    result = log @ rows if n <= d else rows @ log
+    result = log @ rows if rows.shape[-2] <= rows.shape[-1] else rows @ log
     along = (rows * result).sum(-1, keepdim=True)
-    factor = grad * (-2 / n) / length
-    if torch.is_grad_enabled():
-        return (result - rows * along) * factor
-    return torch.addcmul(result, rows, along, value=-1).mul_(factor)
+    across, factor = torch.addcmul(result, rows, along, value=-1), _factor(grad, length)
+    return across * factor if torch.is_grad_enabled() else across.mul_(factor)
 
 
-def _gradient_by_small_matrix(grad: Tensor, rows: Tensor, length: Tensor, log: Tensor, along: Tensor) -> Tensor:
-    """The same where ``N <= d``, with ``along`` from the spectrum: one product, and no other large tensor."""
-    factor = grad * (-2 / rows.shape[-2]) / length
-    return ((log - torch.diag_embed(along[..., 0])) * factor) @ rows
+def _factor(grad: Tensor, length: Tensor) -> Tensor:
+    return grad * (-2 / length.shape[-2]) / length
