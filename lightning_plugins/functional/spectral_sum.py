@@ -71,9 +71,9 @@ def floored_log(eigenvalues: Tensor) -> Tensor:
     return _floored(eigenvalues, 1.0).log()
 
 
-def log_from(eigenvalues: Tensor, eigenvectors: Tensor) -> Tensor:
-    """The logarithm of a matrix, its eigenvalues' being ``floored_log``."""
-    return symmetric_product(eigenvectors * floored_log(eigenvalues)[..., None, :], eigenvectors)
+def matrix_from(eigenvalues: Tensor, eigenvectors: Tensor) -> Tensor:
+    """The symmetric matrices with these eigenvalues and eigenvectors."""
+    return symmetric_product(eigenvectors * eigenvalues[..., None, :], eigenvectors)
 
 
 class _SpectralSum(Function):

@@ -86,8 +86,7 @@ def rows_and_lengths(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     # Division by infinity makes a row without length zero, and its gradient too.
     largest = largest.masked_fill(largest < torch.finfo(largest.dtype).tiny, torch.inf)
     rows = embeddings / largest
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    length = length.masked_fill(length == 0, 1)
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(1)  # below 1 only if the row is zero
     return rows.div_(length), length * largest
 
 
@@ -110,13 +109,13 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def finite_or_zero(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace a matrix that holds NaN or infinity by zeros, which LAPACK accepts.
+    """Replace NaN and infinity by zeros, which LAPACK accepts.
 
     Returns:
         The matrices ``(..., n, n)``, and a number ``(...)`` for each of them to add to results: 0, or NaN.
     """
-    total = matrix.detach().sum(dim=(-2, -1), keepdim=True)
-    return torch.where(total.isfinite(), matrix, 0), (total * 0).squeeze((-2, -1))
+    poison = matrix.detach().sum(dim=(-2, -1)) * 0
+    return torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0), poison
 
 
 def decompose(matrix: Tensor, *, vectors: bool) -> tuple[Tensor, Tensor]:
