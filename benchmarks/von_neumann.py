@@ -67,14 +67,19 @@ def time_pairs(ours: Callable[[Tensor], Tensor], embeddings: Tensor, budget: flo
     return statistics.median(old), statistics.median(new), ratio, len(pairs)
 
 
-def decomposition_seconds(embeddings: Tensor) -> float:
-    """Median seconds of ``torch.linalg.eigh`` alone on the smaller Gram matrix: no exact method on a CPU is faster."""
+def indispensable_seconds(embeddings: Tensor) -> float:
+    """Median seconds of what no exact method on a CPU does without: ``eigh`` of the smaller Gram matrix and two products.
+
+    These are the rows with themselves, for that matrix, and with its logarithm, for the gradient.
+    """
     rows = F.normalize(embeddings.detach(), dim=1)
-    matrix = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    wide = rows if len(rows) <= rows.shape[1] else rows.T
     taken = []
     for _ in range(4):
         begin = time.perf_counter()
+        matrix = wide @ wide.T
         torch.linalg.eigh(matrix)
+        matrix @ wide
         if matrix.is_cuda:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - begin)
@@ -144,8 +149,8 @@ def main() -> None:
     print(f"{describe_machine(arguments.device)}; method {arguments.method}")
     if arguments.device == "cuda":
         check_no_synchronisation(1024, 512)
-    print("|    N |    d | published ms | ours ms | ratio | eigh alone ms | pairs | published MiB | ours MiB |")
-    print("| ---: | ---: | -----------: | ------: | ----: | ------------: | ----: | ------------: | -------: |")
+    print("|    N |    d | published ms | ours ms | ratio | eigh and products ms | pairs | published MiB | ours MiB |")
+    print("| ---: | ---: | -----------: | ------: | ----: | -------------------: | ----: | ------------: | -------: |")
     ratios, bounds = [], []
     for n, d in QUICK if arguments.quick else [(n, d) for n in ROWS for d in COLUMNS]:
         embeddings = torch.randn(n, d, device=arguments.device, requires_grad=True)
@@ -155,15 +160,17 @@ def main() -> None:
         else:
             peaks = [peak_in_fresh_process(name, n, d) / 2**20 for name in ("published", "ours")]
         ratios.append(ratio)
-        alone = decomposition_seconds(embeddings)
-        bounds.append(old / alone)
+        least = indispensable_seconds(embeddings)
+        bounds.append(old / least)
         print(
-            f"| {n:4} | {d:4} | {1e3 * old:12.2f} | {1e3 * new:7.2f} | {ratio:5.2f} | {1e3 * alone:13.2f} | {pairs:5}"
+            f"| {n:4} | {d:4} | {1e3 * old:12.2f} | {1e3 * new:7.2f} | {ratio:5.2f} | {1e3 * least:20.2f} | {pairs:5}"
             f" | {peaks[0]:13.1f} | {peaks[1]:8.1f} |",
             flush=True,
         )
     print(f"least {min(ratios):.2f}, geometric mean {statistics.geometric_mean(ratios):.2f}")
-    print(f"published / eigh alone: least {min(bounds):.2f}, geometric mean {statistics.geometric_mean(bounds):.2f}")
+    print(
+        f"published / (eigh and products): least {min(bounds):.2f}, geometric mean {statistics.geometric_mean(bounds):.2f}"
+    )
 
 
 if __name__ == "__main__":
