@@ -68,9 +68,10 @@ def time_pairs(ours: Callable[[Tensor], Tensor], embeddings: Tensor, budget: flo
 
 
 def indispensable_seconds(embeddings: Tensor) -> float:
-    """Median seconds of what no exact method on a CPU does without: ``eigh`` of the smaller Gram matrix and two products.
+    """Median seconds of what no exact method on a CPU does without.
 
-    These are the rows with themselves, for that matrix, and with its logarithm, for the gradient.
+    That is ``eigh`` of the smaller Gram matrix and two products: of the rows with themselves, for that matrix, and with
+    its logarithm, for the gradient.
     """
     rows = F.normalize(embeddings.detach(), dim=1)
     wide = rows if len(rows) <= rows.shape[1] else rows.T

@@ -44,7 +44,7 @@ class _EmbeddingEntropy(Function):
             log = log_by_products(matrix)
             return -(matrix * log).sum((-2, -1)), rows, length, log, log.new_empty(0)
         matrix, poison = finite_or_zero(gram(rows))
-        eigenvalues, eigenvectors = decompose(matrix, vectors=vectors)
+        eigenvalues, eigenvectors = decompose(matrix, vectors=vectors, overwrite=True)
         return poison - sum_over(eigenvalues, 1.0, True), rows, length, eigenvalues, eigenvectors
 
     @staticmethod

@@ -118,7 +118,7 @@ def finite_or_zero(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0), poison
 
 
-def decompose(matrix: Tensor, *, vectors: bool) -> tuple[Tensor, Tensor]:
+def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Eigenvalues of symmetric positive semidefinite matrices, smallest first, and eigenvectors.
 
     LAPACK's float32 routine (MKL's at least) returns NaN, or does not converge, for about 3 of 100 matrices of low rank
@@ -128,12 +128,13 @@ def decompose(matrix: Tensor, *, vectors: bool) -> tuple[Tensor, Tensor]:
     Args:
         matrix: Tensor of shape ``(..., n, n)``, finite; only the lower triangle is read.
         vectors: Whether to compute the eigenvectors.
+        overwrite: Whether the matrix may be changed, which saves a copy of it.
 
     Returns:
         Eigenvalues ``(..., n)``, and eigenvectors ``(..., n, n)`` as columns or an empty tensor.
     """
     shift = torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    shifted = matrix.clone()
+    shifted = matrix if overwrite else matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
     if vectors:
         eigenvalues, eigenvectors = torch.linalg.eigh(shifted)
