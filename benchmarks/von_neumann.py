@@ -169,9 +169,8 @@ def main() -> None:
             flush=True,
         )
     print(f"least {min(ratios):.2f}, geometric mean {statistics.geometric_mean(ratios):.2f}")
-    print(
-        f"published / (eigh and products): least {min(bounds):.2f}, geometric mean {statistics.geometric_mean(bounds):.2f}"
-    )
+    least, mean = min(bounds), statistics.geometric_mean(bounds)
+    print(f"published / (eigh and products): least {least:.2f}, geometric mean {mean:.2f}")
 
 
 if __name__ == "__main__":
