@@ -1,12 +1,12 @@
 """Entropies and effective ranks of an embedding matrix."""
 
-import difflib
 import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_plugins._checks import check_choice
 from lightning_plugins.functional.embedding_entropy import embedding_entropy
 from lightning_plugins.functional.matrix_log import product_entropy
 from lightning_plugins.functional.spectral_sum import spectral_sum
@@ -55,7 +55,7 @@ def von_neumann_entropy(embeddings: Tensor, *, method: Method = "auto") -> Tenso
         where an eigenvalue is zero: duplicated rows, dead features, a single row.
     """
     check_embeddings(embeddings)
-    _check_choice("method", method, get_args(Method))
+    check_choice("method", method, get_args(Method))
     with full_precision(embeddings):
         wide = at_least_float32(embeddings)
         return embedding_entropy(wide, products=_use_products(wide, min(wide.shape[-2:]), method))
@@ -92,7 +92,7 @@ def matrix_entropy(matrix: Tensor, *, method: Method = "auto") -> Tensor:
         Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434, for the value.
     """
     check_floating("matrix", matrix)
-    _check_choice("method", method, get_args(Method))
+    check_choice("method", method, get_args(Method))
     shape = tuple(matrix.shape)
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
         raise ValueError(f"`matrix` must have shape (..., n, n) with n of at least 1, got {shape}")
@@ -176,7 +176,7 @@ def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
         its added 1e-7; Kim et al., CVPR 2023, for the eigenvalues.
     """
     check_embeddings(embeddings)
-    _check_choice("of", of, get_args(Spectrum))
+    check_choice("of", of, get_args(Spectrum))
     if of == "eigenvalues":
         return von_neumann_entropy(embeddings).exp()
     with full_precision(embeddings):
@@ -227,13 +227,3 @@ def _use_products(tensor: Tensor, n: int, method: Method) -> bool:
     if method == "auto":
         return tensor.is_cuda and tensor.dtype == torch.float32 and n >= _FEWEST_COLUMNS_FOR_PRODUCTS
     return method == "products"
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    listed = " or ".join(filter(None, [", ".join(map(repr, choices[:-1])), repr(choices[-1])]))
-    if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be {listed}, got {value!r} ({type(value).__name__})")
-    if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"`{name}` must be {listed}, got {value!r}{hint}")
