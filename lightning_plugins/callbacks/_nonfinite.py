@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -87,3 +88,11 @@ class NonfiniteGuard:
                 f"counts them as `{self._method}/skipped`. Pass `on_nonfinite='raise'` to stop at the first one."
             )
         return skipped
+
+    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn and log the count after a batch, when the loggers look at the device anyway."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the Trainer sets it
+        if every and trainer.global_step % every == 0:
+            skipped = self.warn_once()
+            if skipped:
+                pl_module.log(f"{self._method}/skipped", float(skipped))

@@ -169,11 +169,7 @@ class StableRankRegularization(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Say once if terms were left out, when the loggers look at the device anyway."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it outside of the class
-        if every and trainer.global_step % every == 0:
-            skipped = self._guard.warn_once()
-            if skipped:
-                pl_module.log("stable_rank/skipped", float(skipped))
+        self._guard.report(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once if terms were left out."""
