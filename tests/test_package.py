@@ -17,7 +17,10 @@ PACKAGE = Path(lightning_plugins.__file__).parent
 HIDE_EXTRAS = """
 import importlib.machinery, importlib.metadata, sys
 
-HIDDEN = {"torchvision", "timm", "transformers", "matplotlib", "jsonargparse", "rich", "wandb", "tensorboard"}
+HIDDEN = {
+    "torchvision", "timm", "transformers", "matplotlib", "jsonargparse", "rich", "wandb", "tensorboard",
+    "torch_pruning", "onnx", "onnxscript", "onnxruntime",
+}
 
 class Finder(importlib.machinery.PathFinder):
     @classmethod

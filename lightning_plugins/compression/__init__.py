@@ -1,0 +1,1 @@
+"""Smaller networks: low-rank layers, masks, costs and budgets, search of ranks, physical shrinking, reports."""

@@ -1,0 +1,6 @@
+"""Figures of what training does to representations; matplotlib is an extra, imported where one is drawn."""
+
+from lightning_plugins.plots._style import require_matplotlib
+from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
+
+__all__ = ["require_matplotlib", "spectrum_comparison_figure", "spectrum_figure"]
