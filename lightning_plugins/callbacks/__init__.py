@@ -1,7 +1,8 @@
 """Lightning callbacks: they decide when, and call what stands in the other folders."""
 
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
+from lightning_plugins.callbacks.spectrum_monitor import SpectrumMonitor
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.callbacks.von_neumann import VNERegularization
 
-__all__ = ["RepresentationMonitor", "StableRankRegularization", "VNERegularization"]
+__all__ = ["RepresentationMonitor", "SpectrumMonitor", "StableRankRegularization", "VNERegularization"]

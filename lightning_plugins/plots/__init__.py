@@ -2,5 +2,12 @@
 
 from lightning_plugins.plots._style import require_matplotlib
 from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
+from lightning_plugins.plots.weights import layer_spectra_figure, weight_spectrum_figure
 
-__all__ = ["require_matplotlib", "spectrum_comparison_figure", "spectrum_figure"]
+__all__ = [
+    "layer_spectra_figure",
+    "require_matplotlib",
+    "spectrum_comparison_figure",
+    "spectrum_figure",
+    "weight_spectrum_figure",
+]

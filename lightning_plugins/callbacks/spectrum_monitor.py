@@ -1,0 +1,243 @@
+"""Watch the singular values of weights during training."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_plugins._checks import check_positive_int
+from lightning_plugins.callbacks._figures import hand_to_loggers
+from lightning_plugins.callbacks._requirements import (
+    makes_layers_late,
+    require_lightning_module,
+    require_supported_strategy,
+)
+from lightning_plugins.callbacks._spectra import SpectrumHistory
+from lightning_plugins.callbacks._weight_gradients import shared_out
+from lightning_plugins.functional.weight_spectrum import spectrum_dtype, summarize_spectrum, weight_singular_values
+from lightning_plugins.plots import require_matplotlib, weight_spectrum_figure
+from lightning_plugins.regularizers._weight_matrices import WeightMatrix, select_weight_matrices
+from lightning_plugins.regularizers._weight_targets import check_scheme
+from lightning_plugins.selection import check_layers
+
+_KEPT = "weights"  # the one stage of the history
+_DRAWING_SHARE = 0.05  # of the time that has passed; the last figures are drawn whatever they cost
+
+
+class SpectrumMonitor(Callback):
+    """Log and draw the singular values of chosen weights; nothing in the training changes.
+
+    The weights are looked at before the first optimizer step and after every n-th, at no other time, whatever batches
+    are accumulated. At each look the layers are shared out over the ranks: each is decomposed by one of them, in
+    float64, and the results are exchanged; a weight that is sharded (FSDP2) is assembled as long as it is looked at.
+
+    For each layer ``spectrum/<layer>/stable_rank`` (sum of the squared singular values over the largest square),
+    ``spectrum/<layer>/effective_rank`` (Roy and Vetterli's: ``exp`` of the entropy of the singular values divided by
+    their sum) and ``spectrum/<layer>/spectral_norm`` (the largest) reach the loggers at each look, at the number of
+    steps done, whatever the Trainer's `log_every_n_steps`; other callbacks find them in ``trainer.callback_metrics``.
+
+    A figure ``spectrum/<layer>`` shows the spectra over the training steps. TensorBoard and Weights & Biases get it as
+    an image, for any other logger, or none, it is a PNG file in the logger's directory or the Trainer's
+    `default_root_dir`. Figures are drawn on rank zero, at the end of epochs as long as that takes less than a twentieth
+    of the time, and at the end.
+
+    A layer that another callback puts in place of a chosen one is found by its name; where that is a sequence, as of a
+    factorised layer, the layers in it are looked at from then on.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them. Among the matches of a glob the linear
+            layers, the convolutions and the projections of ``nn.MultiheadAttention`` are taken. Of a grouped
+            convolution the singular values of all groups stand together, as those of a block-diagonal matrix. A weight
+            that is computed by a parametrization is looked at as it is computed.
+        every_n_steps: The weights are looked at after every n-th optimizer step.
+        scheme: How a convolution's kernel becomes a matrix: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``.
+        figures: Whether to draw; needs matplotlib.
+        max_spectra: So many spectra per layer are remembered, and saved in checkpoints: the first, the latest and,
+            between them, steps as evenly spaced as can be.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+        ImportError: If ``figures`` are wanted and matplotlib is missing.
+
+    Example:
+        >>> monitor = SpectrumMonitor(layers="backbone.*", every_n_steps=100)
+        >>> monitor.every_n_steps
+        100
+
+    Source:
+        Roy and Vetterli, EUSIPCO 2007, for the effective rank.
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        *,
+        every_n_steps: int = 100,
+        scheme: Literal[1, 2] = 1,
+        figures: bool = True,
+        max_spectra: int = 32,
+    ) -> None:
+        super().__init__()
+        self.layers = check_layers(layers, sides=False)
+        self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
+        self.scheme: Literal[1, 2] = check_scheme(scheme)
+        self.max_spectra = check_positive_int("max_spectra", max_spectra)
+        if not isinstance(figures, bool):
+            raise TypeError(f"`figures` must be True or False, got {figures!r} ({type(figures).__name__})")
+        self.figures = figures
+        if figures:
+            require_matplotlib()
+        self._history = SpectrumHistory(self.max_spectra, (_KEPT,))
+        self._next_look = 0  # optimizer steps
+        self._weights: list[WeightMatrix] = []
+        self._undrawn: dict[str, None] = {}
+        self._next_drawing = 0.0
+
+    @property
+    def spectra(self) -> dict[str, dict[int, Tensor]]:
+        """The remembered singular values by layer and training step, as in ``spectra["backbone.fc"][100]``.
+
+        Each is a float32 tensor of shape ``(min(m, n),)`` on the CPU, largest first.
+        """
+        return self._history.kept[_KEPT]
+
+    @property
+    def state_key(self) -> str:
+        """Unique for every different instance, so that several keep their own entries in a checkpoint."""
+        return self._generate_state_key(layers=self.layers, every_n_steps=self.every_n_steps, scheme=self.scheme)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the module and the Trainer, and find the weights."""
+        if stage != "fit":
+            return
+        require_lightning_module(type(self).__name__, pl_module)
+        require_supported_strategy(type(self).__name__, trainer)
+        if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
+            self._history.clear()
+            self._next_look = 0
+        if not makes_layers_late(pl_module):
+            self._find(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the weights where the module has only now made them."""
+        if not self._weights:
+            self._find(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at the weights before the first step."""
+        self._look_if_due(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the weights after every n-th step."""
+        self._look_if_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw if there is time for it."""
+        if time.monotonic() >= self._next_drawing:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what is new since the last figures."""
+        self._draw(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module, to which nothing was done."""
+        self._weights = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the module: ``teardown`` does not run after an exception."""
+        self._weights = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered spectra, and the step of the next look."""
+        return {"spectra": self._history.state(), "next_look": self._next_look}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's spectra."""
+        self._history.load_state(state_dict["spectra"])
+        self._next_look = state_dict["next_look"]
+
+    def _find(self, pl_module: LightningModule, layers: tuple[str, ...] | None = None) -> None:
+        with _parametrizations_at_rest(pl_module):
+            chosen = self.layers if layers is None else layers
+            self._weights = select_weight_matrices(pl_module, chosen, scheme=self.scheme, computed=True)
+
+    def _find_replaced(self, pl_module: LightningModule) -> None:
+        """Find the weights anew if a callback has put other layers in the place of some."""
+        present = set(pl_module.modules())
+        if all(weight.module in present for weight in self._weights):
+            return
+        modules = dict(pl_module.named_modules())
+        self._find(
+            pl_module,
+            tuple(f"{name}.*" if isinstance(modules.get(name), nn.Sequential) else name for name in self.layers),
+        )
+
+    def _look_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step  # counts the steps of all optimizers
+        if step < self._next_look:
+            return
+        self._next_look = (step // self.every_n_steps + 1) * self.every_n_steps
+        self._find_replaced(pl_module)
+        logged: dict[str, float] = {}
+        for label, values in self._singular_values(pl_module).items():
+            for name, number in summarize_spectrum(values)._asdict().items():
+                logged[f"spectrum/{label}/{name}"] = number
+            if torch.isfinite(values).all():
+                self._history.remember(_KEPT, label, step, values.float())
+                self._undrawn[label] = None
+        pl_module.log_dict(logged, logger=False)  # which would leave out all but each `log_every_n_steps`-th step
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=step)
+
+    @torch.no_grad()
+    def _singular_values(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """The singular values of each layer, on the CPU, from one wait for the device."""
+        with _parametrizations_at_rest(pl_module), torch.inference_mode(False):
+            found = shared_out(
+                self._weights,
+                lambda _, matrix: (weight_singular_values(matrix),),
+                lambda _, matrix: (
+                    matrix.new_empty((*matrix.shape[:-2], min(matrix.shape[-2:])), dtype=spectrum_dtype(matrix)),
+                ),
+            )
+        flat = [values.flatten().sort(descending=True).values for (values,) in found]  # of all groups
+        parts = torch.cat(flat).cpu().split([len(values) for values in flat])
+        return {weight.label: values for weight, values in zip(self._weights, parts, strict=True)}
+
+    def _draw(self, trainer: Trainer) -> None:
+        started = time.monotonic()
+        if self.figures and trainer.is_global_zero:
+            for label in self._undrawn:
+                steps, spectra = self._history.sorted_by_step(_KEPT, label)
+                hand_to_loggers(trainer, f"spectrum/{label}", weight_spectrum_figure(spectra, steps, title=label))
+        self._undrawn.clear()
+        ended = time.monotonic()
+        self._next_drawing = ended + (ended - started) / _DRAWING_SHARE
+
+
+@contextmanager
+def _parametrizations_at_rest(module: nn.Module) -> Iterator[None]:
+    """Compute weights as in evaluation: in training some, as `spectral_norm`, change a buffer at each computation."""
+    busy = [
+        part
+        for parametrizations in module.modules()
+        if isinstance(parametrizations, ParametrizationList)
+        for part in parametrizations.modules()
+        if part.training
+    ]
+    for part in busy:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in busy:
+            part.training = True
