@@ -1,16 +1,28 @@
 """Meta-learning: inner loops over tasks, and what they do to a gradient before they follow it."""
 
 from lightning_plugins.meta.batch_statistics import use_batch_statistics
+from lightning_plugins.meta.episodes import EpisodeLoader, EpisodeSampler
+from lightning_plugins.meta.few_shot import FewShot
 from lightning_plugins.meta.inner_loop import Episodes, InnerLoop
 from lightning_plugins.meta.preconditioners import GAP, ApproximateGAP, Identity, MetaSGD, Preconditioner
+from lightning_plugins.meta.running_statistics import PerStepBatchNorm, use_per_step_statistics
+from lightning_plugins.meta.sinusoid import Sinusoid
+from lightning_plugins.meta.task_sets import TaskSet
 
 __all__ = [
     "GAP",
     "ApproximateGAP",
+    "EpisodeLoader",
+    "EpisodeSampler",
     "Episodes",
+    "FewShot",
     "Identity",
     "InnerLoop",
     "MetaSGD",
+    "PerStepBatchNorm",
     "Preconditioner",
+    "Sinusoid",
+    "TaskSet",
     "use_batch_statistics",
+    "use_per_step_statistics",
 ]

@@ -1,0 +1,48 @@
+"""What few-shot tasks are drawn from: the interface, and checks that its implementations share."""
+
+from torch import Generator, Tensor
+
+from lightning_plugins._checks import check_positive_int
+
+Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class TaskSet:
+    """Base class: a distribution over tasks, from which `EpisodeLoader` draws.
+
+    An implementation defines `sample`; all chance in it comes from the generator that it is given, so that the same
+    seed gives the same tasks in every process.
+
+    Example:
+        >>> class Lines(TaskSet):
+        ...     def sample(self, tasks, generator):
+        ...         slope = torch.randn(tasks, 1, 1, generator=generator)
+        ...         x = torch.randn(tasks, 4, 1, generator=generator)
+        ...         return (x[:, :2], slope * x[:, :2]), (x[:, 2:], slope * x[:, 2:])
+        >>> import torch
+        >>> (support_x, support_y), (query_x, query_y) = Lines().sample(3, torch.Generator().manual_seed(0))
+        >>> support_x.shape, query_y.shape
+        (torch.Size([3, 2, 1]), torch.Size([3, 2, 1]))
+    """
+
+    def sample(self, tasks: int, generator: Generator) -> Batch:
+        """Draw tasks.
+
+        Args:
+            tasks: How many.
+            generator: The one source of chance.
+
+        Returns:
+            ``((support_x, support_y), (query_x, query_y))``, tensors of shapes ``(tasks, samples, ...)``.
+
+        Raises:
+            NotImplementedError: By this base class.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `sample(tasks, generator)`")
+
+
+def check_ways(ways: int) -> int:
+    """Refuse tasks with fewer than two classes."""
+    if check_positive_int("ways", ways) < 2:
+        raise ValueError("`ways` must be at least 2, got 1: with one class there is nothing to tell apart")
+    return ways
