@@ -1,0 +1,66 @@
+"""How what an optimizer remembers of a weight is carried over to what takes its place."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks._surgery import Heir, Heirs
+from lightning_plugins.regularizers._weight_matrices import Scheme, matrix_to_weight, weight_to_matrix
+
+
+def low_rank_heirs(dense: nn.Module, factors: nn.Sequential, *, scheme: Scheme) -> Heirs:
+    """The heirs of a linear layer's or convolution's parameters where two layers take its place.
+
+    With ``W = B A`` the gradients of the factors are ``B.T G`` and ``G A.T``, and so are the averages of gradients
+    while the factors stand still. Averages of squares are those of independent entries: ``(B * B).T V`` and
+    ``V (A * A).T``.
+
+    Args:
+        dense: The layer that was taken out.
+        factors: The two layers, the one with ``A`` first.
+        scheme: How the kernel was unfolded.
+
+    Returns:
+        The heirs of the weight and of the bias.
+    """
+    first, second = (factors.get_parameter(f"{number}.weight") for number in (0, 1))
+
+    def unfold(weight: Tensor) -> Tensor:
+        return weight_to_matrix(weight, scheme=scheme)
+
+    def for_first(state: Tensor, squared: bool) -> Tensor:
+        other = unfold(second.detach()).to(state.dtype)
+        return matrix_to_weight(_power(other, squared).mT @ unfold(state), first.shape, scheme=scheme)
+
+    def for_second(state: Tensor, squared: bool) -> Tensor:
+        other = unfold(first.detach()).to(state.dtype)
+        return matrix_to_weight(unfold(state) @ _power(other, squared).mT, second.shape, scheme=scheme)
+
+    heirs = {dense.get_parameter("weight"): [Heir(first, for_first), Heir(second, for_second)]}
+    for name, bias in factors[1].named_parameters():
+        if name == "bias" and bias is not dense.get_parameter("bias"):
+            heirs[dense.get_parameter("bias")] = [Heir(bias, lambda state, squared: state)]
+    return heirs
+
+
+def sliced_heir(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> Heir:
+    """The heir of a parameter of which only some rows, columns or channels were kept.
+
+    Args:
+        parameter: The new, smaller parameter.
+        kept: For each dimension that was cut the indices that are left, in the new order.
+
+    Returns:
+        The heir.
+    """
+
+    def carry(state: Tensor, squared: bool) -> Tensor:
+        for dimension, index in kept.items():
+            state = state.index_select(dimension, index.to(state.device))
+        return state
+
+    return Heir(parameter, carry)
+
+
+def _power(matrix: Tensor, squared: bool) -> Tensor:
+    return matrix.square() if squared else matrix
