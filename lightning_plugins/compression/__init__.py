@@ -1,7 +1,26 @@
 """Smaller networks: low-rank layers, masks, costs and budgets, search of ranks, physical shrinking, reports."""
 
+from lightning_plugins.compression._rank_problem import RankSearch, ScoredRanks, SearchLevel
+from lightning_plugins.compression.beam_search import beam_search, rich_progress
 from lightning_plugins.compression.cost import LayerCost, layer_costs
 from lightning_plugins.compression.factorize import factorize
 from lightning_plugins.compression.low_rank import dense_weight, low_rank_layer, truncated
+from lightning_plugins.compression.rank_selection import energy_threshold, equal_ratio, score_ranks, trade_off
 
-__all__ = ["LayerCost", "dense_weight", "factorize", "layer_costs", "low_rank_layer", "truncated"]
+__all__ = [
+    "LayerCost",
+    "RankSearch",
+    "ScoredRanks",
+    "SearchLevel",
+    "beam_search",
+    "dense_weight",
+    "energy_threshold",
+    "equal_ratio",
+    "factorize",
+    "layer_costs",
+    "low_rank_layer",
+    "rich_progress",
+    "score_ranks",
+    "trade_off",
+    "truncated",
+]
