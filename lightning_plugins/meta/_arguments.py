@@ -1,12 +1,12 @@
 """What an inner loop is given, checked: what adapts, by what, and which steps count."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
-from lightning_plugins.meta.preconditioners import Identity, Preconditioner, few
-from lightning_plugins.selection import select_modules
+from lightning_plugins.meta.preconditioners import Identity, Preconditioner, few, key
+from lightning_plugins.selection import TensorRef, select_modules, select_tensors
 
 
 def adapted_parameters(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, Tensor]:
@@ -42,6 +42,15 @@ def initialised(preconditioner: Preconditioner | None, parameters: dict[str, Ten
     return preconditioner
 
 
+def learned_rates(adapted: dict[str, Tensor], rates: str, steps: int, initial: float) -> nn.ParameterDict:
+    """A rate for every adapted tensor, or one for each step, or none if they are fixed."""
+    learned = nn.ParameterDict()
+    for name, parameter in adapted.items() if rates != "fixed" else ():
+        shape = (steps,) if rates == "learned_per_step" else ()
+        learned[key(name)] = nn.Parameter(parameter.detach().new_full(shape, float(initial)))
+    return learned
+
+
 def weights_of_steps(weights: Sequence[float] | None, steps: int) -> list[float]:
     """A weight for the query loss after every step; without steps, one for the model as it is."""
     if weights is None:
@@ -52,6 +61,26 @@ def weights_of_steps(weights: Sequence[float] | None, steps: int) -> list[float]
     if not any(checked):
         raise ValueError(f"`step_weights` must not all be zero, got {list(weights)}")
     return checked
+
+
+def check_layer(model: nn.Module, layer: str) -> TensorRef:
+    """The one tensor that a name of a layer stands for."""
+    if not isinstance(layer, str):
+        raise TypeError(f"`layer` must be the name of a module, got {type(layer).__name__}")
+    references = select_tensors(model, layer)
+    if len(references) > 1:
+        raise ValueError(f"`layer` must name one module, got {layer!r}, which is {few(r.label for r in references)}")
+    return references[0]
+
+
+def check_adapted(adapted: Mapping[str, Tensor], names: Sequence[str], inputs: Tensor) -> None:
+    """Refuse parameters that are not of these names and of the inputs' tasks."""
+    if missing := [name for name in names if name not in adapted]:
+        raise ValueError(f"`adapted` must be what `adapt` returned, got no {few(missing)}")
+    if any(len(adapted[name]) != len(inputs) for name in names):
+        raise ValueError(
+            f"`inputs` must have the {len(adapted[names[0]])} tasks of `adapted`, got {tuple(inputs.shape)}"
+        )
 
 
 def check_updates(updates: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """A function of one task for all tasks: vectorised, one after the other, or chunk by chunk."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,25 +12,6 @@ from torch.func import vmap
 from lightning_plugins.functional.spectrum import full_precision
 
 Task = Callable[..., tuple[Tensor, ...]]
-
-
-def check_batch(name: str, batch: object) -> tuple[Tensor, Tensor]:
-    """Refuse what is not a pair of inputs and targets with a task and a sample dimension."""
-    rule = f"`{name}` must be a pair (inputs, targets) of tensors with shapes (tasks, samples, ...)"
-    if not isinstance(batch, Sequence) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-        shown = f"{len(batch)} things" if isinstance(batch, Sequence) and len(batch) != 2 else type(batch).__name__
-        raise TypeError(f"{rule}, got {shown}")
-    inputs, targets = batch
-    shapes = f"got {tuple(inputs.shape)} and {tuple(targets.shape)}"
-    # Floating inputs of two dimensions would be one task's samples, each of which a linear layer takes for a task.
-    least = 3 if inputs.is_floating_point() else 2
-    if inputs.ndim < least or targets.ndim < 2:
-        raise ValueError(f"{rule}, {shapes}; a single task is `inputs.unsqueeze(0), targets.unsqueeze(0)`")
-    if inputs.shape[:2] != targets.shape[:2]:
-        raise ValueError(f"{rule}, equal in these two dimensions, {shapes}")
-    if 0 in inputs.shape[:2]:
-        raise ValueError(f"{rule} with at least one of each, {shapes}")
-    return inputs, targets
 
 
 def over_tasks(
@@ -48,6 +28,31 @@ def over_tasks(
         else:
             pieces.append(tuple(result.unsqueeze(0) for result in task(*(tensor[0] for tensor in piece))))
     return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+
+def chunk_by_chunk(
+    measure: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    size: int,
+    sources: Sequence[Tensor],
+    draws: "Draws | None",
+) -> tuple[Tensor, ...]:
+    """Take the gradient of each chunk before the next one, so that one graph is in memory at a time."""
+    gradients: list[Tensor | None] = [None] * len(sources)
+
+    # `measure` gives a value per task first: the mean gets its gradient for the sources. The rest is put together.
+    def measured(piece: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """In a function, at whose end nothing holds the graph any more."""
+        if draws is not None:
+            draws.restore()
+        values, *rest = measure(piece)
+        value = values.sum() / len(tensors[0])
+        add_gradients(gradients, value, sources)
+        return value.detach()[None], *rest
+
+    pieces = [measured(piece) for piece in chunks(tensors, size)]
+    values, *rest = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return with_known_gradient(values.sum(), gradients, sources), *rest
 
 
 def chunks(tensors: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
@@ -73,14 +78,6 @@ def with_known_gradient(value: Tensor, gradients: Sequence[Tensor | None], sourc
     """Attach gradients that are known already to a scalar."""
     result: Tensor = _KnownGradient.apply(value, tuple(gradients), *sources)
     return result
-
-
-@contextmanager
-def ordinary_tensors(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Leave inference mode, under which nothing can be differentiated; what was made under it is copied."""
-    inference = torch.is_inference_mode_enabled()
-    with torch.inference_mode(False) if inference else nullcontext(), torch.no_grad() if inference else nullcontext():
-        yield tuple(tensor.clone() if tensor.is_inference() else tensor for tensor in tensors)
 
 
 class Draws:

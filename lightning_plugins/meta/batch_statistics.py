@@ -35,8 +35,14 @@ def use_batch_statistics(model: Model) -> Model:
 def check_no_running_statistics(model: nn.Module) -> None:
     """Refuse norms that would update running statistics: neither ``vmap`` nor ``grad`` can change a buffer in place."""
     for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"`model`: {name!r} (SyncBatchNorm) would mix the samples of different tasks on different ranks; leave"
+                " out `sync_batchnorm=True`: a task's own statistics are all on one rank"
+            )
         if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
             raise ValueError(
                 f"`model`: {name!r} ({type(module).__name__}) would update running statistics with every task and inner"
-                " step; call `use_batch_statistics(model)`, or its `eval()` to normalise by those it has"
+                " step; call `use_batch_statistics(model)` to have none, `use_per_step_statistics(model, steps)` for"
+                " some of every step, or its `eval()` to normalise by those it has"
             )

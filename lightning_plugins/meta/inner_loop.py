@@ -1,46 +1,25 @@
 """The inner loop of gradient-based meta-learning: adapt a model to every task, and know how that depends on it."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
-from lightning_plugins.meta._arguments import adapted_parameters, check_updates, initialised, weights_of_steps
-from lightning_plugins.meta._measure import Loss, Parameters, check_used, measure, outputs_of
-from lightning_plugins.meta._norms import PlainNorms
-from lightning_plugins.meta._tasks import (
-    Draws,
-    Task,
-    add_gradients,
-    check_batch,
-    chunks,
-    ordinary_tensors,
-    over_tasks,
-    with_known_gradient,
-)
+from lightning_plugins.meta import _arguments as arguments
+from lightning_plugins.meta._episode import Episode, Episodes, start
+from lightning_plugins.meta._measure import Loss, Parameters, check_used, outputs_of
+from lightning_plugins.meta._tasks import Draws, Task, chunk_by_chunk, over_tasks
+from lightning_plugins.meta._tensors import check_batch, check_batches, ordinary_tensors
 from lightning_plugins.meta.batch_statistics import check_no_running_statistics
-from lightning_plugins.meta.preconditioners import Preconditioner, few, key
+from lightning_plugins.meta.preconditioners import Preconditioner
+from lightning_plugins.meta.running_statistics import Statistics
+from lightning_plugins.selection import TensorRef
 
 Rates = Literal["fixed", "learned", "learned_per_step"]
 Randomness = Literal["different", "same"]
-
-
-class Episodes(NamedTuple):
-    """What became of a batch of tasks.
-
-    Attributes:
-        loss: Mean over tasks of the query loss, with its gradient: a scalar.
-        losses: Query loss of every task after the last inner step, detached: shape ``(tasks,)``.
-        outputs: The adapted models' outputs on the query inputs, detached: shape ``(tasks, samples, ...)``.
-    """
-
-    loss: Tensor
-    losses: Tensor
-    outputs: Tensor
 
 
 class InnerLoop(nn.Module):
@@ -56,7 +35,8 @@ class InnerLoop(nn.Module):
     than a vectorised one unless ``randomness="same"``.
 
     Norms use the statistics of the batch at hand, or in evaluation mode the running statistics they have; a norm that
-    would update them is refused (see `use_batch_statistics`). Works without gradients and in inference mode.
+    would update them is refused (see `use_batch_statistics` and `use_per_step_statistics`). Works without gradients and
+    in inference mode. Under float16 autocast the loop computes in float32: nothing scales the inner loss.
 
     Args:
         model: Any module that maps a tensor to a tensor. It becomes a submodule.
@@ -119,15 +99,11 @@ class InnerLoop(nn.Module):
         self.chunk_size = None if chunk_size is None else check_positive_int("chunk_size", chunk_size)
         self.same_draws = check_choice("randomness", randomness, get_args(Randomness)) == "same"
         self.first_order, self.vectorize, self.loss = first_order, vectorize, loss
-        adapted = adapted_parameters(model, layers)
+        adapted = arguments.adapted_parameters(model, layers)
         self.adapted = tuple(adapted)
         self.model = model
-        self.preconditioner = initialised(preconditioner, adapted, steps)
-        self.rates = nn.ParameterDict()
-        if rates != "fixed":
-            shape = (steps,) if self.per_step else ()
-            for name, parameter in adapted.items():
-                self.rates[key(name)] = nn.Parameter(parameter.detach().new_full(shape, float(learning_rate)))
+        self.preconditioner = arguments.initialised(preconditioner, adapted, steps)
+        self.rates = arguments.learned_rates(adapted, rates, steps, learning_rate)
         self._checked = False
 
     def forward(
@@ -155,21 +131,76 @@ class InnerLoop(nn.Module):
             ValueError: If shapes or weights do not fit, the loss is not a scalar, the model has norms that would update
                 running statistics, or an adapted parameter has no part in the support loss.
         """
+        return self._episodes(support, query, None, steps, step_weights)[0]
+
+    def with_features(
+        self,
+        support: tuple[Tensor, Tensor],
+        query: tuple[Tensor, Tensor],
+        layer: str,
+        *,
+        steps: int | None = None,
+        step_weights: Sequence[float] | None = None,
+    ) -> tuple[Episodes, Tensor]:
+        """Do what a call does, and return what a layer of the adapted models made of the query samples.
+
+        For terms of a loss on representations: it carries its gradient for all that is learned, through all steps.
+
+        Args:
+            support: As for a call.
+            query: As for a call.
+            layer: Dotted name of a module in the model, ``"name:input"`` for what it receives.
+            steps: As for a call.
+            step_weights: As for a call.
+
+        Returns:
+            The episodes, and a tensor of shape ``(tasks, samples, ...)``.
+
+        Raises:
+            TypeError: As for a call, or if the layer gives no tensor.
+            ValueError: As for a call, if the layer is unknown or not one, or if the loop has a ``chunk_size``, by which
+                gradients are taken before the term on the features is known.
+        """
+        if self.chunk_size is not None:
+            raise ValueError(f"`chunk_size` must be None where features are asked for, got {self.chunk_size}")
+        episodes, features = self._episodes(
+            support, query, arguments.check_layer(self.model, layer), steps, step_weights
+        )
+        return episodes, features[0]
+
+    @torch.no_grad()
+    def curve(
+        self, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor], *, steps: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Measure on the query samples after every inner step: for evaluation, without a gradient.
+
+        Args:
+            support: As for a call.
+            query: As for a call.
+            steps: Number of inner steps.
+
+        Returns:
+            The losses, shape ``(tasks, steps + 1)``: the first without adaptation; and the outputs, shape
+            ``(tasks, steps + 1, samples, ...)``.
+
+        Raises:
+            TypeError: As for a call.
+            ValueError: As for a call.
+        """
         steps = self._check_call(steps)
-        weights = weights_of_steps(step_weights, steps)
-        tensors = (*check_batch("support", support), *check_batch("query", query))
-        if len(tensors[0]) != len(tensors[2]):
-            raise ValueError(f"`query` must have as many tasks as `support`, {len(tensors[0])}, got {len(tensors[2])}")
+        statistics = Statistics(self.model, collect=False)
 
-        def task(*batches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self._episode(batches[:2], batches[2:], steps, weights)
+        def task(*batches: Tensor) -> tuple[Tensor, ...]:
+            episode = Episode(self, batches[:2], statistics)
+            measured = [episode.measure(batches[2:])]
+            measured += [episode.take(1).measure(batches[2:]) for _ in range(steps)]
+            losses, outputs = zip(*measured, strict=True)
+            return torch.stack(losses), torch.stack(outputs)
 
-        with ordinary_tensors(tensors) as ordinary:
-            self._check_used(ordinary[:2])
-            if self.chunk_size is None or not torch.is_grad_enabled():
-                weighted, losses, outputs = self._over_tasks(task, ordinary)
-                return Episodes(weighted.mean(), losses, outputs)
-            return self._chunk_by_chunk(task, ordinary, self.chunk_size)
+        with ordinary_tensors(check_batches(support, query)) as tensors:
+            self._check_used(tensors[:2])
+            losses, outputs = self._over_tasks(task, tensors)
+        return losses, outputs
 
     def adapt(self, support: tuple[Tensor, Tensor], *, steps: int | None = None) -> Parameters:
         """Return the parameters adapted to every task, for `predict`.
@@ -187,23 +218,22 @@ class InnerLoop(nn.Module):
             ValueError: As for a call.
         """
         steps = self._check_call(steps)
+        statistics = Statistics(self.model, collect=False)
 
         def task(*batch: Tensor) -> tuple[Tensor, ...]:
-            parameters = self._start()
-            for step in range(steps):
-                parameters = self._updated(parameters, batch, step)
-            return tuple(parameters.values())
+            return tuple(Episode(self, batch, statistics).take(steps).parameters.values())
 
         with ordinary_tensors(check_batch("support", support)) as tensors:
             self._check_used(tensors)
             return dict(zip(self.adapted, self._over_tasks(task, tensors), strict=True))
 
-    def predict(self, adapted: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    def predict(self, adapted: Mapping[str, Tensor], inputs: Tensor, *, steps: int | None = None) -> Tensor:
         """Return the outputs of adapted models.
 
         Args:
             adapted: What `adapt` returned.
             inputs: Shape ``(tasks, samples, ...)``.
+            steps: How many inner steps `adapt` took, for norms with statistics of their own per step.
 
         Returns:
             Tensor of shape ``(tasks, samples, ...)``.
@@ -213,16 +243,12 @@ class InnerLoop(nn.Module):
             ValueError: If ``adapted`` and ``inputs`` differ in the number of tasks or ``adapted`` lacks parameters, or
                 the model has norms that would update running statistics.
         """
-        if missing := [name for name in self.adapted if name not in adapted]:
-            raise ValueError(f"`adapted` must be what `adapt` returned, got no {few(missing)}")
-        if any(len(adapted[name]) != len(inputs) for name in self.adapted):
-            raise ValueError(
-                f"`inputs` must have the {len(adapted[self.adapted[0]])} tasks of `adapted`, got {tuple(inputs.shape)}"
-            )
-        check_no_running_statistics(self.model)
+        arguments.check_adapted(adapted, self.adapted, inputs)
+        row, statistics = self._check_call(steps), Statistics(self.model, collect=False)
 
         def task(inputs: Tensor, *parameters: Tensor) -> tuple[Tensor]:
-            return (outputs_of(self.model, dict(zip(self.adapted, parameters, strict=True)), inputs),)
+            with statistics.of_step(row):
+                return (outputs_of(self.model, dict(zip(self.adapted, parameters, strict=True)), inputs),)
 
         with ordinary_tensors((inputs, *(adapted[name] for name in self.adapted))) as tensors:
             return self._over_tasks(task, tensors)[0]
@@ -232,62 +258,36 @@ class InnerLoop(nn.Module):
             task, tensors, vectorize=self.vectorize, chunk_size=self.chunk_size, same_draws=self.same_draws
         )
 
-    def _chunk_by_chunk(self, task: Task, tensors: Sequence[Tensor], size: int) -> Episodes:
-        """The gradient of each chunk before the next one, so that one graph is in memory at a time."""
-        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        sources = [*learned, *(tensor for tensor in tensors if tensor.requires_grad)]
-        gradients: list[Tensor | None] = [None] * len(sources)
-        draws = Draws(tensors[0].device)
+    def _episodes(
+        self,
+        support: tuple[Tensor, Tensor],
+        query: tuple[Tensor, Tensor],
+        layer: TensorRef | None,
+        steps: int | None,
+        step_weights: Sequence[float] | None,
+    ) -> tuple[Episodes, Sequence[Tensor]]:
+        steps = self._check_call(steps)
+        weights = arguments.weights_of_steps(step_weights, steps)
+        statistics = Statistics(self.model, collect=True)
 
-        def measured(piece: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            """In a function, at whose end nothing holds the graph any more."""
-            if self.same_draws:
-                draws.restore()
-            weighted, losses, outputs = self._over_tasks(task, piece)
-            value = weighted.sum() / len(tensors[0])
-            add_gradients(gradients, value, sources)
-            return value.detach()[None], losses, outputs
+        def task(*batches: Tensor) -> tuple[Tensor, ...]:
+            episode = Episode(self, batches[:2], statistics)
+            return *episode.run(batches[2:], steps, weights, layer), *episode.seen
 
-        pieces = [measured(piece) for piece in chunks(tensors, size)]
-        values, losses, outputs = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return Episodes(with_known_gradient(values.sum(), gradients, sources), losses, outputs)
+        with ordinary_tensors(check_batches(support, query)) as tensors:
+            self._check_used(tensors[:2])
+            if self.chunk_size is None or not torch.is_grad_enabled():
+                weighted, losses, outputs, *rest = self._over_tasks(task, tensors)
+            else:
+                weighted, losses, outputs, *rest = self._chunk_by_chunk(task, tensors, self.chunk_size)
+            features = 0 if layer is None else 1
+            statistics.update(rest[features:])
+            return Episodes(weighted.mean(), losses, outputs), rest[:features]
 
-    def _episode(
-        self, support: Sequence[Tensor], query: Sequence[Tensor], steps: int, weights: Sequence[float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One task: the weighted query loss, that after the last step, and the outputs."""
-        parameters = self._start()
-        earlier: Tensor | float = 0.0
-        for step in range(steps):
-            parameters = self._updated(parameters, support, step)
-            if step < steps - 1 and weights[step] != 0:
-                earlier = earlier + weights[step] * self._measure(parameters, query)[0]
-        loss, outputs = self._measure(parameters, query)
-        return earlier + weights[-1] * loss, loss.detach(), outputs.detach()
-
-    def _start(self) -> Parameters:
-        own = dict(self.model.named_parameters())
-        return {name: own[name] for name in self.adapted}
-
-    def _updated(self, parameters: Parameters, support: Sequence[Tensor], step: int) -> Parameters:
-        """The parameters after one inner step."""
-        rest, followed = Parameters(), parameters
-        if self.first_order:  # nothing then asks for the graph of the inner gradient
-            rest = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-            followed = {name: parameter.detach() for name, parameter in parameters.items()}
-        with PlainNorms() if self.vectorize and not self.first_order else nullcontext():
-            gradients = grad(lambda current: self._measure({**rest, **current}, support)[0])(followed)
-        updates = check_updates(self.preconditioner(gradients, step), gradients)
-        return {name: parameter - self._rate(name, step) * updates[name] for name, parameter in parameters.items()}
-
-    def _rate(self, name: str, step: int) -> Tensor | float:
-        if not self.rates:
-            return self.learning_rate
-        rate: Tensor = self.rates[key(name)]
-        return rate[min(step, len(rate) - 1)] if self.per_step else rate
-
-    def _measure(self, parameters: Parameters, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return measure(self.model, self.loss, parameters, batch)
+    def _chunk_by_chunk(self, task: Task, tensors: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+        sources = [tensor for tensor in (*self.parameters(), *tensors) if tensor.requires_grad]
+        draws = Draws(tensors[0].device) if self.same_draws else None
+        return chunk_by_chunk(partial(self._over_tasks, task), tensors, size, sources, draws)
 
     def _check_call(self, steps: int | None) -> int:
         check_no_running_statistics(self.model)
@@ -295,5 +295,5 @@ class InnerLoop(nn.Module):
 
     def _check_used(self, support: Sequence[Tensor]) -> None:
         if not self._checked:  # once: a forward and a backward pass of one task
-            check_used(self.model, self.loss, self._start(), support)
+            check_used(self.model, self.loss, start(self), support)
             self._checked = True
