@@ -1,9 +1,11 @@
 """Meta-learning: inner loops over tasks, and what they do to a gradient before they follow it."""
 
+from lightning_plugins.meta._episode import Episodes
 from lightning_plugins.meta.batch_statistics import use_batch_statistics
 from lightning_plugins.meta.episodes import EpisodeLoader, EpisodeSampler
 from lightning_plugins.meta.few_shot import FewShot
-from lightning_plugins.meta.inner_loop import Episodes, InnerLoop
+from lightning_plugins.meta.glyphs import GlyphFewShot
+from lightning_plugins.meta.inner_loop import InnerLoop
 from lightning_plugins.meta.preconditioners import GAP, ApproximateGAP, Identity, MetaSGD, Preconditioner
 from lightning_plugins.meta.running_statistics import PerStepBatchNorm, use_per_step_statistics
 from lightning_plugins.meta.sinusoid import Sinusoid
@@ -16,6 +18,7 @@ __all__ = [
     "EpisodeSampler",
     "Episodes",
     "FewShot",
+    "GlyphFewShot",
     "Identity",
     "InnerLoop",
     "MetaSGD",
