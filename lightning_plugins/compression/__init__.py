@@ -6,6 +6,7 @@ from lightning_plugins.compression.cost import LayerCost, layer_costs
 from lightning_plugins.compression.factorize import factorize
 from lightning_plugins.compression.low_rank import dense_weight, low_rank_layer, truncated
 from lightning_plugins.compression.rank_selection import energy_threshold, equal_ratio, score_ranks, trade_off
+from lightning_plugins.compression.restore_structure import restore_structure
 
 __all__ = [
     "LayerCost",
@@ -19,6 +20,7 @@ __all__ = [
     "factorize",
     "layer_costs",
     "low_rank_layer",
+    "restore_structure",
     "rich_progress",
     "score_ranks",
     "trade_off",

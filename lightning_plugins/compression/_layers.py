@@ -1,7 +1,7 @@
 """Which layers can be split in two, and why others cannot."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -159,6 +159,27 @@ def is_low_rank_pair(first: nn.Module, second: nn.Module) -> bool:
     scheme_1 = all(size == 1 for size in B.shape[2:])
     scheme_2 = A.ndim == 4 and A.shape[2] == B.shape[3] == 1
     return (scheme_1 or scheme_2) and A.shape[0] <= min(A[0].numel(), B.shape[0] * B[0, 0].numel())
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Exchange modules at all places of a model at which they stand.
+
+    Args:
+        model: The model, changed in place.
+        replacements: New modules by old.
+
+    Example:
+        >>> net = nn.Sequential(nn.ReLU())
+        >>> replace_modules(net, {net[0]: nn.Tanh()})
+        >>> net
+        Sequential(
+          (0): Tanh()
+        )
+    """
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[key] = replacements[child]
 
 
 def _has(model: nn.Module, name: str) -> bool:

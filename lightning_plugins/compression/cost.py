@@ -159,7 +159,7 @@ def _flops(layer: Layer, given: Tensor, output: Tensor, scheme: Scheme) -> tuple
     rows, columns = matrix_shape(layer, scheme=scheme)
     places = output.numel() // (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
     dense = 2 * places * layer.weight.numel()
-    if scheme == 2 and isinstance(layer, nn.Conv2d):
+    if scheme == 2 and isinstance(layer, nn.Conv2d) and layer.kernel_size[0] > 1:
         # The first kernel moves along the width only: it keeps the rows of its input, whatever the stride.
         kept = places // output.shape[-2] * given.shape[-2] if output.shape[-2] else 0
         return dense, 2 * (kept * columns + places * rows)

@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.compression._layers import Layer, select_layers
+from lightning_plugins.compression._layers import Layer, replace_modules, select_layers
 from lightning_plugins.compression.low_rank import full_rank, low_rank_layer, matrix_shape
 from lightning_plugins.regularizers._weight_matrices import Scheme
 from lightning_plugins.selection import select_modules
@@ -62,18 +62,15 @@ def factorize(
           (2): Linear(in_features=6, out_features=1, bias=True)
         )
     """
-    replacements: dict[int, nn.Sequential] = {}
+    replacements: dict[nn.Module, nn.Sequential] = {}
     for name, (layer, rank) in _chosen(model, ranks, layers, scheme).items():
         smaller = rank * sum(matrix_shape(layer, scheme=scheme)) < layer.weight.numel()
         if smaller or not only_if_smaller:
             try:
-                replacements[id(layer)] = low_rank_layer(layer, rank, scheme=scheme)
+                replacements[layer] = low_rank_layer(layer, rank, scheme=scheme)
             except ValueError as error:
                 raise ValueError(f"`layers`: {name!r} cannot be split: {error}") from error
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if id(child) in replacements:
-                parent._modules[key] = replacements[id(child)]
+    replace_modules(model, replacements)
     return model
 
 

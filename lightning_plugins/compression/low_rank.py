@@ -207,13 +207,14 @@ def matrix_shape(layer: Layer, *, scheme: Scheme = 1) -> tuple[int, int]:
     return rows, columns
 
 
-def empty_low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.Sequential:
+def empty_low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, bias: bool | None = None) -> nn.Sequential:
     """The sequence that `low_rank_layer` returns, before the weights are computed: its parameters hold anything.
 
     Args:
         layer: As for `low_rank_layer`; only its shape and settings count.
         rank: As for `low_rank_layer`.
         scheme: As for `low_rank_layer`.
+        bias: Whether the second layer has a bias; None for what the layer has.
 
     Returns:
         A sequence of two layers.
@@ -227,7 +228,7 @@ def empty_low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.S
     """
     # On the meta device first: no time and no random numbers go into an initialisation.
     one: dict[str, Any] = {"bias": False, "device": "meta"}
-    other: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta"}
+    other: dict[str, Any] = {"bias": layer.bias is not None if bias is None else bias, "device": "meta"}
     if isinstance(layer, nn.Linear):
         sequence = nn.Sequential(
             nn.Linear(layer.in_features, rank, **one), nn.Linear(rank, layer.out_features, **other)
@@ -240,8 +241,8 @@ def empty_low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.S
         )
     sequence.to(layer.weight.dtype).to_empty(device=layer.weight.device).train(layer.training)
     for name, parameter in sequence.named_parameters():
-        like = layer.bias if name == "1.bias" else layer.weight
-        parameter.requires_grad_(like is not None and like.requires_grad)
+        like = layer.bias if name == "1.bias" and layer.bias is not None else layer.weight
+        parameter.requires_grad_(like.requires_grad)
     return sequence
 
 
@@ -249,7 +250,8 @@ def _split_settings(layer: nn.Conv1d | nn.Conv2d, scheme: Scheme) -> tuple[dict[
     """The two convolutions' kernel, stride, padding, dilation and padding mode."""
     settings = {"kernel_size": layer.kernel_size, "stride": layer.stride, "dilation": layer.dilation}
     rest = {"padding": layer.padding, "padding_mode": layer.padding_mode}
-    if scheme == 1 or isinstance(layer, nn.Conv1d):
+    if scheme == 1 or isinstance(layer, nn.Conv1d) or layer.kernel_size[0] == 1:
+        # Of a kernel with one row both schemes are the same; one form for both, so that weights tell it.
         return {**settings, **rest}, {"kernel_size": 1}
     neutral = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0}
     if not isinstance(layer.padding, str):  # "same" and "valid" mean the right thing for each of the two kernels
