@@ -18,7 +18,12 @@ from lightning_plugins.callbacks._requirements import (
     require_supported_strategy,
 )
 from lightning_plugins.callbacks._weight_gradients import add_gradient, scaler_of_fused, shared_out
-from lightning_plugins.functional.stable_rank import check_power, exact_gradient, followed_term
+from lightning_plugins.functional.stable_rank import (
+    check_power,
+    exact_gradient,
+    followed_nuclear_term,
+    followed_term,
+)
 from lightning_plugins.functional.subspace import top_singular_subspace
 from lightning_plugins.regularizers._weight_targets import Target, check_rank, check_scheme, select_targets
 from lightning_plugins.schedules import Schedule
@@ -27,6 +32,7 @@ from lightning_plugins.selection import check_layers
 # Where the estimated error of a gradient is larger, the weight is decomposed anew. The estimate is cautious: on weights
 # that change fast it was found to be one to four times the error.
 _ERROR = 0.02
+_PRODUCTS_FROM = 64  # rows and columns, on an accelerator
 
 
 class StableRankRegularization(Callback):
@@ -53,6 +59,8 @@ class StableRankRegularization(Callback):
         p: With ``rank``: 1 drives the singular values beyond it to zero, 2 lowers them. 1 decomposes the smaller Gram
             matrix of each weight; 2, as ``rank=None``, follows the leading singular vectors from step to step instead
             where that is cheaper. On a CPU a weight whose gradient would be off by more than about 1 % is decomposed.
+            On a GPU 1 follows them too, for weights with 64 rows and columns or more, and takes the sum of all singular
+            values from products; those below 1e-3 of the Frobenius norm then pull the less the smaller they are.
         scheme: How a convolution's kernel becomes a matrix: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``.
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th step of an optimizer carries the term, then n times as strong.
@@ -209,12 +217,12 @@ class StableRankRegularization(Callback):
             pl_module.log(f"stable_rank/{weight.label}", value)
             total = total + factor * self._guard.leave(value, weight.label)
             if len(parts) > 2:
-                self._starts[weight.label] = parts[-1]
-            add_gradient(weight, parts[1:4], factor, scaler, wanted=value.isfinite())
+                parts, self._starts[weight.label] = parts[:-1], parts[-1]
+            add_gradient(weight, parts[1:], factor, scaler, wanted=value.isfinite())
         pl_module.log("stable_rank/penalty", total)
 
     def _term(self, target: Target, matrix: Tensor) -> tuple[Tensor, ...]:
-        """Value and gradient, or value, the gradient's parts and the vectors to go on from."""
+        """Value and gradient, whole or in parts, and the vectors to go on from where they are followed."""
         rank, p = self._rank_and_power(target)
         count = self._followed(target, matrix)
         if not count:
@@ -222,6 +230,8 @@ class StableRankRegularization(Callback):
         start = self._starts.get(target.weight.label)
         if start is None or start.shape != (*matrix.shape[:-2], min(matrix.shape[-2:]), count):
             start = top_singular_subspace(matrix, count).start
+        if p == 1:
+            return followed_nuclear_term(matrix, rank, start.to(matrix.device))
         term = followed_term(matrix, rank, start.to(matrix.device))
         if matrix.is_cpu and bool((term.error > _ERROR).any()):  # elsewhere this look would wait for the device
             term = followed_term(matrix, rank, top_singular_subspace(matrix, count).start)
@@ -230,22 +240,31 @@ class StableRankRegularization(Callback):
     def _empty(self, target: Target, matrix: Tensor) -> tuple[Tensor, ...]:
         """What a rank receives `_term` into that does not compute it."""
         dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-        rank, _ = self._rank_and_power(target)
+        rank, p = self._rank_and_power(target)
         count, batch, sides = self._followed(target, matrix), matrix.shape[:-2], sorted(matrix.shape[-2:])
-        shapes = [(1, 1), (sides[0], rank), (rank, sides[1]), (sides[0], count)] if count else [matrix.shape[-2:]]
+        in_parts = count and p == 2
+        shapes = [(1, 1), (sides[0], rank), (rank, sides[1])] if in_parts else [tuple(matrix.shape[-2:])]
+        if count:
+            shapes.append((sides[0], count))
         return tuple(matrix.new_empty((*batch, *shape), dtype=dtype) for shape in [(), *shapes])
 
     def _followed(self, target: Target, matrix: Tensor) -> int:
-        """How many vectors are followed; 0 where a decomposition at each step costs no more, or there is no way."""
+        """How many vectors are followed; 0 where a decomposition at each step costs no more."""
         # The error of the last vector wanted shrinks the faster, the more stand behind it. After many steps a weight is
         # no longer where its vectors were left.
         rank, p = self._rank_and_power(target)
         count = rank + max(8, rank // 4)
-        return count if p == 2 and count <= min(matrix.shape[-2:]) // 2 and self.every_n_steps <= 4 else 0
+        pays = p == 2 or _takes_products(matrix)
+        return count if pays and count <= min(matrix.shape[-2:]) // 2 and self.every_n_steps <= 4 else 0
 
     def _rank_and_power(self, target: Target) -> tuple[int, Literal[1, 2]]:
         """A stable rank is, up to 1, what lies beyond rank 1 in squares."""
         return (1, 2) if target.rank is None else (target.rank, self.p)
+
+
+def _takes_products(matrix: Tensor) -> bool:
+    """Whether products are quicker than a decomposition of the Gram matrix, which leaves an accelerator idle."""
+    return matrix.is_cuda and min(matrix.shape[-2:]) >= _PRODUCTS_FROM
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

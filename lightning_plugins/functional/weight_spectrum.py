@@ -51,8 +51,9 @@ def weight_singular_values(weight: Tensor) -> Tensor:
         safe, poison = finite_or_zero(gram(scaled))
         squares = decompose(safe, vectors=False, overwrite=True)[0].flip(-1)
         least = 8 * torch.finfo(squares.dtype).eps * squares[..., :1]
-        values: Tensor = torch.where(squares > least, squares, 0).sqrt()  # of a matrix divided by the root of its rows' number
-        values = values * (scale[..., 0] * matrix.shape[-2] ** 0.5) + poison[..., None]
+        # The Gram matrix is divided by the number of rows.
+        scale = scale[..., 0] * matrix.shape[-2] ** 0.5
+        values: Tensor = torch.where(squares > least, squares, 0).sqrt() * scale + poison[..., None]
     return values
 
 

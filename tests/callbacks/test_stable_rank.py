@@ -2,6 +2,7 @@ import math
 import os
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -198,6 +199,26 @@ def test_followed_gradient_is_within_a_percent_of_the_exact_one(form):
     assert callback._starts  # some layer's vectors are followed
     assert len(callback.errors) == 60
     assert max(callback.errors) < 0.01
+
+
+@pytest.mark.parametrize("rank", [5, 12])
+def test_gradient_by_products_is_within_a_percent_of_the_exact_one(rank, monkeypatch):
+    """What is done on a GPU, where a decomposition would wait for thousands of small kernels."""
+    monkeypatch.setattr(stable_rank, "_takes_products", lambda matrix: True)
+    monkeypatch.setattr(stable_rank, "exact_gradient", None)  # nothing is decomposed but to begin with
+    callback = Compares("backbone.*", 0.01, rank=rank)
+    fit(seeded(Wide), WIDE, [callback], max_epochs=5)
+    assert {label: tuple(start.shape) for label, start in callback._starts.items()} == {
+        "backbone.0": (40, rank + 8),
+        "backbone.2": (48, rank + 8),
+    }
+    assert len(callback.errors) == 60
+    assert max(callback.errors) < 0.01
+
+
+def test_products_are_for_large_weights_on_a_gpu():
+    where = {device: torch.empty(64, 100, device=device) for device in ("cpu", "meta")}
+    assert not any(stable_rank._takes_products(matrix) for matrix in where.values())
 
 
 @pytest.mark.parametrize("form", [{"rank": None}, {"rank": 5, "p": 2}], ids=str)
@@ -432,6 +453,8 @@ class OverRanks(Wide):
 
 def _trained(rank: int, form: dict[str, Any], strategy: Any) -> dict[str, Any]:
     seen = []
+    by_products = "products" in form
+    form = {name: value for name, value in form.items() if name != "products"}
 
     class Counts(StableRankRegularization):
         def _term(self, target: Any, matrix: Tensor) -> Any:
@@ -441,7 +464,9 @@ def _trained(rank: int, form: dict[str, Any], strategy: Any) -> dict[str, Any]:
     model = seeded(OverRanks, optimizer="adamw")
     callback = Counts("*", 0.1, **form)
     settings = {} if strategy is None else {"strategy": strategy, "devices": 2}
-    fit(model, shard(WIDE, (0, 3, 8) if strategy else (0, 8)), [callback], use_distributed_sampler=False, **settings)
+    rows = (0, 3, 8) if strategy else (0, 8)
+    with mock.patch.object(stable_rank, "_takes_products", return_value=by_products):
+        fit(model, shard(WIDE, rows), [callback], use_distributed_sampler=False, **settings)
     state = callback.state_dict()
     return {"weights": dict(model.state_dict()), "starts": state["starts"], "seen": seen}
 
@@ -459,7 +484,7 @@ def _act_as_rank(rank: int) -> None:
 
 @pytest.mark.distributed
 def test_two_unequal_ranks_equal_one_process(tmp_path):
-    forms = [{}, {"rank": 5, "p": 2}, {"rank": 5}]
+    forms = [{}, {"rank": 5, "p": 2}, {"rank": 5}, {"rank": 5, "products": True}]
     ranks = run_on_ranks(_on_ranks, 2, tmp_path, forms)
     for index, form in enumerate(forms):
         expected = _trained(0, form, None)
