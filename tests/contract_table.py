@@ -11,7 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
+from lightning_plugins.callbacks import (
+    RepresentationMonitor,
+    SpectrumMonitor,
+    StableRankRegularization,
+    VNERegularization,
+)
 from lightning_plugins.schedules import Linear
 from tests.models import Classifier, entropy_by_autograd
 
@@ -21,9 +26,12 @@ RATE = 0.05  # small enough that rounding differences do not grow, as they do in
 class Model(Classifier):
     """Sees each batch in one or two views; its main loss adds up over ranks, although DDP averages gradients."""
 
-    def __init__(self, *, views: int = 1, **arguments: Any) -> None:
-        super().__init__(lr=RATE, **arguments)
+    def __init__(self, *, views: int = 1, hidden: int = 8, width: int = 5, **arguments: Any) -> None:
+        rate = RATE / 20 if arguments.get("optimizer") == "adamw" else RATE  # by which it changes any weight in a step
+        super().__init__(lr=rate, width=width, **arguments)
         self.views = views
+        if hidden != 8:
+            self.backbone[0], self.backbone[2] = nn.Linear(6, hidden), nn.Linear(hidden, width)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         losses = [self.loss([view, batch[1]]) for view in self.views_of(batch)]
@@ -72,13 +80,50 @@ class ByHand(Model):
             return entropy_by_autograd(rows)
 
 
+class WeightsByHand(Model):
+    """A term of the weights written out in the step, through autograd of singular values.
+
+    Accumulated batches are averaged, so that a term in each of them counts once an optimizer step.
+    """
+
+    layers: tuple[str, ...] = ("backbone.0", "backbone.2", "head")
+    weight = 0.3
+    rank: int | None = None
+    p = 1
+    every_n_steps = 1
+
+    def __init__(self, *, factor: Callable[[int, float], float] = lambda step, end: 1.0, **arguments: Any) -> None:
+        own = {name: arguments.pop(name) for name in tuple(arguments) if hasattr(WeightsByHand, name)}
+        super().__init__(**arguments)
+        vars(self).update(own)
+        self.factor = factor
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step % self.every_n_steps:
+            return loss
+        strength = (
+            self.weight * self.every_n_steps * self.factor(self.global_step, self.trainer.estimated_stepping_batches)
+        )
+        with torch.autocast("cpu", enabled=False):
+            return loss + strength * sum(self.term(self.get_submodule(layer).weight) for layer in self.layers)
+
+    def term(self, weight: Tensor) -> Tensor:
+        s = torch.linalg.svdvals(weight.double())
+        if self.rank is None:
+            return (s**2).sum() / s[0] ** 2
+        return (s[self.rank :] ** self.p).sum() / (s[: self.rank] ** self.p).sum()
+
+
 @dataclass(frozen=True)
 class Setting:
     """One row.
 
     Attributes:
         callbacks: Makes the callbacks; called once for every Trainer.
-        by_hand: What to hand to `ByHand` to get the same training without them; None if they only look on.
+        by_hand: What to hand to `kind` to get the same training without them; None if they only look on.
+        kind: The model that has their terms written out.
+        tolerance: How near to it the training comes, where that is not as near as rounding errors.
         model: Arguments of the model.
         logged: The names they log, all of them.
         yaml: The same callbacks as LightningCLI reads them.
@@ -89,6 +134,8 @@ class Setting:
     logged: tuple[str, ...]
     yaml: str
     model: dict[str, Any] = field(default_factory=dict)
+    kind: type[Model] = ByHand
+    tolerance: dict[str, float] = field(default_factory=dict)
 
     def make(self, kind: type[Model] = Model, **arguments: Any) -> Model:
         """The model that the callbacks are put on."""
@@ -99,7 +146,7 @@ class Setting:
         """The model, of the same weights, that needs no callbacks."""
         if self.by_hand is None:
             return self.make(**arguments)
-        return self.make(ByHand, **self.by_hand, **arguments)
+        return self.make(self.kind, **self.by_hand, **arguments)
 
     @property
     def remembers(self) -> bool:
@@ -239,6 +286,81 @@ SETTINGS = {
   init_args: {layers: backbone, every_n_steps: 2, metrics: [rankme], figures: false}
 - class_path: lightning_plugins.callbacks.VNERegularization
   init_args: {layers: backbone, weight: 0.3}
+""",
+    ),
+    "stable rank": Setting(
+        lambda: [StableRankRegularization("*", weight=0.3)],
+        by_hand={},
+        kind=WeightsByHand,
+        logged=("stable_rank/backbone.0", "stable_rank/backbone.2", "stable_rank/head", "stable_rank/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.StableRankRegularization
+  init_args: {layers: "*", weight: 0.3, scheme: 1, on_nonfinite: raise}
+""",
+    ),
+    "stable rank, tail": Setting(
+        lambda: [StableRankRegularization(["backbone.0", "head"], weight=0.2, rank=2)],
+        by_hand={"layers": ("backbone.0", "head"), "weight": 0.2, "rank": 2},
+        kind=WeightsByHand,
+        logged=("stable_rank/backbone.0", "stable_rank/head", "stable_rank/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.StableRankRegularization
+  init_args: {layers: [backbone.0, head], weight: 0.2, rank: {backbone.0: 2, head: 2}}
+""",
+    ),
+    # A weight large enough to follow its leading singular vectors from step to step.
+    "stable rank, followed": Setting(
+        lambda: [StableRankRegularization("backbone.2", weight=0.05, rank=2, p=2)],
+        by_hand={"layers": ("backbone.2",), "weight": 0.05, "rank": 2, "p": 2},
+        kind=WeightsByHand,
+        model={"hidden": 24, "width": 20},
+        tolerance={"rtol": 1e-3, "atol": 5e-4},
+        logged=("stable_rank/backbone.2", "stable_rank/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.StableRankRegularization
+  init_args: {layers: backbone.2, weight: 0.05, rank: 2, p: 2}
+""",
+    ),
+    "stable rank, all at once": Setting(
+        lambda: [
+            StableRankRegularization("*", 0.1, rank=2, every_n_steps=3, schedule=Linear(1, 0.5, until=0.5)),
+            VNERegularization("backbone", weight=0.0),
+        ],
+        by_hand={
+            "weight": 0.1,
+            "rank": 2,
+            "every_n_steps": 3,
+            "factor": lambda step, end: max(1 - step / end, 0.5),
+        },
+        kind=WeightsByHand,
+        model={"views": 2},
+        logged=(
+            *(f"stable_rank/{name}" for name in ("backbone.0", "backbone.2", "head", "penalty")),
+            *(f"vne/{name}" for name in ("backbone/entropy", "penalty")),
+        ),
+        yaml="""
+- class_path: lightning_plugins.callbacks.StableRankRegularization
+  init_args:
+    layers: "*"
+    weight: 0.1
+    rank: 2
+    every_n_steps: 3
+    schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
+- class_path: lightning_plugins.callbacks.VNERegularization
+  init_args: {layers: backbone, weight: 0.0}
+""",
+    ),
+    "spectrum monitor": Setting(
+        lambda: [SpectrumMonitor("*", every_n_steps=2, figures=False)],
+        by_hand=None,
+        logged=tuple(
+            f"spectrum/{layer}/{number}"
+            for layer in ("backbone.0", "backbone.2", "head")
+            for number in ("stable_rank", "effective_rank", "spectral_norm")
+        ),
+        yaml="""
+- class_path: lightning_plugins.callbacks.SpectrumMonitor
+  init_args: {layers: [backbone.0, backbone.2, head], every_n_steps: 2, scheme: 1, figures: false, max_spectra: 32}
 """,
     ),
 }

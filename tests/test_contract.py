@@ -41,7 +41,7 @@ def test_trains_as_written_by_hand(setting: Setting, trainer: str):
     model, expected, plain = setting.make(), setting.reference(), setting.make()
     fit(model, BATCHES, setting.callbacks(), **TRAINERS[trainer])
     fit(expected, BATCHES, **TRAINERS[trainer])
-    assert_same(model, expected)
+    assert_same(model, expected, **setting.tolerance)
     fit(plain, BATCHES, **TRAINERS[trainer])
     if setting.by_hand is None:
         assert_same(model, plain, rtol=0, atol=0)
@@ -107,7 +107,7 @@ def test_compiled(setting: Setting, backend: Any):
     model, expected = setting.make(), setting.reference()
     fit(torch.compile(model, backend=backend), BATCHES, setting.callbacks())
     fit(expected, BATCHES)
-    assert_same(model, expected)
+    assert_same(model, expected, **setting.tolerance)
 
 
 @every_setting
@@ -116,11 +116,11 @@ def test_fits_twice(setting: Setting):
     for _ in range(2):
         fit(model, BATCHES, callbacks)
         fit(expected, BATCHES)
-    assert_same(model, expected)
+    assert_same(model, expected, **setting.tolerance)
     other, expected = setting.make(width=4), setting.reference(width=4)
     fit(other, BATCHES, callbacks)
     fit(expected, BATCHES)
-    assert_same(other, expected)
+    assert_same(other, expected, **setting.tolerance)
 
 
 @every_setting
@@ -129,7 +129,7 @@ def test_fast_dev_run(setting: Setting):
     trainer = fit(model, BATCHES, setting.callbacks(), fast_dev_run=True, validation=Batches(BATCHES))
     fit(expected, BATCHES, fast_dev_run=True, validation=Batches(BATCHES))
     assert trainer.global_step == 1
-    assert_same(model, expected)
+    assert_same(model, expected, **setting.tolerance)
 
 
 @every_setting

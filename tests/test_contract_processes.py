@@ -20,6 +20,7 @@ from tests.models import entropy_by_autograd, fit, make_batches, shard
 pytestmark = pytest.mark.distributed
 
 BATCHES = make_batches(6)
+EXACT = {"rtol": 1e-6, "atol": 1e-6}
 Result = tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]
 
 
@@ -33,7 +34,7 @@ def outcome(model: nn.Module, callbacks: Sequence[Callback], settings: dict[str,
 def assert_ranks_equal(results: list[Result], expected: Result, name: str) -> None:
     for rank, (weights, logged, states) in enumerate(results):
         for kind, found, wanted in zip(("weights", "log", "state"), (weights, logged, states), expected, strict=True):
-            assert_close(f"{name}, {kind} on rank {rank}", found, wanted, rtol=1e-6, atol=1e-6)
+            assert_close(f"{name}, {kind} on rank {rank}", found, wanted, **EXACT)
         assert_close(name, weights, results[0][0], rtol=0, atol=0)
 
 
@@ -56,7 +57,7 @@ def test_unequal_ranks_equal_one_process(world_size: int, tmp_path: Any):
         expected = outcome(setting.make(), setting.callbacks(), {})
         assert_ranks_equal([rank[name] for rank in ranks], expected, name)
         by_hand, _, _ = outcome(setting.reference(), [], {})
-        assert_close(name, ranks[0][name][0], by_hand, rtol=1e-6, atol=1e-6)
+        assert_close(name, ranks[0][name][0], by_hand, **(setting.tolerance or EXACT))
     everything = SETTINGS["vne, all at once"]
     settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2}
     expected = outcome(everything.make(), everything.callbacks(), settings)
@@ -122,7 +123,6 @@ UNUSED = "ddp_find_unused_parameters_true"
 Special = tuple[
     Callable[[], Any], Callable[[], Model], Callable[[], Callback], Callable[[], dict[str, Any]], dict[str, float]
 ]
-EXACT = {"rtol": 1e-6, "atol": 1e-6}
 SPECIAL: dict[str, Special] = {
     "a layer that only the term uses": (
         lambda: seeded(WithProbe),

@@ -43,6 +43,8 @@ JOBS = [
     Job("vne, all at once", ranks=2),
     Job("vne, queue", ranks=2, accumulate=2),
     Job("vne and monitor", ranks=2),
+    Job("stable rank, followed", ranks=2),
+    Job("stable rank, all at once", ranks=2, accumulate=2),
 ]
 
 
@@ -155,10 +157,32 @@ def without_position(checkpoint: dict[str, Any]) -> None:
     del checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
 
 
-@pytest.mark.parametrize("damage", [without_queue, without_position])
-def test_what_a_checkpoint_holds_matters(damage: Callable[[dict[str, Any]], None], tmp_path: Path):
+def without_steps(checkpoint: dict[str, Any]) -> None:
+    (key,) = (key for key in checkpoint["callbacks"] if key.startswith("StableRankRegularization"))
+    checkpoint["callbacks"][key]["steps"] = {}
+
+
+def without_vectors(checkpoint: dict[str, Any]) -> None:
+    (key,) = (key for key in checkpoint["callbacks"] if key.startswith("StableRankRegularization"))
+    assert checkpoint["callbacks"][key]["starts"]
+    checkpoint["callbacks"][key]["starts"] = {}
+
+
+# name of the setting, what is taken away, how much the weights differ in the end at least
+DAMAGES = [
+    ("vne, queue", without_queue, 1e-4),
+    ("vne, queue", without_position, 1e-4),
+    ("stable rank, all at once", without_steps, 1e-4),
+    ("stable rank, followed", without_vectors, 1e-9),  # rounding errors are a millionth of that
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "least"), DAMAGES)
+def test_what_a_checkpoint_holds_matters(
+    name: str, damage: Callable[[dict[str, Any]], None], least: float, tmp_path: Path
+):
     """The control of the tests above: a checkpoint that lacks something gives another training."""
-    setting = SETTINGS["vne, queue"]
+    setting = SETTINGS[name]
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8)
     model: Model = setting.make(optimizer="adamw").double()
     fit(model, BATCHES, [*setting.callbacks(), saving], enable_checkpointing=True)
@@ -171,4 +195,4 @@ def test_what_a_checkpoint_holds_matters(damage: Callable[[dict[str, Any]], None
     differences: list[Tensor] = [
         (value - model.state_dict()[name]).abs().max() for name, value in resumed.state_dict().items()
     ]
-    assert max(differences) > 1e-4
+    assert max(differences) > least
