@@ -133,7 +133,7 @@ def dense_weight(first: nn.Module, second: nn.Module) -> Tensor:
         >>> layer = nn.Conv2d(3, 4, 3)
         >>> torch.testing.assert_close(dense_weight(*low_rank_layer(layer, 4)), layer.weight)
     """
-    A, B = first.weight, second.weight
+    A, B = (getattr(layer, "weight", None) for layer in (first, second))
     if not isinstance(A, Tensor) or not isinstance(B, Tensor) or A.ndim != B.ndim or A.shape[0] != B.shape[1]:
         shapes = [tuple(weight.shape) if isinstance(weight, Tensor) else weight for weight in (A, B)]
         raise ValueError(f"`first` and `second` must have weights (rank, in, ...) and (out, rank, ...), got {shapes}")
@@ -143,8 +143,8 @@ def dense_weight(first: nn.Module, second: nn.Module) -> Tensor:
             f"got kernels {tuple(A.shape[2:])} and {tuple(B.shape[2:])}"
         )
     # In each dimension of the kernel one of the two has size 1, so the product broadcasts.
-    product = torch.einsum("or...,ri...->oi...", B, A)
-    return product.contiguous()
+    with torch.autocast(A.device.type, enabled=False):
+        return torch.einsum("or...,ri...->oi...", B, A).contiguous()
 
 
 def truncated(layer: Layer, rank: int, scheme: Scheme = 1) -> Tensor:
@@ -168,7 +168,8 @@ def truncated(layer: Layer, rank: int, scheme: Scheme = 1) -> Tensor:
     """
     _check(layer, rank, scheme)
     U, S, Vh = decompose(layer.weight, scheme=scheme)
-    matrix = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    with torch.autocast(U.device.type, enabled=False):
+        matrix = (U[:, :rank] * S[:rank]) @ Vh[:rank]
     return matrix_to_weight(matrix, layer.weight.shape, scheme=scheme).to(layer.weight.dtype).contiguous()
 
 
