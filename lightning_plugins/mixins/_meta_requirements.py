@@ -1,0 +1,97 @@
+"""What the mixins for meta-learning need of the class, the Trainer and the batch."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks import _capture
+from lightning_plugins.callbacks._requirements import require_supported_strategy
+
+Samples = tuple[Tensor, Tensor]
+
+
+def require_order(cls: type, mixin: type) -> None:
+    """Refuse classes in which LightningModule's methods go before the mixin's.
+
+    Raises:
+        TypeError: Naming the bases as they should stand.
+    """
+    if LightningModule in cls.__mro__ and cls.__mro__.index(LightningModule) < cls.__mro__.index(mixin):
+        raise TypeError(
+            f"`{mixin.__name__}` must stand before LightningModule, as in `class {cls.__name__}({mixin.__name__},"
+            " LightningModule)`, got it behind"
+        )
+
+
+def require_lightning_module(module: object, mixin: type) -> None:
+    """Refuse objects that are no LightningModule of `lightning.pytorch`.
+
+    Raises:
+        TypeError: Naming the bases as they should stand.
+    """
+    if not isinstance(module, LightningModule):
+        kind = type(module).__name__
+        raise TypeError(
+            f"`{mixin.__name__}` must be mixed into a LightningModule of `lightning.pytorch`, as in"
+            f" `class {kind}({mixin.__name__}, LightningModule)`, got {kind}"
+        )
+
+
+def require_whole_parameters(module: LightningModule) -> None:
+    """Refuse strategies that split parameters: an inner loop replaces whole ones.
+
+    Raises:
+        MisconfigurationException: For any but single-device and DDP training.
+    """
+    if module._trainer is None:
+        return
+    name = type(module).__name__
+    if isinstance(module.trainer.strategy, ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"{name}: the inner loop adapts whole parameters, and FSDP2 (ModelParallelStrategy) splits them over ranks;"
+            " pass `strategy='ddp'`, and `chunk_size` if memory is short"
+        )
+    require_supported_strategy(name, module.trainer)
+
+
+def refuse_hooks(network: nn.Module) -> None:
+    """Refuse callbacks that look at layers of the network: there they see what a transform of torch is made of.
+
+    Raises:
+        MisconfigurationException: Naming the way there is.
+    """
+    for name, module in network.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if getattr(hook, "__module__", None) == _capture.__name__:
+                raise MisconfigurationException(
+                    f"`layers`: {name!r} of the network runs inside of the inner loop, once for every step and for all"
+                    f" tasks at once, where a callback cannot take its tensor. Pass `features={name!r}` to the mixin"
+                    " and give the callback `layers='query_features'`: what the adapted networks make of the query."
+                )
+
+
+def unpacked(batch: object) -> tuple[Samples, Samples]:
+    """The support and the query of a batch, which the inner loop checks further."""
+    if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != 2:
+        shown = f"{len(batch)} things" if isinstance(batch, Sequence) else type(batch).__name__
+        raise TypeError(
+            "`batch` must be a pair ((support_x, support_y), (query_x, query_y)) of tensors with shapes"
+            f" (tasks, samples, ...), got {shown}"
+        )
+    support, query = batch
+    return support, query
+
+
+def unpacked_for_prediction(batch: object) -> tuple[Samples, Tensor]:
+    """The support and the inputs of the query; targets may be there, and are passed over."""
+    support, query = unpacked(batch)
+    inputs: object = query[0] if isinstance(query, Sequence) and len(query) == 2 else query
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            "`batch` must be ((support_x, support_y), query_x) for prediction, with or without `query_y` beside"
+            f" `query_x`, got {type(query).__name__} for the second part"
+        )
+    return support, inputs

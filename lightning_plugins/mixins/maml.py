@@ -1,0 +1,296 @@
+"""Meta-learning by inner loops for LightningModules: the steps of all stages, and the optimizer."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_plugins._checks import check_finite_number, check_non_negative_int
+from lightning_plugins.distributed import gather_row_counts
+from lightning_plugins.meta import Episodes, InnerLoop, Preconditioner
+from lightning_plugins.meta._arguments import check_layer, weights_of_steps
+from lightning_plugins.meta.inner_loop import Randomness, Rates
+from lightning_plugins.mixins._meta_requirements import (
+    Samples,
+    refuse_hooks,
+    require_lightning_module,
+    require_order,
+    require_whole_parameters,
+    unpacked,
+    unpacked_for_prediction,
+)
+
+if TYPE_CHECKING:
+    _Module = LightningModule
+else:
+    _Module = object  # the class it is mixed into brings the base
+
+
+class MAMLMixin(_Module):
+    """Gives a LightningModule the steps of meta-learning: adapt to a task's support samples, measure on its query.
+
+    A batch is ``((support_x, support_y), (query_x, query_y))``, tensors of shapes ``(tasks, samples, ...)`` as
+    `lightning_plugins.meta.InnerLoop` takes them. ``predict_step`` takes ``((support_x, support_y), query_x)``, too.
+    Training, validation, test and prediction work in inference mode and without it.
+
+    Subclass it *before* LightningModule and give the network and the loss to ``super().__init__``. The network is then
+    ``self.network``, the loop with all that is learned ``self.inner_loop``. Every step and ``configure_optimizers`` may
+    be replaced by your own: `adapt_and_measure` gives the loss, `parameter_groups` the optimizer's groups.
+
+    Logs ``train/loss`` at every training step and ``val/loss`` and ``test/loss`` over an epoch, means over the tasks of
+    all ranks, and the ``metrics`` as ``val/<name>`` and ``test/<name>``.
+
+    Several ranks give the loss and the gradient of one process that saw all tasks, also where their batches differ in
+    the number of tasks. This is not Lightning's default, by which every rank's mean counts alike. Accumulated batches
+    count alike, as with every loss: equal numbers of tasks are one big batch.
+
+    Args:
+        network: Maps a task's inputs to outputs.
+        loss: Maps outputs and targets of one task, ``(samples, ...)`` each, to a scalar.
+        preconditioner: What is done to an inner gradient; see `lightning_plugins.meta`. None follows it as it is.
+        inner_steps: Number of inner steps in training.
+        evaluation_steps: Number of inner steps in validation, test and prediction.
+        inner_learning_rate: Learning rate of the inner steps.
+        learning_rate: Adam's, for the network's weights.
+        preconditioner_learning_rate: Adam's, for what the preconditioner learns and for learned inner rates; None takes
+            ``learning_rate``.
+        step_weights: As for a call of `lightning_plugins.meta.InnerLoop`, for training.
+        rates: As for `lightning_plugins.meta.InnerLoop`, like the arguments down to ``randomness``.
+        first_order: Whether to take the inner gradients for constants.
+        layers: Which layers of the network adapt.
+        vectorize: Whether the tasks are vectorised.
+        chunk_size: Number of tasks whose graph is in memory at a time.
+        randomness: Whether dropout differs between tasks.
+        features: A layer of the network whose outputs (``"name:input"``: inputs) on the training step's query samples
+            go through ``self.query_features``, a module that callbacks can name as a layer, in the shape
+            ``(tasks * samples, ...)``, with their gradient through all inner steps.
+        metrics: Torchmetrics metrics by name, updated with outputs and targets of shapes ``(tasks, samples, ...)`` in
+            validation and test; such as `lightning_plugins.metrics.FewShotAccuracy`.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or this class is not mixed into a LightningModule, before it.
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> from lightning.pytorch import LightningModule
+        >>> class Few(MAMLMixin, LightningModule):
+        ...     def __init__(self, width: int = 8):
+        ...         network = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, 1))
+        ...         super().__init__(network, nn.functional.mse_loss, inner_steps=1, learning_rate=1e-3)
+        >>> x, y = torch.randn(4, 5, 1), torch.randn(4, 5, 1)  # four tasks of five samples
+        >>> bool(Few().training_step(((x, y), (x, y)), 0).isfinite())
+        True
+
+    Source:
+        Finn, Abbeel and Levine, ICML 2017, https://arxiv.org/abs/1703.03400.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        preconditioner: Preconditioner | None = None,
+        *,
+        inner_steps: int = 5,
+        evaluation_steps: int = 10,
+        inner_learning_rate: float = 0.01,
+        learning_rate: float = 1e-3,
+        preconditioner_learning_rate: float | None = None,
+        step_weights: Sequence[float] | None = None,
+        rates: Rates = "fixed",
+        first_order: bool = False,
+        layers: str | list[str] | None = None,
+        vectorize: bool = True,
+        chunk_size: int | None = None,
+        randomness: Randomness = "different",
+        features: str | None = None,
+        metrics: dict[str, Metric] | None = None,
+    ) -> None:
+        super().__init__()
+        require_lightning_module(self, MAMLMixin)
+        self.inner_loop = InnerLoop(
+            network,
+            loss,
+            self._preconditioner(preconditioner),
+            steps=inner_steps,
+            learning_rate=inner_learning_rate,
+            rates=rates,
+            first_order=first_order,
+            layers=layers,
+            vectorize=vectorize,
+            chunk_size=chunk_size,
+            randomness=randomness,
+        )
+        self.evaluation_steps = check_non_negative_int("evaluation_steps", evaluation_steps)
+        self.learning_rate = _check_rate("learning_rate", learning_rate)
+        self.preconditioner_learning_rate = _check_rate(
+            "preconditioner_learning_rate",
+            learning_rate if preconditioner_learning_rate is None else preconditioner_learning_rate,
+        )
+        self.step_weights = None if step_weights is None else weights_of_steps(step_weights, inner_steps)
+        self.features = features
+        if features is not None:
+            if chunk_size is not None:
+                raise ValueError(f"`chunk_size` must be None where `features` is given, got {chunk_size}")
+            check_layer(network, features)
+            self.query_features = nn.Identity()
+        collection = _collection(metrics) if metrics else None
+        self.val_metrics = None if collection is None else collection.clone(prefix="val/")
+        self.test_metrics = None if collection is None else collection.clone(prefix="test/")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse classes in which LightningModule's own steps would go before these."""
+        super().__init_subclass__(**kwargs)
+        require_order(cls, MAMLMixin)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network whose parameters adapt."""
+        return self.inner_loop.model
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that split parameters."""
+        super().setup(stage)
+        require_whole_parameters(self)
+
+    def forward(self, support: Samples, query_inputs: Tensor) -> Tensor:
+        """Adapt to every task with the steps of evaluation, and predict.
+
+        Args:
+            support: Inputs and targets of shapes ``(tasks, samples, ...)``.
+            query_inputs: Shape ``(tasks, samples, ...)``.
+
+        Returns:
+            Outputs of shape ``(tasks, samples, ...)``, with their gradient.
+        """
+        adapted = self.inner_loop.adapt(support, steps=self.evaluation_steps)
+        return self.inner_loop.predict(adapted, query_inputs, steps=self.evaluation_steps)
+
+    def adapt_and_measure(self, batch: tuple[Samples, Samples]) -> Episodes:
+        """Adapt to the support samples of a batch's tasks and measure on their query samples.
+
+        In training mode with ``inner_steps``, else with ``evaluation_steps``. In training mode every rank must call it,
+        and the loss is scaled such that its mean over ranks, and DDP's mean of its gradients, are those of the mean
+        over the tasks of all ranks. Add terms of your own to it, and return the sum from ``training_step``.
+
+        Args:
+            batch: ``((support_x, support_y), (query_x, query_y))``, tensors of shapes ``(tasks, samples, ...)``.
+
+        Returns:
+            The differentiable loss, the losses of this rank's tasks, and the outputs.
+
+        Raises:
+            TypeError: If the batch is not two pairs of tensors, or network or loss return no tensor.
+            ValueError: If shapes do not fit; see `lightning_plugins.meta.InnerLoop`.
+        """
+        return self._episodes(batch)[0]
+
+    def adapt_and_measure_features(self, batch: tuple[Samples, Samples]) -> tuple[Episodes, Tensor]:
+        """Do the same, and return the query samples' ``features`` for a term of your own.
+
+        Args:
+            batch: As for `adapt_and_measure`.
+
+        Returns:
+            The episodes, and the features of the adapted networks in the shape ``(tasks * samples, ...)``, with their
+            gradient through all inner steps.
+
+        Raises:
+            TypeError: As for `adapt_and_measure`.
+            ValueError: As for `adapt_and_measure`, or if the constructor was given no ``features``.
+        """
+        episodes, features = self._episodes(batch)
+        if features is None:
+            raise ValueError("`features` must be given to the constructor: the name of a layer of the network")
+        return episodes, features
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of tasks, and log it."""
+        loss = self.adapt_and_measure(batch).loss
+        if self._trainer is not None:
+            self.log("train/loss", loss.detach(), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the loss and the metrics of a batch of tasks."""
+        self._evaluate("val", self.val_metrics, batch)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the loss and the metrics of a batch of tasks."""
+        self._evaluate("test", self.test_metrics, batch)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the adapted networks' outputs on the query samples, ``(tasks, samples, ...)``."""
+        outputs: Tensor = self(*unpacked_for_prediction(batch))
+        return outputs.detach()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of an optimizer: the weights, and what the inner loop learns besides.
+
+        Returns:
+            Groups with ``params``, ``lr`` and ``name``, which is ``"weights"`` or ``"preconditioner"``; the second one
+            only if it is not empty. Parameters that your class has beside the network count as weights.
+        """
+        learned = [*self.inner_loop.preconditioner.parameters(), *self.inner_loop.rates.parameters()]
+        known = set(map(id, learned))
+        weights = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        groups = [{"params": weights, "lr": self.learning_rate, "name": "weights"}]
+        if learned:
+            groups += [{"params": learned, "lr": self.preconditioner_learning_rate, "name": "preconditioner"}]
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam with the two learning rates."""
+        return torch.optim.Adam(self.parameter_groups())
+
+    def _episodes(self, batch: Any) -> tuple[Episodes, Tensor | None]:
+        require_whole_parameters(self)
+        refuse_hooks(self.network)
+        settings: dict[str, Any] = {"steps": self.evaluation_steps}
+        if self.training:
+            settings = {"step_weights": self.step_weights}
+        if self.features is None:
+            episodes, features = self.inner_loop(*unpacked(batch), **settings), None
+        else:
+            episodes, kept = self.inner_loop.with_features(*unpacked(batch), self.features, **settings)
+            features = self.query_features(kept.flatten(0, 1))
+        if self.training:
+            episodes = episodes._replace(loss=_as_part_of_all(episodes.loss, len(episodes.losses)))
+        return episodes, features
+
+    def _evaluate(self, stage: str, metrics: MetricCollection | None, batch: Any) -> None:
+        episodes = self.adapt_and_measure(batch)
+        if metrics is not None:
+            metrics.update(episodes.outputs, unpacked(batch)[1][1])
+        if self._trainer is not None:
+            tasks = len(episodes.losses)
+            self.log(f"{stage}/loss", episodes.losses.mean(), batch_size=tasks, sync_dist=True)
+            if metrics is not None:
+                self.log_dict(metrics, batch_size=tasks)
+
+    def _preconditioner(self, given: Preconditioner | None) -> Preconditioner | None:
+        return given
+
+
+def _as_part_of_all(loss: Tensor, tasks: int) -> Tensor:
+    """The mean over this rank's tasks, weighted such that its mean over ranks is that over the tasks of all."""
+    counts = gather_row_counts(tasks)
+    return loss if len(counts) == 1 else loss * (tasks * len(counts) / sum(counts))
+
+
+def _check_rate(name: str, rate: float) -> float:
+    if check_finite_number(name, rate) < 0:
+        raise ValueError(f"`{name}` must be at least 0, got {rate}")
+    return rate
+
+
+def _collection(metrics: dict[str, Metric]) -> MetricCollection:
+    if not isinstance(metrics, dict):
+        raise TypeError(f"`metrics` must be a dictionary of names and metrics, got {type(metrics).__name__}")
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric):
+            raise TypeError(f"`metrics[{name!r}]` must be a torchmetrics Metric, got {type(metric).__name__}")
+    return MetricCollection({**metrics})
