@@ -118,7 +118,8 @@ class EpisodeLoader:
             raise TypeError(
                 f"`tasks` must be a `TaskSet`, got {type(tasks).__name__}; `FewShot` makes one of a labelled dataset"
             )
-        self.sampler = EpisodeSampler(episodes, tasks_per_batch, fixed=fixed)  # the name by which Lightning finds it
+        self.sampler = EpisodeSampler(episodes, tasks_per_batch, fixed=fixed)
+        self.batch_sampler = self.sampler  # Lightning looks for both, and sets the epoch of what it finds
         workers = check_non_negative_int("num_workers", num_workers)
         self._loader = DataLoader(
             _Drawn(tasks, check_non_negative_int("seed", seed)),
