@@ -7,6 +7,7 @@ from lightning_plugins.functional.entropy import (
     renyi_entropy,
     von_neumann_entropy,
 )
+from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
 from lightning_plugins.functional.preconditioning import gap_precondition
 from lightning_plugins.functional.singular_values import polar_factor, singular_value_threshold
 from lightning_plugins.functional.spectrum import autocorrelation_eigenvalues, normalize_rows
@@ -14,10 +15,13 @@ from lightning_plugins.functional.stable_rank import modified_stable_rank, nucle
 from lightning_plugins.functional.subspace import top_singular_subspace
 
 __all__ = [
+    "annealed_sigmoid",
     "autocorrelation_eigenvalues",
     "diagonal_entropy",
     "effective_rank",
     "gap_precondition",
+    "hard_concrete",
+    "hard_concrete_open",
     "matrix_entropy",
     "modified_stable_rank",
     "normalize_rows",
@@ -26,6 +30,7 @@ __all__ = [
     "renyi_entropy",
     "singular_value_threshold",
     "stable_rank",
+    "straight_through",
     "top_singular_subspace",
     "von_neumann_entropy",
 ]
