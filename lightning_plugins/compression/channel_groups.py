@@ -1,0 +1,234 @@
+"""Channels that can only be removed together: through residual sums, concatenations, depthwise layers and heads."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_plugins.compression._dependencies import Bundle, bundles, parameters_of
+from lightning_plugins.selection import check_layers, select_modules
+
+_PRODUCERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+class Member(NamedTuple):
+    """A dimension of a parameter or buffer that loses entries when channels are removed.
+
+    Attributes:
+        parameter: Its dotted name in the model.
+        dim: The dimension.
+        side: ``"out"``: it computes the channels. ``"norm"``: it scales or shifts them. ``"in"``: it reads them.
+            ``"buffer"``: statistics of them.
+        units: For every index of the dimension the unit of the group it belongs to; -1 where it is not of the group.
+    """
+
+    parameter: str
+    dim: int
+    side: str
+    units: tuple[int, ...]
+
+
+class ChannelGroup(NamedTuple):
+    """Units of channels that many tensors have in common. A unit leaves all of them, or stays in all of them.
+
+    Attributes:
+        name: The first layer that computes the channels.
+        size: The number of units.
+        members: The tensors.
+        attention: The module whose heads the units are; empty where a unit is a channel.
+        gate_inputs: Whether a channel of zeros is none for those who read it: not so behind an activation that does
+            not map zero to zero. Then a mask has to stand on the readers' weights as well.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    attention: str = ""
+    gate_inputs: bool = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that compute the channels."""
+        names = (member.parameter.rpartition(".")[0] for member in self.members if member.side == "out")
+        return tuple(dict.fromkeys(names))
+
+
+class ChannelSearch(NamedTuple):
+    """What `find_channel_groups` found.
+
+    Attributes:
+        groups: The groups.
+        refused: For every layer whose outputs stay whole, in all or in part, the reason.
+    """
+
+    groups: list[ChannelGroup]
+    refused: dict[str, str]
+
+
+def channel_groups(
+    model: nn.Module, example_inputs: Any, layers: str | Sequence[str] = "*", *, keep: str | Sequence[str] = ()
+) -> list[ChannelGroup]:
+    """Find the channels of a model that can be removed, and which of them only together.
+
+    The dependencies come from Torch-Pruning's graph of one forward pass. Whether they are right is tried on a copy of
+    the model with random weights: what is left when channels are removed must compute what the whole computes when
+    they are masked. Groups for which this does not hold are left out. So are the model's inputs and outputs, and
+    channels over which a layer or group norm takes its statistics, such as the residual stream of a transformer. The
+    heads of an attention are removed as a whole.
+
+    Args:
+        model: The model; it is not changed. Its channels are counted in the order of its layers, so that the same
+            model gives the same groups.
+        example_inputs: What the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. One small
+            sample is enough, and fastest.
+        layers: The convolutions and linear layers whose outputs may lose channels: a dotted name, a glob, or a sequence
+            of them. A group is taken if all layers that compute its channels are among them.
+        keep: Layers whose outputs stay whole, in the same form.
+
+    Returns:
+        The groups, in the order of the layers.
+
+    Raises:
+        ValueError: If ``layers`` or ``keep`` match nothing, or no channel can be removed.
+        TypeError: If an argument is of the wrong kind.
+        ImportError: If torch-pruning is not installed.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> [group] = channel_groups(net, torch.zeros(1, 3, 8, 8))
+        >>> group.name, group.size, [(member.parameter, member.dim) for member in group.members if member.dim == 1]
+        ('0', 8, [('3.weight', 1)])
+
+    Source:
+        Fang et al., DepGraph, CVPR 2023, https://arxiv.org/abs/2301.12900, for the graph.
+    """
+    search = find_channel_groups(model, example_inputs, layers, keep=keep)
+    if not search.groups:
+        few = "; ".join(f"{name!r}: {reason}" for name, reason in list(search.refused.items())[:3]) or "none is called"
+        raise ValueError(f"`layers`: {layers!r} must match a layer that can lose channels, but {few}")
+    return search.groups
+
+
+def find_channel_groups(
+    model: nn.Module, example_inputs: Any, layers: str | Sequence[str] = "*", *, keep: str | Sequence[str] = ()
+) -> ChannelSearch:
+    """As `channel_groups`, with the reasons why the other layers stay whole, and no error where all of them do.
+
+    Args:
+        model: The model.
+        example_inputs: What it takes.
+        layers: The layers that may lose channels.
+        keep: The layers that stay whole.
+
+    Returns:
+        The groups and the reasons.
+    """
+    from lightning_plugins.compression._trial import tried
+
+    check_layers(layers, sides=False)
+    chosen = set(select_modules(model, layers, types=_PRODUCERS))
+    if keep:
+        chosen -= set(select_modules(model, keep, types=_PRODUCERS))
+    traced = copy.deepcopy(model).eval().requires_grad_(True)
+    candidates: list[ChannelGroup] = []
+    refused: dict[str, str] = {}
+    shared = _shared(model)
+    for family in _families(bundles(traced, example_inputs)):
+        group = _group(traced, family)
+        if group is None:
+            continue
+        reason = family[0].reason or _why_not(group, chosen, shared)
+        if reason:
+            refused.update(dict.fromkeys(group.layers, reason))
+        else:
+            candidates.append(group)
+    passed, failed = tried(model, candidates, example_inputs)
+    for group, reason in failed:
+        refused.update(dict.fromkeys(group.layers, reason))
+    names = dict(model.named_modules())
+    ordered = sorted(refused.items(), key=lambda item: list(names).index(item[0]) if item[0] in names else 0)
+    return ChannelSearch(passed, dict(ordered))
+
+
+def groups_to_state(groups: Iterable[ChannelGroup]) -> list[dict[str, Any]]:
+    """Groups as primitives, for a checkpoint that loads with ``weights_only=True``.
+
+    Args:
+        groups: The groups.
+
+    Returns:
+        One dict per group.
+    """
+    return [{**group._asdict(), "members": [member._asdict() for member in group.members]} for group in groups]
+
+
+def groups_from_state(state: Iterable[dict[str, Any]]) -> list[ChannelGroup]:
+    """The inverse of `groups_to_state`.
+
+    Args:
+        state: One dict per group.
+
+    Returns:
+        The groups.
+    """
+    groups = []
+    for entry in state:
+        members = tuple(Member(**{**member, "units": tuple(member["units"])}) for member in entry["members"])
+        groups.append(ChannelGroup(**{**entry, "members": members}))
+    return groups
+
+
+def _families(found: Iterable[Bundle]) -> list[list[Bundle]]:
+    """Bundles that run through the same sides of the same layers."""
+    families: dict[Any, list[Bundle]] = defaultdict(list)
+    for bundle in found:
+        counts: dict[tuple[str, str], int] = defaultdict(int)
+        for place in bundle.places:
+            counts[place.owner, place.side] += 1
+        families[frozenset(counts.items()), bundle.reason, bundle.attention].append(bundle)
+    return list(families.values())
+
+
+def _group(model: nn.Module, family: Sequence[Bundle]) -> ChannelGroup | None:
+    sides: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    for unit, bundle in enumerate(family):
+        for place in bundle.places:
+            sides[place.owner, place.side][place.channel] = unit
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    members = []
+    for (owner, side), units in sides.items():
+        for name, dim, role in parameters_of(model, owner, side):
+            size = tensors[name].shape[dim]  # for a grouped convolution's inputs one group's: the others are alike
+            members.append(Member(name, dim, role, tuple(units.get(index, -1) for index in range(size))))
+    first = min((member for member in members if member.side == "out"), key=_order(model), default=None)
+    if first is None:
+        return None
+    return ChannelGroup(first.parameter.rpartition(".")[0], len(family), tuple(members), family[0].attention)
+
+
+def _order(model: nn.Module) -> Any:
+    places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return lambda member: places.get(member.parameter, len(places))
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Names of parameters that stand at several places: no slice of one fits all of them."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(name)
+    return {name for names in places.values() if len(names) > 1 for name in names}
+
+
+def _why_not(group: ChannelGroup, chosen: set[str], shared: set[str]) -> str:
+    outside = [name for name in group.layers if name not in chosen]
+    if outside:
+        alone = len(group.layers) == 1
+        return "it is to stay whole" if alone else f"its channels are also those of {outside[0]!r}, which stays whole"
+    tied = [member.parameter for member in group.members if member.parameter in shared]
+    if tied:
+        return f"{tied[0]!r} is a parameter of several layers"
+    if any("parametrizations" in member.parameter.split(".") for member in group.members):
+        return "a weight is computed from other parameters"
+    return "there is only one of it" if group.size < 2 else ""
