@@ -1,0 +1,98 @@
+"""Task batches split over ranks, a training that is killed, and what FSDP2 is told."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torchmetrics import MeanSquaredError
+
+from lightning_plugins.callbacks import VNERegularization
+from lightning_plugins.meta import use_per_step_statistics
+from lightning_plugins.mixins import MAMLMixin
+from tests._processes import run_on_ranks
+from tests.contract_ranks import act_as_rank
+from tests.mixins.few_shot import RATE, FewGAP, make_tasks, shard_tasks, weights
+from tests.models import Batches, fit
+
+BATCHES, BOUNDS = make_tasks(), [0, 1, 5]
+
+
+class WithNorms(MAMLMixin, LightningModule):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+        network = use_per_step_statistics(network, 2)
+        super().__init__(network, F.mse_loss, inner_steps=2, inner_learning_rate=RATE, learning_rate=0.01)
+
+
+CASES = {
+    "GAP": (lambda: FewGAP(metrics={"mse": MeanSquaredError()}), list),
+    "chunked": (lambda: FewGAP(chunk_size=2), list),
+    "looped": (lambda: FewGAP(vectorize=False), list),
+    "statistics per step": (WithNorms, list),
+    "VNE": (lambda: FewGAP(features="3"), lambda: [VNERegularization("query_features", weight=0.3)]),
+}
+
+
+def train(name: str, batches: list[Any], **settings: Any) -> tuple[Any, Any]:
+    make, callbacks = CASES[name]
+    model = make()
+    trainer = fit(model, batches, callbacks(), validation=Batches(batches[:2]), max_epochs=1, **settings)
+    return weights(model), dict(trainer.callback_metrics)
+
+
+def train_on_rank(rank: int) -> Any:
+    act_as_rank(rank, 2)
+    mine = shard_tasks(BATCHES, BOUNDS)
+    found = {name: train(name, mine, strategy="ddp", devices=2) for name in CASES}
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    with pytest.raises(MisconfigurationException) as refusal:
+        fit(FewGAP(), mine, strategy=strategy, devices=2, precision="32-true")
+    return found, str(refusal.value)
+
+
+@pytest.mark.distributed
+def test_unequal_ranks_equal_one_process(tmp_path: Path):
+    """Weights, gains and statistics; the training loss of the last step and what is logged of validation, too."""
+    ranks = run_on_ranks(train_on_rank, 2, tmp_path)
+    for name in CASES:
+        expected = train(name, BATCHES)
+        for found, refusal in ranks:
+            torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+            assert "FSDP2 (ModelParallelStrategy) splits them over ranks; pass `strategy='ddp'`" in refusal
+
+
+class Killed(Callback):
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(folder: str) -> None:
+    torch.set_num_threads(1)
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    fit(FewGAP().double(), BATCHES, [saving, Killed()], enable_checkpointing=True, max_epochs=3)
+
+
+@pytest.mark.distributed
+def test_resume_after_sigkill_equals_uninterrupted(tmp_path: Path):
+    process = torch.multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(str(tmp_path),))
+    process.start()
+    process.join(timeout=300)
+    process.kill()
+    assert process.exitcode == -signal.SIGKILL
+    model, resumed, shorter = (FewGAP().double() for _ in range(3))
+    fit(model, BATCHES, max_epochs=3)
+    fit(resumed, BATCHES, max_epochs=3, ckpt_path=tmp_path / "step=6.ckpt")  # in the middle of the second epoch
+    torch.testing.assert_close(weights(resumed), weights(model), rtol=0, atol=0)
+    fit(shorter, BATCHES, max_epochs=2)
+    assert not torch.equal(shorter.gains()["2"], model.gains()["2"])  # control: the rest of the training matters
