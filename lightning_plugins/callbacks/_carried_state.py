@@ -1,11 +1,35 @@
 """How what an optimizer remembers of a weight is carried over to what takes its place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks._surgery import Heir, Heirs
+from lightning_plugins.compression._layers import select_layers
+from lightning_plugins.compression.factorize import factorize
 from lightning_plugins.regularizers._weight_matrices import Scheme, matrix_to_weight, weight_to_matrix
+
+
+def split_layers(model: nn.Module, ranks: Mapping[str, int], *, scheme: Scheme) -> Heirs:
+    """Factorise layers of a model that is being trained, in place.
+
+    Args:
+        model: The model.
+        ranks: Ranks by layer name; a layer that would not become smaller stays as it is.
+        scheme: How a kernel is unfolded.
+
+    Returns:
+        The heirs of the parameters of the layers that were taken out.
+    """
+    chosen = {id(layer) for layer in select_layers(model, list(ranks), scheme=scheme).values()}
+    places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in chosen]
+    factorize(model, ranks, scheme=scheme)
+    heirs: dict[nn.Parameter, Sequence[Heir]] = {}
+    for name, dense in places:
+        factors = model.get_submodule(name)
+        if isinstance(factors, nn.Sequential):
+            heirs.update(low_rank_heirs(dense, factors, scheme=scheme))
+    return heirs
 
 
 def low_rank_heirs(dense: nn.Module, factors: nn.Sequential, *, scheme: Scheme) -> Heirs:

@@ -1,0 +1,284 @@
+"""A smaller network from one training: search of ranks, regularisation, factors for weights, fine-tuning."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_plugins.callbacks._carried_state import split_layers
+from lightning_plugins.callbacks._cost_report import count, count_layers
+from lightning_plugins.callbacks._phases import check_phases, is_last_epoch, reached, require_end
+from lightning_plugins.callbacks._rank_source import RankSource
+from lightning_plugins.callbacks._requirements import require_lightning_module
+from lightning_plugins.callbacks._surgery import operate, require_operable, require_operable_optimizers
+from lightning_plugins.callbacks.stable_rank import StableRankRegularization
+from lightning_plugins.compression.restore_structure import restore_structure
+from lightning_plugins.schedules import Schedule
+
+
+class LowRankCompression(Callback):
+    """Train a network to a wanted size: its weights become products of two smaller ones, within one ``trainer.fit``.
+
+    1. Up to ``search_at`` the network trains as it is.
+    2. There a search finds a rank for each layer such that the fraction ``ratio`` of the layers' cost goes.
+    3. From then on the modified stable rank presses the weights to these ranks (see `StableRankRegularization`).
+    4. At the first start of an epoch from ``factorize_at`` on, or else at the end of training, each layer is replaced
+       by two, in the same place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. What the optimizers remember is
+       carried over to the factors, and schedulers and DDP go on.
+    5. The rest of training fine-tunes the small network.
+
+    Afterwards the module is the small network. Its checkpoints are loaded by every Trainer that has this callback, or
+    whose module has `lightning_plugins.mixins.CompressionMixin`, which `load_from_checkpoint` needs too; anywhere else
+    `lightning_plugins.compression.restore_structure` gives a fresh module the structure first.
+
+    Each phase can be left out: ``ranks`` replaces the search, ``weight=0`` the regularisation, ``factorize_at=None``
+    the factors and the fine-tuning. A module that this callback has compressed is in later trainings only fine-tuned.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be split: linear
+            layers and convolutions without groups.
+        ratio: The fraction of the layers' cost to remove, between 0 and 1; without meaning where ``ranks`` are given.
+        weight: Strength of the regularisation, at least 0.
+        search: ``"beam"``: a beam search over the score of the truncated network. ``"equal_ratio"``, ``"energy"`` and
+            ``"trade_off"`` look at the weights alone; see `lightning_plugins.compression`.
+        search_options: Keyword arguments of the beam search: ``width``, ``step``, ``bounds``, ``reuse_activations``,
+            ``state_file``, with which a search that was killed goes on from its last level.
+        score: What the beam search raises: the name of a method of the module that takes a batch, or a function of
+            module and batch. It returns the mean over the batch, or a sum and a count, and depends on nothing else. By
+            default the negative loss of the module's training step, whose logging is silenced meanwhile.
+        search_data: Batches to score, best held out from training; or the name of a method of the module or datamodule
+            that returns them. By default the first ``search_batches`` of the training data, without shuffling. All
+            ranks must have the same.
+        search_batches: How many batches are scored at the most.
+        ranks: Ranks by layer name, instead of a search.
+        cost: What ``ratio`` is a fraction of: ``"params"``, or ``"flops"`` of the module's ``example_input_array``.
+        p: 1 drives the singular values beyond the rank to zero, 2 lowers them.
+        scheme: How a convolution is split: 1 into ``k x k`` and ``1 x 1``, 2 into ``1 x k`` and ``k x 1``.
+        search_at: When the ranks are searched, in ``unit``.
+        factorize_at: When the layers are split, in ``unit``; None for never.
+        unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
+        schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
+        every_n_steps: Only every n-th step carries the regularisation, then n times as strong.
+        on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, ``"raise"`` raises `FloatingPointError`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+
+    Attributes:
+        found: The ranks by layer name, once they are known.
+        report: After the layers were split: ``"before"``, ``"after"`` (of the whole network) and ``"layers"``, with
+            ``params`` and, where the module has an ``example_input_array``, ``flops``.
+
+    Logs at every step ``budget/<cost>``, the fraction of the layers' cost that the network has at that time, and
+    ``rank/<layer>`` once the ranks are known.
+
+    Example:
+        >>> callback = LowRankCompression(layers="backbone.*", ratio=0.7, weight=0.01, search_options={"width": 2})
+        >>> callback.ratio
+        0.7
+
+    Source:
+        Our reading of Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. When the phases begin and what
+        becomes of the optimizer's state is ours.
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        ratio: float = 0.6,
+        weight: float = 0.01,
+        *,
+        search: Literal["beam", "equal_ratio", "energy", "trade_off"] = "beam",
+        search_options: dict[str, Any] | None = None,
+        score: str | Callable[[Any, Any], Any] | None = None,
+        search_data: Any = None,
+        search_batches: int = 8,
+        ranks: dict[str, int] | None = None,
+        cost: Literal["params", "flops"] = "params",
+        p: Literal[1, 2] = 1,
+        scheme: Literal[1, 2] = 1,
+        search_at: float = 0.4,
+        factorize_at: float | None = 0.8,
+        unit: Literal["steps", "epochs", "fraction"] = "fraction",
+        schedule: Schedule | None = None,
+        every_n_steps: int = 1,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+    ) -> None:
+        super().__init__()
+        settings: dict[str, Any] = {"p": p, "scheme": scheme, "schedule": schedule, "every_n_steps": every_n_steps}
+        self._settings = {"weight": weight, "on_nonfinite": on_nonfinite, **settings}
+        self.layers = StableRankRegularization(layers, **self._settings).layers  # which checks them all
+        if weight < 0:
+            raise ValueError(f"`weight` must be at least 0, got {weight!r}; negative values would raise the ranks")
+        self.ratio, self.weight, self.scheme, self.cost = ratio, weight, scheme, cost
+        self._source = RankSource(
+            self.layers,
+            ratio,
+            search=search,
+            search_options=search_options,
+            score=score,
+            data=search_data,
+            batches=search_batches,
+            ranks=ranks,
+            cost=cost,
+            scheme=scheme,
+        )
+        check_phases(unit, search_at=search_at, factorize_at=factorize_at)
+        self.search_at, self.factorize_at, self.unit = search_at, factorize_at, unit
+        self._compressed: weakref.ref[LightningModule] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.found: dict[str, int] | None = None
+        self.report: dict[str, Any] | None = None
+        self._kept = 1.0  # the fraction of the layers' cost at the ranks that were found
+        self._penalty: StableRankRegularization | None = None
+        self._penalty_state: dict[str, Any] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the layers have been split."""
+        return self.report is not None
+
+    @property
+    def state_key(self) -> str:
+        """Unique for every different instance, so that several keep their own entries in a checkpoint."""
+        settings = {**self._settings, "schedule": repr(self._settings["schedule"])}
+        phases = {"search_at": self.search_at, "factorize_at": self.factorize_at, "unit": self.unit}
+        source = {name: getattr(self._source, name) for name in ("search", "options", "ranks", "cost")}
+        return self._generate_state_key(layers=self.layers, ratio=self.ratio, **settings, **phases, **source)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the module and the Trainer, and make the module ready for checkpoints of its compressed form."""
+        name = type(self).__name__
+        require_lightning_module(name, pl_module)
+        self._handles.append(pl_module.register_load_state_dict_pre_hook(_restore))  # type: ignore[no-untyped-call]  # torch's
+        if stage != "fit":
+            return
+        require_operable(name, trainer)
+        if trainer.global_step == 0 and (self._compressed is None or self._compressed() is not pl_module):
+            self._forget()  # a new training of another module; a checkpoint's state comes after this hook
+        require_end(name, trainer, self.unit)
+        self._source.require(name, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the layers, which the module may have only now, and at the optimizers."""
+        if self.finished:
+            return
+        require_operable_optimizers(type(self).__name__, trainer)
+        if self.found is not None:  # from a checkpoint
+            self._regularize(trainer, pl_module)
+        else:
+            self._source.check_layers(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for the data of the search, while nothing is lost yet if there is none."""
+        if self.found is None:
+            self._source.check_data(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search or split if it is time."""
+        self._advance(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Search if it is time: that needs no epoch's boundary."""
+        if self.found is None and reached(trainer, self.search_at, self.unit):
+            self._find(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Add the gradient of the regularisation between the search and the split."""
+        if self._penalty is not None:
+            self._penalty.on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the ranks and the cost."""
+        pl_module.log(f"budget/{self.cost}", self._kept if self.finished else 1.0, prog_bar=True)
+        for name, rank in (self.found or {}).items():
+            pl_module.log(f"rank/{name}", float(rank))
+        if self._penalty is not None:
+            self._penalty.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the last epoch do what is still to be done, before checkpoints of this epoch are written."""
+        if self._penalty is not None:
+            self._penalty.on_train_epoch_end(trainer, pl_module)
+        if is_last_epoch(trainer):
+            self._advance(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what is still to be done, if the training was stopped early."""
+        self._advance(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the network is not the small one."""
+        if self.factorize_at is not None and not self.finished:
+            rank_zero_warn(
+                f"{type(self).__name__}: the training ended before `factorize_at={self.factorize_at}` ({self.unit}), "
+                "so no layer was split; train on, or call `lightning_plugins.compression.factorize`"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._penalty is not None:
+            self._penalty.teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the module: ``teardown`` does not run after an exception."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found, whether the layers are split, and the state of the regularisation."""
+        penalty = self._penalty_state if self._penalty is None else self._penalty.state_dict()
+        return {"found": self.found, "kept": self._kept, "report": self.report, "penalty": penalty}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's phase."""
+        self._forget()
+        self.found, self._kept = state_dict["found"], state_dict["kept"]
+        self.report, self._penalty_state = state_dict["report"], state_dict["penalty"]
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search or split if it is time, between two epochs."""
+        if self.found is None and reached(trainer, self.search_at, self.unit, between_epochs=True):
+            self._find(trainer, pl_module)
+        at = self.factorize_at
+        if not self.finished and at is not None and reached(trainer, at, self.unit, between_epochs=True):
+            self._split(trainer, pl_module)
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.found, self._kept = self._source.find(trainer, pl_module)
+        self._regularize(trainer, pl_module)
+
+    def _regularize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ranks = self._source.smaller(trainer, pl_module, self.found or {})
+        if self.weight and ranks:
+            self._penalty = StableRankRegularization(list(ranks), rank=ranks, **self._settings)
+            self._penalty.on_fit_start(trainer, pl_module)
+            if self._penalty_state is not None:
+                self._penalty.load_state_dict(self._penalty_state)
+
+    def _split(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ranks = self._source.smaller(trainer, pl_module, self.found or {})
+        before = count(trainer, pl_module)
+        layers = count_layers(trainer, pl_module, ranks, self.scheme)
+        operate(trainer, pl_module, lambda: split_layers(pl_module, ranks, scheme=self.scheme))
+        self.report = {"before": before, "after": count(trainer, pl_module), "layers": layers}
+        self._compressed, self._penalty, self._penalty_state = weakref.ref(pl_module), None, None
+
+
+def _restore(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Run before a state dict is loaded: Lightning restores the module before callbacks know anything."""
+    own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    restore_structure(module, own, strict=False)  # names that are missing or too many are for `load_state_dict`
