@@ -67,11 +67,11 @@ def why_not(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str | No
             return f"it has no tensor called {name!r}"
         if old.ndim != len(shape):
             return f"its `{name}` has {old.ndim} dimensions, not {len(shape)}"
+    if shapes and isinstance(layer, nn.MultiheadAttention):
+        return "its parameters have sizes that depend on one another"
     new = shapes.get("weight")
     if new is None:
         return None
-    if isinstance(layer, nn.MultiheadAttention):
-        return "its parameters have sizes that depend on one another"
     if isinstance(layer, nn.modules.conv._ConvNd):
         if tuple(layer.weight.shape[2:]) != tuple(new[2:]):
             return f"its kernel is {tuple(layer.weight.shape[2:])}, not {tuple(new[2:])}"
