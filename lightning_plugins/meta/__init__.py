@@ -2,18 +2,24 @@
 
 from lightning_plugins.meta._episode import Episodes
 from lightning_plugins.meta.batch_statistics import use_batch_statistics
+from lightning_plugins.meta.cars import Cars
+from lightning_plugins.meta.cub import CUB
 from lightning_plugins.meta.episodes import EpisodeLoader, EpisodeSampler
 from lightning_plugins.meta.few_shot import FewShot
 from lightning_plugins.meta.glyphs import GlyphFewShot
 from lightning_plugins.meta.inner_loop import InnerLoop
+from lightning_plugins.meta.mini_imagenet import MiniImageNet
 from lightning_plugins.meta.preconditioners import GAP, ApproximateGAP, Identity, MetaSGD, Preconditioner
 from lightning_plugins.meta.running_statistics import PerStepBatchNorm, use_per_step_statistics
 from lightning_plugins.meta.sinusoid import Sinusoid
 from lightning_plugins.meta.task_sets import TaskSet
+from lightning_plugins.meta.tiered_imagenet import TieredImageNet
 
 __all__ = [
+    "CUB",
     "GAP",
     "ApproximateGAP",
+    "Cars",
     "EpisodeLoader",
     "EpisodeSampler",
     "Episodes",
@@ -22,10 +28,12 @@ __all__ = [
     "Identity",
     "InnerLoop",
     "MetaSGD",
+    "MiniImageNet",
     "PerStepBatchNorm",
     "Preconditioner",
     "Sinusoid",
     "TaskSet",
+    "TieredImageNet",
     "use_batch_statistics",
     "use_per_step_statistics",
 ]

@@ -1,7 +1,7 @@
 """Few-shot classification of characters, with images that need no download."""
 
 import zlib
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,7 @@ from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
 from lightning_plugins.meta._glyph_images import glyphs
-from lightning_plugins.meta.task_sets import Batch, TaskSet, check_ways
-
-Split = Literal["train", "val", "test"]
+from lightning_plugins.meta.task_sets import Batch, Split, TaskSet, check_ways
 
 PIXELS = 28
 _BOUNDS = {"train": (0.0, 0.64), "val": (0.64, 0.8), "test": (0.8, 1.0)}

@@ -1,9 +1,12 @@
 """What few-shot tasks are drawn from: the interface, and checks that its implementations share."""
 
+from typing import Literal
+
 from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_positive_int
 
+Split = Literal["train", "val", "test"]
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
