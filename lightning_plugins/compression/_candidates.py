@@ -292,7 +292,7 @@ def _sum_and_count(value: ScoreValue) -> tuple[Tensor, Tensor]:
 
 def _number(part: object) -> Tensor:
     if isinstance(part, int | float):
-        part = torch.tensor(part)
+        part = torch.tensor(part, dtype=torch.float64)
     if not isinstance(part, Tensor) or part.is_complex():
         raise TypeError(
             "`score` must return a number, a tensor with one element, or a pair (sum, count) of these, got "

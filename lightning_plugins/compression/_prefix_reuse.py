@@ -5,7 +5,8 @@ every run is recorded, and in the next one a module whose call had ended by then
 level of the module tree at which that is possible. One run's outputs are in memory at a time.
 
 That is exact for modules without randomness and without state of their own (the network in evaluation mode). A tensor
-that something changed in place is never handed back, and a call that changed its input in place is made again.
+that something changed in place is never handed back, and a call that changed its input in place is made again. So that
+a convolution need not be, for the sake of the activation in place behind it, its output is copied before that.
 """
 
 import sys
@@ -37,6 +38,7 @@ class PrefixReuse:
         self._position = 0
         self._patched: list[tuple[nn.Module, Any]] = []
         self._seen_as: dict[str, nn.Module | None] = {}  # whose call stands for a layer's
+        self._made_by: dict[int, _Call] = {}  # the calls that made tensors, by the tensors' ids
 
     def __enter__(self) -> Self:
         visible = list(_visible_modules(self._model))
@@ -57,6 +59,7 @@ class PrefixReuse:
             else:
                 vars(module)["forward"] = own
         self._patched.clear()
+        self._made_by.clear()
         self.start(None)
 
     def start(self, changed: Iterable[str] | None) -> None:
@@ -92,6 +95,9 @@ class PrefixReuse:
         return [name for name, module in self._seen_as.items() if module is not None and id(module) not in called]
 
     def _recorder(self, module: nn.Module, forward: Callable[..., Any], *, replay: bool) -> Callable[..., Any]:
+        costly = replay and any(parameter.ndim > 1 for parameter in module.parameters())
+        in_place = replay and getattr(module, "inplace", False) is True
+
         def run(*args: Any, **kwargs: Any) -> Any:
             index = self._position
             if index < self._shared and self._calls[index].module is not module:
@@ -106,12 +112,16 @@ class PrefixReuse:
                 call = _Call(module)
                 self._calls.append(call)
             self._position = index + 1
+            if in_place and args and (maker := self._made_by.get(id(args[0]))) is not None:
+                maker.save(args[0])
             before = _versions((args, kwargs)) if replay else None
             output = forward(*args, **kwargs)
             call.end = self._position
             call.drop()
             if replay and _unchanged(before):
                 call.keep(output)
+                if costly and isinstance(output, Tensor) and not _shares_memory(output, (args, kwargs)):
+                    self._made_by[id(output)] = call
             return output
 
         return run
@@ -130,6 +140,12 @@ class _Call:
         self._leaves: list[Any] = []
         self._form: TreeSpec | None = None
         self._versions: list[tuple[Tensor, int]] | None = None
+        self._saved: Tensor | None = None
+
+    def save(self, output: Tensor) -> None:
+        """Keep a copy of an output that is about to be changed."""
+        if self._saved is None and self._leaves and self._leaves[0] is output and _unchanged(self._versions):
+            self._saved = output.clone()
 
     def keep(self, output: Any) -> None:
         """Remember the output, unless it holds something that could change unseen."""
@@ -138,11 +154,13 @@ class _Call:
             self._leaves, self._form, self._versions = leaves, form, _versions(leaves)
 
     def holds(self) -> bool:
-        """Whether the output is known and still what it was."""
-        return _unchanged(self._versions)
+        """Whether the output is known."""
+        return _unchanged(self._versions) or self._saved is not None
 
     def output(self) -> Any:
         """The output, in containers of its own."""
+        if self._saved is not None:
+            return self._saved.clone()  # this one will be changed again
         return tree_unflatten(self._leaves, self._form) if self._form is not None else None
 
 
@@ -156,6 +174,13 @@ def _versions(values: Any) -> list[tuple[Tensor, int]] | None:
 
 def _unchanged(versions: list[tuple[Tensor, int]] | None) -> bool:
     return versions is not None and all(tensor._version == version for tensor, version in versions)
+
+
+def _shares_memory(output: Tensor, inputs: Any) -> bool:
+    """Whether a call handed on a tensor, or a view of one, that it was given: a copy would not change with it."""
+    memory = output.untyped_storage().data_ptr()
+    tensors = (leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor))
+    return any(tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
 
 
 def _closed(module: nn.Module) -> bool:

@@ -43,6 +43,23 @@ class Alias(nn.Module):
         return self.two(y) + y
 
 
+class PassedOn(nn.Module):
+    """Hands a tensor on through modules that give what they get, and then changes it in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(inplace=True)
+        self.drop, self.same = nn.Dropout(), nn.Sequential(nn.Identity(), nn.Identity())
+
+    def forward(self, x):
+        a = self.one(x)
+        early = a * 2
+        b = self.same(self.drop(a))
+        self.act(b[1:])
+        c = self.two(a)
+        return a + b + self.two(self.act(c)) + c + early
+
+
 class Shared(nn.Module):
     """Calls one layer at two places, and the other way round for the second view."""
 
@@ -155,6 +172,7 @@ NETWORKS = {
     "mlp": (_mlp, ROW),
     "residual": (lambda: nn.Sequential(Residual(), Residual(8, 6)), IMAGE),
     "alias": (lambda: nn.Sequential(Alias(), Alias()), ROW),
+    "passed on": (lambda: nn.Sequential(PassedOn(), PassedOn()), ROW),
     "shared": (Shared, ROW),
     "containers": (Containers, ROW),
     "opaque": (Opaque, ROW),
@@ -263,6 +281,14 @@ def test_a_block_is_replayed_as_a_whole():
     full = tuple(min(layer.weight.flatten(1).shape) for layer in layers.values())
     _outputs(blocks, layers, [full, (*full[:-1], 1)], torch.randn(1, *IMAGE).double(), reuse=True)
     assert counts == dict.fromkeys(layers, 1) | {"3": 2}
+
+
+def test_an_activation_in_place_does_not_make_the_layer_before_it_run_again():
+    model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(inplace=True), nn.Linear(7, 5)).double().eval()
+    layers = _layers(model)
+    counts = _counted(model, layers)
+    _outputs(model, layers, [(6, 5), (6, 2), (6, 1)], torch.randn(1, 4, 6).double(), reuse=True)
+    assert counts == {"0": 1, "2": 3}
 
 
 def test_hooks_inside_see_every_call():
