@@ -1,10 +1,15 @@
 """Figures of what training does to representations; matplotlib is an extra, imported where one is drawn."""
 
 from lightning_plugins.plots._style import require_matplotlib
+from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
+from lightning_plugins.plots.compression import compression_figure
 from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
 from lightning_plugins.plots.weights import layer_spectra_figure, weight_spectrum_figure
 
 __all__ = [
+    "adaptation_figure",
+    "compression_figure",
+    "gains_figure",
     "layer_spectra_figure",
     "require_matplotlib",
     "spectrum_comparison_figure",

@@ -1,0 +1,234 @@
+"""A network before and after compression: parameters, operations and time, per layer and in all."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from lightning_plugins._checks import check_positive_int
+from lightning_plugins.compression.network_costs import (
+    Inputs,
+    Latency,
+    LayerSize,
+    NetworkCosts,
+    check_model,
+    measure_latencies,
+    measure_network,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_NOTHING = LayerSize(0, 0)
+
+
+class LayerChange(NamedTuple):
+    """What a layer cost before and what it costs after; zeros where there was none."""
+
+    before: LayerSize
+    after: LayerSize
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What compression did to a network's costs.
+
+    Attributes:
+        before: Costs of the network before.
+        after: Costs of the network after.
+    """
+
+    before: NetworkCosts
+    after: NetworkCosts
+
+    @property
+    def layers(self) -> dict[str, LayerChange]:
+        """Every layer of the one or the other by dotted name, in the order before; new names come last."""
+        names = [*self.before.layers, *(name for name in self.after.layers if name not in self.before.layers)]
+        return {
+            name: LayerChange(self.before.layers.get(name, _NOTHING), self.after.layers.get(name, _NOTHING))
+            for name in names
+        }
+
+    @property
+    def params_ratio(self) -> float:
+        """Removed fraction of the parameters."""
+        return _removed(self.before.params, self.after.params)
+
+    @property
+    def flops_ratio(self) -> float:
+        """Removed fraction of the operations."""
+        return _removed(self.before.flops, self.after.flops)
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster a forward pass is by the medians; None where the time was not measured."""
+        if self.before.latency is None or self.after.latency is None:
+            return None
+        return self.before.latency.median_ms / self.after.latency.median_ms
+
+    def table(self, *, all_layers: bool = False) -> "Table":
+        """Lay the report out for a terminal: ``rich.print(report.table())``.
+
+        Args:
+            all_layers: Whether layers that stayed as they were have rows of their own, instead of one for all.
+
+        Returns:
+            A rich table.
+
+        Raises:
+            ImportError: If rich is missing.
+        """
+        try:
+            from rich.table import Table
+        except ImportError as error:
+            raise ImportError("tables need rich; run `pip install 'lightning-plugins[cli]'`") from error
+        table = Table(title="Compression")
+        table.add_column("layer", overflow="fold")
+        for name in ("parameters", "→", "removed", "FLOPs", "→", "removed"):
+            table.add_column(name, justify="right")
+        same = [change for change in self.layers.values() if change.before == change.after]
+        for name, change in self.layers.items():
+            if all_layers or change.before != change.after:
+                table.add_row(name, *_cells(change))
+        if same and not all_layers:
+            rest = LayerSize(sum(change.before.params for change in same), sum(change.before.flops for change in same))
+            table.add_row(f"{len(same)} other layers", *_cells(LayerChange(rest, rest)), style="dim")
+        table.add_section()
+        total = LayerChange(
+            LayerSize(self.before.params, self.before.flops), LayerSize(self.after.params, self.after.flops)
+        )
+        table.add_row("total", *_cells(total), style="bold")
+        table.caption = self.timing()
+        return table
+
+    def timing(self) -> str | None:
+        """The time before and after in words; None where it was not measured."""
+        before, after, speedup = self.before.latency, self.after.latency, self.speedup
+        if before is None or after is None or speedup is None:
+            return None
+        return (
+            f"{_time(before)} → {_time(after)}: {speedup:.2f} times as fast "
+            f"(median and quartiles of {after.runs} passes, {after.device})"
+        )
+
+    def to_json(self) -> str:
+        """Write the report as JSON, with the ratios beside the numbers they come from.
+
+        Returns:
+            The text; `from_json` reads it.
+        """
+        ratios = {"params_ratio": self.params_ratio, "flops_ratio": self.flops_ratio, "speedup": self.speedup}
+        return json.dumps({**ratios, "before": _to_dict(self.before), "after": _to_dict(self.after)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "CompressionReport":
+        """Read a report that `to_json` has written.
+
+        Args:
+            text: The JSON.
+
+        Returns:
+            The report.
+
+        Raises:
+            ValueError: If it is not one.
+        """
+        try:
+            read = json.loads(text)
+            return cls(_from_dict(read["before"]), _from_dict(read["after"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`text` must be what `to_json` writes, got {text[:40]!r}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def compression_report(
+    before: nn.Module | NetworkCosts,
+    after: nn.Module,
+    inputs: Inputs,
+    *,
+    latency: bool = True,
+    repeats: int = 30,
+) -> CompressionReport:
+    """Compare what two networks cost: parameters, floating-point operations and the time of a forward pass.
+
+    The operations are those that `torch.utils.flop_counter.FlopCounterMode` counts in one forward pass. The time is
+    measured, after a warm-up, in turns of both networks if both are there. The networks run in evaluation mode and
+    without gradients, and are left as they were. Low-rank layers and pruned ones stand beside the layers they replace.
+
+    Args:
+        before: The network before, or what `measure_network` said of it, so that no copy has to be kept.
+        after: The network after.
+        inputs: What both take, on their device: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        latency: Whether to measure the time. With costs measured earlier they must have a time to compare with.
+        repeats: How many passes of each network to time, after three that are not.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If ``repeats`` is less than 1, ``inputs`` None, or a parameter without a shape (lazy).
+
+    Example:
+        >>> import torch
+        >>> from lightning_plugins.compression import factorize
+        >>> dense, small = (nn.Sequential(nn.Linear(20, 10)) for _ in range(2))
+        >>> report = compression_report(dense, factorize(small, 2), torch.zeros(1, 20), latency=False)
+        >>> report.layers["0"]
+        LayerChange(before=LayerSize(params=210, flops=400), after=LayerSize(params=70, flops=120))
+    """
+    check_positive_int("repeats", repeats)
+    if not isinstance(before, NetworkCosts):
+        check_model("before", before)
+    check_model("after", after)
+    if isinstance(before, NetworkCosts):
+        if latency and before.latency is None:
+            raise ValueError(
+                "`before` must have a latency to compare with, got costs without; measure it with "
+                "`measure_network(..., latency=True)`, or pass `latency=False`"
+            )
+        return CompressionReport(before, measure_network(after, inputs, latency=latency, repeats=repeats))
+    costs = [measure_network(model, inputs, latency=False) for model in (before, after)]
+    if latency:
+        times = measure_latencies([before, after], inputs, repeats)
+        costs = [replace(own, latency=time) for own, time in zip(costs, times, strict=True)]
+    return CompressionReport(*costs)
+
+
+def _removed(before: int, after: int) -> float:
+    return 1 - after / before if before else 0.0
+
+
+def _cells(change: LayerChange) -> list[str]:
+    cells = []
+    for before, after in zip(change.before, change.after, strict=True):
+        cells += [_number(before), _number(after), f"{_removed(before, after):.1%}" if before != after else ""]
+    return cells
+
+
+def _number(value: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:.0f} {unit}"
+    return str(value)
+
+
+def _time(latency: Latency) -> str:
+    return f"{latency.median_ms:.3g} ms ({latency.low_ms:.3g} to {latency.high_ms:.3g})"
+
+
+def _to_dict(costs: NetworkCosts) -> dict[str, Any]:
+    return {
+        "params": costs.params,
+        "flops": costs.flops,
+        "latency": None if costs.latency is None else costs.latency._asdict(),
+        "layers": {name: size._asdict() for name, size in costs.layers.items()},
+    }
+
+
+def _from_dict(read: dict[str, Any]) -> NetworkCosts:
+    layers = {name: LayerSize(**size) for name, size in read["layers"].items()}
+    return NetworkCosts(layers, None if read["latency"] is None else Latency(**read["latency"]))
