@@ -189,7 +189,9 @@ class LowRankCompression(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Search if it is time: that needs no epoch's boundary."""
-        if self.found is None and reached(trainer, self.search_at, self.unit):
+        if batch_idx == 0:  # resumed from behind an epoch's last batch, Lightning leaves out `on_train_epoch_start`
+            self._advance(trainer, pl_module)
+        elif self.found is None and reached(trainer, self.search_at, self.unit):
             self._find(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -220,6 +222,8 @@ class LowRankCompression(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the network is not the small one."""
+        if self.found is not None:  # resumed from behind the last batch of all, Lightning leaves out the hooks above
+            self._advance(trainer, pl_module)
         if self.factorize_at is not None and not self.finished:
             rank_zero_warn(
                 f"{type(self).__name__}: the training ended before `factorize_at={self.factorize_at}` ({self.unit}), "

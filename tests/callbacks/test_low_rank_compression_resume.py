@@ -1,0 +1,290 @@
+"""A compression that was killed goes on as if nothing had happened, and its checkpoints load where one wants them."""
+
+import os
+import signal
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, multiprocessing, nn
+
+from lightning_plugins.callbacks import LowRankCompression
+from lightning_plugins.compression import restore_structure
+from lightning_plugins.mixins import CompressionMixin
+from tests.contract_ranks import BOUNDS, act_as_rank
+from tests.models import Batches, Classifier, fit, make_batches, shard
+
+BATCHES = [(x.double(), y) for x, y in make_batches(6)]
+SEARCH_AT, SPLIT_AT, STEPS = 4, 12, 18
+PHASES = {"dense": 2, "before the search": 4, "regularised": 8, "before the split": 12, "fine-tuned": 15}
+
+
+class Model(Classifier):
+    """An optimizer with groups in another order than the parameters, and a schedule; float64 from the start."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.02)
+        self.double()  # Lightning restores weights before it converts them
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch) * self.trainer.world_size
+
+    def configure_optimizers(self) -> Any:
+        plain = [p for p in self.parameters() if p.ndim < 2]
+        decayed = [p for p in self.parameters() if p.ndim > 1]
+        groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed}]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def score(self, batch: Any) -> Tensor:
+        return -self.loss(batch)
+
+
+class SelfLoading(CompressionMixin, Model):
+    pass
+
+
+class DiesInSearch(Model):
+    scored = 0
+
+    def score(self, batch: Any) -> Tensor:
+        self.scored += 1
+        if self.scored == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(batch)
+
+
+def seeded(kind: type[Model] = Model) -> Model:
+    torch.manual_seed(0)
+    return kind()
+
+
+def compression(factorize_at: int = SPLIT_AT - 3) -> LowRankCompression:
+    return LowRankCompression(
+        "*",
+        0.3,
+        0.1,
+        score="score",
+        search_data=BATCHES[:2],
+        search_options={"step": 1, "width": 2},
+        unit="steps",
+        search_at=SEARCH_AT,
+        factorize_at=factorize_at,
+    )
+
+
+class Killed(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The checkpoints of all steps of one training, its weights, and the callback's state."""
+    folder, model, callback = tmp_path_factory.mktemp("straight"), seeded(), compression()
+    fit(model, BATCHES, [callback, saving(folder)], enable_checkpointing=True, max_epochs=3)
+    return folder, dict(model.state_dict()), callback.state_dict()
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_resume_at_any_step_equals_uninterrupted(step, straight):
+    folder, weights, state = straight
+    assert torch.load(folder / f"step={step}.ckpt", weights_only=True)["global_step"] == step
+    model, callback = seeded(), compression()
+    trainer = fit(model, BATCHES, [callback], ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
+    assert trainer.global_step == STEPS
+    assert_same(dict(model.state_dict()), weights)
+    assert_same(callback.state_dict(), state)
+
+
+@pytest.mark.parametrize("step", [SPLIT_AT, STEPS - 1, STEPS])
+def test_resume_with_the_split_at_the_end(step, tmp_path):
+    model, resumed = seeded(), seeded()
+    callbacks = [compression(factorize_at=15), saving(tmp_path)]
+    fit(model, BATCHES, callbacks, enable_checkpointing=True, max_epochs=3)
+    fit(resumed, BATCHES, [compression(factorize_at=15)], ckpt_path=tmp_path / f"step={step}.ckpt", max_epochs=3)
+    assert_same(dict(resumed.state_dict()), dict(model.state_dict()))
+    assert type(resumed.backbone[0]) is nn.Sequential
+
+
+def test_resume_without_the_callback(straight):
+    folder, weights, _ = straight
+    model = seeded(SelfLoading)
+    fit(model, BATCHES, ckpt_path=folder / "step=15.ckpt", max_epochs=3)
+    assert_same(dict(model.state_dict()), weights)
+
+
+def test_the_same_module_may_resume(straight):
+    folder, weights, _ = straight
+    model, callback = seeded(), compression()
+    for step in (8, 15):  # the second time the module is small already
+        fit(model, BATCHES, [callback], ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
+        assert_same(dict(model.state_dict()), weights)
+
+
+def test_load_from_checkpoint(straight):
+    folder, _, _ = straight
+    path = folder / "step=18.ckpt"
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert_same(dict(SelfLoading.load_from_checkpoint(path).state_dict()), saved)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .backbone.0.weight"):
+        Model.load_from_checkpoint(path)
+    model = restore_structure(Model(), torch.load(path, weights_only=True))
+    model.load_state_dict(saved)
+    assert_same(dict(model.state_dict()), saved)
+    dense = torch.load(folder / "step=2.ckpt", weights_only=True)["state_dict"]
+    assert_same(dict(SelfLoading.load_from_checkpoint(folder / "step=2.ckpt").state_dict()), dense)
+
+
+@pytest.mark.parametrize(("kind", "callbacks"), [(Model, [compression]), (SelfLoading, [])], ids=["callback", "mixin"])
+@pytest.mark.parametrize("step", [2, 15])
+def test_validate_and_test_a_checkpoint(step, kind, callbacks, straight):
+    folder, _, _ = straight
+    trainer = Trainer(
+        logger=False, enable_progress_bar=False, accelerator="cpu", callbacks=[make() for make in callbacks]
+    )
+    model = seeded(kind)
+    model.test_step = model.validation_step
+    wanted = SelfLoading.load_from_checkpoint(folder / f"step={step}.ckpt")
+    losses = torch.stack([wanted.loss(batch) for batch in BATCHES[:2]]).detach()
+    for run in (trainer.validate, trainer.test):
+        (found,) = run(model, Batches(BATCHES[:2]), ckpt_path=folder / f"step={step}.ckpt", verbose=False)
+        assert found["val_loss"] == pytest.approx(losses.mean().item())
+        assert not model._load_state_dict_pre_hooks
+
+
+def test_a_dense_checkpoint_does_not_fit_into_the_small_network(straight):
+    folder, _, _ = straight
+    small = SelfLoading.load_from_checkpoint(folder / "step=18.ckpt")
+    with pytest.raises((RuntimeError, ValueError), match=r"backbone\.0"):
+        fit(small, BATCHES, [compression()], ckpt_path=folder / "step=2.ckpt")
+
+
+class Configured(CompressionMixin, LightningModule):
+    """Has a hook of its own behind the mixin's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 6))
+        self.seen: list[str] = []
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.seen = [name for name, _ in self.named_parameters()]
+
+
+def test_the_mixin_and_a_hook_of_the_module():
+    model = Configured()
+    names = ["net.0.0.weight", "net.0.1.weight", "net.0.1.bias"]
+    shapes = [(2, 8), (6, 2), (6,)]
+    model.on_load_checkpoint({"state_dict": {n: torch.zeros(s) for n, s in zip(names, shapes, strict=True)}})
+    assert model.seen == names
+
+
+def test_the_mixin_belongs_into_a_module():
+    with pytest.raises(TypeError, match="must be mixed into a LightningModule, got CompressionMixin"):
+        CompressionMixin().on_load_checkpoint({"state_dict": {}})
+
+
+JOBS = [
+    *((name, 1) for name in (*PHASES, "within the search")),
+    *((name, 2) for name in ("before the search", "regularised", "fine-tuned")),
+]
+
+
+def train(rank: int, folder: Path, phase: str, ranks: int, what: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"max_epochs": 3}
+    batches: Any = BATCHES
+    if ranks > 1:
+        act_as_rank(rank, ranks)
+        batches = shard(BATCHES, BOUNDS[ranks])
+        settings.update(strategy="ddp", devices=ranks)
+    callbacks: list[Callback] = [compression()]
+    model = seeded(DiesInSearch if (phase, what) == ("within the search", "killed") else Model)
+    if what == "killed":
+        callbacks += [saving(folder), Killed(PHASES.get(phase, STEPS))]
+        settings["enable_checkpointing"] = True
+    if what == "resumed":
+        last = max(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+        assert int(last.stem.partition("=")[2]) == PHASES.get(phase, SEARCH_AT)
+        settings["ckpt_path"] = last
+    fit(model, batches, callbacks, **settings)
+    return {"weights": dict(model.state_dict()), "state": callbacks[0].state_dict()}
+
+
+def nursery(folder: Path) -> None:
+    """Fork all trainings from a process that has imported everything and computed nothing."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for ranks in (1, 2):
+        if any(forked(folder, "", ranks, "straight")):
+            raise RuntimeError("the training that nobody killed failed")
+    for phase, ranks in JOBS:
+        own = folder / f"{phase}-{ranks}"
+        own.mkdir()
+        for end in forked(own, phase, ranks, "killed"):
+            if not os.WIFSIGNALED(end) or os.WTERMSIG(end) != signal.SIGKILL:
+                raise RuntimeError(f"{phase} on {ranks} ranks was not killed")
+        if any(forked(own, phase, ranks, "resumed")):
+            raise RuntimeError(f"{phase} on {ranks} ranks did not resume")
+
+
+def forked(folder: Path, phase: str, ranks: int, what: str) -> list[int]:
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os._exit(run(rank, folder, phase, ranks, what))
+        children.append(child)
+    return [os.waitpid(child, 0)[1] for child in children]
+
+
+def run(rank: int, folder: Path, phase: str, ranks: int, what: str) -> int:
+    try:
+        if ranks > 1:
+            init = f"file://{folder}/init-{what}"
+            dist.init_process_group("gloo", init, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+        torch.save(train(rank, folder, phase, ranks, what), folder / f"{what}-{ranks}-{rank}.pt")
+        if ranks > 1:
+            dist.barrier()
+    except BaseException:  # noqa: BLE001 - a forked process must not go on into the code of its parent
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@pytest.mark.distributed
+def test_resume_after_sigkill_equals_uninterrupted(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=nursery, args=(tmp_path,))
+    process.start()
+    process.join(timeout=300)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive, "the trainings did not end within 300 s"
+    assert process.exitcode == 0
+    straight = {ranks: torch.load(tmp_path / f"straight-{ranks}-0.pt") for ranks in (1, 2)}
+    for phase, ranks in JOBS:
+        for rank in range(ranks):
+            assert_same(torch.load(tmp_path / f"{phase}-{ranks}" / f"resumed-{ranks}-{rank}.pt"), straight[ranks])
+    one, two = (straight[ranks] for ranks in (1, 2))
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-6, atol=1e-6)  # the ranks' batches are unequal
+    assert two["state"]["found"] == one["state"]["found"]
