@@ -7,16 +7,22 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_plugins._checks import check_choice
+from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins.functional.spectrum import at_least_float32, check_floating, finite_or_zero, full_precision
 
 Derivative = Literal["constant", "exact"]
 
 _TIE = 1e-3  # of the sum of two singular values: closer ones count as equal in the exact derivative
+_PRIME = 2**31 - 1
 
 
 def gap_precondition(
-    gradient: Tensor, gains: Tensor, *, approximate: bool = False, derivative: Derivative = "constant"
+    gradient: Tensor,
+    gains: Tensor,
+    *,
+    approximate: bool = False,
+    derivative: Derivative = "constant",
+    rank: int | None = None,
 ) -> Tensor:
     """Multiply the singular values of a gradient by gains, the first gain being that of the largest singular value.
 
@@ -41,17 +47,23 @@ def gap_precondition(
         approximate: Multiply the rows by the gains if ``m <= n``, else the columns: no decomposition. ``derivative``
             does not matter then.
         derivative: ``"constant"`` or ``"exact"``.
+        rank: An upper bound on the matrices' rank, if you know one: the decomposition is then of that size. The
+            gradient of a linear layer that is called once, on ``(samples, features)``, has no more than the number of
+            samples. Gains beyond the bound do not matter. Of matrices with a higher rank, what the first ``rank``
+            singular vectors of a random projection do not span is left as it is.
 
     Returns:
         Tensor of shape ``(..., m, n)``: float32 for float16 and bfloat16 gradients, else the gradient's dtype. Autocast
         is off inside, and the decomposition in float64. Singular values that differ by less than about ``eps`` of the
         largest may exchange their gains.
-        NaN where a matrix holds a value that is not finite. It can be differentiated once, and for ``approximate`` any
+        Not finite where a matrix holds a value that is not. It can be differentiated once, and for ``approximate`` any
         number of times.
 
     Raises:
-        TypeError: If ``gradient`` or ``gains`` is not a real floating tensor, or ``derivative`` not a string.
-        ValueError: If ``gradient`` or ``gains`` does not have the shape described, or ``derivative`` is unknown.
+        TypeError: If ``gradient`` or ``gains`` is not a real floating tensor, ``derivative`` not a string, or ``rank``
+            no int.
+        ValueError: If ``gradient`` or ``gains`` does not have the shape described, ``derivative`` is unknown, or
+            ``rank`` less than 1.
 
     Example:
         >>> gap_precondition(torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([2.0, 0.5]))
@@ -64,6 +76,8 @@ def gap_precondition(
     """
     _check_shapes(gradient, gains)
     check_choice("derivative", derivative, get_args(Derivative))
+    if rank is not None:
+        check_positive_int("rank", rank)
     with full_precision(gradient):
         matrix = at_least_float32(gradient)
         gains = gains.to(matrix.dtype)
@@ -73,7 +87,10 @@ def gap_precondition(
         batch = torch.broadcast_shapes(matrix.shape[:-2], gains.shape[:-1])
         matrix = matrix.expand(*batch, *matrix.shape[-2:])
         wide = matrix.mT if turned else matrix
-        gains = gains.expand(*batch, wide.shape[-2])
+        size = min(rank or wide.shape[-2], wide.shape[-2])
+        gains = gains.expand(*batch, wide.shape[-2])[..., :size]
+        if wide.shape[-2] == 1 and (derivative == "exact" or not turned):
+            return matrix * gains[..., None]  # one singular value: a multiple of the matrix
         result: Tensor = _Precondition.apply(wide, gains, turned, derivative == "exact")[0]
     return result.mT if turned else result
 
@@ -101,7 +118,7 @@ class _Precondition(Function):
 
     @staticmethod
     def forward(matrix: Tensor, gains: Tensor, turned: bool, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        left, values, rows, right, poison = _decompose(matrix)
+        left, values, rows, right, poison = _decompose(matrix, gains.shape[-1])
         # As a change of the matrix: gains of one are the identity without rounding.
         return matrix + left @ ((gains - 1)[..., None] * rows) + poison, left, values, right
 
@@ -121,29 +138,31 @@ class _Precondition(Function):
         with full_precision(left):
             inside = left.mT @ grad
             projected = inside @ right.mT
-            if ctx.exact:
-                core = _weighted(projected, gains, values)
-                grad_matrix = left @ (core @ right + gains[..., None] * (inside - projected @ right))
+            if ctx.exact:  # as a change of the gradient: `left` need not be square
+                change = _weighted(projected, gains - 1, values) @ right
+                change = change + (gains - 1)[..., None] * (inside - projected @ right)
+                outside = grad @ right.mT - left @ projected
+                grad_matrix = grad + left @ change + outside @ ((gains - 1)[..., None] * right)
             elif ctx.turned:  # the gradient's left singular vectors are the rows of `right`
                 grad_matrix = (grad @ right.mT) @ (gains[..., None] * right)
             else:
-                grad_matrix = left @ (gains[..., None] * inside)
+                grad_matrix = grad + left @ ((gains - 1)[..., None] * inside)
             return grad_matrix, projected.diagonal(dim1=-2, dim2=-1) * values, None, None
 
 
-def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Thin singular value decomposition of wide matrices from their Gram matrices, largest values first.
+def _decompose(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition of wide matrices of some rank at most, largest values first.
 
     Returns:
-        ``U`` of shape ``(..., m, m)``, the values ``(..., m)``, the rows of ``U.T @ G`` and the same scaled to unit
-        length, ``(..., m, n)``, with a zero row for a value below ``10 * eps`` of the largest; and 0 or NaN,
+        ``U`` of shape ``(..., m, rank)``, the values ``(..., rank)``, the rows of ``U.T @ G`` and the same scaled to
+        unit length, ``(..., rank, n)``, with a zero row for a value below ``10 * eps`` of the largest; and 0 or NaN,
         ``(..., 1, 1)``, to add to results.
     """
     # The squares of very large or small entries would overflow or vanish.
     scale = matrix.abs().amax(dim=(-2, -1), keepdim=True)
     scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1)
     scaled, poison = finite_or_zero(matrix / scale)
-    left = _eigenvectors(scaled)
+    left = _left_vectors(scaled, rank)
     rows = left.mT @ scaled
     # The rows' lengths are singular values without the squaring of the Gram matrix's eigenvalues.
     values = torch.linalg.vector_norm(rows, dim=-1)
@@ -152,13 +171,25 @@ def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return left, values.masked_fill(vanishing, 0) * scale[..., 0], rows * scale, right, poison[..., None, None]
 
 
-def _eigenvectors(matrix: Tensor) -> Tensor:
-    """Eigenvectors of ``G @ G.T``, largest eigenvalue first."""
+def _left_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """The first left singular vectors: eigenvectors of the Gram matrix, largest eigenvalue first."""
     # In float64: the Gram matrix squares the singular values. Besides, on matrices with rows of zeros, as dead units
     # give, the decomposition in float32 (of MKL at least) now and then fails to converge or returns NaN.
     exact = matrix if matrix.device.type == "mps" else matrix.double()  # which has no float64
-    vectors: Tensor = torch.linalg.eigh(exact @ exact.mT)[1]
-    return vectors.flip(-1).to(matrix.dtype)
+    if rank == matrix.shape[-2]:
+        vectors: Tensor = torch.linalg.eigh(exact @ exact.mT)[1]
+        return vectors.flip(-1).to(matrix.dtype)
+    # The projection of the columns on a few directions spans the columns, if they have that rank.
+    basis = torch.linalg.qr(exact @ _directions(matrix.shape[-1], rank, exact))[0]
+    inside = basis.mT @ exact
+    return (basis @ torch.linalg.eigh(inside @ inside.mT)[1]).flip(-1).to(matrix.dtype)
+
+
+def _directions(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Numbers that look random and are always the same, without a generator, which ``vmap`` would not let be."""
+    count = torch.arange(1, rows * columns + 1, device=like.device)
+    scattered = (count * count % _PRIME * 1103515245) % _PRIME
+    return (scattered / _PRIME - 0.5).to(like.dtype).reshape(rows, columns)
 
 
 def _weighted(projected: Tensor, gains: Tensor, values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_choice, check_finite_number
+from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
 from lightning_plugins.functional.preconditioning import Derivative, gap_precondition
 
 _INITIAL = 0.928  # through the softplus below: gains of 1.0006
@@ -138,12 +138,15 @@ class MetaSGD(Preconditioner):
 class _Gains(Preconditioner):
     """Learned positive gains of matrices; layers of one shape are preconditioned together."""
 
-    def __init__(self, *, linear: bool, per_step: bool, approximate: bool, derivative: Derivative) -> None:
+    def __init__(
+        self, *, linear: bool, per_step: bool, approximate: bool, derivative: Derivative, rank: int | None = None
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.per_step = per_step
         self.approximate = approximate
         self.derivative = derivative
+        self.rank = rank
         self.raw = nn.ParameterDict()  # the gains before the softplus
         self._groups: dict[tuple[int, int], list[str]] = {}
 
@@ -201,6 +204,7 @@ class _Gains(Preconditioner):
                 torch.stack([gains[name] for name in names]),
                 approximate=self.approximate,
                 derivative=self.derivative,
+                rank=self.rank,
             )
             for name, update in zip(names, together.unbind(), strict=True):
                 updates[name] = update.reshape(gradients[name].shape).to(gradients[name].dtype)
@@ -220,10 +224,13 @@ class GAP(_Gains):
             with networks of linear layers.
         per_step: Whether every inner step has gains of its own; published is one set for all.
         derivative: ``"constant"``, published, or ``"exact"``: see `lightning_plugins.functional.gap_precondition`.
+        rank: An upper bound on the rank of the gradients, if you know one, which makes small networks faster: linear
+            layers that are called once per forward pass have no more than there are support samples. See
+            `lightning_plugins.functional.gap_precondition`.
 
     Raises:
-        TypeError: If ``derivative`` is not a string.
-        ValueError: If ``derivative`` is unknown.
+        TypeError: If ``derivative`` is not a string or ``rank`` no int.
+        ValueError: If ``derivative`` is unknown or ``rank`` less than 1.
 
     Example:
         >>> gap = GAP()
@@ -235,9 +242,18 @@ class GAP(_Gains):
         Kang et al., CVPR 2023, https://arxiv.org/abs/2304.01552.
     """
 
-    def __init__(self, *, linear: bool = False, per_step: bool = False, derivative: Derivative = "constant") -> None:
+    def __init__(
+        self,
+        *,
+        linear: bool = False,
+        per_step: bool = False,
+        derivative: Derivative = "constant",
+        rank: int | None = None,
+    ) -> None:
         check_choice("derivative", derivative, get_args(Derivative))
-        super().__init__(linear=linear, per_step=per_step, approximate=False, derivative=derivative)
+        if rank is not None:
+            check_positive_int("rank", rank)
+        super().__init__(linear=linear, per_step=per_step, approximate=False, derivative=derivative, rank=rank)
 
 
 class ApproximateGAP(_Gains):

@@ -94,6 +94,46 @@ def test_gains_of_one_are_the_identity(shape, derivative):
         torch.testing.assert_close(back, upstream, rtol=1e-5, atol=1e-5)
 
 
+def of_rank(rank, m, n, seed=0):
+    """Factors whose product is a matrix of this rank."""
+    return random(rank, m, seed=seed), random(rank, n, seed=seed + 1)
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7), (1, 4), (4, 1)], ids=str)
+def test_bound_on_the_rank_changes_nothing_below_it(shape, derivative):
+    factors, gains = of_rank(min(3, *shape), *shape), spread_gains(min(shape))
+    gains[3:] = 1  # the derivative of a changing rank takes the others
+
+    def derivatives(rank):
+        leaves = [factor.clone().requires_grad_() for factor in (*factors, gains)]
+        result = gap_precondition(leaves[0].mT @ leaves[1], leaves[2], derivative=derivative, rank=rank)
+        return result, *torch.autograd.grad((result * random(*shape, seed=9)).sum(), leaves)
+
+    expected = derivatives(None)
+    for rank in (3, 4, 100):
+        torch.testing.assert_close(derivatives(rank), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_exact_derivative_with_a_bound_on_the_rank():
+    left, right = (factor.requires_grad_() for factor in of_rank(2, 5, 6))
+    gains = torch.tensor([1.7, 0.4, 0.9, 0.1, 2.0], dtype=torch.float64).requires_grad_()
+    assert gradcheck(
+        lambda a, b, m: gap_precondition(a.mT @ b, m, derivative="exact", rank=2), (left, right, gains), atol=1e-6
+    )
+
+
+def test_bound_on_the_rank_with_dead_units_and_tasks():
+    left, right = random(4, 3, 8), random(4, 3, 7, seed=1)
+    left[:, :, 2:5] = 0
+    left[1, 1:] = 0  # one rank
+    left[2] = 0
+    gains = spread_gains(7)
+    gradient = left.mT @ right
+    bounded = vmap(lambda g: gap_precondition(g, gains, rank=3))(gradient)
+    torch.testing.assert_close(bounded, reference(gradient, gains), rtol=1e-9, atol=1e-9)
+
+
 def test_first_gain_belongs_to_the_largest_singular_value():
     gradient = torch.diag(torch.tensor([1.0, 5.0, 3.0]))
     expected = torch.diag(torch.tensor([1.0, 50.0, 6.0]))
@@ -238,6 +278,8 @@ def test_turns_and_scales_with_the_gradient(m, n, seed, scale):
         (lambda: gap_precondition(torch.ones(2, 3), torch.tensor(1.0)), ValueError, r"got \(\)"),
         (lambda: gap_precondition(torch.ones(4, 2, 3), torch.ones(3, 2)), ValueError, "`gains` must broadcast"),
         (lambda: gap_precondition(torch.ones(1, 1), torch.ones(1), derivative="exat"), ValueError, "mean 'exact'"),
+        (lambda: gap_precondition(torch.ones(1, 1), torch.ones(1), rank=0), ValueError, "`rank` must be"),
+        (lambda: gap_precondition(torch.ones(1, 1), torch.ones(1), rank=1.5), TypeError, "`rank` must be"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(call, error, message):

@@ -75,6 +75,19 @@ def test_derivative_reaches_the_function():
     assert (found["constant"] - found["exact"]).abs().max() > 1e-2
 
 
+def test_bound_on_the_rank_reaches_the_function():
+    gradient, gap, bounded = random(4, 8), GAP(linear=True), GAP(linear=True, rank=1)
+    for each in (gap, bounded):
+        each.initialise({"weight": gradient}, 1)
+        each.raw["weight"].data = torch.tensor([2.0, 0.1, 1.0, 0.5])
+    (before, after) = (each({"weight": gradient}, 0)["weight"] for each in (gap, bounded))
+    assert (before - after).abs().max() > 1e-2
+    low = gradient[:, :1] @ gradient[:1]
+    torch.testing.assert_close(bounded({"weight": low}, 0), gap({"weight": low}, 0))
+    with pytest.raises(ValueError, match="`rank`"):
+        GAP(rank=0)
+
+
 def test_gains_per_step_and_beyond_the_last():
     gap = initialised(GAP(per_step=True), steps=3)
     assert all(raw.shape == (3, 4) for raw in gap.raw.values())
