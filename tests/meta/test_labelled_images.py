@@ -57,6 +57,17 @@ def test_mini_imagenet_as_tables_and_files(tmp_path):
     assert MiniImageNet(str(tmp_path), transform=lambda image: image.size)[0] == ((5, 6), 1)
 
 
+def test_rows_are_rows_and_colours_are_channels(tmp_path):
+    write_csv(tmp_path)
+    pixels = grey(0)
+    pixels[:3] = (200, 100, 50)  # the upper half
+    Image.fromarray(pixels).save(tmp_path / "images" / "b1.png")
+    image, _ = MiniImageNet(tmp_path)[0]
+    expected = torch.tensor([200, 100, 50]) / 255
+    torch.testing.assert_close(image[:, :20], expected.view(3, 1, 1).expand(-1, 20, 84))
+    assert not image[:, -20:].any()
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_mini_imagenet_as_a_cache(tmp_path, protocol):
     images = np.stack([grey(value) for value in (7, 8, 9)])
