@@ -14,7 +14,11 @@ Parameters = dict[str, Tensor]
 
 def outputs_of(model: nn.Module, parameters: Parameters, inputs: Tensor) -> Tensor:
     """The model's outputs; parameters that are not given are its own."""
-    outputs = functional_call(model, parameters, (inputs,))
+    try:
+        outputs = functional_call(model, parameters, (inputs,))
+    except Exception as error:
+        error.add_note(f"`model` was given the inputs of one task, {_shown(inputs)}")
+        raise
     if not isinstance(outputs, Tensor):
         raise TypeError(f"`model` must return a tensor, got {type(outputs).__name__}")
     return outputs
@@ -23,7 +27,11 @@ def outputs_of(model: nn.Module, parameters: Parameters, inputs: Tensor) -> Tens
 def measure(model: nn.Module, loss: Loss, parameters: Parameters, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The loss and the outputs."""
     outputs = outputs_of(model, parameters, batch[0])
-    value = loss(outputs, batch[1])
+    try:
+        value = loss(outputs, batch[1])
+    except Exception as error:
+        error.add_note(f"`loss` was given one task's outputs, {_shown(outputs)}, and targets, {_shown(batch[1])}")
+        raise
     if not isinstance(value, Tensor):
         raise TypeError(f"`loss` must return a scalar tensor, got {type(value).__name__}")
     if value.ndim:
@@ -48,3 +56,7 @@ def check_used(model: nn.Module, loss: Loss, parameters: Parameters, support: Se
             f"the support loss must depend on all adapted parameters, it does not on {few(unused)};"
             " name the layers that adapt with `layers`, or freeze these with `requires_grad_(False)`"
         )
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"

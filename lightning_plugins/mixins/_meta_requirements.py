@@ -40,6 +40,14 @@ def require_lightning_module(module: object, mixin: type) -> None:
         )
 
 
+def require_network(network: object) -> nn.Module:
+    """Refuse what is no module that was made."""
+    if not isinstance(network, nn.Module):
+        got = f"the class {network.__name__}; make one of it" if isinstance(network, type) else type(network).__name__
+        raise TypeError(f"`network` must be a torch module, got {got}")
+    return network
+
+
 def require_whole_parameters(module: LightningModule) -> None:
     """Refuse strategies that split parameters: an inner loop replaces whole ones.
 

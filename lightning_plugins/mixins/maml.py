@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_plugins._checks import check_finite_number, check_non_negative_int
+from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
 from lightning_plugins.distributed import gather_row_counts
 from lightning_plugins.meta import Episodes, InnerLoop, Preconditioner
 from lightning_plugins.meta._arguments import check_layer, weights_of_steps
@@ -17,6 +17,7 @@ from lightning_plugins.mixins._meta_requirements import (
     Samples,
     refuse_hooks,
     require_lightning_module,
+    require_network,
     require_order,
     require_whole_parameters,
     unpacked,
@@ -112,11 +113,11 @@ class MAMLMixin(_Module):
         super().__init__()
         require_lightning_module(self, MAMLMixin)
         self.inner_loop = InnerLoop(
-            network,
+            require_network(network),
             loss,
             self._preconditioner(preconditioner),
-            steps=inner_steps,
-            learning_rate=inner_learning_rate,
+            steps=check_positive_int("inner_steps", inner_steps),
+            learning_rate=check_finite_number("inner_learning_rate", inner_learning_rate),
             rates=rates,
             first_order=first_order,
             layers=layers,
