@@ -177,12 +177,13 @@ def _left_vectors(matrix: Tensor, rank: int) -> Tensor:
     # give, the decomposition in float32 (of MKL at least) now and then fails to converge or returns NaN.
     exact = matrix if matrix.device.type == "mps" else matrix.double()  # which has no float64
     if rank == matrix.shape[-2]:
-        vectors: Tensor = torch.linalg.eigh(exact @ exact.mT)[1]
-        return vectors.flip(-1).to(matrix.dtype)
+        whole: Tensor = torch.linalg.eigh(exact @ exact.mT)[1]
+        return whole.flip(-1).to(matrix.dtype)
     # The projection of the columns on a few directions spans the columns, if they have that rank.
     basis = torch.linalg.qr(exact @ _directions(matrix.shape[-1], rank, exact))[0]
     inside = basis.mT @ exact
-    return (basis @ torch.linalg.eigh(inside @ inside.mT)[1]).flip(-1).to(matrix.dtype)
+    vectors: Tensor = basis @ torch.linalg.eigh(inside @ inside.mT)[1]
+    return vectors.flip(-1).to(matrix.dtype)
 
 
 def _directions(rows: int, columns: int, like: Tensor) -> Tensor:
