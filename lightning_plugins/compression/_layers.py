@@ -15,6 +15,7 @@ from lightning_plugins.selection import select_modules
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_SAME = {("timm.layers.linear", "Linear")}  # its own forward pass differs from torch's under TorchScript only
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -81,7 +82,8 @@ def reason_against(module: nn.Module, *, scheme: Scheme = 1) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) or is_lazy(module.weight):
         return "is lazy and has no shape yet; run a batch through the model first"
     if _overrides(module, own):
-        return f"is a {kind}, which computes in its own way what a {own.__name__} computes; leave it dense"
+        whose = f"{type(module).__module__}.{kind}"  # it may be called as torch's class is
+        return f"is a {whose}, which may compute in its own way what a {own.__name__} computes; leave it dense"
     if "weight" not in module._parameters or nn.utils.parametrize.is_parametrized(module):
         return (
             "has a weight that is computed from others (a parametrization, weight or spectral norm, pruning); "
@@ -108,6 +110,8 @@ def _overrides(module: Layer, own: type[nn.Module]) -> bool:
     """Whether the module's forward pass is another than that of torch's class."""
     methods = ["forward", "__call__", *(["_conv_forward"] if own is not nn.Linear else [])]
     replaced = any(method in vars(module) for method in methods)
+    if (type(module).__module__, type(module).__name__) in _SAME:
+        return replaced
     return replaced or any(getattr(type(module), method) is not getattr(own, method) for method in methods)
 
 

@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -52,7 +53,7 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.conv, self.sequence = nn.Linear(8, 8), nn.Conv2d(8, 8, 3), nn.Conv1d(8, 8, 3)
-        self.renamed = Conv(8, 8, 3)
+        self.renamed, self.of_timm = Conv(8, 8, 3), timm.layers.Linear(8, 8)
         self.embedding, self.grouped = nn.Embedding(9, 8), nn.Conv2d(8, 8, 3, groups=2)
         self.transposed, self.lazy = nn.ConvTranspose2d(8, 8, 3), nn.LazyLinear(8)
         self.standardised = StandardisedConv(8, 8, 3)
@@ -76,13 +77,22 @@ class Mixed(nn.Module):
         self.whole_numbers.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
 
 
-SPLIT = {"linear", "conv", "sequence", "renamed", "reader.called", "reader.below.called", "reader.initialised"}
+SPLIT = {
+    "linear",
+    "conv",
+    "sequence",
+    "renamed",
+    "of_timm",
+    "reader.called",
+    "reader.below.called",
+    "reader.initialised",
+}
 REFUSED = {
     "embedding": "is a Embedding, and only Linear, Conv1d and Conv2d",
     "grouped": "2 groups",
     "transposed": "is a ConvTranspose2d",
     "lazy": "lazy.*run a batch",
-    "standardised": "StandardisedConv, which computes in its own way",
+    "standardised": "StandardisedConv, which may compute in its own way",
     "normed": "computed from others.*remove_parametrizations",
     "old_normed": "computed from others",
     "spectral": "computed from others",
@@ -100,7 +110,7 @@ REFUSED = {
     "small": "is a Sequential; name a layer in it",
     "small.0": "half of a low-rank layer already",
     "small.1": "half of a low-rank layer already",
-    "patched": "computes in its own way",
+    "patched": "may compute in its own way",
     "compiled": "compiled on its own",
     "whole_numbers": "int8.*before quantising",
 }
