@@ -3,6 +3,7 @@
 from lightning_plugins.plots._style import require_matplotlib
 from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.compression import compression_figure
+from lightning_plugins.plots.ranks import rank_figure
 from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
 from lightning_plugins.plots.weights import layer_spectra_figure, weight_spectrum_figure
 
@@ -11,6 +12,7 @@ __all__ = [
     "compression_figure",
     "gains_figure",
     "layer_spectra_figure",
+    "rank_figure",
     "require_matplotlib",
     "spectrum_comparison_figure",
     "spectrum_figure",
