@@ -15,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import timm
 import torch
@@ -22,7 +23,8 @@ from _report import describe_machine, markdown_table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_plugins.compression import LayerCost, factorize, layer_costs
+from lightning_plugins.compression import LayerCost, layer_costs
+from lightning_plugins.compression.low_rank import empty_low_rank_layer
 
 PROMISE = 0.6
 
@@ -56,11 +58,23 @@ def forms(dense: nn.Module, x: Tensor, ratios: list[float]) -> dict[str, tuple[n
             costs = layer_costs(dense, cost="flops", inputs=x, scheme=scheme)
             for multiple in (1, 8, 16):
                 name = f"{ratio:.0%}, scheme {scheme}, ranks in steps of {multiple}"
-                small = factorize(copy.deepcopy(dense), ranks_for(costs, ratio, multiple), scheme=scheme)
+                small = split(dense, ranks_for(costs, ratio, multiple), scheme)
                 found[name] = small, x
                 if multiple == 1:
                     found[f"{name}, channels last"] = copy.deepcopy(small).to(memory_format=torch.channels_last), last
     return found
+
+
+def split(dense: nn.Module, ranks: dict[str, int], scheme: Literal[1, 2]) -> nn.Module:
+    """What `factorize` gives, with random weights: many decompositions would take longer than the measurement."""
+    small = copy.deepcopy(dense)
+    for name, rank in ranks.items():
+        pair = empty_low_rank_layer(small.get_submodule(name), rank, scheme=scheme)
+        for parameter in pair.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        parent, _, child = name.rpartition(".")
+        setattr(small.get_submodule(parent), child, pair)
+    return small
 
 
 def operations(model: nn.Module, x: Tensor) -> int:
