@@ -1,37 +1,79 @@
 """Smaller networks: low-rank layers, masks, costs and budgets, search of ranks, physical shrinking, reports."""
 
+from lightning_plugins.compression._project import project
 from lightning_plugins.compression._rank_problem import RankSearch, ScoredRanks, SearchLevel
 from lightning_plugins.compression.beam_search import beam_search, rich_progress
+from lightning_plugins.compression.budget import Budget, Multiplier, Projection
+from lightning_plugins.compression.channel_groups import (
+    ChannelGroup,
+    ChannelSearch,
+    Member,
+    channel_groups,
+    find_channel_groups,
+    groups_from_state,
+    groups_to_state,
+)
 from lightning_plugins.compression.cost import LayerCost, layer_costs
 from lightning_plugins.compression.factorize import factorize
 from lightning_plugins.compression.low_rank import dense_weight, low_rank_layer, truncated
+from lightning_plugins.compression.masks import ChannelMasks, apply_masks, bake_masks, masks_of, remove_masks
 from lightning_plugins.compression.network_costs import Latency, LayerSize, NetworkCosts, measure_network
 from lightning_plugins.compression.rank_selection import energy_threshold, equal_ratio, score_ranks, trade_off
 from lightning_plugins.compression.report import CompressionReport, LayerChange, compression_report
 from lightning_plugins.compression.restore_structure import restore_structure
+from lightning_plugins.compression.shrink import shrink
+from lightning_plugins.compression.thresholds import (
+    RankThresholds,
+    apply_thresholds,
+    bake,
+    remove_thresholds,
+    thresholds_of,
+)
 
 __all__ = [
+    "Budget",
+    "ChannelGroup",
+    "ChannelMasks",
+    "ChannelSearch",
     "CompressionReport",
     "Latency",
     "LayerChange",
     "LayerCost",
     "LayerSize",
+    "Member",
+    "Multiplier",
     "NetworkCosts",
+    "Projection",
     "RankSearch",
+    "RankThresholds",
     "ScoredRanks",
     "SearchLevel",
+    "apply_masks",
+    "apply_thresholds",
+    "bake",
+    "bake_masks",
     "beam_search",
+    "channel_groups",
     "compression_report",
     "dense_weight",
     "energy_threshold",
     "equal_ratio",
     "factorize",
+    "find_channel_groups",
+    "groups_from_state",
+    "groups_to_state",
     "layer_costs",
     "low_rank_layer",
+    "masks_of",
     "measure_network",
+    "project",
+    "remove_masks",
+    "remove_thresholds",
     "restore_structure",
     "rich_progress",
     "score_ranks",
+    "shrink",
+    "thresholds_of",
     "trade_off",
     "truncated",
 ]

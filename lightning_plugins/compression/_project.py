@@ -50,7 +50,7 @@ def project(
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> budget = Budget(net, channel_groups(net, torch.zeros(1, 4)), target=0.5)
         >>> project(budget, [torch.ones(8).bool()], [torch.arange(8.0)])
-        Projection(kept=[tensor([False, False, False, False,  True,  True,  True,  True])], ranks={}, cost=30)
+        Projection(kept=[tensor([False, False, False, False, False,  True,  True,  True])], ranks={}, cost=23)
     """
     check_positive_int("minimum", minimum)
     check_positive_int("multiple", multiple)

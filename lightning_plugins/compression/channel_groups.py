@@ -96,6 +96,7 @@ def channel_groups(
         ImportError: If torch-pruning is not installed.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> [group] = channel_groups(net, torch.zeros(1, 3, 8, 8))
         >>> group.name, group.size, [(member.parameter, member.dim) for member in group.members if member.dim == 1]

@@ -278,6 +278,13 @@ class _Masked(nn.Module):
             weight = _Scaled.apply(weight, scale.to(weight.dtype), dim)
         return weight
 
+    def versions(self) -> tuple[object, ...]:
+        """What changes when the masks do."""
+        (masks,) = self._masks
+        scores = [masks.scores[index]._version for _, index in self.parts]
+        noise = id(masks._noise) if masks._noise and masks.training else None
+        return (*scores, masks.beta._version, masks.hard._version, noise)
+
 
 class _Scaled(Function):
     """``weight`` times a vector along one dimension; the vector's gradient needs no tensor of the weight's size."""
