@@ -1,0 +1,156 @@
+# %% [markdown]
+# # Few-shot classification with learned preconditioners
+#
+# From one example of each of five characters it has never seen, a network is to tell 75 further ones apart. MAML learns
+# weights from which a few steps of gradient descent suffice. Meta-SGD, GAP and approximate GAP learn besides what to do
+# to the gradient of these steps. All four train here on the same tasks with the same number of steps.
+#
+# The characters are those of the fonts that come with matplotlib: nothing is downloaded.
+#
+# **Claim**: every method gives more than 60 % of right answers on the test characters, where chance gives 20 %. Which
+# of them is ahead takes a longer training to tell: see the page on few-shot glyphs among the benchmarks.
+
+# %%
+import os
+import warnings
+
+import torch
+from digits import show
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import nn
+
+from lightning_plugins.data import EpisodicDataModule
+from lightning_plugins.meta import (
+    GAP,
+    ApproximateGAP,
+    GlyphFewShot,
+    Identity,
+    MetaSGD,
+    Preconditioner,
+    use_batch_statistics,
+)
+from lightning_plugins.metrics import AdaptationCurve, FewShotAccuracy, FewShotAccuracyInterval
+from lightning_plugins.mixins import GAPMixin, MAMLMixin
+from lightning_plugins.plots import adaptation_figure, gains_figure
+
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "300"))  # batches of four tasks; the tests set 2
+SHORT = STEPS < 300
+warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
+
+# %% [markdown]
+# ## The tasks
+#
+# Training, validation and test have different characters. The 600 test tasks are the same for every method.
+
+# %%
+data = EpisodicDataModule(
+    GlyphFewShot("train", ways=5, shots=1, queries=5),
+    test=GlyphFewShot("test", ways=5, shots=1, queries=15),
+    tasks_per_batch=4,
+    episodes=4 * STEPS,
+    test_episodes=8 if SHORT else 600,
+)
+(support_x, support_y), (query_x, query_y) = next(iter(data.test_dataloader()))
+print(tuple(support_x.shape), tuple(query_x.shape))  # tasks, samples, channels, height, width
+
+# %% [markdown]
+# ## The network
+#
+# Four convolutions. Their norms use the statistics of the batch at hand: an inner loop has no running ones.
+
+
+# %%
+def conv4(channels: int = 32) -> nn.Module:
+    blocks: list[nn.Module] = []
+    for inputs in (1, channels, channels, channels):
+        blocks += [nn.Conv2d(inputs, channels, 3, stride=2, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+    return use_batch_statistics(nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4 * channels, 5)))
+
+
+# %% [markdown]
+# ## Two LightningModules
+#
+# The mixins bring the steps of training, validation, test and prediction, and Adam with two learning rates: one for the
+# weights, one for what the preconditioner learns.
+
+# %%
+settings = {"inner_steps": 3, "evaluation_steps": 5, "inner_learning_rate": 0.1}
+settings |= {"learning_rate": 2e-3, "preconditioner_learning_rate": 1e-2}
+metrics = {"accuracy": FewShotAccuracy(), "interval": FewShotAccuracyInterval()}
+
+
+class Plain(MAMLMixin, LightningModule):
+    def __init__(self, preconditioner: Preconditioner) -> None:
+        super().__init__(conv4(), nn.functional.cross_entropy, preconditioner, **settings, metrics=metrics)
+
+
+class Gains(GAPMixin, LightningModule):
+    def __init__(self, preconditioner: Preconditioner) -> None:
+        super().__init__(conv4(), nn.functional.cross_entropy, preconditioner, **settings, metrics=metrics)
+
+
+# %%
+METHODS = {
+    "MAML": (Plain, Identity),
+    "Meta-SGD": (Plain, MetaSGD),
+    "GAP": (Gains, GAP),
+    "approximate GAP": (Gains, ApproximateGAP),
+}
+
+
+def train(name: str) -> LightningModule:
+    seed_everything(0, verbose=False)
+    module, preconditioner = METHODS[name]
+    model = module(preconditioner())
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
+    trainer.fit(model, datamodule=data)
+    (results[name],) = trainer.test(model, datamodule=data, verbose=False)
+    return model
+
+
+results: dict[str, dict[str, float]] = {}
+models = {name: train(name) for name in METHODS}
+
+# %%
+for name, result in results.items():
+    print(f"{name:16} {100 * result['test/accuracy']:5.1f} ± {100 * result['test/interval']:.1f} %")
+
+# %% [markdown]
+# ## What a step brings
+#
+# The accuracy on the query samples after every inner step, over test tasks.
+
+
+# %%
+@torch.no_grad()
+def curve(model: LightningModule, steps: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    metric = AdaptationCurve(steps)
+    for number, (support, query) in enumerate(data.test_dataloader()):
+        if number == (2 if SHORT else 50):
+            break
+        _, outputs = model.inner_loop.curve(support, query, steps=steps)
+        metric.update((outputs.argmax(-1) == query[1].unsqueeze(1)).double().mean(-1))
+    return metric.compute()
+
+
+curves = {name: curve(model) for name, model in models.items()}
+figure = adaptation_figure(curves, ylabel="accuracy", trained_steps=3, title="Five characters, one example of each")
+show(figure, "glyph_few_shot")
+
+# %% [markdown]
+# ## What was learned
+#
+# A gain multiplies a singular value of a layer's gradient; all started at 1, the dashed line.
+
+# %%
+gains = {f"convolution {number}": gain for number, gain in enumerate(models["GAP"].gains().values(), start=1)}
+show(gains_figure(gains, title="Gains that GAP learned"), "glyph_few_shot_gains")
+
+# %% [markdown]
+# ## The claim
+
+# %%
+if not SHORT:
+    for name, result in results.items():
+        assert result["test/accuracy"] - result["test/interval"] > 0.6, name
