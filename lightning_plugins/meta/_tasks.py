@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
@@ -13,9 +14,13 @@ from lightning_plugins.functional.spectrum import full_precision
 
 Task = Callable[..., tuple[Tensor, ...]]
 
+# Keeps a function out of `torch.compile`, which cannot trace every nesting of `vmap`, `grad` and custom functions.
+# `torch.compiler.disable` does the same, but takes seconds when this module is imported.
+eagerly = _disable_dynamo
+
 
 def over_tasks(
-    task: Task, tensors: Sequence[Tensor], *, vectorize: bool, chunk_size: int | None, same_draws: bool
+    task: Task, tensors: Sequence[Tensor], vectorize: bool, chunk_size: int | None, same_draws: bool
 ) -> tuple[Tensor, ...]:
     """Call ``task`` for every task, on tensors whose first dimension counts them, and stack what it returns."""
     draws = Draws(tensors[0].device) if same_draws else None

@@ -11,7 +11,7 @@ from lightning_plugins._checks import check_choice, check_finite_number, check_n
 from lightning_plugins.meta import _arguments as arguments
 from lightning_plugins.meta._episode import Episode, Episodes, start
 from lightning_plugins.meta._measure import Loss, Parameters, check_used, outputs_of
-from lightning_plugins.meta._tasks import Draws, Task, chunk_by_chunk, over_tasks
+from lightning_plugins.meta._tasks import Draws, Task, chunk_by_chunk, eagerly, over_tasks
 from lightning_plugins.meta._tensors import check_batch, check_batches, ordinary_tensors
 from lightning_plugins.meta.batch_statistics import check_no_running_statistics
 from lightning_plugins.meta.preconditioners import Preconditioner
@@ -41,8 +41,7 @@ class InnerLoop(nn.Module):
     Args:
         model: Any module that maps a tensor to a tensor. It becomes a submodule.
         loss: Maps outputs and targets of one task, ``(samples, ...)`` each, to a scalar.
-        preconditioner: What is done to a gradient before it is followed; `Identity` (MAML) by default. It must not have
-            been in another loop.
+        preconditioner: What is done to a gradient before it is followed; `Identity` (MAML) by default. A new one.
         steps: Number of inner steps, unless a call says otherwise.
         learning_rate: Of the inner steps; what learned rates start from.
         rates: ``"fixed"``, or ``"learned"`` for one learned rate per adapted tensor, ``"learned_per_step"`` for one
@@ -100,8 +99,7 @@ class InnerLoop(nn.Module):
         self.same_draws = check_choice("randomness", randomness, get_args(Randomness)) == "same"
         self.first_order, self.vectorize, self.loss = first_order, vectorize, loss
         adapted = arguments.adapted_parameters(model, layers)
-        self.adapted = tuple(adapted)
-        self.model = model
+        self.adapted, self.model = tuple(adapted), model
         self.preconditioner = arguments.initialised(preconditioner, adapted, steps)
         self.rates = arguments.learned_rates(adapted, rates, steps, learning_rate)
         self._checked = False
@@ -168,6 +166,7 @@ class InnerLoop(nn.Module):
         )
         return episodes, features[0]
 
+    @eagerly
     @torch.no_grad()
     def curve(
         self, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor], *, steps: int | None = None
@@ -202,6 +201,7 @@ class InnerLoop(nn.Module):
             losses, outputs = self._over_tasks(task, tensors)
         return losses, outputs
 
+    @eagerly
     def adapt(self, support: tuple[Tensor, Tensor], *, steps: int | None = None) -> Parameters:
         """Return the parameters adapted to every task, for `predict`.
 
@@ -210,8 +210,8 @@ class InnerLoop(nn.Module):
             steps: Number of inner steps.
 
         Returns:
-            Every adapted parameter by dotted name, with a first dimension for the tasks. They carry their gradient, for
-            which ``chunk_size`` does not bound the memory.
+            Every adapted parameter by dotted name, with a first dimension for the tasks. They carry their gradient, in
+            memory whatever ``chunk_size``.
 
         Raises:
             TypeError: As for a call.
@@ -227,6 +227,7 @@ class InnerLoop(nn.Module):
             self._check_used(tensors)
             return dict(zip(self.adapted, self._over_tasks(task, tensors), strict=True))
 
+    @eagerly
     def predict(self, adapted: Mapping[str, Tensor], inputs: Tensor, *, steps: int | None = None) -> Tensor:
         """Return the outputs of adapted models.
 
@@ -254,10 +255,9 @@ class InnerLoop(nn.Module):
             return self._over_tasks(task, tensors)[0]
 
     def _over_tasks(self, task: Task, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return over_tasks(
-            task, tensors, vectorize=self.vectorize, chunk_size=self.chunk_size, same_draws=self.same_draws
-        )
+        return over_tasks(task, tensors, self.vectorize, self.chunk_size, self.same_draws)
 
+    @eagerly
     def _episodes(
         self,
         support: tuple[Tensor, Tensor],
@@ -280,7 +280,7 @@ class InnerLoop(nn.Module):
                 weighted, losses, outputs, *rest = self._over_tasks(task, tensors)
             else:
                 weighted, losses, outputs, *rest = self._chunk_by_chunk(task, tensors, self.chunk_size)
-            features = 0 if layer is None else 1
+            features = int(layer is not None)
             statistics.update(rest[features:])
             return Episodes(weighted.mean(), losses, outputs), rest[:features]
 
@@ -296,4 +296,4 @@ class InnerLoop(nn.Module):
     def _check_used(self, support: Sequence[Tensor]) -> None:
         if not self._checked:  # once: a forward and a backward pass of one task
             check_used(self.model, self.loss, start(self), support)
-            self._checked = True
+        self._checked = True
