@@ -19,7 +19,8 @@ class EpisodeSampler(Sampler[list[Key]]):
     """Says which episodes form which batch, and which of them are this rank's.
 
     Of the batch's tasks rank ``r`` of ``n`` has those with the numbers ``r``, ``r + n`` and so on: together the ranks
-    have every task once, and their counts differ by one at most.
+    have every task once, and their counts differ by one at most. In training every batch must have a task for each
+    rank, where episodes are ``fixed`` all but the last one.
 
     Args:
         episodes: Number of episodes of an epoch, of all ranks together.
@@ -54,10 +55,10 @@ class EpisodeSampler(Sampler[list[Key]]):
     def __len__(self) -> int:
         """Number of this rank's batches in a whole epoch."""
         ranks, full, rest = world_size(), *divmod(self.episodes, self.tasks_per_batch)
-        least = self.tasks_per_batch if full else rest
-        if not self.fixed and (smallest := rest or least) < ranks:
+        first, last = min(self.episodes, self.tasks_per_batch), rest or self.tasks_per_batch
+        if (least := first if self.fixed else last) < ranks:  # a rank without a task would keep the others waiting
             raise ValueError(
-                f"every batch must have a task for each of the {ranks} ranks, got one of {smallest} with"
+                f"`tasks_per_batch` must leave a task for each of the {ranks} ranks, got a batch of {least} with"
                 f" `tasks_per_batch={self.tasks_per_batch}` and `episodes={self.episodes}`"
             )
         rank = _rank()
