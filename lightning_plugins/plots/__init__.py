@@ -5,6 +5,7 @@ from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.compression import compression_figure
 from lightning_plugins.plots.ranks import rank_figure
 from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
+from lightning_plugins.plots.trade_off import trade_off_figure
 from lightning_plugins.plots.weights import layer_spectra_figure, weight_spectrum_figure
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "require_matplotlib",
     "spectrum_comparison_figure",
     "spectrum_figure",
+    "trade_off_figure",
     "weight_spectrum_figure",
 ]
