@@ -1,11 +1,12 @@
 """Channels that can only be removed together: through residual sums, concatenations, depthwise layers and heads."""
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plugins.compression._dependencies import Bundle, bundles, parameters_of
 from lightning_plugins.selection import check_layers, select_modules
@@ -34,7 +35,7 @@ class ChannelGroup(NamedTuple):
     """Units of channels that many tensors have in common. A unit leaves all of them, or stays in all of them.
 
     Attributes:
-        name: The first layer that computes the channels.
+        name: The first layer that computes the channels; ``~2`` and so on stand behind it where it has several groups.
         size: The number of units.
         members: The tensors.
         attention: The module whose heads the units are; empty where a unit is a channel.
@@ -125,22 +126,39 @@ def find_channel_groups(
 
     Returns:
         The groups and the reasons.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
     """
     from lightning_plugins.compression._trial import tried
 
     check_layers(layers, sides=False)
+    if not isinstance(example_inputs, Tensor | tuple | Mapping):
+        raise TypeError(
+            "`example_inputs` must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
+            f"{type(example_inputs).__name__}" + ("; did you mean a tuple?" if isinstance(example_inputs, list) else "")
+        )
     chosen = set(select_modules(model, layers, types=_PRODUCERS))
     if keep:
         chosen -= set(select_modules(model, keep, types=_PRODUCERS))
     traced = copy.deepcopy(model).eval().requires_grad_(True)
     candidates: list[ChannelGroup] = []
     refused: dict[str, str] = {}
-    shared = _shared(model)
+    computed = {name for name, module in model.named_modules() if _is_computed(module)}
+    shared, named = _shared(model), Counter[str]()
     for family in _families(bundles(traced, example_inputs)):
         group = _group(traced, family)
         if group is None:
             continue
-        reason = family[0].reason or _why_not(group, chosen, shared)
+        named[group.name] += 1
+        if named[group.name] > 1:
+            group = group._replace(name=f"{group.name}~{named[group.name]}")
+        computed_in = [place.owner for place in family[0].places if place.owner in computed]
+        reason = family[0].reason or (
+            f"the weight of {computed_in[0]!r} is computed from other parameters"
+            if computed_in
+            else _why_not(group, chosen, shared)
+        )
         if reason:
             refused.update(dict.fromkeys(group.layers, reason))
         else:
@@ -203,7 +221,8 @@ def _group(model: nn.Module, family: Sequence[Bundle]) -> ChannelGroup | None:
         for name, dim, role in parameters_of(model, owner, side):
             size = tensors[name].shape[dim]  # for a grouped convolution's inputs one group's: the others are alike
             members.append(Member(name, dim, role, tuple(units.get(index, -1) for index in range(size))))
-    first = min((member for member in members if member.side == "out"), key=_order(model), default=None)
+    members.sort(key=_order(model))
+    first = next((member for member in members if member.side == "out"), None)
     if first is None:
         return None
     return ChannelGroup(first.parameter.rpartition(".")[0], len(family), tuple(members), family[0].attention)
@@ -211,7 +230,7 @@ def _group(model: nn.Module, family: Sequence[Bundle]) -> ChannelGroup | None:
 
 def _order(model: nn.Module) -> Any:
     places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    return lambda member: places.get(member.parameter, len(places))
+    return lambda member: (places.get(member.parameter, len(places)), member.dim)
 
 
 def _shared(model: nn.Module) -> set[str]:
@@ -222,6 +241,11 @@ def _shared(model: nn.Module) -> set[str]:
     return {name for names in places.values() if len(names) > 1 for name in names}
 
 
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a weight is not a parameter: a parametrization, weight or spectral norm, or torch's pruning."""
+    return is_parametrized(module) or (isinstance(module, _PRODUCERS) and "weight" not in module._parameters)
+
+
 def _why_not(group: ChannelGroup, chosen: set[str], shared: set[str]) -> str:
     outside = [name for name in group.layers if name not in chosen]
     if outside:
@@ -230,6 +254,4 @@ def _why_not(group: ChannelGroup, chosen: set[str], shared: set[str]) -> str:
     tied = [member.parameter for member in group.members if member.parameter in shared]
     if tied:
         return f"{tied[0]!r} is a parameter of several layers"
-    if any("parametrizations" in member.parameter.split(".") for member in group.members):
-        return "a weight is computed from other parameters"
     return "there is only one of it" if group.size < 2 else ""
