@@ -149,7 +149,7 @@ class _Call:
 
     def keep(self, output: Any) -> None:
         """Remember the output, unless it holds something that could change unseen."""
-        leaves, form = tree_flatten(output)
+        leaves, form = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
         if all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
             self._leaves, self._form, self._versions = leaves, form, _versions(leaves)
 
@@ -161,12 +161,12 @@ class _Call:
         """The output, in containers of its own."""
         if self._saved is not None:
             return self._saved.clone()  # this one will be changed again
-        return tree_unflatten(self._leaves, self._form) if self._form is not None else None
+        return self._leaves[0] if self._form is None else tree_unflatten(self._leaves, self._form)
 
 
 def _versions(values: Any) -> list[tuple[Tensor, int]] | None:
     """The tensors in ``values`` and how often each was changed; None if one does not count its changes."""
-    tensors = [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
+    tensors = _tensors(values)
     if any(tensor.is_inference() for tensor in tensors):
         return None
     return [(tensor, tensor._version) for tensor in tensors]
@@ -179,8 +179,16 @@ def _unchanged(versions: list[tuple[Tensor, int]] | None) -> bool:
 def _shares_memory(output: Tensor, inputs: Any) -> bool:
     """Whether a call handed on a tensor, or a view of one, that it was given: a copy would not change with it."""
     memory = output.untyped_storage().data_ptr()
-    tensors = (leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor))
-    return any(tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
+    return any(tensor.untyped_storage().data_ptr() == memory for tensor in _tensors(inputs))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors in nested containers; the usual forms first, since walking through containers takes long."""
+    if isinstance(values, tuple) and len(values) == 2 and isinstance(values[0], tuple) and values[1] == {}:
+        values = values[0]  # arguments without keywords
+    if isinstance(values, list | tuple) and all(isinstance(value, Tensor) for value in values):
+        return list(values)
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
 
 
 def _closed(module: nn.Module) -> bool:
