@@ -114,8 +114,6 @@ def _check_shapes(gradient: Tensor, gains: Tensor) -> None:
 class _Precondition(Function):
     """Matrices with no more rows than columns; ``turned`` says that they are transposed gradients."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(matrix: Tensor, gains: Tensor, turned: bool, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         left, values, rows, right, poison = _decompose(matrix, gains.shape[-1])
@@ -148,6 +146,18 @@ class _Precondition(Function):
             else:
                 grad_matrix = grad + left @ ((gains - 1)[..., None] * inside)
             return grad_matrix, projected.diagonal(dim1=-2, dim2=-1) * values, None, None
+
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], matrix: Tensor, gains: Tensor, turned: bool, exact: bool
+    ) -> tuple[tuple[Tensor, ...], int]:
+        """All is batched already: a rule that torch generates would cost more than small matrices do."""
+        matrix, gains = (
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip((matrix, gains), in_dims, strict=False)
+        )
+        return _Precondition.apply(matrix, gains, turned, exact), 0
 
 
 def _decompose(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
