@@ -1,0 +1,174 @@
+"""The sinusoid table: how well networks adapt to a sinusoid from 5, 10 and 20 samples.
+
+Every cell is one meta-training from the same initial network and on the same tasks, and a measurement on 600 others. It
+is kept as a JSON file, so that an interrupted run goes on where it was, and the table is printed from these files.
+
+    python benchmarks/sinusoid.py                                         # all cells, on two cores
+    python benchmarks/sinusoid.py --methods MAML GAP --shots 5            # some
+    python benchmarks/sinusoid.py --iterations 200 --folder /tmp/short    # a trial
+    python benchmarks/sinusoid.py --table                                 # only print what is there
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from _report import describe_machine, markdown_table
+from torch import nn
+
+from lightning_plugins.meta import GAP, ApproximateGAP, Identity, InnerLoop, MetaSGD, Preconditioner, Sinusoid
+
+ITERATIONS = 12_000
+TASKS, QUERIES = 25, 15  # in one outer step; queries of one task
+RATE, GAINS_RATE = 3e-3, 1e-2  # of Adam, for the network and for what the preconditioner learns; both go to 0 by cosine
+CLIP = 2.0  # norm of the outer gradient
+INNER_RATE = 0.01
+TEST_TASKS, TEST_QUERIES, TEST_STEPS = 600, 100, 10
+SHOTS = (5, 10, 20)
+STEPS = {"own": 5, "classical": 1}  # inner steps in training
+PUBLISHED = {
+    "MAML": ("1.13 ± 0.18", "0.77 ± 0.11", "0.48 ± 0.08"),
+    "Meta-SGD": ("0.90", "0.53", "0.31"),
+    "GAP": ("0.16 ± 0.04", "0.04 ± 0.01", "0.01 ± 0.01"),
+}
+
+
+def preconditioner(method: str, shots: int) -> Preconditioner:
+    """A linear layer's gradient has the rank of the number of samples at most."""
+    made: dict[str, Preconditioner] = {
+        "MAML": Identity(),
+        "Meta-SGD": MetaSGD(),
+        "GAP": GAP(linear=True, derivative="exact", rank=shots),
+        "GAP, constant": GAP(linear=True, derivative="constant", rank=shots),
+        "GAP, per step": GAP(linear=True, derivative="exact", rank=shots, per_step=True),
+        "ApproximateGAP": ApproximateGAP(linear=True),
+    }
+    return made[method]
+
+
+METHODS = ("MAML", "Meta-SGD", "ApproximateGAP", "GAP", "GAP, constant", "GAP, per step")
+CELLS = [("own", method) for method in METHODS] + [("classical", method) for method in ("MAML", "GAP")]
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+
+
+def train(loop: InnerLoop, shots: int, iterations: int, seed: int, clip: float, say: str) -> list[float]:
+    """Train the loop's parameters over tasks; returns the norms that the outer gradient had before it was clipped."""
+    tasks, generator = Sinusoid(shots, QUERIES), torch.Generator().manual_seed(seed)
+    groups: list[dict[str, Any]] = [{"params": list(loop.model.parameters()), "lr": RATE}]
+    if learned := list(loop.preconditioner.parameters()):
+        groups.append({"params": learned, "lr": GAINS_RATE})
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    norms = []
+    for iteration in range(iterations):
+        episodes = loop(*tasks.sample(TASKS, generator))
+        optimizer.zero_grad()
+        episodes.loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(loop.parameters(), clip).item())
+        optimizer.step()
+        schedule.step()
+        if (iteration + 1) % max(1, iterations // 6) == 0:
+            print(f"{say}: {iteration + 1} iterations, loss {episodes.loss.item():.3f}", flush=True)
+    return norms
+
+
+@torch.no_grad()
+def curve(loop: InnerLoop, shots: int, seed: int) -> list[tuple[float, float]]:
+    """Mean squared error and its 95 % interval over new tasks, after every number of inner steps from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = Sinusoid(shots, TEST_QUERIES).sample(TEST_TASKS, generator)
+    losses = [loop(*batch, steps=steps).losses for steps in range(TEST_STEPS + 1)]
+    return [(each.mean().item(), 1.96 * each.std().item() / math.sqrt(TEST_TASKS)) for each in losses]
+
+
+def run_cell(cell: tuple[str, str, int], *, folder: Path, iterations: int, seed: int, clip: float) -> None:
+    """Train and measure, unless that has been done with the same settings."""
+    setting, method, shots = cell
+    path = folder / f"{setting}_{method}_{shots}.json".replace(", ", "_").replace(" ", "_").lower()
+    settings = {"iterations": iterations, "seed": seed, "clip": clip}
+    if path.exists() and json.loads(path.read_text())["settings"] == settings:
+        return
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    loop = InnerLoop(
+        network(), nn.functional.mse_loss, preconditioner(method, shots), steps=STEPS[setting], learning_rate=INNER_RATE
+    )
+    start = time.process_time()
+    norms = torch.tensor(train(loop, shots, iterations, seed + 1, clip, f"{setting}, {method}, {shots} shots"))
+    seconds = time.process_time() - start
+    gains = {}
+    if hasattr(loop.preconditioner, "gains"):
+        gains = {name: [round(gain, 3) for gain in each.tolist()] for name, each in loop.preconditioner.gains().items()}
+    result = {
+        "cell": cell,
+        "settings": settings,
+        "curve": curve(loop, shots, seed + 2),
+        "norms": {"median": norms.median().item(), "99%": norms.quantile(0.99).item(), "max": norms.max().item()},
+        "gains": gains,
+        "milliseconds": 1e3 * seconds / iterations,
+        "where": describe_machine("cpu"),
+    }
+    partial_path = path.with_suffix(".part")
+    partial_path.write_text(json.dumps(result, indent=1))
+    partial_path.replace(path)
+
+
+def table(folder: Path) -> str:
+    """What the files say."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        setting, method, shots = result["cell"]
+        found[setting, method, shots] = result
+    lines = []
+    for setting, method in CELLS:
+        for steps in (TEST_STEPS,) if setting == "own" else (1, TEST_STEPS):
+            cells = [found.get((setting, method, shots)) for shots in SHOTS]
+            values = ["" if cell is None else "{:.3f} ± {:.3f}".format(*cell["curve"][steps]) for cell in cells]
+            cost = [f"{cell['milliseconds']:.0f}" for cell in cells if cell is not None]
+            lines.append([method, f"{STEPS[setting]} / {steps}", *values, " ".join(cost)])
+    lines += [[f"{method}, published", "", *values, ""] for method, values in PUBLISHED.items()]
+    header = ["method", "steps: training / test", *(f"{shots} shots" for shots in SHOTS), "ms per iteration"]
+    settings = {json.dumps(result["settings"]) for result in found.values()}
+    where = sorted({result["where"] for result in found.values()})
+    return "\n".join([*where[-1:], f"settings: {' '.join(sorted(settings))}", "", markdown_table(header, lines)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clip", type=float, default=CLIP, help="inf for none")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--settings", nargs="+", choices=list(STEPS), default=list(STEPS))
+    parser.add_argument("--shots", nargs="+", type=int, choices=SHOTS, default=SHOTS)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).with_name("sinusoid"), help="of the results")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    chosen = parser.parse_args(arguments)
+
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    if not chosen.table:
+        pairs = [pair for pair in CELLS if pair[0] in chosen.settings and pair[1] in chosen.methods]
+        cells = [(*pair, shots) for pair, shots in itertools.product(pairs, chosen.shots)]
+        run = partial(run_cell, folder=chosen.folder, iterations=chosen.iterations, seed=chosen.seed, clip=chosen.clip)
+        with ProcessPoolExecutor(chosen.processes, get_context("spawn")) as pool:
+            list(pool.map(run, cells))
+    print(table(chosen.folder))
+
+
+if __name__ == "__main__":
+    main()
