@@ -40,9 +40,11 @@ class Digits(LightningDataModule):
 class Classifier(LightningModule):
     """A timm network and its cross-entropy; nothing in it knows of lightning_plugins."""
 
-    def __init__(self, name: str = "test_resnet", channels: int = 1, classes: int = 10, lr: float = 4e-3) -> None:
+    def __init__(
+        self, name: str = "test_resnet", channels: int = 1, classes: int = 10, lr: float = 4e-3, **settings: Any
+    ) -> None:
         super().__init__()
-        self.net = timm.create_model(name, in_chans=channels, num_classes=classes)
+        self.net = timm.create_model(name, in_chans=channels, num_classes=classes, **settings)
         self.accuracy = MulticlassAccuracy(classes, average="micro")
         self.lr = lr
 
