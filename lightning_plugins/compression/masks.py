@@ -41,6 +41,17 @@ class ChannelMasks(nn.Module):
         self._is_hard = False
         self._noise: list[Tensor] | None = None
 
+    def forward(self, x: Any) -> Any:
+        """Hand on what comes in: in a model that is an ``nn.Sequential`` this module is its last.
+
+        Args:
+            x: Anything.
+
+        Returns:
+            The same.
+        """
+        return x
+
     def set_beta(self, beta: float) -> None:
         """Set the inverse temperature.
 

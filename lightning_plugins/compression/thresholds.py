@@ -42,6 +42,17 @@ class RankThresholds(nn.Module):
         self.bypass = False
         self._steps: list[_Thresholded] = []  # in a list: they are submodules of the layers
 
+    def forward(self, x: Any) -> Any:
+        """Hand on what comes in: in a model that is an ``nn.Sequential`` this module is its last.
+
+        Args:
+            x: Anything.
+
+        Returns:
+            The same.
+        """
+        return x
+
     def set_beta(self, beta: float) -> None:
         """Set the inverse temperature of the soft ranks.
 

@@ -1,0 +1,235 @@
+"""Thresholds on singular values: forward and backward against references, the cost of a step, and no trace left."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_plugins.compression import (
+    apply_masks,
+    apply_thresholds,
+    bake,
+    channel_groups,
+    remove_thresholds,
+    thresholds_of,
+)
+from lightning_plugins.compression import thresholds as module
+from lightning_plugins.functional import singular_value_threshold
+from tests.compression.networks import build, draw_kept
+
+
+def one_layer(shape=(5, 8), *, seed=0, zero_row=False, **settings):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)).double()
+    if zero_row:
+        net[0].weight.data[1] = 0
+        net[0].weight.data[2] = net[0].weight.data[3]
+    return net, apply_thresholds(net, **settings)
+
+
+@pytest.mark.parametrize("zero_row", [False, True])
+@pytest.mark.parametrize("init", [0.0, 0.3, 0.9, 3.0])
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+def test_weight_and_gradient_are_those_of_singular_value_threshold(shape, init, zero_row):
+    net, thresholds = one_layer(shape, init=init, zero_row=zero_row)
+    original = net[0].parametrizations.weight.original
+    upstream = torch.randn(shape, dtype=torch.float64)
+    lowered = net[0].weight
+    (lowered * upstream).sum().backward()
+    weight = original.detach().clone().requires_grad_()
+    tau = thresholds.tau(0).detach().requires_grad_()
+    expected = singular_value_threshold(weight, tau)
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(lowered, expected)
+    if not init:  # the identity, also where a singular value is zero
+        torch.testing.assert_close(original.grad, upstream)
+    else:
+        torch.testing.assert_close(original.grad, weight.grad)
+        torch.testing.assert_close(thresholds.values[0].grad, tau.grad * thresholds.scales[0])
+
+
+def test_the_gradient_is_that_of_finite_differences_where_autograd_is_not_stable():
+    net, thresholds = one_layer((4, 4), init=0.4)
+    original = net[0].parametrizations.weight.original
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    original.data.copy_(turn @ torch.diag(torch.tensor([2.0, 2.0, 2.0, 1e-9], dtype=torch.float64)))  # equal, and zero
+    upstream, direction = torch.randn(2, 4, 4, dtype=torch.float64)
+
+    def value():
+        return (net[0].weight * upstream).sum() + thresholds.soft_ranks()["0"] * 0
+
+    value().backward()
+    numeric = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            original.add_(direction, alpha=step)
+        numeric.append(value().item())
+    slope = (numeric[0] - numeric[1]) / 2e-5
+    assert (original.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5)
+
+
+def test_soft_ranks_have_the_gradient_of_finite_differences_and_become_hard():
+    net, thresholds = one_layer((5, 8), init=0.35, beta=3.0)
+    original, value = net[0].parametrizations.weight.original, thresholds.values[0]
+    largest = torch.linalg.svdvals(original.detach())[0]
+
+    def rank(weight, share):
+        spectrum = torch.linalg.svdvals(weight)
+        return torch.sigmoid(3.0 * (spectrum - share * thresholds.scales[0]) / largest).sum()
+
+    got = torch.autograd.grad(thresholds.soft_ranks()["0"], [original, value])
+    weight, share = original.detach().clone().requires_grad_(), value.detach().clone().requires_grad_()
+    expected = torch.autograd.grad(rank(weight, share), [weight, share])
+    torch.testing.assert_close(got, expected)
+    thresholds.set_beta(1e6)
+    hard = int((torch.linalg.svdvals(original.detach()) > thresholds.tau(0)).sum())
+    assert thresholds.hard_ranks() == {"0": hard}
+    assert thresholds.soft_ranks()["0"].item() == pytest.approx(hard)
+    assert torch.linalg.matrix_rank(net[0].weight.detach()).item() == hard
+
+
+def test_the_mask_comes_before_the_threshold():
+    net, x = build("residual")
+    groups = channel_groups(net, x)
+    masks = apply_masks(net, groups)
+    thresholds = apply_thresholds(net, "blocks.*", init=0.2)
+    assert thresholds.layers == ("blocks.0.0", "blocks.0.6", "blocks.1.0", "blocks.1.6")  # no depthwise layers
+    steps = net.blocks[0][0].parametrizations.weight
+    masked = steps.original * masks.values()[1][:, None, None, None]
+    expected = singular_value_threshold(masked.flatten(1), thresholds.tau(0))
+    torch.testing.assert_close(net.blocks[0][0].weight.flatten(1), expected)
+    net(x).sum().backward()
+    assert masks.scores[1].grad.abs().sum() > 0
+    assert all(value.grad is not None for value in thresholds.values)
+
+
+def counting(monkeypatch):
+    calls = []
+    decompose = module._decompose
+    monkeypatch.setattr(module, "_decompose", lambda wide: calls.append(wide.shape) or decompose(wide))
+    return calls
+
+
+def test_batches_of_one_step_share_a_decomposition_and_the_backward_makes_none(monkeypatch):
+    calls = counting(monkeypatch)
+    net, x = build("residual")
+    masks = apply_masks(net, channel_groups(net, x))
+    thresholds = apply_thresholds(net, "head", init=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        (net(x).sum() + thresholds.soft_ranks()["head"]).backward()
+    assert len(calls) == 1
+    optimizer.step()
+    net(x)
+    assert len(calls) == 2
+    masks.set_beta(2.0)
+    with torch.no_grad():
+        thresholds.values[0].add_(0.1)
+    net(x)
+    assert len(calls) == 2  # the head has no mask on its weight, and a threshold needs no other decomposition
+
+
+def test_a_mask_that_changes_makes_a_new_decomposition(monkeypatch):
+    calls = counting(monkeypatch)
+    net, x = build("residual")
+    masks = apply_masks(net, channel_groups(net, x))
+    apply_thresholds(net, "blocks.0.0", init=0.1)
+    net(x)
+    masks.set_beta(2.0)
+    net(x)
+    assert len(calls) == 2
+
+
+def test_refreshing_rarely_holds_the_vectors_and_resumes(monkeypatch):
+    calls = counting(monkeypatch)
+    data = torch.randn(6, 8, dtype=torch.float64)
+
+    def train(net, thresholds, steps):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (net(data).square().sum() + thresholds.soft_ranks()["0"]).backward()
+            optimizer.step()
+            thresholds.clamp_()
+            net.eval()(data)  # a validation in between must not count as a step
+            net.train()
+
+    straight, thresholds = one_layer(init=0.2, refresh_every=3)
+    train(straight, thresholds, 7)
+    assert len(calls) == 3  # steps 0, 3 and 6
+    halfway, thresholds = one_layer(init=0.2, refresh_every=3)
+    train(halfway, thresholds, 4)
+    resumed, thresholds = one_layer(init=0.2, refresh_every=3, seed=1)
+    resumed.load_state_dict(copy.deepcopy(halfway.state_dict()))
+    train(resumed, thresholds, 3)
+    torch.testing.assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
+
+
+def test_the_gradient_through_held_vectors_is_made_up_for():
+    exact, _ = one_layer(init=0.3)
+    rare, _ = one_layer(init=0.3, refresh_every=4)
+    upstream = torch.randn(5, 8, dtype=torch.float64)
+    gradients = {}
+    for name, net in (("exact", exact), ("fresh", rare)):
+        (net[0].weight * upstream).sum().backward()
+        gradients[name] = net[0].parametrizations.weight.original.grad
+    with torch.no_grad():
+        rare[0].parametrizations.weight.original.mul_(1.0)  # the next step, with the same values
+    held = torch.autograd.grad((rare[0].weight * upstream).sum(), rare[0].parametrizations.weight.original)[0]
+    torch.testing.assert_close((gradients["fresh"] + 3 * held) / 4, gradients["exact"])
+
+
+def test_baking_and_removing():
+    net, x = build("residual")
+    plain, expected = copy.deepcopy(net.state_dict()), net(x)
+    groups = channel_groups(net, x)
+    masks = apply_masks(net, groups)
+    apply_thresholds(net, init=0.3)
+    twin = copy.deepcopy(net)
+    remove_thresholds(twin)
+    assert thresholds_of(twin) is None
+    from lightning_plugins.compression import remove_masks
+
+    remove_masks(twin)
+    assert list(twin.state_dict()) == list(plain)
+    torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
+    masks.set_kept(draw_kept(groups))
+    before, ranks = net(x), thresholds_of(net).hard_ranks()
+    bake(net)
+    assert list(net.state_dict()) == list(plain)
+    torch.testing.assert_close(net(x), before)
+    rank = torch.linalg.matrix_rank(net.blocks[0][0].weight.detach().flatten(1)).item()
+    assert rank == ranks["blocks.0.0"] < 12
+
+
+def test_half_precision_weights_and_values_that_are_not_finite():
+    net = nn.Sequential(nn.Linear(6, 4)).bfloat16()
+    apply_thresholds(net, init=0.1)
+    net(torch.randn(2, 6, dtype=torch.bfloat16)).sum().backward()
+    assert net[0].weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        net[0].parametrizations.weight.original[0, 0] = torch.nan
+    assert net[0].weight.isnan().all()
+
+
+def test_bad_inputs_are_named():
+    net, x = build("residual")
+    cases = [
+        ({"beta": 0}, "`beta` must be positive"),
+        ({"init": -0.1}, "`init` must be at least 0"),
+        ({"refresh_every": 0}, "`refresh_every` must be at least 1"),
+        ({"layers": "blocks.0.3"}, "`layers`: 'blocks.0.3' must be a layer that can be split"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(ValueError, match=message):
+            apply_thresholds(net, **settings)
+    with pytest.raises(ValueError, match="`model` must have thresholds to take off"):
+        remove_thresholds(net)
+    thresholds = apply_thresholds(net)
+    with pytest.raises(ValueError, match="`model` must have no thresholds yet"):
+        apply_thresholds(net)
+    with pytest.raises(ValueError, match="`beta` must be positive"):
+        thresholds.set_beta(0)
+    with pytest.raises(ValueError, match="`model` must get its masks before its thresholds"):
+        apply_masks(net, channel_groups(build("residual")[0], x))
