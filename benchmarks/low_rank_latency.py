@@ -12,6 +12,7 @@ form keeps its promise if the share of time that it saves is at least 0.6 of the
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from lightning_plugins.compression import LayerCost, layer_costs
 from lightning_plugins.compression.low_rank import empty_low_rank_layer
 
 PROMISE = 0.6
+CHANNELS_LAST = ", channels last"
 
 
 def ranks_for(costs: dict[str, LayerCost], ratio: float, multiple: int) -> dict[str, int]:
@@ -50,19 +52,16 @@ def rounded(cost: LayerCost, fraction: float, multiple: int) -> int:
 
 def forms(dense: nn.Module, x: Tensor, ratios: list[float]) -> dict[str, tuple[nn.Module, Tensor]]:
     """The networks to compare, each with its input, by a name that says what was done."""
-    channels_last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-    last = x.to(memory_format=torch.channels_last)
-    found: dict[str, tuple[nn.Module, Tensor]] = {"dense": (dense, x), "dense, channels last": (channels_last, last)}
-    for ratio in ratios:
-        for scheme in (1, 2):
-            costs = layer_costs(dense, cost="flops", inputs=x, scheme=scheme)
-            for multiple in (1, 8, 16):
-                name = f"{ratio:.0%}, scheme {scheme}, ranks in steps of {multiple}"
-                small = split(dense, ranks_for(costs, ratio, multiple), scheme)
-                found[name] = small, x
-                if multiple == 1:
-                    found[f"{name}, channels last"] = copy.deepcopy(small).to(memory_format=torch.channels_last), last
-    return found
+    found: dict[str, tuple[nn.Module, Tensor]] = {"dense": (dense, x)}
+    for ratio, scheme, multiple in itertools.product(ratios, (1, 2), (1, 8, 16, 32)):
+        costs = layer_costs(dense, cost="flops", inputs=x, scheme=scheme)
+        name = f"{ratio:.0%}, scheme {scheme}, ranks in steps of {multiple}"
+        found[name] = split(dense, ranks_for(costs, ratio, multiple), scheme), x
+    last = torch.channels_last
+    return found | {
+        name + CHANNELS_LAST: (copy.deepcopy(model).to(memory_format=last), x.to(memory_format=last))
+        for name, (model, _) in found.items()
+    }
 
 
 def split(dense: nn.Module, ranks: dict[str, int], scheme: Literal[1, 2]) -> nn.Module:
@@ -118,7 +117,7 @@ def main() -> None:
     times = measure(networks, arguments.rounds)
     rows = []
     for name, found in times.items():
-        before = "dense, channels last" if name.endswith("channels last") else "dense"
+        before = "dense" + CHANNELS_LAST * name.endswith(CHANNELS_LAST)
         median, base = statistics.median(found), statistics.median(times[before])
         fewer, faster = 1 - counts[name] / counts["dense"], 1 - median / base
         low, _, high = statistics.quantiles(found, n=4)
