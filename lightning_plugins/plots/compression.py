@@ -58,7 +58,7 @@ def compression_figure(report: CompressionReport, *, title: str | None = None) -
     left.set_yticks(range(len(layers)), list(layers), fontsize=8)
     left.set_ylim(len(layers) - 0.4, -0.6)
     right.tick_params(labelleft=False)
-    right.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     if (timing := report.timing()) is not None:
         figure.supxlabel(f"one forward pass: {timing}", fontsize=9, color=INK)
     return figure

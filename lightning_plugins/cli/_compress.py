@@ -1,0 +1,125 @@
+"""``lightning-plugins compress``: a checkpoint of a smaller network from a checkpoint."""
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_plugins.cli._files import build_model, import_object, load_into, read_checkpoint
+from lightning_plugins.compression import (
+    RankSearch,
+    beam_search,
+    compression_report,
+    energy_threshold,
+    equal_ratio,
+    factorize,
+    rich_progress,
+    trade_off,
+)
+from lightning_plugins.compression.export import export_onnx
+from lightning_plugins.plots import compression_figure, require_matplotlib
+
+Method = Literal["equal_ratio", "energy_threshold", "trade_off", "beam_search"]
+_BY_WEIGHTS = {"equal_ratio": equal_ratio, "energy_threshold": energy_threshold, "trade_off": trade_off}
+
+
+def compress(
+    checkpoint: str,
+    *,
+    model: str,
+    ratio: float = 0.5,
+    method: Method = "trade_off",
+    layers: str | list[str] = "*",
+    cost: Literal["params", "flops"] = "params",
+    scheme: Literal[1, 2] = 1,
+    model_args: dict[str, Any] | None = None,
+    input_shape: list[int] | None = None,
+    data: str | None = None,
+    latency: bool = True,
+    output: str | None = None,
+    export: str | None = None,
+) -> None:
+    """Replace the layers of a trained network by low-rank ones, and write the smaller network's checkpoint.
+
+    Beside the checkpoint stand a report of parameters, operations and time before and after, and its figure. To load
+    it, build the dense network, and call lightning_plugins.compression.restore_structure before load_state_dict.
+
+    Args:
+        checkpoint: A Lightning checkpoint, or a state dict saved with torch.save.
+        model: What builds the dense network: 'package.module:callable', or 'timm:resnet18'.
+        ratio: The fraction of the layers' cost to remove, between 0 and 1.
+        method: How the ranks are chosen; beam_search needs data, the others look at the weights alone.
+        layers: The layers: dotted name, glob over dotted names, or a list of them.
+        cost: What the ratio is of: parameters, or floating-point operations.
+        scheme: How a convolution is split: 1 into k x k and 1 x 1, 2 into 1 x k and k x 1.
+        model_args: What to call the model's callable with, such as '{num_classes: 10}'.
+        input_shape: Shape of the network's input, such as '[1,3,224,224]'; where the network does not say it itself.
+        data: For beam_search: 'package.module:callable', which takes the network and returns batches and a score.
+        latency: Whether to measure the time of a forward pass before and after.
+        output: The new checkpoint; <checkpoint>-compressed beside the old one if not given.
+        export: Writes the smaller network as an ONNX file too, and checks it.
+
+    Raises:
+        ValueError: If an argument does not fit the others, the checkpoint or the network.
+    """
+    if (method == "beam_search") != (data is not None):
+        raise ValueError(f"`data` must be given with `method=beam_search` and with no other, got method={method}")
+    require_matplotlib()
+    console = Console()
+    old = read_checkpoint(checkpoint)
+    dense = build_model(model, model_args or {}, old)
+    prefix = load_into(dense, old.state)
+    inputs = _inputs(dense, input_shape)
+    small = copy.deepcopy(dense)
+    search = _search(small, method, data, ratio=ratio, layers=layers, cost=cost, scheme=scheme, inputs=inputs)
+    factorize(small, search.ranks, layers, scheme=scheme)
+    report = compression_report(dense, small, inputs, latency=latency)
+    console.print(report.table())
+    source = Path(checkpoint)
+    target = source.with_name(f"{source.stem}-compressed{source.suffix}") if output is None else Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    own = {f"{prefix}{name}" for name in dense.state_dict()}
+    others = {name: value for name, value in old.state.items() if name not in own}
+    torch.save(old.with_state({**others, **{f"{prefix}{k}": v for k, v in small.state_dict().items()}}), target)
+    target.with_suffix(".json").write_text(report.to_json())
+    compression_figure(report, title=target.name).savefig(target.with_suffix(".png"))
+    console.print(f"wrote {target}, {target.with_suffix('.json')} and {target.with_suffix('.png')}", soft_wrap=True)
+    if export is not None:
+        Path(export).parent.mkdir(parents=True, exist_ok=True)
+        difference = export_onnx(small, inputs, export)
+        console.print(f"wrote {export}, whose outputs differ by {difference:.1e} at most", soft_wrap=True)
+
+
+def _search(
+    model: nn.Module, method: Method, data: str | None, *, inputs: Tensor | tuple[Any, ...], **settings: Any
+) -> RankSearch:
+    wanted = inputs if settings["cost"] == "flops" else None
+    if data is None:
+        return _BY_WEIGHTS[method](model, inputs=wanted, **settings)
+    made = import_object("data", data)(model)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ValueError(f"`data={data!r}` must return batches and a score function, got {type(made).__name__}")
+    batches, score = made
+    with rich_progress() as progress:
+        return beam_search(model, batches, score, inputs=wanted, progress=progress, **settings)
+
+
+def _inputs(model: nn.Module, shape: list[int] | None) -> Tensor | tuple[Any, ...]:
+    """Random numbers of the shape given or, without one, what the network says of its input."""
+    if shape is None:
+        example = getattr(model, "example_input_array", None)  # of a LightningModule
+        if isinstance(example, Tensor | tuple):
+            return example
+        configuration = getattr(model, "pretrained_cfg", None)  # of timm
+        size = configuration.get("input_size") if isinstance(configuration, dict) else None
+        if size is None:
+            raise ValueError("`input_shape` must be given, such as [1,3,224,224]: the network does not say it itself")
+        shape = [1, *size]
+    if any(size < 1 for size in shape):
+        raise ValueError(f"`input_shape` must be of sizes of at least 1, got {shape}")
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(parameter.dtype)
