@@ -123,9 +123,7 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], H
 
 def _wrap_anew(trainer: Trainer, pl_module: LightningModule) -> None:
     strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy) or pl_module.device != strategy.root_device:  # else torn down already
-        return
-    if isinstance(strategy.model, DistributedDataParallel):
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = pl_module
         strategy.configure_ddp()
 

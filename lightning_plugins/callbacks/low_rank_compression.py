@@ -222,8 +222,6 @@ class LowRankCompression(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the network is not the small one."""
-        if self.found is not None:  # resumed from behind the last batch of all, Lightning leaves out the hooks above
-            self._advance(trainer, pl_module)
         if self.factorize_at is not None and not self.finished:
             rank_zero_warn(
                 f"{type(self).__name__}: the training ended before `factorize_at={self.factorize_at}` ({self.unit}), "

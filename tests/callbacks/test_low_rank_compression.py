@@ -146,8 +146,9 @@ class Noisy(Model):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)
-        self.log("seen", self.seen(loss.detach()), on_epoch=True, on_step=False)
-        self.log("mean", loss.detach(), on_epoch=True, on_step=False)
+        self.seen.update(loss.detach())
+        self.log("seen", self.seen, on_epoch=True, on_step=False)
+        self.log("mean" if self.training else "mean of a search", loss.detach(), on_epoch=True, on_step=False)
         return {"loss": loss}
 
 
@@ -165,6 +166,7 @@ def test_the_training_does_not_notice_the_search():
     assert_same(*models, rtol=0, atol=0)
     torch.testing.assert_close({name: metrics[0][name] for name in metrics[1]}, metrics[1], rtol=0, atol=0)
     assert set(metrics[1]) == {"seen", "mean"}
+    assert {name.partition("/")[0] for name in metrics[0]} == {"seen", "mean", "budget", "rank"}
 
 
 def fit_loader(model: Any, loader: Any, callbacks: Any) -> Trainer:
@@ -175,10 +177,16 @@ def fit_loader(model: Any, loader: Any, callbacks: Any) -> Trainer:
 
 
 def test_by_default_the_first_training_data_in_order_are_scored():
-    callback = in_steps(search_at=0, search_data=None, search_batches=2, search_options={"step": 1})
+    seen = []
+
+    def score(model: Any, batch: Any) -> Tensor:
+        seen.append(batch)
+        return -model.loss(batch)
+
+    callback = in_steps(search_at=0, search_data=None, search_batches=2, score=score)
     fit_loader(seeded(), shuffled(), [callback])
-    wanted = beam_search(seeded(), BATCHES[:2], negative_loss, ratio=0.3, step=1)
-    assert callback.found == wanted.ranks
+    torch.testing.assert_close([tuple(batch) for batch in seen[:2]], BATCHES[:2], rtol=0, atol=0)
+    assert sum(torch.equal(x, BATCHES[2][0]) for x, _ in seen) == 0
 
 
 def test_regularisation_alone():

@@ -193,12 +193,17 @@ class Normed(Model):
         return self.loss(batch) * self.trainer.world_size
 
 
+def negative_loss(model: Any, batch: Any) -> Tensor:
+    model.statistics = model.backbone[1].running_mean.clone()
+    return -model.loss(batch)
+
+
 def on_ranks(rank: int, world_size: int) -> dict[str, Any]:
     act_as_rank(rank, world_size)
     mine, results = shard(BATCHES, BOUNDS[world_size]), {}
     settings = {"strategy": "ddp", "devices": world_size, "max_epochs": 3}
     for name, callbacks in {
-        "searched": [in_steps(weight=0.0, factorize_at=None, score="accuracy")],
+        "searched": [in_steps(weight=0.0, factorize_at=None, score=negative_loss)],
         "plain": [],
         "compressed": [in_steps(score="accuracy", search_options={"step": 1, "bounds": [0, 1]})],
     }.items():
@@ -206,6 +211,7 @@ def on_ranks(rank: int, world_size: int) -> dict[str, Any]:
         fit(model, mine, callbacks, **settings)
         results[name] = dict(model.state_dict())
         results[f"{name}, found"] = callbacks[0].found if callbacks else None
+        results[f"{name}, statistics"] = getattr(model, "statistics", None)
     return results
 
 
@@ -216,6 +222,7 @@ def test_ranks_find_the_same_and_their_training_does_not_notice(tmp_path):
         torch.testing.assert_close(results["searched"], results["plain"], rtol=0, atol=0)
         assert results["searched, found"] == ranks[0]["searched, found"]
         assert results["compressed, found"] == ranks[0]["compressed, found"]
+    torch.testing.assert_close(*(r["searched, statistics"] for r in ranks), rtol=0, atol=0)  # while it searched
     statistics = "backbone.1.running_mean"
     assert not torch.equal(ranks[0]["plain"][statistics], ranks[1]["plain"][statistics])  # so there was a difference
     weights = [{n: v for n, v in r["compressed"].items() if "running" not in n} for r in ranks]
