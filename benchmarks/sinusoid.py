@@ -28,9 +28,9 @@ from torch import nn
 
 from lightning_plugins.meta import GAP, ApproximateGAP, Identity, InnerLoop, MetaSGD, Preconditioner, Sinusoid
 
-ITERATIONS = 12_000
+ITERATIONS = 10_000
 TASKS, QUERIES = 25, 15  # in one outer step; queries of one task
-RATE, GAINS_RATE = 3e-3, 1e-2  # of Adam, for the network and for what the preconditioner learns; both go to 0 by cosine
+RATE, GAINS_RATE = 4e-3, 2e-2  # of Adam, for the network and for what the preconditioner learns; both go to 0 by cosine
 CLIP = 2.0  # norm of the outer gradient
 INNER_RATE = 0.01
 TEST_TASKS, TEST_QUERIES, TEST_STEPS = 600, 100, 10
@@ -78,7 +78,8 @@ def train(loop: InnerLoop, shots: int, iterations: int, seed: int, clip: float, 
         optimizer.zero_grad()
         episodes.loss.backward()
         norms.append(nn.utils.clip_grad_norm_(loop.parameters(), clip).item())
-        optimizer.step()
+        if math.isfinite(norms[-1]):
+            optimizer.step()
         schedule.step()
         if (iteration + 1) % max(1, iterations // 6) == 0:
             print(f"{say}: {iteration + 1} iterations, loss {episodes.loss.item():.3f}", flush=True)
