@@ -53,3 +53,17 @@ def test_a_layer_that_is_not_called_is_named():
     x, y = torch.ones(2, 3, 2), torch.ones(2, 3, 1)
     with pytest.raises(ValueError, match="`layer`: '0' was not called"):
         InnerLoop(model, F.mse_loss).with_features((x, y), (x, y), "0")
+
+
+class Twice(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](self[0](x)))
+
+
+def test_of_a_layer_that_is_called_twice_the_last_tensor_counts():
+    model = Twice(nn.Linear(2, 2), nn.Linear(2, 1))
+    x, y = torch.randn(2, 3, 2), torch.randn(2, 3, 1)
+    loop = InnerLoop(model, F.mse_loss)
+    _, features = loop.with_features((x, y), (x, y), "0")
+    _, received = loop.with_features((x, y), (x, y), "1:input")
+    torch.testing.assert_close(features, received)

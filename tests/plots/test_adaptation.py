@@ -24,8 +24,10 @@ def test_draws_a_line_with_its_interval_for_every_method():
     assert [to_hex(line.get_color()).upper() for line in (first, second)] == list(COLOURS[:2])
     assert list(trained.get_xdata()) == [1, 1]
     half = 1.96
-    low, high = axes.collections[0].get_paths()[0].get_extents().get_points().tolist()
-    torch.testing.assert_close(torch.tensor([low, high]).double(), torch.tensor([[0, 4 - half], [2, 9 + half]]).double())
+    band = axes.collections[0].get_paths()[0].get_extents()
+    low, high = band.get_points().tolist()
+    expected = torch.tensor([[0, 4 - half], [2, 9 + half]]).double()
+    torch.testing.assert_close(torch.tensor([low, high]).double(), expected)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["MAML: 4 ± 1.96", "GAP: 3 ± 1.96"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("inner steps", "mean squared error")
     figure.canvas.draw()
