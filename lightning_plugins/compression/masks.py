@@ -186,7 +186,8 @@ def apply_masks(
         _check_fits(modules, name, dim, len(units))
     masks = ChannelMasks(groups, beta=beta, gate=gate, init=init)
     reference = next(model.parameters())
-    masks.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
+    # Scores move by less than half precision tells apart.
+    masks.to(device=reference.device, dtype=torch.float64 if reference.dtype == torch.float64 else torch.float32)
     by_parameter: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
     for name, dim, index, units in plan:
         by_parameter.setdefault(name, []).append((dim, index, units))

@@ -280,6 +280,7 @@ class _Thresholded(nn.Module):
         self._age = 0  # optimizer steps since the decomposition
         self._fresh = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is kept between calls cannot be traced
     def forward(self, weight: Tensor) -> Tensor:
         (thresholds,) = self._thresholds
         if thresholds.bypass:

@@ -1,6 +1,7 @@
 """Groups of channels: which tensors they run through, what stays whole, and that they survive a checkpoint."""
 
 import io
+import sys
 
 import pytest
 import torch
@@ -133,3 +134,9 @@ def test_bad_inputs_are_named(arguments, message):
     net, x = build("residual")
     with pytest.raises((TypeError, ValueError), match=message):
         channel_groups(net, **{"example_inputs": x, **arguments})
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"lightning-plugins\[pruning\]"):
+        channel_groups(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2))

@@ -140,3 +140,18 @@ def test_bad_inputs_are_named(index):
     call, message = bad_calls()[index]
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_masks_stand_in_a_sequential_and_leave_other_parametrizations():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(2, 4)
+    groups = channel_groups(net, x)
+    nn.utils.parametrize.register_parametrization(net[2], "weight", nn.Softsign())
+    expected = net(x)
+    masks = apply_masks(net, groups)
+    assert net(x).shape == (2, 3)
+    masks.set_hard()
+    torch.testing.assert_close(net(x), expected)
+    remove_masks(net)
+    assert isinstance(net[2].parametrizations["weight"][0], nn.Softsign)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=0)

@@ -233,3 +233,15 @@ def test_bad_inputs_are_named():
         thresholds.set_beta(0)
     with pytest.raises(ValueError, match="`model` must get its masks before its thresholds"):
         apply_masks(net, channel_groups(build("residual")[0], x))
+
+
+def test_a_compiled_module_learns_masks_and_thresholds():
+    net, x = build("transformer")
+    masks = apply_masks(net, channel_groups(net, x))
+    thresholds = apply_thresholds(net, "up.*", init=0.1)
+    net(x).sum().backward()
+    expected = [parameter.grad.clone() for parameter in (*masks.scores, *thresholds.values)]
+    net.zero_grad()
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(x).sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in (*masks.scores, *thresholds.values)], expected)
