@@ -175,6 +175,14 @@ def test_metrics_and_logged_names(tmp_path: Any):
     assert rates <= set(header)
 
 
+def test_gains_are_looked_at_only_when_the_trainer_logs(monkeypatch: pytest.MonkeyPatch):
+    model, steps = FewGAP(), []
+    gains = model.gains
+    monkeypatch.setattr(model, "gains", lambda: [steps.append(model.global_step), gains()][1])
+    fit(model, BATCHES, log_every_n_steps=3)
+    assert steps == [0, 2, 5]
+
+
 def test_gains_by_layer():
     shared, each = FewGAP(), FewGAP(GAP(linear=True, per_step=True))
     assert {name: tuple(gains.shape) for name, gains in shared.gains().items()} == {"0": (2,), "2": (3,), "4": (1,)}
