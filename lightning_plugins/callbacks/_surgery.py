@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -56,13 +57,19 @@ def require_operable(name: str, trainer: Trainer) -> None:
     """Refuse strategies and callbacks that keep hold of parameters; for ``setup``.
 
     Raises:
-        MisconfigurationException: For any strategy but a single device and DDP, and for averages of weights.
+        MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
+            for averages of weights.
     """
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise MisconfigurationException(
             f"{name} replaces parameters, which are sharded under {type(strategy).__name__}; pass `strategy='ddp'` or "
             "`devices=1`, or compress the trained module with `lightning_plugins.compression`"
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            f"{name} changes the module, and processes that are spawned or forked hand weights back to a module in "
+            "which nothing was changed; pass `strategy='ddp'` and run a script"
         )
     for other, reason in _REFUSED.items():
         kind = getattr(callbacks, other, None)

@@ -367,6 +367,13 @@ def test_strategies_that_shard_are_refused(strategy, monkeypatch):
         require_operable("Mine", trainer)
 
 
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_strategies_that_hand_weights_back_are_refused(strategy):
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=2, strategy=strategy)
+    with pytest.raises(MisconfigurationException, match="nothing was changed; pass `strategy='ddp'` and run a script"):
+        require_operable("Mine", trainer)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.ASGD])
 def test_optimizers_without_moments_are_refused(kind):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
