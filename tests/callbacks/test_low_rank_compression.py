@@ -159,7 +159,7 @@ def shuffled() -> DataLoader:
 
 def test_the_training_does_not_notice_the_search():
     models, metrics = [], []
-    for callbacks in ([in_steps(weight=0.0, factorize_at=None, search_data=None)], []):
+    for callbacks in ([in_steps(search_at=8, weight=0.0, factorize_at=None, search_data=None)], []):
         model = seeded(Noisy)
         metrics.append(fit_loader(model, shuffled(), callbacks).callback_metrics)
         models.append(model)
