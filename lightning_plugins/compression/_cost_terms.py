@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_plugins.compression._parametrizations import clean_modules
+from lightning_plugins.compression._parametrizations import clean_modules, clean_name
 from lightning_plugins.compression.channel_groups import ChannelGroup
 from lightning_plugins.compression.cost import run
 
@@ -148,7 +148,7 @@ def _flops(
         run(model, inputs)
     total = counter.get_total_flops()
     root = type(model).__name__
-    by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    by_module = {clean_name(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     modules = clean_modules(model)
     of_layers: dict[str, int] = {}
     for name, module in modules.items():

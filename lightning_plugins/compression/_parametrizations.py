@@ -1,5 +1,6 @@
 """Put parametrizations on weights and take them off again, without a trace."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -14,9 +15,24 @@ def clean_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules, the model itself included, by names without the segments of compilation and checkpointing."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # A wrapper comes before what it wraps, which holds the parameters.
-        found[".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)] = module
+        found[clean_name(name)] = module  # a wrapper comes before what it wraps, which holds the parameters
     return found
+
+
+def clean_name(name: str) -> str:
+    """A dotted name without the segments of compilation and checkpointing."""
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model without the wrappers of compilation and checkpointing, so that names are clean."""
+    holder = nn.ModuleDict({"root": copy.deepcopy(model)})
+    for parent in list(holder.modules()):
+        for key, child in parent._modules.items():
+            for wrapper in sorted(_WRAPPERS):
+                child = child if child is None else child._modules.get(wrapper) or child
+            parent._modules[key] = child
+    return holder["root"]
 
 
 def put_on(module: nn.Module, name: str, parametrization: nn.Module) -> None:

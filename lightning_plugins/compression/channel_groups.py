@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plugins.compression._dependencies import Bundle, bundles, parameters_of
+from lightning_plugins.compression._parametrizations import plain_copy
 from lightning_plugins.selection import check_layers, select_modules
 
 _PRODUCERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -141,11 +142,12 @@ def find_channel_groups(
     chosen = set(select_modules(model, layers, types=_PRODUCERS))
     if keep:
         chosen -= set(select_modules(model, keep, types=_PRODUCERS))
-    traced = copy.deepcopy(model).eval().requires_grad_(True)
+    plain = plain_copy(model)
+    traced = copy.deepcopy(plain).eval().requires_grad_(True)
     candidates: list[ChannelGroup] = []
     refused: dict[str, str] = {}
-    computed = {name for name, module in model.named_modules() if _is_computed(module)}
-    shared, named = _shared(model), Counter[str]()
+    computed = {name for name, module in plain.named_modules() if _is_computed(module)}
+    shared, named = _shared(plain), Counter[str]()
     for family in _families(bundles(traced, example_inputs)):
         group = _group(traced, family)
         if group is None:
@@ -163,10 +165,10 @@ def find_channel_groups(
             refused.update(dict.fromkeys(group.layers, reason))
         else:
             candidates.append(group)
-    passed, failed = tried(model, candidates, example_inputs)
+    passed, failed = tried(plain, candidates, example_inputs)
     for group, reason in failed:
         refused.update(dict.fromkeys(group.layers, reason))
-    names = dict(model.named_modules())
+    names = dict(plain.named_modules())
     ordered = sorted(refused.items(), key=lambda item: list(names).index(item[0]) if item[0] in names else 0)
     return ChannelSearch(passed, dict(ordered))
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.compression._parametrizations import clean_modules
 from lightning_plugins.compression._resize import resize_heads, resize_layer
 from lightning_plugins.compression.channel_groups import ChannelGroup
 
@@ -38,7 +39,13 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
         (Linear(in_features=5, out_features=4, bias=True), [(1, tensor([0, 1, 2, 3, 4]))])
     """
     check_kept(groups, kept)
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    modules = clean_modules(model)
+    tensors = {
+        f"{owner}.{name}".removeprefix("."): tensor
+        for owner, module in modules.items()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
     stays: dict[tuple[str, int], Tensor] = {}
     for group, keep in zip(groups, kept, strict=True):
         mask = torch.cat([keep.cpu(), torch.ones(1, dtype=torch.bool)])  # the last, at -1: not of this group
@@ -57,10 +64,10 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
     for (name, dim), stay in stays.items():
         if not stay.all():
             slices.setdefault(name, []).append((dim, stay.nonzero()[:, 0]))
-    _cut(model, tensors, slices)
+    _cut(modules, tensors, slices)
     for group, keep in zip(groups, kept, strict=True):
         if group.attention and not keep.all():
-            resize_heads(model.get_submodule(group.attention), int(keep.sum()))
+            resize_heads(modules[group.attention], int(keep.sum()))
     return slices
 
 
@@ -86,7 +93,7 @@ def check_kept(groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
             raise ValueError(f"`kept` must leave at least one unit of {group.name!r}, got none")
 
 
-def _cut(model: nn.Module, tensors: dict[str, Tensor], slices: Slices) -> None:
+def _cut(modules: dict[str, nn.Module], tensors: dict[str, Tensor], slices: Slices) -> None:
     by_layer: dict[str, dict[str, Tensor]] = {}
     for name, cuts in slices.items():
         tensor = tensors[name].detach()
@@ -95,4 +102,4 @@ def _cut(model: nn.Module, tensors: dict[str, Tensor], slices: Slices) -> None:
         owner, _, attribute = name.rpartition(".")
         by_layer.setdefault(owner, {})[attribute] = tensor
     for owner, parts in by_layer.items():
-        resize_layer(model.get_submodule(owner), parts)
+        resize_layer(modules[owner], parts)

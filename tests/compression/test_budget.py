@@ -210,3 +210,20 @@ def test_bad_inputs_are_named(index):
     call, message = bad_calls()[index]
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_a_compiled_part_is_looked_into():
+    plain = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 2))
+    x = torch.randn(3, 4)
+    groups = channel_groups(plain, x)
+    net = copy.deepcopy(plain)
+    net[0] = torch.compile(net[0], backend="eager")
+    assert channel_groups(net, x) == groups
+    kept = [torch.arange(group.size) > 0 for group in groups]
+    flops = Budget(net, groups, ["0.2"], target=0.9, cost="flops", inputs=x)
+    assert flops.cost(kept) == Budget(plain, groups, target=0.9, cost="flops", inputs=x).cost(kept)
+    apply_masks(net, groups).set_kept(kept)
+    masked = net(x)
+    bake(net)
+    shrink(net, groups, kept)
+    torch.testing.assert_close(net(x), masked)
