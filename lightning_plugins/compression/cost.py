@@ -1,13 +1,15 @@
 """What layers cost, dense and at every rank: weights, or floating-point operations of a forward pass."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice
+from lightning_plugins.compression._evaluation import evaluation
 from lightning_plugins.compression._layers import Layer, select_layers
 from lightning_plugins.compression.low_rank import full_rank, matrix_shape
 from lightning_plugins.regularizers._weight_matrices import Scheme
@@ -133,16 +135,23 @@ def run(model: nn.Module, inputs: Any) -> Any:
             "`inputs` must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
             f"{type(inputs).__name__}" + ("; did you mean a tuple?" if isinstance(inputs, list) else "")
         )
-    training = [module for module in model.modules() if module.training]
-    with torch.no_grad(), _uncompiled():
-        model.eval()
-        try:
-            if isinstance(inputs, Mapping):
-                return model(**inputs)
-            return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-        finally:
-            for module in training:
-                module.training = True
+    with evaluation(model), _uncompiled(), _layer_by_layer(), warnings.catch_warnings():
+        # torch's counter of operations sets hooks on all modules; compiled ones warn of that, and run uncompiled here.
+        warnings.filterwarnings("ignore", message="Using `torch.compile")
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """Without the fast path of torch's attention: one fused operation that calls no layer and counts as nothing."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

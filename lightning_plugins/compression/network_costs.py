@@ -186,17 +186,15 @@ def _flops_by_module(model: nn.Module, inputs: Inputs) -> dict[nn.Module, int]:
         flops[module] = flops.get(module, 0) + spent - of_others
         under_way[-1][1] += spent
 
-    handles, fast = [], torch.backends.mha.get_fastpath_enabled()
+    handles = []
     for module in model.modules():
         # The first hook before a call and the last one behind it: other hooks' operations are the module's.
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave))
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # one fused operation that calls no layer and counts as nothing
         with counter:
             run(model, inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
     return flops
