@@ -289,16 +289,19 @@ class _Thresholded(nn.Module):
             wide, turned = _wide(at_least_float32(weight).flatten(1))
             basis, through = self._current(wide)
             tau = thresholds.tau(self.index).to(wide.dtype)
-            lowered: Tensor = _Lower.apply(wide, tau, *basis, through)[0]
+            lowered: Tensor = _Lower.apply(wide, tau, *basis, through)
             return (lowered.mT if turned else lowered).reshape(weight.shape).to(weight.dtype)
 
     def spectrum(self) -> Tensor:
         """The singular values in rising order, with gradient in the steps in which they are computed."""
+        basis, held = self._basis, self._thresholds[0].refresh_every > 1
+        if basis is not None and held and not self._fresh and self._versions() == self._key:
+            return basis.values
         weight = self._before()
         with full_precision(weight):
             wide, _ = _wide(at_least_float32(weight).flatten(1))
             basis, through = self._current(wide)
-            values: Tensor = _Lower.apply(wide, wide.new_zeros(()), *basis, through)[1] if through else basis.values
+            values: Tensor = _Values.apply(wide, *basis[:2], through) if through else basis.values
             return values
 
     def decompose_anew(self) -> Tensor:
@@ -380,40 +383,49 @@ def _factors(values: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Lower(Function):
-    """``Q @ W`` with ``Q = U diag(max(1 - tau / s, 0)) U.T`` from a decomposition of ``W @ W.T``, and ``s``."""
+    """``Q @ W`` with ``Q = U diag(max(1 - tau / s, 0)) U.T`` from a decomposition of ``W @ W.T``."""
 
     @staticmethod
     def forward(
         ctx: Any, wide: Tensor, tau: Tensor, vectors: Tensor, values: Tensor, poison: Tensor, through: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         factors, _ = _factors(values, tau)
-        matrix = (vectors * factors) @ vectors.mT
+        matrix = (vectors * (factors + poison)) @ vectors.mT
         ctx.save_for_backward(wide, tau, vectors, values, matrix)
         ctx.through = through
-        ctx.set_materialize_grads(False)
-        return matrix @ wide + poison, values.clone()
+        return matrix @ wide
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, of_values: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wide, tau, vectors, values, matrix = ctx.saved_tensors
         none = (None, None, None, None)
         with full_precision(wide):
-            of_wide = None if grad is None else matrix @ grad
+            of_wide = matrix @ grad
             if not ctx.through:
                 return of_wide, None, *none
-            core = wide.new_zeros(values.shape * 2)
-            of_tau = None
-            safe = _safe(values)
-            if grad is not None:
-                turned = vectors.mT @ (grad @ wide.mT) @ vectors
-                _, kept = _factors(values, tau)
-                of_tau = -ctx.through * torch.where(kept, turned.diagonal() / safe, 0).sum()
-                core = _slopes(safe, tau, kept) * (turned + turned.mT)
-            if of_values is not None:
-                core = core + torch.diag(of_values / safe)
-            more = (vectors @ (ctx.through * core) @ vectors.mT) @ wide
-            return more if of_wide is None else of_wide + more, of_tau, *none
+            safe, (_, kept) = _safe(values), _factors(values, tau)
+            turned = vectors.mT @ (grad @ wide.mT) @ vectors
+            of_tau = -ctx.through * torch.where(kept, turned.diagonal() / safe, 0).sum()
+            core = ctx.through * _slopes(safe, tau, kept) * (turned + turned.mT)
+            return of_wide.addmm_(vectors @ core @ vectors.mT, wide), of_tau, *none
+
+
+class _Values(Function):
+    """The singular values of a decomposition of ``W @ W.T`` as a function of ``W``."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor, vectors: Tensor, values: Tensor, through: int) -> Tensor:
+        ctx.save_for_backward(wide, vectors, values)
+        ctx.through = through
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wide, vectors, values = ctx.saved_tensors
+        with full_precision(wide):
+            return ((vectors * (ctx.through * grad / _safe(values))) @ vectors.mT) @ wide, None, None, None
 
 
 def _slopes(values: Tensor, tau: Tensor, kept: Tensor) -> Tensor:
