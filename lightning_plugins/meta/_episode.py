@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from lightning_plugins.meta._arguments import check_updates
-from lightning_plugins.meta._measure import Loss, Parameters, measure
+from lightning_plugins.meta._measure import Loss, Parameters, measure, plain_gradient
 from lightning_plugins.meta._norms import PlainNorms
 from lightning_plugins.meta.preconditioners import Preconditioner, key
 from lightning_plugins.meta.running_statistics import Statistics
@@ -64,8 +64,11 @@ class Episode:
             with self.statistics.of_step(self.taken) as seen:
                 return measure(loop.model, loop.loss, {**rest, **current}, self.support)[0], tuple(seen)
 
-        with PlainNorms() if loop.vectorize and not loop.first_order else nullcontext():
-            gradients, seen = grad(value, has_aux=True)(followed)
+        with nullcontext() if loop.first_order else PlainNorms(loop.vectorize):
+            if loop.vectorize:
+                gradients, seen = grad(value, has_aux=True)(followed)
+            else:
+                gradients, seen = plain_gradient(value, followed, differentiable=not loop.first_order)
         self.seen.extend(tensor.detach() for tensor in seen)
         updates = check_updates(loop.preconditioner(gradients, self.taken), gradients)
         self.parameters = {

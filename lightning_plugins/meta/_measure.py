@@ -42,6 +42,23 @@ def measure(model: nn.Module, loss: Loss, parameters: Parameters, batch: Sequenc
     return value, outputs
 
 
+def plain_gradient(
+    value: Callable[[Parameters], tuple[Tensor, tuple[Tensor, ...]]], parameters: Parameters, *, differentiable: bool
+) -> tuple[Parameters, tuple[Tensor, ...]]:
+    """What ``torch.func.grad(value, has_aux=True)`` returns, without the time it takes to trace small operations."""
+    differentiable = differentiable and torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {
+            name: parameter if differentiable and parameter.requires_grad else parameter.detach().requires_grad_()
+            for name, parameter in parameters.items()
+        }
+        loss, others = value(leaves)
+        found = torch.autograd.grad(
+            loss, list(leaves.values()), create_graph=differentiable, allow_unused=True, materialize_grads=True
+        )
+    return dict(zip(leaves, found, strict=True)), others
+
+
 def check_used(model: nn.Module, loss: Loss, parameters: Parameters, support: Sequence[Tensor]) -> None:
     """Refuse adapted parameters without part in the first task's loss: they never adapt, and nothing else says so."""
     devices = [support[0].device] if support[0].is_cuda else []

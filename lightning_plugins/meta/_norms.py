@@ -1,4 +1,4 @@
-"""Norms whose second derivative is right under ``vmap``."""
+"""Norms whose second derivative is right under ``vmap``, or fast."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,14 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_plugins.meta._batch_norm import batch_norm
+
 
 class PlainNorms(TorchFunctionMode):
-    """Computes norms by elementary operations while it is entered.
+    """Computes norms in other ways than torch while it is entered.
 
     Under ``vmap(grad(...))`` torch writes the backward of these norms in the mean and the deviation that the forward
     saved, as if they did not depend on the input: the value and the first derivative are right, the second is
-    silently wrong. Group norm is not affected.
+    silently wrong. Group norm is not affected. Batch norm by the batch at hand is replaced for its speed, too.
+
+    Args:
+        vectorized: Whether this is for ``vmap``: if not, only batch norm is replaced.
     """
+
+    def __init__(self, vectorized: bool) -> None:
+        super().__init__()
+        self.replacements = _REPLACEMENTS if vectorized else {F.batch_norm: _batch_norm}
 
     def __torch_function__(
         self,
@@ -25,7 +34,7 @@ class PlainNorms(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call the replacement, if there is one."""
-        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 def _normalized(x: Tensor, dims: list[int], eps: float, *, centred: bool = True) -> Tensor:
@@ -56,8 +65,7 @@ def _batch_norm(
 ) -> Tensor:
     if not training or running_mean is not None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    normalized = _normalized(input, [0, *range(2, input.ndim)], eps)
-    return _scaled(normalized, _by_channel(input, weight), _by_channel(input, bias), input.dtype)
+    return batch_norm(input, weight, bias, eps)
 
 
 def _instance_norm(
