@@ -3,8 +3,7 @@
 All methods train a network of four strided convolutions on the same tasks, with the same inner steps and iterations.
 First a short search at one shot tries rates of what the preconditioner learns, for GAP also with gains for the last
 layer, and for MAML and GAP other inner learning rates. The setting with a method's highest accuracy on validation
-tasks, of other characters, then trains longer, at one shot and at five, and is tested on tasks of still others. If
-GAP's inner rate is not MAML's, MAML trains with that one, too.
+tasks, of other characters, then trains longer, at one shot and at five, and is tested on tasks of still others.
 Runs are kept in a file, and what is in it is not run again, so that the study may be interrupted.
 
     python benchmarks/glyph_few_shot.py                    # what is missing of the study, and its tables
@@ -79,13 +78,10 @@ def best_of(method: str, results: Results, settings: list[Setting]) -> Setting:
 
 
 def in_full(results: Results, settings: list[Setting]) -> list[Setting]:
-    """The settings best in the search, and MAML with GAP's inner rate; those of the claim first."""
-    best = {method: best_of(method, results, settings) for method in ("MAML", "GAP", "Meta-SGD", "approximate GAP")}
-    chosen = [*best.values()]
-    if best["MAML"].inner_rate != best["GAP"].inner_rate:
-        chosen.append(best["MAML"]._replace(inner_rate=best["GAP"].inner_rate))
-    pairs = (chosen[:2], chosen[2:])
-    return [setting._replace(shots=shots, iterations=FULL) for part in pairs for shots in (1, 5) for setting in part]
+    """Every method's setting that was best in the search; those of the claim first."""
+    best = [best_of(method, results, settings) for method in ("MAML", "GAP", "Meta-SGD", "approximate GAP")]
+    pairs = (best[:2], best[2:])
+    return [setting._replace(shots=shots, iterations=FULL) for pair in pairs for shots in (1, 5) for setting in pair]
 
 
 def conv4() -> nn.Sequential:

@@ -13,6 +13,7 @@
 # %%
 import os
 import warnings
+from functools import partial
 
 import torch
 from digits import show
@@ -33,8 +34,8 @@ from lightning_plugins.metrics import AdaptationCurve, FewShotAccuracy, FewShotA
 from lightning_plugins.mixins import GAPMixin, MAMLMixin
 from lightning_plugins.plots import adaptation_figure, gains_figure
 
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "300"))  # batches of four tasks; the tests set 2
-SHORT = STEPS < 300
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "150"))  # batches of four tasks; the tests set 2
+SHORT = STEPS < 150
 warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
 
 # %% [markdown]
@@ -71,11 +72,11 @@ def conv4(channels: int = 32) -> nn.Module:
 # ## Two LightningModules
 #
 # The mixins bring the steps of training, validation, test and prediction, and Adam with two learning rates: one for the
-# weights, one for what the preconditioner learns.
+# weights, one for what the preconditioner learns. `linear=True` gives gains to the last layer, too.
 
 # %%
 settings = {"inner_steps": 3, "evaluation_steps": 5, "inner_learning_rate": 0.1}
-settings |= {"learning_rate": 2e-3, "preconditioner_learning_rate": 1e-2}
+settings |= {"learning_rate": 2e-3, "preconditioner_learning_rate": 5e-2}
 metrics = {"accuracy": FewShotAccuracy(), "interval": FewShotAccuracyInterval()}
 
 
@@ -93,8 +94,8 @@ class Gains(GAPMixin, LightningModule):
 METHODS = {
     "MAML": (Plain, Identity),
     "Meta-SGD": (Plain, MetaSGD),
-    "GAP": (Gains, GAP),
-    "approximate GAP": (Gains, ApproximateGAP),
+    "GAP": (Gains, partial(GAP, linear=True)),
+    "approximate GAP": (Gains, partial(ApproximateGAP, linear=True)),
 }
 
 
@@ -144,7 +145,7 @@ show(figure, "glyph_few_shot")
 # A gain multiplies a singular value of a layer's gradient; all started at 1, the dashed line.
 
 # %%
-gains = {f"convolution {number}": gain for number, gain in enumerate(models["GAP"].gains().values(), start=1)}
+gains = {f"layer {number}": gain for number, gain in enumerate(models["GAP"].gains().values(), start=1)}
 show(gains_figure(gains, title="Gains that GAP learned"), "glyph_few_shot_gains")
 
 # %% [markdown]
