@@ -1,13 +1,19 @@
 """Lightning callbacks: they decide when, and call what stands in the other folders."""
 
+from lightning_plugins.callbacks.hybrid_compression import HybridCompression
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
+from lightning_plugins.callbacks.mask_scheduling import MaskScheduling
+from lightning_plugins.callbacks.rank_scheduling import RankScheduling
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
 from lightning_plugins.callbacks.spectrum_monitor import SpectrumMonitor
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.callbacks.von_neumann import VNERegularization
 
 __all__ = [
+    "HybridCompression",
     "LowRankCompression",
+    "MaskScheduling",
+    "RankScheduling",
     "RepresentationMonitor",
     "SpectrumMonitor",
     "StableRankRegularization",

@@ -86,5 +86,29 @@ def sliced_heir(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> Heir:
     return Heir(parameter, carry)
 
 
+def chained(first: Heirs, then: Heirs) -> Heirs:
+    """The heirs after two changes of which the second may remove what the first has made.
+
+    Args:
+        first: The heirs after the first change.
+        then: Those after the second.
+
+    Returns:
+        The heirs after both.
+    """
+    made = {heir.parameter for heirs in first.values() for heir in heirs}
+    found = {old: heirs for old, heirs in then.items() if old not in made}
+    for old, heirs in first.items():
+        found[old] = [after for heir in heirs for after in _after(heir, then)]
+    return found
+
+
+def _after(heir: Heir, then: Heirs) -> list[Heir]:
+    def through(last: Heir) -> Heir:
+        return Heir(last.parameter, lambda state, squared: last.carry(heir.carry(state, squared), squared))
+
+    return [through(last) for last in then[heir.parameter]] if heir.parameter in then else [heir]
+
+
 def _power(matrix: Tensor, squared: bool) -> Tensor:
     return matrix.square() if squared else matrix

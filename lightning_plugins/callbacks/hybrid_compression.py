@@ -1,0 +1,112 @@
+"""Channels and ranks chosen together under one strict budget, ending in a physically smaller network."""
+
+from typing import Literal
+
+from lightning_plugins.callbacks._compression_settings import CompressionSettings
+from lightning_plugins.callbacks._scheduled_compression import ScheduledCompression
+from lightning_plugins.schedules import Schedule
+
+
+class HybridCompression(ScheduledCompression):
+    """Learn which channels and which ranks a network needs within a budget, and make it so small, in one training.
+
+    1. Up to ``begin`` the network trains as it is.
+    2. From there to ``end`` masks on channels, ``sigmoid(beta * a)`` with learned scores ``a``, and thresholds on the
+       singular values of weights, learned as well, act on the weights, while ``beta`` rises from 1 to ``beta_max``. A
+       Lagrange multiplier presses the cost towards the budget. Scores and thresholds have an optimizer of their own
+       (Adam without weight decay); the user's optimizer, its groups, schedulers and clipping never see them.
+    3. At ``end`` the masks become zeros and ones, and the least useful channels and singular values go until the cost
+       is within the budget.
+    4. At the first start of an epoch from ``end`` on, or else at the end of training, the channels are removed and the
+       layers of low rank are replaced by two, in the same place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``.
+       What the optimizers remember is cut and projected alike, and schedulers and DDP go on.
+    5. The rest of training fine-tunes the small network.
+
+    The network that is delivered is within the budget, always; if even the smallest is not, the training does not
+    begin. Its checkpoints are loaded by every Trainer that has this callback, or whose module has
+    `lightning_plugins.mixins.CompressionMixin`, which `load_from_checkpoint` needs too; anywhere else
+    `lightning_plugins.compression.restore_structure` gives a fresh module the structure first. Checkpoints from before
+    are those of the dense module and load everywhere; the scores stand in the callback's part.
+
+    The module needs an ``example_input_array``, through which channels are followed; torch-pruning must be installed.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be compressed.
+        budget: The share of the whole network's cost that may be left, between 0 and 1.
+        cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
+        schedule: How far the choice is, from 0 to 1, as a function of training progress
+            (`lightning_plugins.schedules`); ``beta`` is ``beta_max`` to that power. By default a straight line from
+            ``begin`` to ``end``, so that ``beta`` grows exponentially.
+        begin: When masks and thresholds begin to act, in ``unit``.
+        end: When the choice is made, in ``unit``.
+        unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
+        learning_rate: Of the scores. They begin at 2, and a channel with a score below 0 leaves.
+        threshold_learning_rate: Of the thresholds, which are shares of a layer's largest singular value.
+        beta_max: The inverse temperature at ``end``.
+        keep: Layers that stay as they are, in the form of ``layers``.
+        min_channels: The least number of units that stay in a group of channels, and the least rank.
+        multiple_of: Numbers of channels and ranks are multiples of this, for speed; heads are not rounded.
+        refresh_every: In how many steps the weights are decomposed once; 1 gives the exact gradient always.
+        figures: Whether to draw masks, ranks, cost and the network that is left; needs matplotlib.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+        ImportError: If ``figures`` are wanted and matplotlib is missing.
+
+    Attributes:
+        report: Once the network is small: ``"before"`` and ``"after"`` (``params`` and ``flops`` of the whole network),
+            ``"layers"`` (the same by layer, in pairs, with ``kept`` and ``rank``) and ``"budget"``.
+
+    Logs at every step ``budget/<cost>``, the share of the cost that masks and soft ranks leave, ``budget/multiplier``,
+    ``mask/<group of channels>/kept`` and ``rank/<layer>``, the soft rank.
+
+    Example:
+        >>> callback = HybridCompression(layers="*", budget=0.4, cost="flops", keep="head")
+        >>> callback.finished
+        False
+
+    Source:
+        Our reading of Eo et al., https://arxiv.org/abs/2309.13077. Phases, optimizer and surgery are ours.
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        budget: float = 0.4,
+        cost: Literal["params", "flops"] = "flops",
+        *,
+        schedule: Schedule | None = None,
+        begin: float = 0.1,
+        end: float = 0.7,
+        unit: Literal["steps", "epochs", "fraction"] = "fraction",
+        learning_rate: float = 0.02,
+        threshold_learning_rate: float = 0.002,
+        beta_max: float = 100.0,
+        keep: str | list[str] | None = None,
+        min_channels: int = 1,
+        multiple_of: int = 1,
+        refresh_every: int = 1,
+        figures: bool = False,
+    ) -> None:
+        super().__init__(
+            CompressionSettings(
+                layers=layers,
+                budget=budget,
+                cost=cost,
+                schedule=schedule,
+                begin=begin,
+                end=end,
+                unit=unit,
+                keep=keep,
+                minimum=min_channels,
+                multiple=multiple_of,
+                figures=figures,
+                masks=True,
+                ranks=True,
+                learning_rate=learning_rate,
+                threshold_learning_rate=threshold_learning_rate,
+                beta_max=beta_max,
+                refresh_every=refresh_every,
+            )
+        )

@@ -1,0 +1,98 @@
+"""Channels chosen under one strict budget by learned masks or by magnitude, ending in a physically smaller network."""
+
+from typing import Literal
+
+from lightning_plugins.callbacks._compression_settings import CompressionSettings
+from lightning_plugins.callbacks._scheduled_compression import ScheduledCompression
+from lightning_plugins.schedules import Schedule
+
+
+class MaskScheduling(ScheduledCompression):
+    """Choose which channels a network needs within a budget, and remove the others, in one training.
+
+    The phases are those of `HybridCompression`, without thresholds on singular values.
+
+    With ``criterion="magnitude"`` nothing is learned beside the weights: every ``update_every`` steps the channels with
+    the largest weights stay that fit into the share of the cost that ``schedule`` gives, and the others are masked. A
+    closed channel keeps its weights, which only weight decay changes, and opens again if they are among the largest at
+    a later update.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can lose channels.
+        budget: The share of the whole network's cost that may be left, between 0 and 1.
+        cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
+        criterion: ``"learned"``: masks ``sigmoid(beta * a)``. ``"magnitude"``: norms of the weights that compute a
+            channel, in units of the group's mean.
+        schedule: How far the choice is, from 0 to 1, as a function of training progress
+            (`lightning_plugins.schedules`). By default from ``begin`` to ``end`` a straight line for learned masks,
+            whose ``beta`` then grows exponentially, and a cubic for magnitudes.
+        begin: When masks begin to act, in ``unit``.
+        end: When the choice is made, in ``unit``.
+        unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
+        learning_rate: Of the scores. They begin at 2, and a channel with a score below 0 leaves.
+        beta_max: The inverse temperature at ``end``.
+        update_every: Steps between two choices by magnitude.
+        keep: Layers that stay as they are, in the form of ``layers``.
+        min_channels: The least number of units that stay in a group of channels.
+        multiple_of: Numbers of channels are multiples of this, for speed; heads are not rounded.
+        figures: Whether to draw masks, cost and the network that is left; needs matplotlib.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+        ImportError: If ``figures`` are wanted and matplotlib is missing.
+
+    Attributes:
+        report: As that of `HybridCompression`.
+
+    Logs at every step ``budget/<cost>`` and ``mask/<group of channels>/kept``; learned masks ``budget/multiplier`` too.
+
+    Example:
+        >>> callback = MaskScheduling(layers="backbone.*", budget=0.5, cost="params", criterion="magnitude")
+        >>> callback.finished
+        False
+
+    Source:
+        Our reading of DML-S of Eo et al., https://arxiv.org/abs/2309.13077; for the cubic schedule of magnitudes Zhu
+        and Gupta, 2017, https://arxiv.org/abs/1710.01878.
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        budget: float = 0.4,
+        cost: Literal["params", "flops"] = "flops",
+        *,
+        criterion: Literal["learned", "magnitude"] = "learned",
+        schedule: Schedule | None = None,
+        begin: float = 0.1,
+        end: float = 0.7,
+        unit: Literal["steps", "epochs", "fraction"] = "fraction",
+        learning_rate: float = 0.02,
+        beta_max: float = 100.0,
+        update_every: int = 100,
+        keep: str | list[str] | None = None,
+        min_channels: int = 1,
+        multiple_of: int = 1,
+        figures: bool = False,
+    ) -> None:
+        super().__init__(
+            CompressionSettings(
+                layers=layers,
+                budget=budget,
+                cost=cost,
+                criterion=criterion,
+                schedule=schedule,
+                begin=begin,
+                end=end,
+                unit=unit,
+                keep=keep,
+                minimum=min_channels,
+                multiple=multiple_of,
+                figures=figures,
+                masks=True,
+                learning_rate=learning_rate,
+                beta_max=beta_max,
+                update_every=update_every,
+            )
+        )

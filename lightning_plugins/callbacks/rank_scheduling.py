@@ -1,0 +1,89 @@
+"""Ranks chosen under one strict budget by learned thresholds on singular values, ending in factorised layers."""
+
+from typing import Literal
+
+from lightning_plugins.callbacks._compression_settings import CompressionSettings
+from lightning_plugins.callbacks._scheduled_compression import ScheduledCompression
+from lightning_plugins.schedules import Schedule
+
+
+class RankScheduling(ScheduledCompression):
+    """Learn which ranks a network's layers need within a budget, and factorise them, in one training.
+
+    The phases are those of `HybridCompression`, without masks on channels: only weights become low-rank, and the
+    number of channels stays. For ``cost="params"`` the module needs no ``example_input_array``.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be split: linear
+            layers and convolutions without groups.
+        budget: The share of the whole network's cost that may be left, between 0 and 1.
+        cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
+        schedule: How far the choice is, from 0 to 1, as a function of training progress
+            (`lightning_plugins.schedules`). By default a straight line from ``begin`` to ``end``.
+        begin: When thresholds begin to act, in ``unit``.
+        end: When the choice is made, in ``unit``.
+        unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
+        threshold_learning_rate: Of the thresholds, which are shares of a layer's largest singular value.
+        beta_max: The inverse temperature of the soft ranks at ``end``.
+        keep: Layers that stay as they are, in the form of ``layers``.
+        min_rank: The least rank of a layer.
+        multiple_of: Ranks are multiples of this, for speed.
+        refresh_every: In how many steps the weights are decomposed once; 1 gives the exact gradient always.
+        figures: Whether to draw ranks, cost and the network that is left; needs matplotlib.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+        ImportError: If ``figures`` are wanted and matplotlib is missing.
+
+    Attributes:
+        report: As that of `HybridCompression`.
+
+    Logs at every step ``budget/<cost>``, ``budget/multiplier`` and ``rank/<layer>``, the soft rank.
+
+    Example:
+        >>> callback = RankScheduling(layers="*", budget=0.5, cost="params")
+        >>> callback.finished
+        False
+
+    Source:
+        Our reading of DTL-S of Eo et al., https://arxiv.org/abs/2309.13077.
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        budget: float = 0.4,
+        cost: Literal["params", "flops"] = "flops",
+        *,
+        schedule: Schedule | None = None,
+        begin: float = 0.1,
+        end: float = 0.7,
+        unit: Literal["steps", "epochs", "fraction"] = "fraction",
+        threshold_learning_rate: float = 0.002,
+        beta_max: float = 100.0,
+        keep: str | list[str] | None = None,
+        min_rank: int = 1,
+        multiple_of: int = 1,
+        refresh_every: int = 1,
+        figures: bool = False,
+    ) -> None:
+        super().__init__(
+            CompressionSettings(
+                layers=layers,
+                budget=budget,
+                cost=cost,
+                schedule=schedule,
+                begin=begin,
+                end=end,
+                unit=unit,
+                keep=keep,
+                minimum=min_rank,
+                multiple=multiple_of,
+                figures=figures,
+                ranks=True,
+                threshold_learning_rate=threshold_learning_rate,
+                beta_max=beta_max,
+                refresh_every=refresh_every,
+            )
+        )
