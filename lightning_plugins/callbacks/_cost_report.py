@@ -1,13 +1,12 @@
-"""What a network costs before and after a compression, in all and per layer, in plain numbers."""
+"""What a network in training costs, run as its training runs it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_plugins.compression.cost import Cost, LayerCost, layer_costs, run
+from lightning_plugins.compression.cost import Cost, LayerCost, layer_costs
+from lightning_plugins.compression.network_costs import NetworkCosts, measure_network
 from lightning_plugins.regularizers._weight_matrices import Scheme
 
 
@@ -17,29 +16,10 @@ def example_inputs(trainer: Trainer, pl_module: LightningModule) -> Any:
     return move_data_to_device(inputs, pl_module.device)
 
 
-def count(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
-    """Parameters, and with an ``example_input_array`` operations of a forward pass, of the whole network."""
-    found = {"params": sum(parameter.numel() for parameter in pl_module.parameters())}
-    inputs = example_inputs(trainer, pl_module)
-    if inputs is not None:
-        counter = FlopCounterMode(display=False)
-        with trainer.precision_plugin.forward_context(), counter:
-            run(pl_module, inputs)
-        found["flops"] = counter.get_total_flops()
-    return found
-
-
-def count_layers(
-    trainer: Trainer, pl_module: LightningModule, ranks: Mapping[str, int], scheme: Scheme
-) -> dict[str, dict[str, Any]]:
-    """Rank and costs before and after of each layer that is to be split, a pair of numbers for each cost."""
-    inputs = example_inputs(trainer, pl_module)
-    kinds: list[Cost] = ["params"] if inputs is None else ["params", "flops"]
-    layers: dict[str, dict[str, Any]] = {name: {"rank": rank} for name, rank in ranks.items()}
-    for kind in kinds:
-        for name, cost in costs_of(trainer, pl_module, list(ranks), kind, scheme).items():
-            layers[name][kind] = [cost.dense, cost.per_rank * ranks[name]]
-    return layers
+def network_costs(trainer: Trainer, pl_module: LightningModule) -> NetworkCosts:
+    """Parameters, and with an ``example_input_array`` operations of a forward pass, of the whole network by layer."""
+    with trainer.precision_plugin.forward_context():
+        return measure_network(pl_module, example_inputs(trainer, pl_module), latency=False)
 
 
 def costs_of(

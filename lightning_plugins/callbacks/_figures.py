@@ -1,8 +1,10 @@
-"""Hand a figure to the loggers that are there."""
+"""Figures that callbacks draw: when there is time for it, and how the loggers that are there get them."""
 
 import io
 import re
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import fsspec  # type: ignore[import-untyped]  # it carries no types; a dependency of lightning
 from lightning.pytorch import Trainer
@@ -10,6 +12,52 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_SHARE = 0.05  # of the time that has passed; the last figures are drawn whatever they cost
+Key = TypeVar("Key", bound=Hashable)
+
+
+class PendingFigures(Generic[Key]):
+    """What has changed since it was drawn; drawing takes at most a twentieth of the time.
+
+    Args:
+        build: Makes the figure of a key, and the tag to show it under; None if nothing is to be drawn.
+    """
+
+    def __init__(self, build: "Callable[[Key], tuple[str, Figure]] | None") -> None:
+        self._build = build
+        self._keys: dict[Key, None] = {}  # in the order of their first change
+        self._next = 0.0
+
+    def add(self, key: Key) -> None:
+        """Note that the figure of ``key`` is no longer true."""
+        self._keys[key] = None
+
+    def draw_if_time(self, trainer: Trainer) -> None:
+        """Draw if that leaves the share of drawing small."""
+        if time.monotonic() >= self._next:
+            self.draw(trainer)
+
+    def draw(self, trainer: Trainer) -> None:
+        """Draw what is new, on rank zero, and hand it to the loggers."""
+        started = time.monotonic()
+        if self._build is not None and trainer.is_global_zero:
+            for key in self._keys:
+                hand_to_loggers(trainer, *self._build(key))
+        self._keys.clear()
+        ended = time.monotonic()
+        self._next = ended + (ended - started) / _SHARE
+
+
+def check_figures(figures: bool) -> bool:
+    """Return ``figures``.
+
+    Raises:
+        TypeError: If it is no bool.
+    """
+    if not isinstance(figures, bool):
+        raise TypeError(f"`figures` must be True or False, got {figures!r} ({type(figures).__name__})")
+    return figures
 
 
 def hand_to_loggers(trainer: Trainer, tag: str, figure: "Figure") -> None:

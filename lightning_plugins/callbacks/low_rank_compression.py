@@ -11,13 +11,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plugins.callbacks._carried_state import split_layers
-from lightning_plugins.callbacks._cost_report import count, count_layers
+from lightning_plugins.callbacks._cost_report import network_costs
+from lightning_plugins.callbacks._figures import check_figures, hand_to_loggers
 from lightning_plugins.callbacks._phases import check_phases, is_last_epoch, reached, require_end
 from lightning_plugins.callbacks._rank_source import RankSource
 from lightning_plugins.callbacks._requirements import require_lightning_module
 from lightning_plugins.callbacks._surgery import operate, require_operable, require_operable_optimizers
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
+from lightning_plugins.compression.report import CompressionReport
 from lightning_plugins.compression.restore_structure import restore_structure
+from lightning_plugins.plots import compression_figure
+from lightning_plugins.plots._style import has_matplotlib
 from lightning_plugins.schedules import Schedule
 
 
@@ -43,7 +47,8 @@ class LowRankCompression(Callback):
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be split: linear
             layers and convolutions without groups.
         ratio: The fraction of the layers' cost to remove, between 0 and 1; without meaning where ``ranks`` are given.
-        weight: Strength of the regularisation, at least 0.
+        weight: Strength of the regularisation, at least 0. Watch ``stable_rank/<layer>`` in the log: it must have
+            fallen to near 0 by ``factorize_at``, or the split costs accuracy. If it has not, raise ``weight``.
         search: ``"beam"``: a beam search over the score of the truncated network. ``"equal_ratio"``, ``"energy"`` and
             ``"trade_off"`` look at the weights alone; see `lightning_plugins.compression`.
         search_options: Keyword arguments of the beam search: ``width``, ``step``, ``bounds``, ``reuse_activations``,
@@ -65,6 +70,7 @@ class LowRankCompression(Callback):
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th step carries the regularisation, then n times as strong.
         on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, ``"raise"`` raises `FloatingPointError`.
+        figures: Whether to draw the report at the end of training, for the loggers or a file, if matplotlib is there.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -72,14 +78,14 @@ class LowRankCompression(Callback):
 
     Attributes:
         found: The ranks by layer name, once they are known.
-        report: After the layers were split: ``"before"``, ``"after"`` (of the whole network) and ``"layers"``, with
-            ``params`` and, where the module has an ``example_input_array``, ``flops``.
+        report: After the layers were split, a `lightning_plugins.compression.CompressionReport` of the whole network:
+            parameters and, where the module has an ``example_input_array``, operations, per layer and in all.
 
     Logs at every step ``budget/<cost>``, the fraction of the layers' cost that the network has at that time, and
     ``rank/<layer>`` once the ranks are known.
 
     Example:
-        >>> callback = LowRankCompression(layers="backbone.*", ratio=0.7, weight=0.01, search_options={"width": 2})
+        >>> callback = LowRankCompression(layers="backbone.*", ratio=0.7, search_options={"width": 2})
         >>> callback.ratio
         0.7
 
@@ -92,7 +98,7 @@ class LowRankCompression(Callback):
         self,
         layers: str | list[str],
         ratio: float = 0.6,
-        weight: float = 0.01,
+        weight: float = 1.0,
         *,
         search: Literal["beam", "equal_ratio", "energy", "trade_off"] = "beam",
         search_options: dict[str, Any] | None = None,
@@ -109,6 +115,7 @@ class LowRankCompression(Callback):
         schedule: Schedule | None = None,
         every_n_steps: int = 1,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        figures: bool = True,
     ) -> None:
         super().__init__()
         settings: dict[str, Any] = {"p": p, "scheme": scheme, "schedule": schedule, "every_n_steps": every_n_steps}
@@ -116,6 +123,7 @@ class LowRankCompression(Callback):
         self.layers = StableRankRegularization(layers, **self._settings).layers  # which checks them all
         if weight < 0:
             raise ValueError(f"`weight` must be at least 0, got {weight!r}; negative values would raise the ranks")
+        self.figures = check_figures(figures)
         self.ratio, self.weight, self.scheme, self.cost = ratio, weight, scheme, cost
         self._source = RankSource(
             self.layers,
@@ -137,7 +145,7 @@ class LowRankCompression(Callback):
 
     def _forget(self) -> None:
         self.found: dict[str, int] | None = None
-        self.report: dict[str, Any] | None = None
+        self.report: CompressionReport | None = None
         self._kept = 1.0  # the fraction of the layers' cost at the ranks that were found
         self._penalty: StableRankRegularization | None = None
         self._penalty_state: dict[str, Any] | None = None
@@ -217,8 +225,10 @@ class LowRankCompression(Callback):
             self._advance(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is still to be done, if the training was stopped early."""
+        """Do what is still to be done, if the training was stopped early, and draw the report."""
         self._advance(trainer, pl_module)
+        if self.report is not None and self.figures and trainer.is_global_zero and has_matplotlib():
+            hand_to_loggers(trainer, "compression", compression_figure(self.report, title=type(pl_module).__name__))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the network is not the small one."""
@@ -243,13 +253,16 @@ class LowRankCompression(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What was found, whether the layers are split, and the state of the regularisation."""
         penalty = self._penalty_state if self._penalty is None else self._penalty.state_dict()
-        return {"found": self.found, "kept": self._kept, "report": self.report, "penalty": penalty}
+        report = None if self.report is None else self.report.to_json()
+        return {"found": self.found, "kept": self._kept, "report": report, "penalty": penalty}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's phase."""
         self._forget()
         self.found, self._kept = state_dict["found"], state_dict["kept"]
-        self.report, self._penalty_state = state_dict["report"], state_dict["penalty"]
+        self._penalty_state = state_dict["penalty"]
+        if state_dict["report"] is not None:
+            self.report = CompressionReport.from_json(state_dict["report"])
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search or split if it is time, between two epochs."""
@@ -273,10 +286,9 @@ class LowRankCompression(Callback):
 
     def _split(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = self._source.smaller(trainer, pl_module, self.found or {})
-        before = count(trainer, pl_module)
-        layers = count_layers(trainer, pl_module, ranks, self.scheme)
+        before = network_costs(trainer, pl_module)
         operate(trainer, pl_module, lambda: split_layers(pl_module, ranks, scheme=self.scheme))
-        self.report = {"before": before, "after": count(trainer, pl_module), "layers": layers}
+        self.report = CompressionReport(before, network_costs(trainer, pl_module))
         self._compressed, self._penalty, self._penalty_state = weakref.ref(pl_module), None, None
 
 

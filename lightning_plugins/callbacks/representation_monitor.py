@@ -1,9 +1,8 @@
 """Watch the spectra of layers' representations during training and validation."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_int
-from lightning_plugins.callbacks._figures import hand_to_loggers
+from lightning_plugins.callbacks._figures import PendingFigures, check_figures
 from lightning_plugins.callbacks._pool import pool_name, resolve_pool
 from lightning_plugins.callbacks._pooled_capture import PooledCapture
 from lightning_plugins.callbacks._requirements import (
@@ -25,9 +24,11 @@ from lightning_plugins.callbacks._training_step import WrappedStep, join_trainin
 from lightning_plugins.plots import require_matplotlib, spectrum_figure
 from lightning_plugins.selection import check_layers
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Stage = Literal["train", "val"]
 STAGES: tuple[Stage, ...] = ("train", "val")
-_DRAWING_SHARE = 0.05  # of the time that has passed; the last figures are drawn whatever they cost
 
 
 class RepresentationMonitor(Callback):
@@ -89,7 +90,7 @@ class RepresentationMonitor(Callback):
         names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         self.metrics = tuple(dict.fromkeys(check_choice("metrics", name, METRICS) for name in names))
         self.max_spectra = check_positive_int("max_spectra", max_spectra)
-        self.figures = figures
+        self.figures = check_figures(figures)
         if figures:
             require_matplotlib()
         self._history = SpectrumHistory(self.max_spectra, STAGES)
@@ -99,8 +100,7 @@ class RepresentationMonitor(Callback):
         self._capture: PooledCapture | None = None
         self._step: WrappedStep | None = None
         self._recording = ExitStack()  # of the validation batch under way
-        self._undrawn: dict[tuple[Stage, str], None] = {}
-        self._next_drawing = 0.0
+        self._drawing = PendingFigures(self._figure if figures else None)
 
     @property
     def spectra(self) -> dict[str, dict[str, dict[int, Tensor]]]:
@@ -177,7 +177,7 @@ class RepresentationMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what is new since the last figures."""
-        self._draw(trainer)
+        self._drawing.draw(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
@@ -203,7 +203,7 @@ class RepresentationMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what ``trainer.validate()`` has found."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._draw(trainer)
+            self._drawing.draw(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was."""
@@ -264,18 +264,11 @@ class RepresentationMonitor(Callback):
                 pl_module.log(f"representation/{stage}/{label}/{name}", value, sync_dist=True, reduce_fx="max")
             if torch.isfinite(spectrum).all():
                 self._history.remember(stage, label, trainer.global_step, spectrum.float().cpu())
-                self._undrawn[stage, label] = None
-        if time.monotonic() >= self._next_drawing:
-            self._draw(trainer)
+                self._drawing.add((stage, label))
+        self._drawing.draw_if_time(trainer)
 
-    def _draw(self, trainer: Trainer) -> None:
-        started = time.monotonic()
-        if self.figures and trainer.is_global_zero:
-            for stage, label in self._undrawn:
-                steps, spectra = self._history.sorted_by_step(stage, label)
-                title = f"{label} in {'training' if stage == 'train' else 'validation'}"
-                figure = spectrum_figure(spectra, steps, title=title)
-                hand_to_loggers(trainer, f"representation/{stage}/{label}/spectrum", figure)
-        self._undrawn.clear()
-        ended = time.monotonic()
-        self._next_drawing = ended + (ended - started) / _DRAWING_SHARE
+    def _figure(self, key: tuple[Stage, str]) -> "tuple[str, Figure]":
+        stage, label = key
+        steps, spectra = self._history.sorted_by_step(stage, label)
+        title = f"{label} in {'training' if stage == 'train' else 'validation'}"
+        return f"representation/{stage}/{label}/spectrum", spectrum_figure(spectra, steps, title=title)

@@ -1,9 +1,8 @@
 """Watch the singular values of weights during training."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.callbacks._figures import hand_to_loggers
+from lightning_plugins.callbacks._figures import PendingFigures, check_figures
 from lightning_plugins.callbacks._requirements import (
     makes_layers_late,
     require_lightning_module,
@@ -25,8 +24,10 @@ from lightning_plugins.regularizers._weight_matrices import WeightMatrix, select
 from lightning_plugins.regularizers._weight_targets import check_scheme
 from lightning_plugins.selection import check_layers
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _KEPT = "weights"  # the one stage of the history
-_DRAWING_SHARE = 0.05  # of the time that has passed; the last figures are drawn whatever they cost
 
 
 class SpectrumMonitor(Callback):
@@ -88,16 +89,13 @@ class SpectrumMonitor(Callback):
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         self.scheme: Literal[1, 2] = check_scheme(scheme)
         self.max_spectra = check_positive_int("max_spectra", max_spectra)
-        if not isinstance(figures, bool):
-            raise TypeError(f"`figures` must be True or False, got {figures!r} ({type(figures).__name__})")
-        self.figures = figures
+        self.figures = check_figures(figures)
         if figures:
             require_matplotlib()
         self._history = SpectrumHistory(self.max_spectra, (_KEPT,))
         self._next_look = 0  # optimizer steps
         self._weights: list[WeightMatrix] = []
-        self._undrawn: dict[str, None] = {}
-        self._next_drawing = 0.0
+        self._drawing = PendingFigures(self._figure if figures else None)
 
     @property
     def spectra(self) -> dict[str, dict[int, Tensor]]:
@@ -141,12 +139,11 @@ class SpectrumMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw if there is time for it."""
-        if time.monotonic() >= self._next_drawing:
-            self._draw(trainer)
+        self._drawing.draw_if_time(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what is new since the last figures."""
-        self._draw(trainer)
+        self._drawing.draw(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module, to which nothing was done."""
@@ -176,10 +173,11 @@ class SpectrumMonitor(Callback):
         if all(weight.module in present for weight in self._weights):
             return
         modules = dict(pl_module.named_modules())
-        self._find(
-            pl_module,
-            tuple(f"{name}.*" if isinstance(modules.get(name), nn.Sequential) else name for name in self.layers),
-        )
+        layers = tuple(f"{name}.*" if isinstance(modules.get(name), nn.Sequential) else name for name in self.layers)
+        try:
+            self._find(pl_module, layers)
+        except ValueError:  # a layer of rank one became two vectors, which have no spectrum
+            self._weights = []
 
     def _look_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step  # counts the steps of all optimizers
@@ -187,13 +185,15 @@ class SpectrumMonitor(Callback):
             return
         self._next_look = (step // self.every_n_steps + 1) * self.every_n_steps
         self._find_replaced(pl_module)
+        if not self._weights:
+            return
         logged: dict[str, float] = {}
         for label, values in self._singular_values(pl_module).items():
             for name, number in summarize_spectrum(values)._asdict().items():
                 logged[f"spectrum/{label}/{name}"] = number
             if torch.isfinite(values).all():
                 self._history.remember(_KEPT, label, step, values.float())
-                self._undrawn[label] = None
+                self._drawing.add(label)
         pl_module.log_dict(logged, logger=False)  # which would leave out all but each `log_every_n_steps`-th step
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
@@ -213,15 +213,9 @@ class SpectrumMonitor(Callback):
         parts = torch.cat(flat).cpu().split([len(values) for values in flat])
         return {weight.label: values for weight, values in zip(self._weights, parts, strict=True)}
 
-    def _draw(self, trainer: Trainer) -> None:
-        started = time.monotonic()
-        if self.figures and trainer.is_global_zero:
-            for label in self._undrawn:
-                steps, spectra = self._history.sorted_by_step(_KEPT, label)
-                hand_to_loggers(trainer, f"spectrum/{label}", weight_spectrum_figure(spectra, steps, title=label))
-        self._undrawn.clear()
-        ended = time.monotonic()
-        self._next_drawing = ended + (ended - started) / _DRAWING_SHARE
+    def _figure(self, label: str) -> "tuple[str, Figure]":
+        steps, spectra = self._history.sorted_by_step(_KEPT, label)
+        return f"spectrum/{label}", weight_spectrum_figure(spectra, steps, title=label)
 
 
 @contextmanager

@@ -26,11 +26,12 @@ class LayerSize(NamedTuple):
 
     Attributes:
         params: Its parameters, bias included; those that several layers share count for the first.
-        flops: Floating-point operations of its own in one forward pass, twice the number of multiply-adds.
+        flops: Floating-point operations of its own in one forward pass, twice the number of multiply-adds; None if they
+            were not counted.
     """
 
     params: int
-    flops: int
+    flops: int | None
 
 
 class Latency(NamedTuple):
@@ -71,19 +72,24 @@ class NetworkCosts:
         return sum(layer.params for layer in self.layers.values())
 
     @property
-    def flops(self) -> int:
-        """Operations of one forward pass, as `torch.utils.flop_counter.FlopCounterMode` counts them."""
-        return sum(layer.flops for layer in self.layers.values())
+    def flops(self) -> int | None:
+        """Operations of a forward pass, as `torch.utils.flop_counter.FlopCounterMode` counts them; or None."""
+        counts = [layer.flops for layer in self.layers.values()]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
 
 
-def measure_network(model: nn.Module, inputs: Inputs, *, latency: bool = True, repeats: int = 30) -> NetworkCosts:
+def measure_network(
+    model: nn.Module, inputs: Inputs | None, *, latency: bool = True, repeats: int = 30
+) -> NetworkCosts:
     """Count a network's parameters and operations, and measure the time of a forward pass.
 
     The model runs in evaluation mode and without gradients, and is left as it was.
 
     Args:
         model: The model.
-        inputs: What it takes, on its device: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        inputs: What it takes, on its device: a tensor, a tuple of arguments, or a dict of keyword arguments; None, with
+            ``latency=False``, to count parameters alone, without a forward pass.
         latency: Whether to measure the time.
         repeats: How many passes to time, after three that are not.
 
@@ -92,7 +98,8 @@ def measure_network(model: nn.Module, inputs: Inputs, *, latency: bool = True, r
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If ``repeats`` is less than 1, ``inputs`` None, or a parameter without a shape (lazy).
+        ValueError: If ``repeats`` is less than 1, ``inputs`` None with ``latency``, or a parameter without a shape
+            (lazy).
 
     Example:
         >>> costs = measure_network(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.zeros(5, 4), latency=False)
@@ -101,8 +108,24 @@ def measure_network(model: nn.Module, inputs: Inputs, *, latency: bool = True, r
     """
     check_positive_int("repeats", repeats)
     check_model("model", model)
-    layers = _layer_sizes(model, inputs)
-    return NetworkCosts(layers, measure_latencies([model], inputs, repeats)[0] if latency else None)
+    if not latency:
+        return NetworkCosts(_layer_sizes(model, inputs))
+    given = check_inputs(inputs)
+    return NetworkCosts(_layer_sizes(model, given), measure_latencies([model], given, repeats)[0])
+
+
+def check_inputs(inputs: Inputs | None) -> Inputs:
+    """Return what a forward pass can be timed with.
+
+    Raises:
+        ValueError: If there is nothing.
+    """
+    if inputs is None:
+        raise ValueError(
+            "`inputs` must be given to measure the time: a tensor, a tuple or a dict, got None; pass `latency=False` "
+            "to count parameters alone"
+        )
+    return inputs
 
 
 def measure_latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int) -> list[Latency]:
@@ -142,8 +165,8 @@ def check_model(name: str, model: object) -> None:
         raise ValueError(f"`{name}` must have parameters with shapes, but {lazy[0]!r} is lazy; run a batch through it")
 
 
-def _layer_sizes(model: nn.Module, inputs: Inputs) -> dict[str, LayerSize]:
-    flops = _flops_by_module(model, inputs)
+def _layer_sizes(model: nn.Module, inputs: Inputs | None) -> dict[str, LayerSize]:
+    flops = {} if inputs is None else _flops_by_module(model, inputs)
     labels = _labels(model)
     sizes: dict[str, LayerSize] = {}
     counted: set[int] = set()
@@ -153,7 +176,9 @@ def _layer_sizes(model: nn.Module, inputs: Inputs) -> dict[str, LayerSize]:
         params, operations = sum(own.values()), flops.get(module, 0)
         if params or operations:
             before = sizes.get(label, LayerSize(0, 0))
-            sizes[label] = LayerSize(before.params + params, before.flops + operations)
+            sizes[label] = LayerSize(before.params + params, (before.flops or 0) + operations)
+    if inputs is None:
+        return {label: size._replace(flops=None) for label, size in sizes.items()}
     return sizes
 
 

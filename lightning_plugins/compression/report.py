@@ -1,6 +1,7 @@
 """A network before and after compression: parameters, operations and time, per layer and in all."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,7 @@ from lightning_plugins.compression.network_costs import (
     Latency,
     LayerSize,
     NetworkCosts,
+    check_inputs,
     check_model,
     measure_latencies,
     measure_network,
@@ -19,8 +21,6 @@ from lightning_plugins.compression.network_costs import (
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_NOTHING = LayerSize(0, 0)
 
 
 class LayerChange(NamedTuple):
@@ -46,10 +46,16 @@ class CompressionReport:
     def layers(self) -> dict[str, LayerChange]:
         """Every layer of the one or the other by dotted name, in the order before; new names come last."""
         names = [*self.before.layers, *(name for name in self.after.layers if name not in self.before.layers)]
+        nothing = LayerSize(0, 0 if self.counts_flops else None)
         return {
-            name: LayerChange(self.before.layers.get(name, _NOTHING), self.after.layers.get(name, _NOTHING))
+            name: LayerChange(self.before.layers.get(name, nothing), self.after.layers.get(name, nothing))
             for name in names
         }
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether the operations of both networks were counted."""
+        return self.before.flops is not None and self.after.flops is not None
 
     @property
     def params_ratio(self) -> float:
@@ -57,9 +63,10 @@ class CompressionReport:
         return _removed(self.before.params, self.after.params)
 
     @property
-    def flops_ratio(self) -> float:
-        """Removed fraction of the operations."""
-        return _removed(self.before.flops, self.after.flops)
+    def flops_ratio(self) -> float | None:
+        """Removed fraction of the operations; None where they were not counted."""
+        before, after = self.before.flops, self.after.flops
+        return None if before is None or after is None else _removed(before, after)
 
     @property
     def speedup(self) -> float | None:
@@ -68,8 +75,20 @@ class CompressionReport:
             return None
         return self.before.latency.median_ms / self.after.latency.median_ms
 
+    def __str__(self) -> str:
+        """The totals on a line; `table` shows every layer."""
+        kinds = [("parameters", self.before.params, self.after.params, self.params_ratio)]
+        before, after, ratio = self.before.flops, self.after.flops, self.flops_ratio
+        if before is not None and after is not None and ratio is not None:
+            kinds.append(("FLOPs", before, after, ratio))
+        parts = [f"{name} {_number(old)} → {_number(new)} ({gone:.1%} removed)" for name, old, new, gone in kinds]
+        timing = self.timing()
+        return ", ".join(parts if timing is None else [*parts, timing])
+
     def table(self, *, all_layers: bool = False) -> "Table":
         """Lay the report out for a terminal: ``rich.print(report.table())``.
+
+        Operations that were not counted have no columns.
 
         Args:
             all_layers: Whether layers that stayed as they were have rows of their own, instead of one for all.
@@ -86,20 +105,20 @@ class CompressionReport:
             raise ImportError("tables need rich; run `pip install 'lightning-plugins[cli]'`") from error
         table = Table(title="Compression")
         table.add_column("layer", overflow="fold")
-        for name in ("parameters", "→", "removed", "FLOPs", "→", "removed"):
-            table.add_column(name, justify="right")
-        same = [change for change in self.layers.values() if change.before == change.after]
-        for name, change in self.layers.items():
+        columns = (0, 1) if self.counts_flops else (0,)
+        for column in columns:
+            for name in (("parameters", "FLOPs")[column], "→", "removed"):
+                table.add_column(name, justify="right")
+        layers = self.layers
+        same = [change for change in layers.values() if change.before == change.after]
+        for name, change in layers.items():
             if all_layers or change.before != change.after:
-                table.add_row(name, *_cells(change))
+                table.add_row(name, *_cells(change, columns))
         if same and not all_layers:
-            rest = LayerSize(sum(change.before.params for change in same), sum(change.before.flops for change in same))
-            table.add_row(f"{len(same)} other layers", *_cells(LayerChange(rest, rest)), style="dim")
+            rest = NetworkCosts({str(number): change.before for number, change in enumerate(same)})
+            table.add_row(f"{len(same)} other layers", *_cells(_totals(rest, rest), columns), style="dim")
         table.add_section()
-        total = LayerChange(
-            LayerSize(self.before.params, self.before.flops), LayerSize(self.after.params, self.after.flops)
-        )
-        table.add_row("total", *_cells(total), style="bold")
+        table.add_row("total", *_cells(_totals(self.before, self.after), columns), style="bold")
         table.caption = self.timing()
         return table
 
@@ -147,7 +166,7 @@ class CompressionReport:
 def compression_report(
     before: nn.Module | NetworkCosts,
     after: nn.Module,
-    inputs: Inputs,
+    inputs: Inputs | None,
     *,
     latency: bool = True,
     repeats: int = 30,
@@ -161,7 +180,8 @@ def compression_report(
     Args:
         before: The network before, or what `measure_network` said of it, so that no copy has to be kept.
         after: The network after.
-        inputs: What both take, on their device: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        inputs: What both take, on their device: a tensor, a tuple of arguments, or a dict of keyword arguments; None,
+            with ``latency=False``, to count parameters alone.
         latency: Whether to measure the time. With costs measured earlier they must have a time to compare with.
         repeats: How many passes of each network to time, after three that are not.
 
@@ -170,7 +190,8 @@ def compression_report(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If ``repeats`` is less than 1, ``inputs`` None, or a parameter without a shape (lazy).
+        ValueError: If ``repeats`` is less than 1, ``inputs`` None with ``latency``, or a parameter without a shape
+            (lazy).
 
     Example:
         >>> import torch
@@ -191,9 +212,10 @@ def compression_report(
                 "`measure_network(..., latency=True)`, or pass `latency=False`"
             )
         return CompressionReport(before, measure_network(after, inputs, latency=latency, repeats=repeats))
+    given = check_inputs(inputs) if latency else None
     costs = [measure_network(model, inputs, latency=False) for model in (before, after)]
-    if latency:
-        times = measure_latencies([before, after], inputs, repeats)
+    if given is not None:
+        times = measure_latencies([before, after], given, repeats)
         costs = [replace(own, latency=time) for own, time in zip(costs, times, strict=True)]
     return CompressionReport(*costs)
 
@@ -202,9 +224,14 @@ def _removed(before: int, after: int) -> float:
     return 1 - after / before if before else 0.0
 
 
-def _cells(change: LayerChange) -> list[str]:
+def _totals(before: NetworkCosts, after: NetworkCosts) -> LayerChange:
+    return LayerChange(LayerSize(before.params, before.flops), LayerSize(after.params, after.flops))
+
+
+def _cells(change: LayerChange, columns: Sequence[int]) -> list[str]:
     cells = []
-    for before, after in zip(change.before, change.after, strict=True):
+    for column in columns:
+        before, after = change.before[column] or 0, change.after[column] or 0
         cells += [_number(before), _number(after), f"{_removed(before, after):.1%}" if before != after else ""]
     return cells
 

@@ -1,6 +1,6 @@
 """Figures of what training does to representations; matplotlib is an extra, imported where one is drawn."""
 
-from lightning_plugins.plots._style import has_matplotlib, require_matplotlib
+from lightning_plugins.plots._style import require_matplotlib
 from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.compression import compression_figure
 from lightning_plugins.plots.masks import architecture_figure, choice_figure
@@ -15,7 +15,6 @@ __all__ = [
     "choice_figure",
     "compression_figure",
     "gains_figure",
-    "has_matplotlib",
     "layer_spectra_figure",
     "rank_figure",
     "require_matplotlib",

@@ -20,13 +20,18 @@ INK, MUTED, GRID = "#222222", "#6b6b6b", "#e4e4e4"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return find_spec("matplotlib") is not None
+
+
 def require_matplotlib() -> None:
     """Say what to install if figures cannot be drawn.
 
     Raises:
         ImportError: If matplotlib is missing.
     """
-    if find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise ImportError("figures need matplotlib; run `pip install 'lightning-plugins[plots]'`")
 
 

@@ -16,8 +16,9 @@ _ROW = 0.22  # inches of a layer in a list
 def compression_figure(report: CompressionReport, *, title: str | None = None) -> "Figure":
     """Draw what every layer cost before and costs after.
 
-    A bar per layer, the first one on top: on the left its parameters, on the right its operations, before in a light
-    and after in a strong colour. Above stands what was removed in all and, where it was measured, the time.
+    A bar per layer, the first one on top: on the left its parameters, on the right its operations where they were
+    counted, before in a light and after in a strong colour. Above stands what was removed in all and, where it was
+    measured, the time.
 
     Layers that stayed as they were and have less than a hundredth of the parameters and of the operations, as norms
     have, are left out.
@@ -45,20 +46,18 @@ def compression_figure(report: CompressionReport, *, title: str | None = None) -
         raise ValueError("`report` must have at least one layer, got none")
     layers = {name: change for name, change in report.layers.items() if _counts(change, report)} or report.layers
     figure = empty_figure(width=11.0, height=max(3.4, 1.6 + _ROW * len(layers)), title=title)
-    left, right = figure.subplots(1, 2, sharey=True)
     before, after = report.before, report.after
-    sizes = {
-        "parameters": (left, 0, before.params, after.params, report.params_ratio),
-        "FLOPs": (right, 1, before.flops, after.flops, report.flops_ratio),
-    }
-    for name, (axes, column, old, new, ratio) in sizes.items():
-        pairs = [(change.before[column], change.after[column]) for change in layers.values()]
-        _draw_bars(axes, name, pairs)
+    kinds = [("parameters", before.params, after.params, report.params_ratio)]
+    if before.flops is not None and after.flops is not None and report.flops_ratio is not None:
+        kinds.append(("FLOPs", before.flops, after.flops, report.flops_ratio))
+    (row,) = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
+    for column, (axes, (name, old, new, ratio)) in enumerate(zip(row, kinds, strict=True)):
+        _draw_bars(axes, name, [(change.before[column] or 0, change.after[column] or 0) for change in layers.values()])
         axes.set_title(f"{name}: {old:,} → {new:,}, {ratio:.1%} removed", fontsize=10, color=INK, loc="left")
-    left.set_yticks(range(len(layers)), list(layers), fontsize=8)
-    left.set_ylim(len(layers) - 0.4, -0.6)
-    right.tick_params(labelleft=False)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+        axes.tick_params(labelleft=column == 0)
+    row[0].set_yticks(range(len(layers)), list(layers), fontsize=8)
+    row[0].set_ylim(len(layers) - 0.4, -0.6)
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     if (timing := report.timing()) is not None:
         figure.supxlabel(f"one forward pass: {timing}", fontsize=9, color=INK)
     return figure
@@ -66,7 +65,8 @@ def compression_figure(report: CompressionReport, *, title: str | None = None) -
 
 def _counts(change: LayerChange, report: CompressionReport) -> bool:
     size, whole = change.before, report.before
-    return change.before != change.after or size.params > whole.params / 100 or size.flops > whole.flops / 100
+    large = size.params > whole.params / 100 or (size.flops or 0) > (whole.flops or 0) / 100
+    return large or change.before != change.after
 
 
 def _draw_bars(axes: "Axes", name: str, pairs: Sequence[tuple[int, int]]) -> None:

@@ -40,6 +40,7 @@ def in_steps(search_at: float = 3, factorize_at: float | None = 9, **settings: A
             "unit": "steps",
             "search_at": search_at,
             "factorize_at": factorize_at,
+            "figures": False,
             **settings,
         }
     )

@@ -1,4 +1,6 @@
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     ModelCheckpoint,
 )
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,7 +79,7 @@ class AtTheSplit(LowRankCompression):
 
 def test_the_small_network_is_the_truncated_one():
     model = seeded()
-    callback = AtTheSplit("*", 0.3, 0.1, search_data=BATCHES[:2])
+    callback = AtTheSplit("*", 0.3, 0.1, search_data=BATCHES[:2], figures=False)
     trainer = fit(model, BATCHES, [callback], max_epochs=3)
     x = BATCHES[0][0].double()
     truncated = factorize(copy.deepcopy(callback.dense), callback.found)
@@ -86,13 +89,40 @@ def test_the_small_network_is_the_truncated_one():
     counter = FlopCounterMode(display=False)
     with counter:
         model(model.example_input_array.double())
-    assert callback.report["after"] == {"params": params, "flops": counter.get_total_flops()}
-    assert callback.report["before"] == {"params": 119, "flops": 1648}
-    for kind, total in (("params", 119 - params), ("flops", 1648 - counter.get_total_flops())):
-        pairs = [layer[kind] for layer in callback.report["layers"].values()]
-        assert sum(before - after for before, after in pairs) == total
+    before, after = callback.report.before, callback.report.after
+    assert (before.params, before.flops) == (119, 1648)
+    assert (after.params, after.flops) == (params, counter.get_total_flops())
+    changed = {name for name, change in callback.report.layers.items() if change.before != change.after}
+    assert changed == {name for name in callback.found if type(model.get_submodule(name)) is nn.Sequential}
     assert 1 - sum(w.numel() for n, w in model.named_parameters() if "weight" in n) / 103 >= 0.3
     assert trainer.callback_metrics["budget/params"] == 1  # up to the last step it was dense
+
+
+def test_without_an_example_input_parameters_are_counted_alone():
+    model, callback = seeded(), in_steps(ranks=RANKS)
+    model.example_input_array = None
+    fit(model, BATCHES, [callback], max_epochs=3)
+    assert callback.report.before.params == 119
+    assert callback.report.after.params == sum(p.numel() for p in model.parameters())
+    assert callback.report.flops_ratio is None
+    again = in_steps(ranks=RANKS)
+    again.load_state_dict(callback.state_dict())
+    assert again.report == callback.report
+
+
+@pytest.mark.parametrize(
+    ("figures", "installed", "stops"),
+    [(True, True, False), (True, True, True), (True, False, False), (False, True, False)],
+    ids=["drawn", "drawn when stopped", "without matplotlib", "not wanted"],
+)
+def test_the_report_is_drawn_if_it_can_be(figures, installed, stops, tmp_path, monkeypatch):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    callback = in_steps(factorize_at=4, ranks=RANKS, figures=figures)
+    fit(seeded(), BATCHES, [callback, *([Stops()] if stops else [])], max_epochs=2, logger=CSVLogger(tmp_path))
+    assert callback.finished
+    drawn = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")]
+    assert drawn == ([Path("lightning_logs/version_0/compression.png")] if figures and installed else [])
 
 
 SEARCHES = {"equal_ratio": equal_ratio, "energy": energy_threshold, "trade_off": trade_off}
@@ -219,7 +249,7 @@ def test_splitting_alone_at_the_start():
     ids=str,
 )
 def test_when_layers_are_split(settings, epochs, split):
-    callback = AtTheSplit("*", 0.3, 0.1, search_data=BATCHES[:2], **settings)
+    callback = AtTheSplit("*", 0.3, 0.1, search_data=BATCHES[:2], figures=False, **settings)
     fit(seeded(), BATCHES, [callback], max_epochs=epochs)
     assert callback.step == split
 
@@ -260,7 +290,7 @@ def test_a_training_that_is_stopped(factorize_at):
     ids=["fast_dev_run", "without epochs", "validated"],
 )
 def test_kinds_of_training(settings):
-    model, callback = seeded(), LowRankCompression("*", 0.3, 0.1, search_data=BATCHES[:2])
+    model, callback = seeded(), LowRankCompression("*", 0.3, 0.1, search_data=BATCHES[:2], figures=False)
     fit(model, BATCHES, [callback], **settings)
     assert callback.finished
     assert type(model.backbone[0]) is nn.Sequential

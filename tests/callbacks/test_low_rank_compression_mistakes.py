@@ -50,6 +50,7 @@ BATCHES = make_batches(6)
         ({"search_at": 0.9}, ValueError, "`factorize_at` must not be before `search_at`, got search_at=0.9, fact"),
         ({"factorize_at": "0.5"}, TypeError, "`factorize_at` must be a number"),
         ({"every_n_steps": 0}, ValueError, "`every_n_steps` must be at least 1"),
+        ({"figures": 1}, TypeError, "`figures` must be True or False, got 1"),
         ({"on_nonfinite": "skp"}, ValueError, "did you mean 'skip'"),
     ],
     ids=str,
@@ -184,6 +185,7 @@ trainer:
         schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 0, end: 1, until: 8, unit: steps}}
         every_n_steps: 2
         on_nonfinite: raise
+        figures: false
 """
 RANKS = {"backbone.0": 2, "head": 1}
 

@@ -77,6 +77,7 @@ def compression(factorize_at: int = SPLIT_AT - 3) -> LowRankCompression:
         unit="steps",
         search_at=SEARCH_AT,
         factorize_at=factorize_at,
+        figures=False,
         every_n_steps=2,  # an odd step is no beginning
     )
 
@@ -98,6 +99,11 @@ def assert_same(found: Any, wanted: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
+def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["report"] == wanted["report"]  # text
+    assert_same({**found, "report": None}, {**wanted, "report": None})
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The checkpoints of all steps of one training, its weights, and the callback's state."""
@@ -114,7 +120,7 @@ def test_resume_at_any_step_equals_uninterrupted(step, straight):
     trainer = fit(model, BATCHES, [callback], ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
     assert trainer.global_step == STEPS
     assert_same(dict(model.state_dict()), weights)
-    assert_same(callback.state_dict(), state)
+    assert_same_state(callback.state_dict(), state)
 
 
 @pytest.mark.parametrize("step", [SPLIT_AT, STEPS - 1, STEPS])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins import metrics, plots
-from lightning_plugins.callbacks import representation_monitor
+from lightning_plugins.callbacks import _figures, representation_monitor
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
 from lightning_plugins.functional import autocorrelation_eigenvalues
 from tests._processes import run_on_ranks
@@ -447,8 +447,8 @@ def test_wandb_gets_an_image(tmp_path):
 
 def test_drawing_takes_a_small_share_but_the_last_figure_is_always_drawn(monkeypatch):
     drawn, clock = [], [0.0]
-    monkeypatch.setattr(representation_monitor, "hand_to_loggers", lambda trainer, tag, figure: drawn.append(clock[0]))
-    monkeypatch.setattr(representation_monitor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(_figures, "hand_to_loggers", lambda trainer, tag, figure: drawn.append(clock[0]))
+    monkeypatch.setattr(_figures.time, "monotonic", lambda: clock[0])
 
     def slow(spectra: Any, steps: Any, title: str) -> Any:
         clock[0] += 1.0

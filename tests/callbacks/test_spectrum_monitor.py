@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from lightning_plugins import plots
-from lightning_plugins.callbacks import SpectrumMonitor, spectrum_monitor
+from lightning_plugins.callbacks import LowRankCompression, SpectrumMonitor, _figures, spectrum_monitor
 from tests._processes import run_on_ranks
 from tests.models import Batches, Classifier, fit, make_batches, shard
 
@@ -174,6 +174,20 @@ def test_layers_replaced_in_training_are_found(layers):
     assert list(monitor.spectra["head.0"]) == list(monitor.spectra["head.1"]) == [3, 4]
 
 
+@pytest.mark.parametrize("layers", ["backbone.0", "head", "*"])
+def test_layers_split_by_a_compression_are_found(layers):
+    ranks = {"backbone.0": 2, "head": 1}
+    splits = LowRankCompression("*", ranks=ranks, unit="steps", search_at=0, factorize_at=2, figures=False)
+    model, monitor = Recorder(), watch(layers)
+    fit(model, make_batches(2), [splits, monitor] if layers == "*" else [monitor, splits])
+    expected = {} if layers == "head" else {"backbone.0.0": [3, 4], "backbone.0.1": [3, 4]}
+    expected |= {name: [0, 1, 2] for name in ranks if layers in (name, "*")}  # two vectors have no spectrum
+    assert {name: list(spectra) for name, spectra in monitor.spectra.items()} == expected
+    for name in set(expected) - set(ranks):
+        values = torch.linalg.svdvals(model.get_submodule(name).weight.detach().double()).float()
+        torch.testing.assert_close(monitor.spectra[name][4], values)
+
+
 def test_a_weight_that_is_not_finite_is_logged_and_not_drawn(tmp_path):
     class Breaks(Recorder):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -285,8 +299,8 @@ def test_fast_dev_run_leaves_no_trace(tmp_path):
 
 def test_drawing_takes_a_small_share_but_the_last_figure_is_always_drawn(monkeypatch):
     drawn, clock = [], [0.0]
-    monkeypatch.setattr(spectrum_monitor, "hand_to_loggers", lambda trainer, tag, figure: drawn.append(clock[0]))
-    monkeypatch.setattr(spectrum_monitor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(_figures, "hand_to_loggers", lambda trainer, tag, figure: drawn.append(clock[0]))
+    monkeypatch.setattr(_figures.time, "monotonic", lambda: clock[0])
 
     def slow(spectra: Any, steps: Any, title: str) -> Any:
         clock[0] += 1.0

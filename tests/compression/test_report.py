@@ -264,6 +264,33 @@ def test_table():
     assert without.speedup is None
 
 
+def test_without_inputs_parameters_are_counted_alone(tmp_path):
+    model, small = nn.Sequential(nn.Linear(20, 10), nn.BatchNorm1d(10)), nn.Sequential(nn.Linear(20, 10), nn.PReLU())
+    factorize(small, 2, "0")
+    report = compression_report(model, small, None, latency=False)
+    assert report.layers == {
+        "0": (LayerSize(210, None), LayerSize(70, None)),
+        "1": (LayerSize(20, None), LayerSize(1, None)),
+    }
+    assert (report.before.flops, report.flops_ratio, report.counts_flops) == (None, None, False)
+    assert CompressionReport.from_json(report.to_json()) == report
+    assert str(report) == "parameters 230 → 71 (69.1% removed)"
+    assert "FLOPs" not in shown(report)
+    (axes,) = compression_figure(report).axes
+    assert "230 → 71" in axes.get_title(loc="left")
+    counted = compression_report(measure_network(model, torch.zeros(2, 20), latency=False), small, None, latency=False)
+    assert (counted.flops_ratio, len(compression_figure(counted).axes)) == (None, 1)
+    assert "FLOPs" not in shown(counted)
+
+
+def test_totals_in_words():
+    assert str(made()) == (
+        "parameters 12.4 M → 6.01 M (51.4% removed), FLOPs 2.5 G → 900 M (64.0% removed), "
+        "10 ms (9.5 to 11.2) → 4 ms (3.9 to 4.1): 2.50 times as fast "
+        "(median and quartiles of 30 passes, cpu, 2 threads)"
+    )
+
+
 def test_json_goes_there_and_back():
     report = made()
     read = json.loads(report.to_json())
@@ -304,7 +331,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         "`after` must be a module, got NetworkCosts",
     ),
-    "no inputs": (lambda: compression_report(NET, NET, None), ValueError, "`inputs` must be given"),
+    "no inputs": (
+        lambda: compression_report(NET, NET, None),
+        ValueError,
+        "`inputs` must be given to measure the time.*`latency=False` to count parameters alone",
+    ),
+    "no inputs to measure with": (lambda: measure_network(NET, None), ValueError, "`inputs` must be given to measure"),
     "a list": (lambda: compression_report(NET, NET, [X]), TypeError, "`inputs` must be .* got list; .* a tuple?"),
     "no repeats": (lambda: compression_report(NET, NET, X, repeats=0), ValueError, "`repeats` must be at least 1"),
     "half a repeat": (lambda: measure_network(NET, X, repeats=1.5), TypeError, "`repeats` must be an int"),
