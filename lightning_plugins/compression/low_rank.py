@@ -17,11 +17,9 @@ from lightning_plugins.regularizers._weight_matrices import Scheme, matrix_to_we
 def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.Sequential:
     """Split a layer in two, of which the first has ``rank`` outputs: the best approximation of that rank.
 
-    | layer | scheme | first | second |
-    |---|---|---|---|
-    | linear | any | ``in -> rank`` | ``rank -> out`` |
-    | convolution | 1 | kernel ``k x k``, ``in -> rank`` | kernel ``1 x 1``, ``rank -> out`` |
-    | convolution | 2 | kernel ``1 x k``, ``in -> rank`` | kernel ``k x 1``, ``rank -> out`` |
+    - A linear layer becomes ``in -> rank`` and ``rank -> out``.
+    - A convolution becomes under scheme 1 a ``k x k`` kernel ``in -> rank`` and a ``1 x 1`` kernel ``rank -> out``.
+    - Under scheme 2 it becomes a ``1 x k`` kernel ``in -> rank`` and a ``k x 1`` kernel ``rank -> out``.
 
     Stride, padding, padding mode and dilation go to the kernel they belong to, so at full rank the sequence computes
     what the layer computes, up to rounding.
