@@ -96,6 +96,13 @@ class LayerCapture:
         self._without_gradient.clear()
 
     def _remember(self, label: str, value: Any) -> None:
+        # compiled code has no transforms around the step, and the question would break its graph
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise MisconfigurationException(
+                f"`layers`: {label!r} ran inside a transform of `torch.func` (vmap, grad), and its tensor does not "
+                "exist outside. Name a layer that runs outside; a module with `MAMLMixin` brings the tensors of a "
+                f"layer of its network out with `features={label!r}`, and 'query_features' is the layer to name here."
+            )
         if self._needs_gradient and not torch.is_grad_enabled():
             self._without_gradient.add(label)  # a stop-gradient pass, or a reentrant checkpoint
             return

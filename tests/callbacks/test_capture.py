@@ -48,6 +48,20 @@ def test_what_changes_in_place_can_itself_be_captured(inplace):
         torch.testing.assert_close(tensors, [expected])
 
 
+@pytest.mark.parametrize("transform", [torch.vmap, lambda fn: torch.func.grad(lambda x: fn(x).sum())])
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_tensors_inside_a_transform_are_refused(transform, needs_gradient):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    capture = LayerCapture(model, "0", needs_gradient=needs_gradient)
+    capture.attach()
+    transform(model)(torch.ones(2, 4))  # not recorded
+    with (
+        capture.recording(),
+        pytest.raises(MisconfigurationException, match=r"'0' ran inside a transform.*`features='0'`.*'query_features'"),
+    ):
+        transform(model)(torch.ones(2, 4))
+
+
 def test_an_earlier_step_does_not_count():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 3))
     capture = record(model, "0")
