@@ -54,15 +54,10 @@ class CompressionCosts:
 
 
 def _sizes(model: nn.Module, inputs: Any, names: list[str] | None = None) -> _Sizes:
-    if inputs is not None:
-        layers = measure_network(model, inputs, latency=False).layers
-        found = {name: {"params": size.params, "flops": size.flops} for name, size in layers.items()}
-        return {name: found.get(name, {"params": 0, "flops": 0}) for name in names or found}
-    if names is None:
-        names = [
-            name for name, module in model.named_modules() if any(p is not None for p in module._parameters.values())
-        ]
-    return {name: {"params": sum(p.numel() for p in model.get_submodule(name).parameters())} for name in names}
+    layers = measure_network(model, inputs, latency=False).layers
+    kinds = ("params",) if inputs is None else ("params", "flops")
+    found = {name: {kind: getattr(size, kind) for kind in kinds} for name, size in layers.items()}
+    return {name: found.get(name, dict.fromkeys(kinds, 0)) for name in names or found}
 
 
 def _sums(sizes: _Sizes) -> dict[str, int]:

@@ -51,7 +51,10 @@ class CompressionSettings:
     def __post_init__(self) -> None:
         check_layers(self.layers, sides=False)
         if self.keep is not None:
-            check_layers(self.keep, sides=False)
+            try:
+                check_layers(self.keep, sides=False)
+            except (TypeError, ValueError) as error:
+                raise type(error)(str(error).replace("`layers`", "`keep`")) from None
         if not 0 < check_finite_number("budget", self.budget) < 1:
             hint = f"; did you mean {self.budget / 100!r}?" if 1 < self.budget < 100 else ""
             raise ValueError(

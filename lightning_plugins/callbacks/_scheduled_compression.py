@@ -25,6 +25,7 @@ from lightning_plugins.callbacks._phases import is_last_epoch, reached
 from lightning_plugins.callbacks._plain_names import plain_names
 from lightning_plugins.callbacks._progress import training_progress
 from lightning_plugins.callbacks._requirements import require_lightning_module
+from lightning_plugins.callbacks._rewrapping import rewrap
 from lightning_plugins.callbacks._surgery import operate, require_operable_optimizers
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
 from lightning_plugins.compression.restore_structure import restore_structure
@@ -60,7 +61,7 @@ class ScheduledCompression(Callback):
         self._updated_at = -1
         self._wanted = 1.0  # the share of the cost by now
         self._share: Tensor | float = 1.0
-        self._ranks: dict[str, Tensor] = {}
+        self._ranks: dict[str, Any] = {}  # numbers, as tensors on the device or from a checkpoint
         self._record = ChoiceRecord()
 
     @property
@@ -116,6 +117,7 @@ class ScheduledCompression(Callback):
             pl_module.register_state_dict_post_hook(save),  # type: ignore[no-untyped-call]  # torch's
             pl_module.register_load_state_dict_pre_hook(load),  # type: ignore[no-untyped-call]
         ]
+        rewrap(trainer, pl_module, ("channel_masks", "rank_thresholds"))
         self._optimizer = ChoiceOptimizer(network.kinds(settings.learning_rate, settings.threshold_learning_rate))
         if state is not None:
             network.load_state_dict(state["network"])
@@ -224,7 +226,7 @@ class ScheduledCompression(Callback):
         self._state, self.report = state_dict["own"], state_dict["report"]
         self._mode, self._updated_at = state_dict["mode"], state_dict["updated_at"]
         self._share = state_dict["share"]
-        self._ranks = {name: torch.tensor(rank) for name, rank in state_dict["ranks"].items()}
+        self._ranks = dict(state_dict["ranks"])
         self._record.load_state_dict(state_dict["record"])
 
     def _own_state(self) -> dict[str, Any]:

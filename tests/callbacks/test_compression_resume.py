@@ -1,0 +1,218 @@
+"""A compression under a budget that was killed goes on as if nothing had happened, on one process and on two."""
+
+import os
+import signal
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, multiprocessing, nn
+
+from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
+from lightning_plugins.compression import restore_structure
+from lightning_plugins.mixins import CompressionMixin
+from tests.callbacks.budgets import BATCHES, STEPS, Model, in_steps, params
+from tests.callbacks.budgets import seeded as seeded_as
+from tests.contract_ranks import BOUNDS, act_as_rank
+from tests.models import Batches, fit, shard
+
+PHASES = {"warm-up": 2, "schedule": 7, "frozen": 11, "fine-tuned": 15}
+KINDS = {"hybrid": HybridCompression, "masks": MaskScheduling, "ranks": RankScheduling}
+
+
+class Decayed(Model):
+    """An optimizer with groups in another order than the parameters, and a schedule."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch) * self.trainer.world_size
+
+    def configure_optimizers(self) -> Any:
+        plain = [p for name, p in self.named_parameters() if name.endswith("bias")]
+        decayed = [p for name, p in self.named_parameters() if name.endswith("weight")]
+        groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed}]
+        optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class SelfLoading(CompressionMixin, Decayed):
+    pass
+
+
+def seeded(kind: Any = Decayed) -> Any:
+    return seeded_as(kind)
+
+
+def compression(kind: str = "hybrid", **settings: Any) -> Any:
+    return in_steps(KINDS[kind], end=9, **{"budget": 0.6 if kind == "ranks" else 0.5, **settings})
+
+
+class Killed(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def run_straight(folder: Path, callback: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    model = seeded()
+    fit(model, BATCHES, [callback, saving(folder)], enable_checkpointing=True, max_epochs=3)
+    return folder, dict(model.state_dict()), callback.state_dict()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The checkpoints of all steps of one training, its weights, and the callback's state."""
+    return run_straight(tmp_path_factory.mktemp("straight"), compression())
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 7, 9, 10, 12, 13, 17])
+def test_resume_at_any_step_equals_uninterrupted(step, straight):
+    folder, weights, state = straight
+    model, callback = seeded(), compression()
+    fit(model, BATCHES, [callback], ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
+    assert_same(dict(model.state_dict()), weights)
+    assert callback.state_dict() == state
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("masks", {"criterion": "magnitude", "update_every": 3}),
+        ("masks", {}),
+        ("ranks", {"refresh_every": 3}),
+    ],
+    ids=["magnitude", "masks", "refreshed"],
+)
+def test_other_choices_resume(kind, settings, tmp_path):
+    folder, weights, state = run_straight(tmp_path, compression(kind, **settings))
+    for step in (5, 10):
+        model, callback = seeded(), compression(kind, **settings)
+        fit(model, BATCHES, [callback], ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
+        assert_same(dict(model.state_dict()), weights)
+        assert callback.state_dict() == state
+
+
+def test_checkpoints_are_plain_before_and_small_after(straight):
+    folder, weights, _ = straight
+    for step in (2, 7, 10):
+        checkpoint = torch.load(folder / f"step={step}.ckpt", weights_only=True)
+        seeded().load_state_dict(checkpoint["state_dict"])
+        model = seeded()
+        fit(model, BATCHES, ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
+        assert type(model.backbone[0]) is nn.Linear
+    checkpoint = torch.load(folder / f"step={STEPS}.ckpt", weights_only=True)
+    model = restore_structure(seeded(), checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    assert_same(dict(model.state_dict()), weights)
+    loaded = SelfLoading.load_from_checkpoint(folder / f"step={STEPS}.ckpt")
+    assert_same(dict(loaded.state_dict()), weights)
+    going_on = seeded(SelfLoading)
+    fit(going_on, BATCHES, ckpt_path=folder / "step=13.ckpt", max_epochs=3)
+    assert_same(dict(going_on.state_dict()), weights)
+
+
+def test_a_small_checkpoint_is_validated_with_the_callback(straight):
+    folder, weights, _ = straight
+    model = seeded()
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "precision": "64-true"}
+    trainer = Trainer(callbacks=[compression()], **settings)
+    trainer.validate(model, Batches(BATCHES), ckpt_path=folder / f"step={STEPS}.ckpt", verbose=False)
+    assert_same(dict(model.state_dict()), weights)
+
+
+JOBS = [*((phase, 1) for phase in PHASES), ("schedule", 2), ("fine-tuned", 2)]
+
+
+def train(rank: int, folder: Path, phase: str, ranks: int, what: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"max_epochs": 3}
+    batches: Any = BATCHES
+    if ranks > 1:
+        act_as_rank(rank, ranks)
+        batches = shard(BATCHES, BOUNDS[ranks])
+        settings.update(strategy="ddp", devices=ranks)
+    callback = compression()
+    callbacks: list[Callback] = [callback]
+    if what == "killed":
+        callbacks += [saving(folder), Killed(PHASES[phase])]
+        settings["enable_checkpointing"] = True
+    if what == "resumed":
+        settings["ckpt_path"] = folder / f"step={PHASES[phase]}.ckpt"
+    model = seeded()
+    fit(model, batches, callbacks, **settings)
+    return {"weights": dict(model.state_dict()), "params": params(model), "report": callback.report}
+
+
+def nursery(folder: Path) -> None:
+    """Fork all trainings from a process that has imported everything and computed nothing."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for ranks in (1, 2):
+        if any(forked(folder, "", ranks, "straight")):
+            raise RuntimeError("the training that nobody killed failed")
+    for phase, ranks in JOBS:
+        own = folder / f"{phase}-{ranks}"
+        own.mkdir()
+        for end in forked(own, phase, ranks, "killed"):
+            if not os.WIFSIGNALED(end) or os.WTERMSIG(end) != signal.SIGKILL:
+                raise RuntimeError(f"{phase} on {ranks} ranks was not killed")
+        if any(forked(own, phase, ranks, "resumed")):
+            raise RuntimeError(f"{phase} on {ranks} ranks did not resume")
+
+
+def forked(folder: Path, phase: str, ranks: int, what: str) -> list[int]:
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os._exit(run(rank, folder, phase, ranks, what))
+        children.append(child)
+    return [os.waitpid(child, 0)[1] for child in children]
+
+
+def run(rank: int, folder: Path, phase: str, ranks: int, what: str) -> int:
+    try:
+        if ranks > 1:
+            init = f"file://{folder}/init-{what}"
+            dist.init_process_group("gloo", init, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+        torch.save(train(rank, folder, phase, ranks, what), folder / f"{what}-{ranks}-{rank}.pt")
+        if ranks > 1:
+            dist.barrier()
+    except BaseException:  # noqa: BLE001 - a forked process must not go on into the code of its parent
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@pytest.mark.distributed
+def test_resume_after_sigkill_equals_uninterrupted_and_two_ranks_one_process(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=nursery, args=(tmp_path,))
+    process.start()
+    process.join(timeout=300)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive, "the trainings did not end within 300 s"
+    assert process.exitcode == 0
+    straight = {ranks: torch.load(tmp_path / f"straight-{ranks}-0.pt") for ranks in (1, 2)}
+    for phase, ranks in JOBS:
+        for rank in range(ranks):
+            assert_same(torch.load(tmp_path / f"{phase}-{ranks}" / f"resumed-{ranks}-{rank}.pt"), straight[ranks])
+    one, two = (straight[ranks] for ranks in (1, 2))
+    assert two["report"] == one["report"]
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-5, atol=1e-6)  # the ranks' batches are unequal
