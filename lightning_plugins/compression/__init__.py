@@ -2,6 +2,7 @@
 
 from lightning_plugins.compression._project import project
 from lightning_plugins.compression._rank_problem import RankSearch, ScoredRanks, SearchLevel
+from lightning_plugins.compression._rank_thresholds import RankThresholds
 from lightning_plugins.compression.beam_search import beam_search, rich_progress
 from lightning_plugins.compression.budget import Budget, Multiplier, Projection
 from lightning_plugins.compression.channel_groups import (
@@ -23,7 +24,6 @@ from lightning_plugins.compression.report import CompressionReport, LayerChange,
 from lightning_plugins.compression.restore_structure import restore_structure
 from lightning_plugins.compression.shrink import shrink
 from lightning_plugins.compression.thresholds import (
-    RankThresholds,
     apply_thresholds,
     bake,
     remove_thresholds,

@@ -1,0 +1,107 @@
+"""What masks on channels and thresholds on singular values add to a training step.
+
+One network is trained in every form in turn, step by step, so that drift of the machine's speed falls on all alike, and
+weights change between the steps of a form. A step is a forward and a backward pass with the soft ranks in the loss;
+the times are those of the processor (of the clock on a GPU), and a form's share compares sums over whole periods of
+its decompositions.
+
+    python benchmarks/thresholds.py                    # ResNet-18, 32 x 3 x 224 x 224, one thread
+    python benchmarks/thresholds.py --batch 4          # a trial run; the shares are those of small batches, too high
+    python benchmarks/thresholds.py --device cuda      # ResNet-50, 256 x 3 x 224 x 224, bfloat16
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+from _report import describe_machine, markdown_table
+from torch import Tensor, nn
+
+from lightning_plugins.compression import apply_masks, apply_thresholds, channel_groups, thresholds_of
+
+FORMS = {"bare": None, "masks": 0, "k = 1": 1, "k = 2": 2, "k = 4": 4}
+NAMES = {
+    "bare": "bare",
+    "masks": "masks",
+    "k = 1": "masks and thresholds, decomposed at every step",
+    "k = 2": "masks and thresholds, at every second",
+    "k = 4": "masks and thresholds, at every fourth",
+}
+INIT = 0.1
+RATE = 0.01
+
+
+def make(form: str, name: str, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    net: nn.Module = timm.create_model(name, num_classes=1000)
+    every = FORMS[form]
+    if every is not None:
+        apply_masks(net, channel_groups(net, torch.zeros(1, 3, 64, 64)))
+    if every:
+        apply_thresholds(net, init=INIT, refresh_every=every)
+    return net.to(device)
+
+
+def step(net: nn.Module, images: Tensor, labels: Tensor, now: Callable[[], float], ranks: bool) -> float:
+    """The seconds of forward and backward; then the weights change."""
+    for parameter in net.parameters():
+        parameter.grad = None
+    start = now()
+    with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+        loss = nn.functional.cross_entropy(net(images), labels)
+    thresholds = thresholds_of(net)
+    if thresholds is not None and ranks:
+        loss = loss + 1e-6 * torch.stack(list(thresholds.soft_ranks().values())).sum()
+    loss.backward()
+    seconds = now() - start
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=RATE)
+    if thresholds is not None:
+        thresholds.clamp_()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, help="images per step; 32, or 256 on a GPU")
+    parser.add_argument("--rounds", type=int, default=4, help="counted steps of every form; a multiple of 4")
+    parser.add_argument("--no-ranks", action="store_true", help="leave the soft ranks out of the loss")
+    settings = parser.parse_args()
+    on_gpu = settings.device == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(1)  # or the time of threads that wait counts too
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() if on_gpu else time.process_time()
+
+    name, batch = ("resnet50", 256) if on_gpu else ("resnet18", 32)
+    batch = settings.batch or batch
+    images = torch.randn(batch, 3, 224, 224, device=settings.device)
+    labels = torch.randint(1000, (batch,), device=settings.device)
+    nets = {form: make(form, name, settings.device) for form in FORMS}
+    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    for net in nets.values():
+        step(net, images[:2], labels[:2], now, not settings.no_ranks)  # decomposes: the period begins anew below
+    for _ in range(settings.rounds):
+        for form, net in nets.items():
+            seconds[form].append(step(net, images, labels, now, not settings.no_ranks))
+
+    bare = sum(seconds["bare"])
+    rows = []
+    for form, times in seconds.items():
+        shares = "" if form == "bare" else f"{sum(times) / bare - 1:.1%}"
+        rows.append([NAMES[form], f"{1e3 * sum(times) / settings.rounds:.0f}", shares])
+    print(f"{describe_machine(settings.device)}\n")
+    print(f"{name}, {batch} x 3 x 224 x 224, forward and backward, means of {settings.rounds} steps\n")
+    print(markdown_table(["step", "ms", "more than bare"], rows))
+
+
+if __name__ == "__main__":
+    main()
