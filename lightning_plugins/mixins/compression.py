@@ -1,19 +1,26 @@
-"""Checkpoints of compressed networks that a LightningModule loads by itself."""
+"""Compression under a budget in steps that one writes, and checkpoints of compressed networks."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget import Multiplier, Projection
 from lightning_plugins.compression.restore_structure import restore_structure
 
 
 class CompressionMixin:
-    """Lets a LightningModule load checkpoints in which it is smaller than its constructor makes it.
+    """Lets a LightningModule load checkpoints in which it is smaller than its constructor makes it, or compress itself.
 
     With it ``load_from_checkpoint`` works, and so does every Trainer's ``ckpt_path``, with or without the callback that
     compressed the network: before weights are loaded, layers are split or made narrower as the checkpoint has them. It
     stands before `LightningModule` among the bases. A module with an ``on_load_checkpoint`` of its own calls
     ``super().on_load_checkpoint(checkpoint)``.
+
+    Where the callbacks do not fit, as with manual optimization, `attach_compression` puts masks and thresholds on,
+    `compression_penalty` is the term of the loss that presses the cost towards the budget, and `compress` chooses, and
+    makes the network smaller. See `lightning_plugins.callbacks.HybridCompression` for what is behind it.
 
     Example:
         >>> import torch
@@ -42,6 +49,113 @@ class CompressionMixin:
         """
         if not isinstance(self, nn.Module):
             raise TypeError(f"`CompressionMixin` must be mixed into a LightningModule, got {type(self).__name__}")
-        restore_structure(self, checkpoint["state_dict"], strict=False)  # `load_state_dict` is as strict as it is told
+        if _network_of(self) is None:  # else it has the structure of its own constructor, with masks
+            restore_structure(self, checkpoint["state_dict"], strict=False)  # as strict as `load_state_dict` is told
         parent: Any = super()  # LightningModule, or another mixin
         parent.on_load_checkpoint(checkpoint)
+
+    def attach_compression(
+        self,
+        layers: str | Sequence[str] = "*",
+        *,
+        budget: float,
+        cost: Literal["params", "flops"] = "params",
+        inputs: Any = None,
+        masks: bool = True,
+        ranks: bool = True,
+        keep: str | Sequence[str] | None = None,
+        minimum: int = 1,
+        multiple: int = 1,
+    ) -> list[nn.Parameter]:
+        """Put masks on channels and thresholds on singular values; before the optimizer is made and DDP wraps.
+
+        Args:
+            layers: The layers to choose in: a name, a glob, or several.
+            budget: The share of the cost that may be left.
+            cost: ``"params"``, or ``"flops"`` of a forward pass of ``inputs``.
+            inputs: What the module takes; by default its ``example_input_array``.
+            masks: Whether channels are chosen.
+            ranks: Whether ranks are.
+            keep: Layers that stay as they are.
+            minimum: The least number of channels of a group, and the least rank.
+            multiple: Numbers of channels and ranks are multiples of this.
+
+        Returns:
+            Scores and thresholds. They are among ``self.parameters()``: give them a group of the optimizer without
+            weight decay, and a learning rate of their own.
+
+        Raises:
+            ValueError: If nothing can be chosen, or the budget cannot be met.
+            TypeError: If this class is no ``nn.Module``.
+            RuntimeError: If they are on already.
+
+        Example:
+            >>> import torch
+            >>> class Net(CompressionMixin, nn.Sequential):
+            ...     pass
+            >>> net = Net(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+            >>> chosen = net.attach_compression("0", budget=0.5, inputs=torch.zeros(1, 8), ranks=False)
+            >>> penalty = net.compression_penalty(beta=1.0)
+            >>> net.compress().cost <= 0.5 * (8 * 16 + 16 + 16 * 2 + 2)
+            True
+        """
+        if not isinstance(self, nn.Module):
+            raise TypeError(f"`CompressionMixin` must be mixed into a LightningModule, got {type(self).__name__}")
+        if _network_of(self) is not None:
+            raise RuntimeError("`attach_compression` has been called already; `compress` ends what it began")
+        given = getattr(self, "example_input_array", None) if inputs is None else inputs
+        settings: dict[str, Any] = {"cost": cost, "masks": masks, "ranks": ranks, "keep": keep}
+        network = BudgetedNetwork(self, layers, budget, inputs=given, minimum=minimum, multiple=multiple, **settings)
+        network.be_soft(1.0)
+        vars(self)["_compression"] = (network, Multiplier())
+        return network.parameters()
+
+    def compression_penalty(self, beta: float) -> Tensor:
+        """The term of the loss for the budget; once per optimizer step, before the module's forward pass.
+
+        Args:
+            beta: The inverse temperature of masks and soft ranks from now on; let it rise from 1 to about 100.
+
+        Returns:
+            Scalar, with gradients to scores and thresholds. The multiplier in it grows as long as the cost is above the
+            budget.
+
+        Raises:
+            RuntimeError: If `attach_compression` was not called.
+        """
+        network, multiplier = _compression_of(self)
+        network.be_soft(beta)
+        share, _ = network.share()
+        penalty: Tensor = multiplier.penalty(share, network.budget.target)
+        multiplier.update(float(share), network.budget.target)
+        return penalty
+
+    def compress(self) -> Projection:
+        """Choose what stays within the budget, and make the network smaller: parameters are replaced.
+
+        Make a new optimizer afterwards. Under DDP this belongs behind the training.
+
+        Returns:
+            Which channels stayed, the ranks, and the cost that is left.
+
+        Raises:
+            RuntimeError: If `attach_compression` was not called.
+        """
+        network, _ = _compression_of(self)
+        choice = network.choose()
+        network.bake(choice)
+        network.shrink(choice)
+        del vars(self)["_compression"]
+        return choice
+
+
+def _network_of(module: Any) -> BudgetedNetwork | None:
+    found: BudgetedNetwork | None = vars(module).get("_compression", (None,))[0]
+    return found
+
+
+def _compression_of(module: Any) -> tuple[BudgetedNetwork, Multiplier]:
+    if _network_of(module) is None:
+        raise RuntimeError("`attach_compression` must be called first")
+    found: tuple[BudgetedNetwork, Multiplier] = vars(module)["_compression"]
+    return found

@@ -1,0 +1,145 @@
+"""What choosing channels and ranks under a budget adds to a training step, and what the smaller network gains in time.
+
+The network is trained bare, with masks, and with masks and thresholds, in turns and step by step, so that drift of the
+machine's speed falls on all alike. A step is the forward and backward pass and the step of scores and thresholds, as
+the callbacks take it. Times are those of the processor (of the clock on a GPU). Then the network that the hybrid choice
+delivers is timed beside the dense one, in evaluation mode, batch 8.
+
+    python benchmarks/hybrid_compression.py                    # ResNet-18, 32 x 3 x 224 x 224, one thread
+    python benchmarks/hybrid_compression.py --batch 4          # a trial run; shares of small batches are too high
+    python benchmarks/hybrid_compression.py --device cuda      # ResNet-50, 256 x 3 x 224 x 224, bfloat16
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from _report import describe_machine, markdown_table
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
+from lightning_plugins.callbacks._choice_optimizer import ChoiceOptimizer
+from lightning_plugins.compression import compression_report
+
+RATE = 0.01
+
+
+class Form:
+    """A network in one of the forms, and its step."""
+
+    def __init__(self, net: nn.Module, ranks: bool | None, inputs: Tensor, budget: float, every: int) -> None:
+        self.net, self.seconds = net, list[float]()
+        self.network: BudgetedNetwork | None = None
+        if ranks is not None:
+            settings: dict[str, Any] = {"cost": "flops", "inputs": inputs, "masks": True, "ranks": ranks}
+            self.network = BudgetedNetwork(net, "*", budget, refresh_every=every if ranks else 1, **settings)
+            self.network.be_soft(10.0)
+            self.optimizer = ChoiceOptimizer(self.network.kinds(0.02, 0.002))
+
+    def step(self, images: Tensor, labels: Tensor, now: Callable[[], float]) -> None:
+        """Time forward, backward and the choice; then the weights change."""
+        for parameter in self.net.parameters():
+            parameter.grad = None
+        start = now()
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+            loss = nn.functional.cross_entropy(self.net(images), labels)
+        loss.backward()
+        if self.network is not None:
+            share, _ = self.network.share()
+            slopes = torch.autograd.grad(share, self.network.parameters())
+            self.optimizer.step(slopes, share.detach() - self.network.budget.target)
+            if self.network.thresholds is not None:
+                self.network.thresholds.clamp_()
+        self.seconds.append(now() - start)
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=RATE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, help="images per step; 32, or 256 on a GPU")
+    parser.add_argument("--rounds", type=int, default=6, help="counted steps of every form; a multiple of --every")
+    parser.add_argument("--every", type=int, default=1, help="decompose weights once in so many steps")
+    parser.add_argument("--budget", type=float, default=0.4)
+    settings = parser.parse_args()
+    on_gpu = settings.device == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(1)  # or the time of threads that wait counts too
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    name, batch = ("resnet50", 256) if on_gpu else ("resnet18", 32)
+    batch = settings.batch or batch
+    torch.manual_seed(0)
+    dense = timm.create_model(name, num_classes=1000).to(settings.device)
+    example = torch.zeros(1, 3, 224, 224, device=settings.device)
+    kinds = {"bare": None, "masks": False, "masks and thresholds": True}
+    forms = {
+        label: Form(copy.deepcopy(dense), ranks, example, settings.budget, settings.every)
+        for label, ranks in kinds.items()
+    }
+    images = torch.randn(batch, 3, 224, 224, device=settings.device)
+    labels = torch.randint(1000, (batch,), device=settings.device)
+    warm_up = 2 * settings.every
+    for _ in range(warm_up + settings.rounds):
+        for form in forms.values():
+            form.step(images, labels, now)
+    sums = {label: sum(form.seconds[warm_up:]) / settings.rounds for label, form in forms.items()}
+    print(describe_machine(settings.device))
+    print(
+        f"{name}, {batch} x 3 x 224 x 224, {settings.rounds} rounds, weights decomposed every {settings.every} steps\n"
+    )
+    rows = [[label, f"{1e3 * mean:.0f}", f"{100 * (mean / sums['bare'] - 1):+.1f} %"] for label, mean in sums.items()]
+    print(markdown_table(("step", "ms", "beside bare"), rows))
+    deliver(forms["masks and thresholds"], dense, settings)
+
+
+def follow_budget(network: BudgetedNetwork, steps: int = 60) -> None:
+    """Make a choice along the budget alone, from scores that differ at random: no data says what is useful."""
+    with torch.no_grad():
+        for scores in network.parameters()[: len(network.groups)]:
+            scores.copy_(2 + torch.randn_like(scores) / 2)
+    optimizer = ChoiceOptimizer(network.kinds(0.1, 0.01))
+    for step in range(1, steps + 1):
+        network.be_soft(100.0 ** (step / steps))
+        share, _ = network.share()
+        slopes = torch.autograd.grad(share, network.parameters())
+        wanted = 1 - min(step / (0.9 * steps), 1.0) * (1 - network.budget.target)
+        optimizer.step(slopes, share.detach() - wanted)
+
+
+def deliver(form: Form, dense: nn.Module, settings: argparse.Namespace) -> None:
+    """Time the network that is within the budget beside the dense one."""
+    network = form.network
+    if network is None:
+        raise RuntimeError("a bare network delivers nothing")
+    follow_budget(network)
+    network.multiple = 8
+    choice = network.choose()
+    network.bake(choice)
+    network.shrink(choice)
+    inputs = torch.randn(8, 3, 224, 224, device=settings.device)
+    report = compression_report(dense.eval(), form.net.eval(), inputs)
+    flops = 1 - choice.cost / network.budget.dense
+    before, after = report.before.latency, report.after.latency
+    if before is None or after is None:
+        raise RuntimeError("no latency was measured")
+    gain = 1 - after.median_ms / before.median_ms
+    print(f"\nDelivered within a budget of {settings.budget:.0%} of the operations: {1 - flops:.1%} are left.")
+    print(f"Latency, batch 8: {before.median_ms:.1f} ms dense, {after.median_ms:.1f} ms delivered;")
+    print(f"the gain in time is {gain / flops:.2f} of that in operations.")
+
+
+if __name__ == "__main__":
+    main()
