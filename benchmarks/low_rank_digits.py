@@ -30,7 +30,7 @@ from lightning_plugins.plots import trade_off_figure
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from digits import Classifier, Digits  # noqa: E402 - the path is set above
+from digits import Classifier, Digits
 
 NETWORKS = {"resnet": "test_resnet", "vit": "vit_tiny_patch16_224"}
 SETTINGS = {"vit": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4, "lr": 2e-3}}

@@ -47,14 +47,18 @@ class Classifier(LightningModule):
         self.net = timm.create_model(name, in_chans=channels, num_classes=classes, **settings)
         self.accuracy = MulticlassAccuracy(classes, average="micro")
         self.lr = lr
+        self.example_input_array = torch.zeros(1, channels, 32, 32)  # with which operations are counted
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(self.net(images), labels)
+        return F.cross_entropy(self(images), labels)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.accuracy(self.net(images), labels)
+        self.accuracy(self(images), labels)
         self.log("accuracy", self.accuracy)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
