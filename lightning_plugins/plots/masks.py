@@ -71,7 +71,7 @@ def architecture_figure(layers: Mapping[str, Mapping[str, Any]], *, title: str |
 
     Example:
         >>> figure = architecture_figure({"fc": {"params": [40, 12], "kept": [2, 4]}})
-        >>> [bar.get_width() for bar in figure.axes[0].patches]
+        >>> [int(bar.get_width()) for bar in figure.axes[0].patches]
         [40, 12]
     """
     kind = "flops" if any(sum(layer.get("flops", ())) for layer in layers.values()) else "params"
