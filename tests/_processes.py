@@ -1,6 +1,7 @@
 """Run a function on several processes that form a gloo process group, and collect what each returns."""
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 SECONDS = 300  # a hang ends the test; a busy machine must not
+# All processes are forked from one that has imported what takes long, and computed nothing.
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["lightning.pytorch", "torch._dynamo", "hypothesis", "timm"])
 
 
 def run_on_ranks(
@@ -23,10 +27,12 @@ def run_on_ranks(
     """Call ``fn(rank, *args)`` on ``world_size`` new processes and return their results in the order of the ranks.
 
     ``fn`` stands at the top level of its module, since the processes import it by name. The first error of a process
-    ends all of them and is raised here with its traceback. Starting takes some five seconds: put many cases into one.
+    ends all of them and is raised here with its traceback. The first call of a test run takes some seconds to start.
     """
     folder = tempfile.mkdtemp(dir=tmp_path)  # one test may call more than once
-    context = multiprocessing.spawn(_run, (fn, world_size, folder, args), nprocs=world_size, join=False)
+    context = multiprocessing.start_processes(
+        _run, (fn, world_size, folder, args), nprocs=world_size, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
@@ -76,3 +82,6 @@ def _run(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: 
     torch.save(result, Path(folder, f"{rank}.pt"))
     dist.barrier()  # nobody leaves while others still talk
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's own end may meet a thread of gloo, and abort

@@ -1,10 +1,10 @@
 import itertools
 import json
 import math
+import os
 import random
-import subprocess
+import signal
 import sys
-import time
 from copy import deepcopy
 
 import pytest
@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plugins.compression import beam_search, factorize, layer_costs, rich_progress, score_ranks
-from tests._processes import run_on_ranks
+from tests._processes import START, run_on_ranks
 
 
 class Net(nn.Module):
@@ -389,29 +389,22 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
     assert beam_search(net, batches, never, **settings, state_file=str(file)) == whole  # it is all there
 
 
-KILLED = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-from tests.compression.test_beam_search import *
-net = make_net()
-batches = make_batches(net)
-def slow(net, batch):
-    time.sleep(0.003)
-    return hits(net, batch)
-beam_search(net, batches, slow, ratio=0.6, step=1, width=3, bounds=(0, 1), state_file=sys.argv[1])
-"""
-
-
-def test_a_killed_search_goes_on_where_it_was(tmp_path, request):
-    file = tmp_path / "search.json"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(file), str(request.config.rootpath)])
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+def _search_until_killed(file):
+    def fatal(net, batch):
         if file.exists() and len(json.loads(file.read_text())["levels"]) > 2:
-            break
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -9
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hits(net, batch)
+
+    net = make_net()
+    beam_search(net, make_batches(net), fatal, ratio=0.6, step=1, width=3, bounds=(0, 1), state_file=file)
+
+
+def test_a_killed_search_goes_on_where_it_was(tmp_path):
+    file = tmp_path / "search.json"
+    process = START.Process(target=_search_until_killed, args=(file,))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     net = make_net()
     batches = make_batches(net)
     levels = []
