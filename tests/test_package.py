@@ -60,7 +60,7 @@ def test_import_loads_nothing_else():
     assert done.stdout.split() == ["lightning_plugins"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["functional", "schedules", "selection", "distributed", "regularizers"])
+@pytest.mark.parametrize("name", ["functional", "schedules", "selection", "distributed", "regularizers", "compression", "meta"])
 def test_imports_beside_a_broken_torchvision(name, tmp_path):
     """A torchvision built for another torch raises on import; what needs no Lightning must not touch it.
 
@@ -74,7 +74,7 @@ def test_imports_beside_a_broken_torchvision(name, tmp_path):
     assert "torchvision" not in done.stdout.split()
 
 
-@pytest.mark.parametrize("name", ["callbacks", "metrics", "mixins", "plots"])
+@pytest.mark.parametrize("name", ["callbacks", "cli", "compression", "data", "meta", "metrics", "mixins", "plots"])
 def test_imports_without_extras(name):
     done = run(f"{HIDE_EXTRAS}\nimport lightning_plugins.{name}; print(HIDDEN & set(sys.modules))")
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
