@@ -1,9 +1,9 @@
 """What masks on channels and thresholds on singular values add to a training step.
 
 One network is trained in every form in turn, step by step, so that drift of the machine's speed falls on all alike, and
-weights change between the steps of a form. A step is a forward and a backward pass with the soft ranks in the loss;
-the times are those of the processor (of the clock on a GPU), and a form's share compares sums over whole periods of
-its decompositions.
+weights change between the steps of a form. A step is a forward and a backward pass, and the gradient of the soft ranks
+with respect to scores and thresholds, as the callbacks take it. Times are those of the processor (of the clock on a
+GPU), and a form's share compares sums over whole periods of its decompositions.
 
     python benchmarks/thresholds.py                    # ResNet-18, 32 x 3 x 224 x 224, one thread
     python benchmarks/thresholds.py --batch 4          # a trial run; the shares are those of small batches, too high
@@ -19,7 +19,7 @@ import torch
 from _report import describe_machine, markdown_table
 from torch import Tensor, nn
 
-from lightning_plugins.compression import apply_masks, apply_thresholds, channel_groups, thresholds_of
+from lightning_plugins.compression import apply_masks, apply_thresholds, channel_groups, masks_of, thresholds_of
 
 FORMS = {"bare": None, "masks": 0, "k = 1": 1, "k = 2": 2, "k = 4": 4}
 NAMES = {
@@ -44,7 +44,7 @@ def make(form: str, name: str, device: str) -> nn.Module:
     return net.to(device)
 
 
-def step(net: nn.Module, images: Tensor, labels: Tensor, now: Callable[[], float], ranks: bool) -> float:
+def step(net: nn.Module, images: Tensor, labels: Tensor, now: Callable[[], float]) -> float:
     """The seconds of forward and backward; then the weights change."""
     for parameter in net.parameters():
         parameter.grad = None
@@ -52,9 +52,14 @@ def step(net: nn.Module, images: Tensor, labels: Tensor, now: Callable[[], float
     with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
         loss = nn.functional.cross_entropy(net(images), labels)
     thresholds = thresholds_of(net)
-    if thresholds is not None and ranks:
-        loss = loss + 1e-6 * torch.stack(list(thresholds.soft_ranks().values())).sum()
     loss.backward()
+    masks = masks_of(net)
+    if masks is not None and thresholds is not None:
+        ranks = torch.stack(list(thresholds.soft_ranks().values())).sum()
+        learned = [*masks.scores, *thresholds.values]
+        for parameter, slope in zip(learned, torch.autograd.grad(ranks, learned, allow_unused=True), strict=True):
+            if slope is not None:
+                parameter.grad = slope * 1e-4 + parameter.grad
     seconds = now() - start
     with torch.no_grad():
         for parameter in net.parameters():
@@ -70,7 +75,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, help="images per step; 32, or 256 on a GPU")
     parser.add_argument("--rounds", type=int, default=4, help="counted steps of every form; a multiple of 4")
-    parser.add_argument("--no-ranks", action="store_true", help="leave the soft ranks out of the loss")
     settings = parser.parse_args()
     on_gpu = settings.device == "cuda"
     if not on_gpu:
@@ -88,10 +92,10 @@ def main() -> None:
     nets = {form: make(form, name, settings.device) for form in FORMS}
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
     for net in nets.values():
-        step(net, images[:2], labels[:2], now, not settings.no_ranks)  # decomposes: the period begins anew below
+        step(net, images[:2], labels[:2], now)  # decomposes: the period begins anew below
     for _ in range(settings.rounds):
         for form, net in nets.items():
-            seconds[form].append(step(net, images, labels, now, not settings.no_ranks))
+            seconds[form].append(step(net, images, labels, now))
 
     bare = sum(seconds["bare"])
     rows = []

@@ -1,6 +1,6 @@
 """The thresholds of a model as a module, and the step that one of them is on the way to a weight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ class Thresholded(nn.Module):
         with full_precision(weight):
             wide, restore = wide_view(at_least_float32(weight))
             tau = thresholds.tau(self.index).to(wide.dtype)
-            lowered: Tensor = Lower.apply(wide, tau, *self._current(wide))
+            lowered: Tensor = Lower.apply(wide, tau, *self._current(lambda: wide))
             return restore(lowered).to(weight.dtype)
 
     def spectrum(self) -> Tensor:
@@ -146,11 +146,19 @@ class Thresholded(nn.Module):
         basis = self._basis
         if basis is not None and not torch.is_grad_enabled() and self._versions() == self._key:
             return basis.values
-        weight = self._before()
+        scale = self._row_scale()
+        weight = self._before() if scale is None else self._steps().original
         with full_precision(weight):
             wide, _ = wide_view(at_least_float32(weight))
-            values: Tensor = Values.apply(wide, *self._current(wide)[:2])
-            return values
+            if scale is None:
+                values: Tensor = Values.apply(wide, None, *self._current(lambda: wide)[:2])
+                return values
+            mask = scale.to(wide.dtype)
+            vectors, values, _ = self._current(lambda: wide * mask[:, None])
+            # Of d(s_i) = u_i.T dW v_i the part of a row's mask m_r is s_i u_ri ** 2 / m_r: no pass over the weight.
+            slopes = torch.where(mask[:, None] == 0, 0, vectors.square() * values / mask[:, None]).detach()
+            of_weight: Tensor = Values.apply(wide, mask.detach(), vectors, values)
+            return of_weight + (mask - mask.detach()) @ slopes
 
     def decompose_anew(self) -> Tensor:
         """Decompose the weight as it is, unless that is done; the singular values in rising order."""
@@ -184,6 +192,15 @@ class Thresholded(nn.Module):
             weight = step(weight)
         return weight
 
+    def _row_scale(self) -> Tensor | None:
+        """The mask that reaches this step, where it scales rows that are no more than the columns."""
+        steps = self._steps()
+        rows, columns = steps.original.flatten(1).shape
+        if len(steps) != 2 or steps[1] is not self or rows > columns:
+            return None
+        scale: Tensor | None = steps[0].row_scale() if hasattr(steps[0], "row_scale") else None
+        return scale
+
     def _versions(self) -> Any:
         """What changes when the weight that reaches this step does."""
         steps = self._steps()
@@ -194,14 +211,14 @@ class Thresholded(nn.Module):
         layer: Any = self._layer[0]
         return layer.parametrizations["weight"]
 
-    def _current(self, wide: Tensor) -> Basis:
-        """The decomposition to use."""
+    def _current(self, wide: Callable[[], Tensor]) -> Basis:
+        """The decomposition to use; that of the matrix that is handed over if it is time for it."""
         every = self._thresholds[0].refresh_every
         key = self._versions()
         basis = self._basis
         if basis is None or (key != self._key and (self.training or every == 1)):
             self._age += 1
             if basis is None or self._age >= every:
-                basis, self._age = decompose_wide(wide.detach()), 0
+                basis, self._age = decompose_wide(wide().detach()), 0
             self._basis, self._key = basis, key
         return basis

@@ -95,19 +95,20 @@ class Lower(Function):
 
 
 class Values(Function):
-    """The singular values of a decomposition of ``W @ W.T`` as a function of ``W``."""
+    """The singular values of a decomposition of ``M @ M.T`` with ``M = diag(scale) @ W`` as a function of ``W``."""
 
     @staticmethod
-    def forward(ctx: Any, wide: Tensor, vectors: Tensor, values: Tensor) -> Tensor:
-        ctx.save_for_backward(wide, vectors, values)
+    def forward(ctx: Any, wide: Tensor, scale: Tensor | None, vectors: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(wide, scale, vectors, values)
         return values.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wide, vectors, values = ctx.saved_tensors
+        wide, scale, vectors, values = ctx.saved_tensors
         with full_precision(wide):
-            return _product((vectors * (grad / _safe(values))) @ vectors.mT, wide), None, None
+            rows = vectors if scale is None else vectors * scale[:, None]
+            return _product((rows * (grad / _safe(values))) @ rows.mT, wide), None, None, None
 
 
 def _safe(values: Tensor) -> Tensor:
@@ -162,7 +163,8 @@ def _product_of_rows(one: Tensor, other: Tensor) -> Tensor:
     """``(k, n) @ (m, n).T``."""
     if _by_convolution(one, other):
         shape = (one.shape[0], other.shape[0], 1)
-        return conv1d_weight(other[None], shape, one[None], dilation=2)[:, :, 0]
+        product: Tensor = conv1d_weight(other[None], shape, one[None], dilation=2)[:, :, 0]
+        return product
     return one @ other.mT
 
 
@@ -173,4 +175,4 @@ def _by_convolution(*factors: Tensor) -> bool:
     ):
         return False
     mkldnn = torch.backends.mkldnn
-    return torch.backends.mkl.is_available() and mkldnn.is_available() and mkldnn.enabled
+    return torch.backends.mkl.is_available() and mkldnn.is_available() and bool(mkldnn.enabled)

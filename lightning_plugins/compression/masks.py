@@ -5,10 +5,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from lightning_plugins._checks import check_choice, check_finite_number
+from lightning_plugins.compression._masked import Masked
 from lightning_plugins.compression._parametrizations import clean_modules, put_on, take_off
 from lightning_plugins.compression.channel_groups import ChannelGroup
 from lightning_plugins.compression.shrink import check_kept
@@ -194,7 +193,7 @@ def apply_masks(
     model.add_module(NAME, masks)
     for name, parts in by_parameter.items():
         owner, _, attribute = name.rpartition(".")
-        put_on(modules[owner], attribute, _Masked(masks, parts).to(reference.device))
+        put_on(modules[owner], attribute, Masked(masks, parts).to(reference.device))
     return masks
 
 
@@ -242,7 +241,7 @@ def _take_off(model: nn.Module, *, bake: bool) -> None:
     if masks_of(model) is None:
         raise ValueError("`model` must have masks to take off, got none; `apply_masks` puts them on")
     for module in list(model.modules()):
-        take_off(module, _Masked, bake=bake)
+        take_off(module, Masked, bake=bake)
     del model._modules[NAME]
 
 
@@ -262,62 +261,3 @@ def _check_fits(modules: dict[str, nn.Module], name: str, dim: int, size: int) -
         raise ValueError(
             f"`groups` must be those of this model: {name!r} needs {size} entries in dim {dim}, got {found}"
         )
-
-
-class _Masked(nn.Module):
-    """Scale the slices of a parameter by the masks of the groups they belong to."""
-
-    def __init__(self, masks: ChannelMasks, parts: Sequence[tuple[int, int, tuple[int, ...]]]) -> None:
-        super().__init__()
-        self._masks = [masks]  # in a list, so that it is not a submodule here: its parameters count once
-        self.dims = tuple(dict.fromkeys(dim for dim, _, _ in parts))
-        self.parts = tuple((dim, index) for dim, index, _ in parts)
-        for number, (_, _, units) in enumerate(parts):
-            plain = units == tuple(range(len(units)))
-            at = None if plain else torch.tensor(units)
-            self.register_buffer(f"units_{number}", at, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        (masks,) = self._masks
-        scales: dict[int, Tensor] = {}
-        for number, (dim, index) in enumerate(self.parts):
-            mask = masks.mask(index)
-            units = getattr(self, f"units_{number}")
-            if units is not None:
-                mask = torch.cat([mask, mask.new_ones(1)])[units]  # -1, the last: not of this group
-            scales[dim] = scales[dim] * mask if dim in scales else mask
-        for dim, scale in scales.items():
-            weight = _Scaled.apply(weight, scale.to(weight.dtype), dim)
-        return weight
-
-    def versions(self) -> tuple[object, ...]:
-        """What changes when the masks do."""
-        (masks,) = self._masks
-        scores = [masks.scores[index]._version for _, index in self.parts]
-        noise = id(masks._noise) if masks._noise and masks.training else None
-        return (*scores, masks.beta._version, masks.hard._version, noise)
-
-
-class _Scaled(Function):
-    """``weight`` times a vector along one dimension; the vector's gradient needs no tensor of the weight's size."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.dim = dim
-        return weight * _along(scale, weight.ndim, dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weight, scale = ctx.saved_tensors
-        of_weight = grad * _along(scale, grad.ndim, ctx.dim) if ctx.needs_input_grad[0] else None
-        of_scale = None
-        if ctx.needs_input_grad[1]:
-            letters = "abcdefgh"[: grad.ndim]
-            of_scale = torch.einsum(f"{letters},{letters}->{letters[ctx.dim]}", grad, weight)
-        return of_weight, of_scale, None
-
-
-def _along(scale: Tensor, ndim: int, dim: int) -> Tensor:
-    return scale.reshape([-1 if i == dim else 1 for i in range(ndim)])

@@ -105,6 +105,25 @@ def test_the_mask_comes_before_the_threshold():
     assert all(value.grad is not None for value in thresholds.values)
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5)])
+def test_soft_ranks_of_masked_weights_have_the_gradient_of_a_decomposition(shape):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.ReLU(), nn.Linear(shape[0], 3)).double()
+    masks = apply_masks(net, channel_groups(net, torch.zeros(1, shape[1], dtype=torch.float64)))
+    torch.nn.init.normal_(masks.scores[0])
+    thresholds = apply_thresholds(net, "0", init=0.3, beta=3.0)
+    original, value = net[0].parametrizations.weight.original, thresholds.values[0]
+    got = torch.autograd.grad(thresholds.soft_ranks()["0"], [original, masks.scores[0], value])
+    spectrum = torch.linalg.svdvals(original * masks.mask(0)[:, None])
+    expected = torch.sigmoid(3.0 * (spectrum - thresholds.tau(0)) / spectrum[0].detach()).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(expected, [original, masks.scores[0], value]))
+    masks.set_kept([torch.arange(shape[0]) < 3])
+    hard = torch.autograd.grad(thresholds.soft_ranks()["0"], original)[0]
+    spectrum = torch.linalg.svdvals(original[:3])
+    expected = torch.sigmoid(3.0 * (spectrum - thresholds.tau(0)) / spectrum[0].detach()).sum()
+    torch.testing.assert_close(hard, torch.autograd.grad(expected, original)[0])
+
+
 def counting(monkeypatch):
     calls = []
     decompose = module.decompose_wide
