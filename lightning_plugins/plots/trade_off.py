@@ -61,8 +61,9 @@ def trade_off_figure(
         sizes = sorted(points)
         means = [float(torch.tensor(points[size]).mean()) for size in sizes]
         axes.plot(sizes, means, color=colour, linewidth=2.0, label=name, zorder=2)
-        dots = [(size, score) for size in sizes for score in points[size]]
-        axes.scatter(*zip(*dots, strict=True), color=colour, s=18, alpha=0.6, linewidths=0, zorder=3)
+        across = [size for size in sizes for _ in points[size]]
+        up = [score for size in sizes for score in points[size]]
+        axes.scatter(across, up, color=colour, s=18, alpha=0.6, linewidths=0, zorder=3)
     style_axes(axes, xlabel, ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))  # sizes may be fractions
     if reference is not None:
