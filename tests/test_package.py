@@ -60,7 +60,9 @@ def test_import_loads_nothing_else():
     assert done.stdout.split() == ["lightning_plugins"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["functional", "schedules", "selection", "distributed", "regularizers", "compression", "meta"])
+@pytest.mark.parametrize(
+    "name", ["functional", "schedules", "selection", "distributed", "regularizers", "compression", "meta"]
+)
 def test_imports_beside_a_broken_torchvision(name, tmp_path):
     """A torchvision built for another torch raises on import; what needs no Lightning must not touch it.
 

@@ -147,7 +147,6 @@ class _Precondition(Function):
                 grad_matrix = grad + left @ ((gains - 1)[..., None] * inside)
             return grad_matrix, projected.diagonal(dim1=-2, dim2=-1) * values, None, None
 
-
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], matrix: Tensor, gains: Tensor, turned: bool, exact: bool
