@@ -74,6 +74,8 @@ class PrefixReuse:
             first = self.first_calls()
             self._shared = min((first[name] for name in changed), default=len(self._calls))
         del self._calls[self._shared :]
+        kept = set(map(id, self._calls))  # what other calls gave is memory of a run that is over
+        self._made_by = {output: call for output, call in self._made_by.items() if id(call) in kept}
         self._position = 0
 
     def first_calls(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Replaying what two runs have in common gives what computing it gives, bit for bit, in networks that set traps."""
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -354,3 +355,22 @@ def test_uncalled_layers_are_known():
         model["used"](torch.zeros(1, 3))
         assert runs.uncalled() == ["unused"]
         assert runs.first_calls() == {"used": 0, "unused": 1}
+
+
+def test_outputs_of_runs_that_are_over_are_freed():
+    model = _mlp().double().eval()
+    layers = _layers(model)
+    outputs = []
+    original = layers["2.0"].forward
+
+    def forward(x):
+        given = original(x)
+        outputs.append(weakref.ref(given))
+        return given
+
+    vars(layers["2.0"])["forward"] = forward
+    with evaluation(model), PrefixReuse(model, layers) as reuse:
+        for _ in range(5):
+            reuse.start(None)
+            model(torch.randn(4, 6).double())
+        assert [output() is not None for output in outputs] == [False] * 4 + [True]
