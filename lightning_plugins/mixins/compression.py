@@ -127,7 +127,7 @@ class CompressionMixin:
         network.be_soft(beta)
         share, _ = network.share()
         penalty: Tensor = multiplier.penalty(share, network.budget.target)
-        multiplier.update(float(share), network.budget.target)
+        multiplier.update(float(share.detach()), network.budget.target)
         return penalty
 
     def compress(self) -> Projection:
