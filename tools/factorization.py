@@ -85,6 +85,7 @@ def _check_half_rank(build: Callable[[], nn.Module], inputs: Any, outcome: Outco
     small = made(build, 0, inputs)
     weights, outcome.layers = count(small)
     whole = run(small, inputs)
+    expect(all(bool(part.isfinite().all()) for part in whole), "the dense model's own output is not finite in float32")
     factorize(small, 0.5, only_if_smaller=False)
     left, now = count(small)
     outcome.split, outcome.ratio = now - outcome.layers, left / weights
