@@ -5,7 +5,9 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 WORKERS ?= 2
-BENCH ?= $(wildcard benchmarks/[a-z]*.py)
+# Those that train for long are run by name.
+LONG := $(addprefix benchmarks/,sinusoid.py glyph_few_shot.py low_rank_digits.py hybrid_digits.py)
+BENCH ?= $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,7 +63,7 @@ notebooks: $(INSTALLED)  ## Write the notebooks from the scripts under examples/
 notebooks-check: $(INSTALLED)  ## Fail if a notebook differs from its script
 	$(BIN)/python tools/notebooks.py --check
 
-bench: $(INSTALLED)  ## Run the benchmarks, or those named: make bench BENCH=benchmarks/x.py
+bench: $(INSTALLED)  ## Run the short benchmarks, or those named: make bench BENCH=benchmarks/x.py
 	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:  ## Remove what the targets made, the environment included
