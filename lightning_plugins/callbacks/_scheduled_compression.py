@@ -115,7 +115,7 @@ class ScheduledCompression(Callback):
         )
         self._hooks = [
             pl_module.register_state_dict_post_hook(save),  # type: ignore[no-untyped-call]  # torch's
-            pl_module.register_load_state_dict_pre_hook(load),  # type: ignore[no-untyped-call]
+            pl_module.register_load_state_dict_pre_hook(load),  # type: ignore[no-untyped-call]  # torch's
         ]
         rewrap(trainer, pl_module, ("channel_masks", "rank_thresholds"))
         self._optimizer = ChoiceOptimizer(network.kinds(settings.learning_rate, settings.threshold_learning_rate))
