@@ -85,15 +85,16 @@ def bundles(model: nn.Module, example_inputs: Any) -> list[Bundle]:
     roots = [node for node in nodes.values() if isinstance(node.module, nn.modules.conv._ConvNd | nn.Linear)]
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     roots.sort(key=lambda node: order.get(names.get(id(node.module), ""), 0))
+    largest = max((_limit(node.module, side) for node in roots for side in ("in", "out")), default=0)
     for node in roots:
-        _walk(graph, node, number, sets)
+        _walk(graph, node, number, sets, largest)
     for node in roots:
         _join_groups(node.module, number[id(node)], sets)
     heads = _join_heads(model, graph, number, sets)
     members: dict[int, list[tuple[int, str, int]]] = defaultdict(list)
     for element, index in sets.number.items():
         members[sets.find(index)].append(element)
-    found = [_bundle(elements, nodes, names, heads) for elements in members.values()]
+    found = [_bundle(elements, nodes, names, heads, largest) for elements in members.values()]
     return sorted(found, key=lambda bundle: _place_key(bundle, order))
 
 
@@ -148,8 +149,11 @@ def _side(handler: Any) -> str:
     return "in" if handler.__name__ == "prune_in_channels" else "out"
 
 
-def _walk(graph: Any, root: Any, number: Mapping[int, int], sets: _Sets) -> None:
-    """Join every channel of a layer's output with the channels that go with it."""
+def _walk(graph: Any, root: Any, number: Mapping[int, int], sets: _Sets, largest: int) -> None:
+    """Join every channel of a layer's output with the channels that go with it.
+
+    Channels behind the largest that any layer has come from a reshape in a circle, which multiplies them without end.
+    """
     from torch_pruning._helpers import _HybridIndex  # type: ignore[import-untyped]  # it ships no types
 
     pruner = graph.get_pruner_of_module(root.module)
@@ -165,12 +169,15 @@ def _walk(graph: Any, root: Any, number: Mapping[int, int], sets: _Sets) -> None
             if not dependency.is_triggered_by(handler):
                 continue
             moved = [_HybridIndex(idx=i, root_idx=i) for i in indices]
-            for mapping in dependency.index_mapping:
-                moved = moved if mapping is None else mapping(moved)
+            try:
+                for mapping in dependency.index_mapping:
+                    moved = moved if mapping is None else mapping(moved)
+            except ZeroDivisionError:  # a reshape to fewer channels than it expects: none of these may leave
+                moved = [_HybridIndex(idx=largest, root_idx=i) for i in indices]
             target = number[id(dependency.target)], _side(dependency.handler)
             new = []
             for item in moved:
-                if (*target, item.idx) not in sets.number:
+                if item.idx < largest and (*target, item.idx) not in sets.number:
                     new.append(item.idx)
                 if item.root_idx is not None:
                     sets.join((*source, item.root_idx), (*target, item.idx))
@@ -210,7 +217,9 @@ def _join_heads(model: nn.Module, graph: Any, number: Mapping[int, int], sets: _
     return owners
 
 
-def _bundle(elements: list[tuple[int, str, int]], nodes: dict[int, Any], names: dict[int, str], heads: Any) -> Bundle:
+def _bundle(
+    elements: list[tuple[int, str, int]], nodes: dict[int, Any], names: dict[int, str], heads: Any, largest: int
+) -> Bundle:
     places, reason, attention = [], "", ""
     for node, side, index in sorted(elements):
         module = nodes[node].module
@@ -222,10 +231,11 @@ def _bundle(elements: list[tuple[int, str, int]], nodes: dict[int, Any], names: 
         elif place is None and name and not _within_heads(module, index):
             reason = reason or f"it passes {name!r}, {_why(module)}"
         elif place is not None:
-            limit = _limit(module, side)
-            if index >= limit:
+            if index >= _limit(module, side):
                 reason = reason or f"channel {index} of {name!r} does not exist: the tracer did not follow a reshape"
             places.append(Place(name, place, index))
+        elif index >= largest:
+            reason = reason or "the tracer did not follow a reshape behind it"
     return Bundle(tuple(places), reason, attention)
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from timm.layers.lambda_layer import LambdaLayer
 from torch import nn
 
 from lightning_plugins.compression import channel_groups, find_channel_groups, groups_from_state, groups_to_state
@@ -90,6 +91,16 @@ def test_a_wrong_dependency_is_found_by_trying():
     assert "is not the same as masking" in refused["one"]
     with pytest.raises(ValueError, match="`layers`: '\\*' must match a layer that can lose channels"):
         channel_groups(Rolled(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("heads", [16, 1])
+def test_reshapes_in_a_circle_come_to_an_end(heads):
+    # Torch-Pruning's graph multiplies the channels in every turn for one number of heads, and divides by 0 for another.
+    attention = LambdaLayer(16, dim_head=16 // heads, num_heads=heads, r=3)
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), attention, nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    search = find_channel_groups(net, torch.randn(1, 3, 6, 6))
+    assert [(group.name, group.size) for group in search.groups] == [("2", 8)]
+    assert "reshape" in search.refused["1.qkv"]
 
 
 def test_tied_weights_and_computed_weights_stay_whole():
