@@ -57,8 +57,7 @@ def run(method: str, budget: float, seed: int, epochs: int) -> dict[str, float]:
     (metrics,) = Trainer(**settings).validate(model, data.val_dataloader(), verbose=False)
     kept = 1.0
     if method != "dense":
-        report = callbacks[0].report
-        kept = report["after"]["flops"] / report["before"]["flops"]
+        kept = callbacks[0].report.share
     return {"accuracy": metrics["accuracy"], "kept": kept}
 
 

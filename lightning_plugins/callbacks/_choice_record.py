@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_plugins.callbacks._compression_settings import CompressionSettings
 from lightning_plugins.callbacks._figures import hand_to_loggers
-from lightning_plugins.plots import architecture_figure, choice_figure
+from lightning_plugins.compression.report import CompressionReport
+from lightning_plugins.plots import choice_figure, compression_figure
 
 _MOST = 200  # rows; beyond, every second one is dropped and half as many are added
 
@@ -46,7 +47,7 @@ class ChoiceRecord:
             self.every *= 2
             self.rows = [row for row in self.rows if row["step"] % self.every == 0]
 
-    def draw(self, trainer: Trainer, report: Mapping[str, Any], settings: CompressionSettings) -> None:
+    def draw(self, trainer: Trainer, report: CompressionReport, settings: CompressionSettings) -> None:
         """Hand the pictures to the loggers; on rank zero.
 
         Args:
@@ -56,7 +57,7 @@ class ChoiceRecord:
         """
         title = f"{settings.cost} within {settings.budget:.0%}"
         hand_to_loggers(trainer, "compression/choice", choice_figure(self.rows, settings.budget, title=title))
-        hand_to_loggers(trainer, "compression/architecture", architecture_figure(report["layers"], title=title))
+        hand_to_loggers(trainer, "compression", compression_figure(report, title=title))
 
     def state_dict(self) -> dict[str, Any]:
         """The rows."""

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
 from lightning_plugins.callbacks._choice_optimizer import ChoiceOptimizer
 from lightning_plugins.callbacks._choice_record import ChoiceRecord
-from lightning_plugins.callbacks._compression_report import CompressionCosts
+from lightning_plugins.callbacks._compression_report import budget_report
 from lightning_plugins.callbacks._compression_requirements import require_alone, require_compression
 from lightning_plugins.callbacks._compression_settings import CompressionSettings
 from lightning_plugins.callbacks._cost_report import example_inputs
@@ -28,6 +28,8 @@ from lightning_plugins.callbacks._requirements import require_lightning_module
 from lightning_plugins.callbacks._rewrapping import rewrap
 from lightning_plugins.callbacks._surgery import operate, require_operable_optimizers
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
+from lightning_plugins.compression.network_costs import measure_network
+from lightning_plugins.compression.report import CompressionReport
 from lightning_plugins.compression.restore_structure import restore_structure
 
 _SOFT, _WHOLE, _HARD = "soft", "whole", "hard"
@@ -55,7 +57,7 @@ class ScheduledCompression(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self.report: dict[str, Any] | None = None
+        self.report: CompressionReport | None = None
         self._state: dict[str, Any] | None = None  # of the network and its optimizer, while they are not there
         self._mode = _WHOLE
         self._updated_at = -1
@@ -93,7 +95,7 @@ class ScheduledCompression(Callback):
         settings, state = self.settings, self._state
         with isolate_rng(), _as_written(trainer, pl_module):
             inputs = example_inputs(trainer, pl_module)
-            self._costs = CompressionCosts(pl_module, inputs)
+            self._costs = measure_network(pl_module, inputs, latency=False)
             groups = None if state is None else state["network"]["groups"]
             network = BudgetedNetwork(
                 pl_module,
@@ -168,8 +170,7 @@ class ScheduledCompression(Callback):
     ) -> None:
         """Log the budget, and what is kept of every layer."""
         network = self._network
-        share = self.report["budget"]["share"] if self.report is not None else self._share
-        pl_module.log(f"budget/{self.settings.cost}", share, prog_bar=True)
+        pl_module.log(f"budget/{self.settings.cost}", self._share, prog_bar=True)
         if network is None:
             return
         if self.settings.learned:
@@ -179,7 +180,7 @@ class ScheduledCompression(Callback):
             pl_module.log(f"mask/{name}/kept", part)
         for name, rank in self._ranks.items():
             pl_module.log(f"rank/{name}", rank)
-        self._record.add(trainer.global_step, share, kept, self._ranks)
+        self._record.add(trainer.global_step, self._share, kept, self._ranks)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the last epoch do what is still to be done, before checkpoints of this epoch are written."""
@@ -218,12 +219,15 @@ class ScheduledCompression(Callback):
         own = self._state if self._network is None else self._own_state()
         place = {"mode": self._mode, "updated_at": self._updated_at, "share": float(self._share)}
         ranks = {name: float(rank) for name, rank in self._ranks.items()}
-        return {"own": own, **place, "ranks": ranks, "report": self.report, "record": self._record.state_dict()}
+        report = None if self.report is None else self.report.to_json()
+        return {"own": own, **place, "ranks": ranks, "report": report, "record": self._record.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's phase."""
         self._forget()
-        self._state, self.report = state_dict["own"], state_dict["report"]
+        self._state = state_dict["own"]
+        if state_dict["report"] is not None:
+            self.report = CompressionReport.from_json(state_dict["report"])
         self._mode, self._updated_at = state_dict["mode"], state_dict["updated_at"]
         self._share = state_dict["share"]
         self._ranks = dict(state_dict["ranks"])
@@ -259,12 +263,11 @@ class ScheduledCompression(Callback):
         network.bake(choice)
         with _as_written(trainer, pl_module):
             operate(trainer, pl_module, lambda: network.shrink(choice))
-            report = self._costs.report(pl_module, example_inputs(trainer, pl_module), network, choice)
+            inputs = example_inputs(trainer, pl_module)
+            report = budget_report(self._costs, pl_module, inputs, network, choice, settings)
         self.report, self._network, self._state = report, None, None
-        self._compressed = weakref.ref(pl_module)
-        self._record.add(
-            trainer.global_step, report["budget"]["share"], network.kept_shares(choice.kept), choice.ranks, last=True
-        )
+        self._compressed, self._share = weakref.ref(pl_module), choice.cost / network.budget.dense
+        self._record.add(trainer.global_step, self._share, network.kept_shares(choice.kept), choice.ranks, last=True)
         if settings.figures and trainer.is_global_zero:
             self._record.draw(trainer, report, settings)
 

@@ -55,8 +55,9 @@ class HybridCompression(ScheduledCompression):
         ImportError: If ``figures`` are wanted and matplotlib is missing.
 
     Attributes:
-        report: Once the network is small: ``"before"`` and ``"after"`` (``params`` and ``flops`` of the whole network),
-            ``"layers"`` (the same by layer, in pairs, with ``kept`` and ``rank``) and ``"budget"``.
+        report: Once the network is small, a `lightning_plugins.compression.CompressionReport`: parameters and, where
+            the module has an ``example_input_array``, operations, before and after, per layer and in all; the units
+            that were ``kept`` and the ``ranks`` by layer; and the ``share`` of the cost that is left.
 
     Logs at every step ``budget/<cost>``, the share of the cost that masks and soft ranks leave, ``budget/multiplier``,
     ``mask/<group of channels>/kept`` and ``rank/<layer>``, the soft rank.

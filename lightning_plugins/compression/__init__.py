@@ -20,7 +20,7 @@ from lightning_plugins.compression.low_rank import dense_weight, low_rank_layer,
 from lightning_plugins.compression.masks import ChannelMasks, apply_masks, bake_masks, masks_of, remove_masks
 from lightning_plugins.compression.network_costs import Latency, LayerSize, NetworkCosts, measure_network
 from lightning_plugins.compression.rank_selection import energy_threshold, equal_ratio, score_ranks, trade_off
-from lightning_plugins.compression.report import CompressionReport, LayerChange, compression_report
+from lightning_plugins.compression.report import CompressionReport, LayerChange, UnitsKept, compression_report
 from lightning_plugins.compression.restore_structure import restore_structure
 from lightning_plugins.compression.shrink import shrink
 from lightning_plugins.compression.thresholds import (
@@ -48,6 +48,7 @@ __all__ = [
     "RankThresholds",
     "ScoredRanks",
     "SearchLevel",
+    "UnitsKept",
     "apply_masks",
     "apply_thresholds",
     "bake",

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +61,12 @@ class NetworkCosts:
             halves of a low-rank layer stand together under the layer's name, the parameters of a parametrization under
             that of the layer.
         latency: The time of a forward pass, if it was measured.
+        ranks: Of low-rank layers, by dotted name.
     """
 
     layers: dict[str, LayerSize]
     latency: Latency | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
 
     @property
     def params(self) -> int:
@@ -108,10 +110,9 @@ def measure_network(
     """
     check_positive_int("repeats", repeats)
     check_model("model", model)
-    if not latency:
-        return NetworkCosts(_layer_sizes(model, inputs))
-    given = check_inputs(inputs)
-    return NetworkCosts(_layer_sizes(model, given), measure_latencies([model], given, repeats)[0])
+    sizes = _layer_sizes(model, check_inputs(inputs) if latency else inputs)
+    time_taken = measure_latencies([model], check_inputs(inputs), repeats)[0] if latency else None
+    return NetworkCosts(sizes, time_taken, _ranks(model))
 
 
 def check_inputs(inputs: Inputs | None) -> Inputs:
@@ -191,9 +192,19 @@ def _labels(model: nn.Module) -> dict[nn.Module, str]:
             segments = segments[: segments.index("parametrizations")]
         labels[module] = ".".join(segments) or type(model).__name__
     for module in list(labels):
-        if type(module) is nn.Sequential and len(module) == 2 and is_low_rank_pair(module[0], module[1]):
+        if _is_low_rank(module):
             labels[module[0]] = labels[module[1]] = labels[module]
     return labels
+
+
+def _is_low_rank(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    return type(module) is nn.Sequential and len(module) == 2 and is_low_rank_pair(module[0], module[1])
+
+
+def _ranks(model: nn.Module) -> dict[str, int]:
+    return {
+        label: next(module[0].parameters()).shape[0] for module, label in _labels(model).items() if _is_low_rank(module)
+    }
 
 
 def _flops_by_module(model: nn.Module, inputs: Inputs) -> dict[nn.Module, int]:

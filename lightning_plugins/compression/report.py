@@ -1,13 +1,14 @@
 """A network before and after compression: parameters, operations and time, per layer and in all."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.compression._report_table import build_table, milliseconds, removed, short
 from lightning_plugins.compression.network_costs import (
     Inputs,
     Latency,
@@ -30,6 +31,18 @@ class LayerChange(NamedTuple):
     after: LayerSize
 
 
+class UnitsKept(NamedTuple):
+    """How many of a layer's units, channels or heads, stay.
+
+    Attributes:
+        left: How many stay.
+        of: How many there were.
+    """
+
+    left: int
+    of: int
+
+
 @dataclass(frozen=True)
 class CompressionReport:
     """What compression did to a network's costs.
@@ -37,10 +50,16 @@ class CompressionReport:
     Attributes:
         before: Costs of the network before.
         after: Costs of the network after.
+        kept: Units that stay, by the names of the layers that compute channels among which was chosen.
+        cost: What there was a budget of, ``"params"`` or ``"flops"``; None without a budget.
+        budget: The share of this cost that could be left; None without a budget.
     """
 
     before: NetworkCosts
     after: NetworkCosts
+    kept: Mapping[str, UnitsKept] = field(default_factory=dict)
+    cost: Literal["params", "flops"] | None = None
+    budget: float | None = None
 
     @property
     def layers(self) -> dict[str, LayerChange]:
@@ -53,6 +72,19 @@ class CompressionReport:
         }
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks of the low-rank layers that were not there before, or of another rank."""
+        return {name: rank for name, rank in self.after.ranks.items() if self.before.ranks.get(name) != rank}
+
+    @property
+    def share(self) -> float | None:
+        """The share that is left of the cost that there was a budget of; None without a budget."""
+        if self.cost is None:
+            return None
+        before, after = getattr(self.before, self.cost), getattr(self.after, self.cost)
+        return None if before is None or after is None else float(after / before)
+
+    @property
     def counts_flops(self) -> bool:
         """Whether the operations of both networks were counted."""
         return self.before.flops is not None and self.after.flops is not None
@@ -60,13 +92,13 @@ class CompressionReport:
     @property
     def params_ratio(self) -> float:
         """Removed fraction of the parameters."""
-        return _removed(self.before.params, self.after.params)
+        return removed(self.before.params, self.after.params)
 
     @property
     def flops_ratio(self) -> float | None:
         """Removed fraction of the operations; None where they were not counted."""
         before, after = self.before.flops, self.after.flops
-        return None if before is None or after is None else _removed(before, after)
+        return None if before is None or after is None else removed(before, after)
 
     @property
     def speedup(self) -> float | None:
@@ -81,9 +113,8 @@ class CompressionReport:
         before, after, ratio = self.before.flops, self.after.flops, self.flops_ratio
         if before is not None and after is not None and ratio is not None:
             kinds.append(("FLOPs", before, after, ratio))
-        parts = [f"{name} {_number(old)} → {_number(new)} ({gone:.1%} removed)" for name, old, new, gone in kinds]
-        timing = self.timing()
-        return ", ".join(parts if timing is None else [*parts, timing])
+        parts = [f"{name} {short(old)} → {short(new)} ({gone:.1%} removed)" for name, old, new, gone in kinds]
+        return ", ".join([*parts, *filter(None, (self.within(), self.timing()))])
 
     def table(self, *, all_layers: bool = False) -> "Table":
         """Lay the report out for a terminal: ``rich.print(report.table())``.
@@ -99,28 +130,22 @@ class CompressionReport:
         Raises:
             ImportError: If rich is missing.
         """
-        try:
-            from rich.table import Table
-        except ImportError as error:
-            raise ImportError("tables need rich; run `pip install 'lightning-plugins[cli]'`") from error
-        table = Table(title="Compression")
-        table.add_column("layer", overflow="fold")
-        columns = (0, 1) if self.counts_flops else (0,)
-        for column in columns:
-            for name in (("parameters", "FLOPs")[column], "→", "removed"):
-                table.add_column(name, justify="right")
-        layers = self.layers
-        same = [change for change in layers.values() if change.before == change.after]
-        for name, change in layers.items():
-            if all_layers or change.before != change.after:
-                table.add_row(name, *_cells(change, columns))
-        if same and not all_layers:
-            rest = NetworkCosts({str(number): change.before for number, change in enumerate(same)})
-            table.add_row(f"{len(same)} other layers", *_cells(_totals(rest, rest), columns), style="dim")
-        table.add_section()
-        table.add_row("total", *_cells(_totals(self.before, self.after), columns), style="bold")
-        table.caption = self.timing()
-        return table
+        return build_table(self, all_layers=all_layers)
+
+    def notes(self) -> dict[str, str]:
+        """What was chosen, in words, by layer: units that stay, and ranks."""
+        units = {name: f"{kept.left} of {kept.of}" for name, kept in self.kept.items()}
+        ranks = {name: f"rank {rank}" for name, rank in self.ranks.items()}
+        names = dict.fromkeys([*units, *ranks])
+        return {name: ", ".join(part[name] for part in (units, ranks) if name in part) for name in names}
+
+    def within(self) -> str | None:
+        """The budget and what is left, in words; None without a budget."""
+        if self.budget is None or self.share is None:
+            return None
+        return (
+            f"{self.share:.3g} of the {'FLOPs' if self.cost == 'flops' else 'parameters'} left, budget {self.budget:g}"
+        )
 
     def timing(self) -> str | None:
         """The time before and after in words; None where it was not measured."""
@@ -128,7 +153,7 @@ class CompressionReport:
         if before is None or after is None or speedup is None:
             return None
         return (
-            f"{_time(before)} → {_time(after)}: {speedup:.2f} times as fast "
+            f"{milliseconds(before)} → {milliseconds(after)}: {speedup:.2f} times as fast "
             f"(median and quartiles of {after.runs} passes, {after.device})"
         )
 
@@ -139,7 +164,10 @@ class CompressionReport:
             The text; `from_json` reads it.
         """
         ratios = {"params_ratio": self.params_ratio, "flops_ratio": self.flops_ratio, "speedup": self.speedup}
-        return json.dumps({**ratios, "before": _to_dict(self.before), "after": _to_dict(self.after)}, indent=1)
+        choice = {"cost": self.cost, "budget": self.budget, "share": self.share, "ranks": self.ranks}
+        kept = {name: units._asdict() for name, units in self.kept.items()}
+        costs = {"before": _to_dict(self.before), "after": _to_dict(self.after)}
+        return json.dumps({**ratios, **choice, "kept": kept, **costs}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "CompressionReport":
@@ -156,7 +184,8 @@ class CompressionReport:
         """
         try:
             read = json.loads(text)
-            return cls(_from_dict(read["before"]), _from_dict(read["after"]))
+            kept = {name: UnitsKept(**units) for name, units in read["kept"].items()}
+            return cls(_from_dict(read["before"]), _from_dict(read["after"]), kept, read["cost"], read["budget"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"`text` must be what `to_json` writes, got {text[:40]!r}: {type(error).__name__}: {error}"
@@ -217,34 +246,7 @@ def compression_report(
     if given is not None:
         times = measure_latencies([before, after], given, repeats)
         costs = [replace(own, latency=time) for own, time in zip(costs, times, strict=True)]
-    return CompressionReport(*costs)
-
-
-def _removed(before: int, after: int) -> float:
-    return 1 - after / before if before else 0.0
-
-
-def _totals(before: NetworkCosts, after: NetworkCosts) -> LayerChange:
-    return LayerChange(LayerSize(before.params, before.flops), LayerSize(after.params, after.flops))
-
-
-def _cells(change: LayerChange, columns: Sequence[int]) -> list[str]:
-    cells = []
-    for column in columns:
-        before, after = change.before[column] or 0, change.after[column] or 0
-        cells += [_number(before), _number(after), f"{_removed(before, after):.1%}" if before != after else ""]
-    return cells
-
-
-def _number(value: int) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:.0f} {unit}"
-    return str(value)
-
-
-def _time(latency: Latency) -> str:
-    return f"{latency.median_ms:.3g} ms ({latency.low_ms:.3g} to {latency.high_ms:.3g})"
+    return CompressionReport(costs[0], costs[1])
 
 
 def _to_dict(costs: NetworkCosts) -> dict[str, Any]:
@@ -253,9 +255,11 @@ def _to_dict(costs: NetworkCosts) -> dict[str, Any]:
         "flops": costs.flops,
         "latency": None if costs.latency is None else costs.latency._asdict(),
         "layers": {name: size._asdict() for name, size in costs.layers.items()},
+        "ranks": dict(costs.ranks),
     }
 
 
 def _from_dict(read: dict[str, Any]) -> NetworkCosts:
     layers = {name: LayerSize(**size) for name, size in read["layers"].items()}
-    return NetworkCosts(layers, None if read["latency"] is None else Latency(**read["latency"]))
+    latency = None if read["latency"] is None else Latency(**read["latency"])
+    return NetworkCosts(layers, latency, read["ranks"])

@@ -3,7 +3,7 @@
 from lightning_plugins.plots._style import require_matplotlib
 from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.compression import compression_figure
-from lightning_plugins.plots.masks import architecture_figure, choice_figure
+from lightning_plugins.plots.masks import choice_figure
 from lightning_plugins.plots.ranks import rank_figure
 from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
 from lightning_plugins.plots.trade_off import trade_off_figure
@@ -11,7 +11,6 @@ from lightning_plugins.plots.weights import layer_spectra_figure, weight_spectru
 
 __all__ = [
     "adaptation_figure",
-    "architecture_figure",
     "choice_figure",
     "compression_figure",
     "gains_figure",

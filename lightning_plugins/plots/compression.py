@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_plugins.compression.report import CompressionReport, LayerChange
-from lightning_plugins.plots._style import COLOURS, INK, empty_figure, style_axes
+from lightning_plugins.plots._style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,14 +17,15 @@ def compression_figure(report: CompressionReport, *, title: str | None = None) -
     """Draw what every layer cost before and costs after.
 
     A bar per layer, the first one on top: on the left its parameters, on the right its operations where they were
-    counted, before in a light and after in a strong colour. Above stands what was removed in all and, where it was
-    measured, the time.
+    counted, before in a light and after in a strong colour, and the units and the rank that are left where they were
+    chosen. Above stands what was removed in all, below the budget if there was one, and the time where it was
+    measured.
 
     Layers that stayed as they were and have less than a hundredth of the parameters and of the operations, as norms
     have, are left out.
 
     Args:
-        report: What `compression_report` returns.
+        report: What `compression_report` returns, or the ``report`` of a callback that compresses.
         title: What stands above the figure.
 
     Returns:
@@ -46,7 +47,7 @@ def compression_figure(report: CompressionReport, *, title: str | None = None) -
         raise ValueError("`report` must have at least one layer, got none")
     layers = {name: change for name, change in report.layers.items() if _counts(change, report)} or report.layers
     figure = empty_figure(width=11.0, height=max(3.4, 1.6 + _ROW * len(layers)), title=title)
-    before, after = report.before, report.after
+    before, after, notes = report.before, report.after, report.notes()
     kinds = [("parameters", before.params, after.params, report.params_ratio)]
     if before.flops is not None and after.flops is not None and report.flops_ratio is not None:
         kinds.append(("FLOPs", before.flops, after.flops, report.flops_ratio))
@@ -55,11 +56,18 @@ def compression_figure(report: CompressionReport, *, title: str | None = None) -
         _draw_bars(axes, name, [(change.before[column] or 0, change.after[column] or 0) for change in layers.values()])
         axes.set_title(f"{name}: {old:,} → {new:,}, {ratio:.1%} removed", fontsize=10, color=INK, loc="left")
         axes.tick_params(labelleft=column == 0)
+    for place, (name, change) in enumerate(layers.items()):  # behind the bars that were drawn last
+        if name in notes:
+            end = max(change.before[len(row) - 1] or 0, change.after[len(row) - 1] or 0)
+            axes.annotate(f"  {notes[name]}", (end, place), va="center", fontsize=8, color=MUTED)
+            axes.margins(x=0.25)
     row[0].set_yticks(range(len(layers)), list(layers), fontsize=8)
     row[0].set_ylim(len(layers) - 0.4, -0.6)
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
-    if (timing := report.timing()) is not None:
-        figure.supxlabel(f"one forward pass: {timing}", fontsize=9, color=INK)
+    timing = report.timing()
+    below = [report.within(), None if timing is None else f"one forward pass: {timing}"]
+    if any(below):
+        figure.supxlabel("\n".join(filter(None, below)), fontsize=9, color=INK)
     return figure
 
 

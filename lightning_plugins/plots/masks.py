@@ -1,4 +1,4 @@
-"""Figures of a compression under a budget: what is kept of every layer over the training, and what is left of it."""
+"""Figures of a compression under a budget: what is kept of every layer over the training."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,53 +51,6 @@ def choice_figure(rows: Sequence[Mapping[str, Any]], budget: float, *, title: st
     style_axes(top, "training step", "share of the cost")
     for (key, label), axes in zip(maps, (row[0] for row in grid[1:]), strict=True):
         _draw_map(axes, rows, key, label)
-    return figure
-
-
-def architecture_figure(layers: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> "Figure":
-    """Draw what every layer cost before a compression and costs after it.
-
-    Args:
-        layers: By layer a mapping in which ``"flops"``, or else ``"params"``, is a pair of numbers: before, after; as
-            in the ``report`` of a callback. ``"kept"`` and ``"rank"`` are written beside the bars.
-        title: What stands above the figure.
-
-    Returns:
-        A figure with an Agg canvas.
-
-    Raises:
-        ValueError: If no layer has a cost.
-        ImportError: If matplotlib is missing.
-
-    Example:
-        >>> figure = architecture_figure({"fc": {"params": [40, 12], "kept": [2, 4]}})
-        >>> [int(bar.get_width()) for bar in figure.axes[0].patches]
-        [40, 12]
-    """
-    kind = "flops" if any(sum(layer.get("flops", ())) for layer in layers.values()) else "params"
-    chosen = {name: layer for name, layer in layers.items() if sum(layer.get(kind, ()))}
-    if not chosen:
-        raise ValueError("`layers` must have a layer with 'flops' or 'params', got none")
-    figure = empty_figure(width=8.0, height=1.4 + _HEIGHT * len(chosen), title=title)
-    axes: Axes = figure.subplots()
-    places = range(len(chosen))
-    for number, (label, colour) in enumerate((("before", "#d5d5d5"), ("after", COLOURS[0]))):
-        axes.barh(places, [layer[kind][number] for layer in chosen.values()], color=colour, label=label, height=0.7)
-    for place, layer in enumerate(chosen.values()):
-        kept = f"{layer['kept'][0]} of {layer['kept'][1]}" if "kept" in layer else ""
-        rank = f"rank {layer['rank']}" if "rank" in layer else ""
-        axes.annotate(
-            "  " + ", ".join(filter(None, (kept, rank))),
-            (max(layer[kind]), place),
-            va="center",
-            fontsize=8,
-            color=MUTED,
-        )
-    style_axes(axes, "operations" if kind == "flops" else "parameters", "")
-    axes.set_yticks(places, list(chosen))
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 

@@ -109,8 +109,9 @@ def test_networks(name):
     counter = FlopCounterMode(display=False)
     with counter:
         model.eval()(model.example_input_array.double())
-    assert callback.report["after"] == {"params": params(model), "flops": counter.get_total_flops()}
-    assert counter.get_total_flops() <= 0.5 * callback.report["before"]["flops"]
+    after = callback.report.after
+    assert (after.params, after.flops) == (params(model), counter.get_total_flops())
+    assert counter.get_total_flops() <= 0.5 * callback.report.before.flops
 
 
 YAML = """

@@ -45,13 +45,12 @@ def test_delivers_a_network_within_the_budget(cost, budget):
     dense = {"params": params(model), "flops": flops(model)}
     fit(model, BATCHES, [callback, watch], max_epochs=3)
     left = {"params": params(model), "flops": flops(model)}
-    assert callback.report["before"] == dense
-    assert callback.report["after"] == left
+    report = callback.report
+    assert {"params": report.before.params, "flops": report.before.flops} == dense
+    assert {"params": report.after.params, "flops": report.after.flops} == left
     assert left[cost] <= budget * dense[cost]
-    report = callback.report["budget"]
-    assert report == {"target": budget, "share": left[cost] / dense[cost], "left": left[cost], "dense": dense[cost]}
-    for kind, total in left.items():
-        assert sum(layer[kind][1] for layer in callback.report["layers"].values()) == total
+    assert (report.cost, report.budget, report.share) == (cost, budget, left[cost] / dense[cost])
+    assert f"{report.share:.3g} of the" in str(report)
     shares = [metrics[f"budget/{cost}"] for metrics in watch.metrics]
     assert shares[:BEGIN] == [1.0] * BEGIN
     assert shares[END] <= budget
@@ -208,13 +207,12 @@ def test_an_interrupted_training_leaves_the_dense_module():
 def test_keeps_what_it_is_told_to():
     callback = in_steps(layers="backbone.*", keep="backbone.2", multiple_of=4, min_channels=2)
     model = fitted(callback)
-    layers = callback.report["layers"]
-    assert "rank" not in layers["backbone.2"]
-    assert "kept" not in layers["backbone.2"]
-    for layer in layers.values():
-        if "kept" in layer:
-            assert layer["kept"][0] % 4 == 0 or layer["kept"][0] == layer["kept"][1]
-    assert params(model) <= 0.5 * callback.report["before"]["params"]
+    report = callback.report
+    assert "backbone.2" not in report.ranks
+    assert set(report.kept) == {"backbone.0", "backbone.4"}
+    assert all(left % 4 == 0 or left == of for left, of in report.kept.values())
+    assert model.backbone[2].in_features == report.kept["backbone.0"].left
+    assert params(model) == report.after.params <= 0.5 * report.before.params
 
 
 def test_a_schedule_says_how_far_the_choice_is():
@@ -242,7 +240,7 @@ def test_kinds_of_training(settings):
     model, callback = seeded(), HybridCompression("*", 0.4, "flops")
     fit(model, BATCHES, [callback], **settings)
     assert callback.finished
-    assert callback.report["after"]["flops"] <= 0.4 * callback.report["before"]["flops"]
+    assert callback.report.after.flops <= 0.4 * callback.report.before.flops
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -259,4 +257,4 @@ def test_the_record_has_the_way_and_the_end():
     fitted(callback)
     rows = callback._record.rows
     assert [row["step"] for row in rows] == [*range(1, STEPS - 5), 12]
-    assert rows[-1]["share"] == callback.report["budget"]["share"]
+    assert rows[-1]["share"] == callback.report.share

@@ -19,11 +19,12 @@ def test_masks_alone_deliver_fewer_channels_within_the_budget(criterion, cost):
     model, callback = seeded(), in_steps(MaskScheduling, criterion=criterion, cost=cost, budget=0.4, update_every=2)
     fit(model, BATCHES, [callback], max_epochs=3)
     report = callback.report
-    assert report["after"][cost] <= 0.4 * report["before"][cost]
-    assert report["after"]["params"] == params(model)
+    assert report.share <= 0.4
+    assert report.after.params == params(model)
     assert {type(layer) for layer in model.backbone} == {nn.Linear, nn.Tanh, nn.ReLU}
-    assert model.backbone[0].out_features == report["layers"]["backbone.0"]["kept"][0] == model.backbone[2].in_features
-    assert report["after"][cost] > 0.25 * report["before"][cost]  # what the budget leaves is used
+    assert model.backbone[0].out_features == report.kept["backbone.0"].left == model.backbone[2].in_features
+    assert report.ranks == {}
+    assert report.share > 0.25  # what the budget leaves is used
 
 
 class Chosen(Callback):
@@ -72,14 +73,15 @@ def test_ranks_alone_deliver_factors_within_the_budget():
     model, callback = seeded(), in_steps(RankScheduling, budget=0.6)
     model.example_input_array = None
     fit(model, BATCHES, [callback], max_epochs=3)
-    assert params(model) == callback.report["after"]["params"] <= 0.6 * 399
-    ranks = {name: layer["rank"] for name, layer in callback.report["layers"].items() if "rank" in layer}
+    assert params(model) == callback.report.after.params <= 0.6 * 399
+    ranks = callback.report.ranks
     assert ranks
+    assert callback.report.before.flops is None  # without an `example_input_array`
     for name, rank in ranks.items():
         pair = model.get_submodule(name)
         assert pair[0].out_features == rank == pair[1].in_features
         assert rank <= layer_costs(seeded())[name].break_even
-    assert not any("kept" in layer for layer in callback.report["layers"].values())
+    assert callback.report.kept == {}
 
 
 @pytest.mark.parametrize("kind", [MaskScheduling, RankScheduling])
@@ -92,7 +94,7 @@ def test_learned_choices_answer_to_the_loss(kind):
         model.lr = rate * 0.0
         model.loss = lambda batch, model=model, sign=sign: sign * Model.loss(model, batch)
         fit(model, BATCHES, [callback], max_epochs=3)
-        reports.append(callback.report["layers"])
+        reports.append(callback.report)
     assert reports[0] != reports[1]
 
 
@@ -109,4 +111,4 @@ def test_refreshing_less_often_stays_within_the_budget():
 def test_figures_are_handed_on(tmp_path):
     callback = in_steps(figures=True)
     fit(seeded(), BATCHES, [callback], max_epochs=3, default_root_dir=tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["architecture.png", "choice.png"]
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["choice.png", "compression.png"]

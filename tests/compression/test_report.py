@@ -17,6 +17,7 @@ from lightning_plugins.compression import (
     Latency,
     LayerSize,
     NetworkCosts,
+    UnitsKept,
     compression_report,
     factorize,
     layer_costs,
@@ -320,6 +321,46 @@ def test_figure(tmp_path):
     without = compression_figure(CompressionReport(alone, alone))
     assert without.get_supxlabel() == ""
     assert [text.get_text() for text in without.axes[0].get_yticklabels()] == ["empty"]
+
+
+def chosen() -> CompressionReport:
+    """Two layers of which units were chosen, one of them of rank 3 by now, and a budget."""
+    before, after = made().before.layers, made().after.layers
+    kept = {"conv": UnitsKept(40, 64), "norm": UnitsKept(40, 64)}
+    return CompressionReport(
+        NetworkCosts(before, ranks={"fc": 5}), NetworkCosts(after, ranks={"fc": 5, "conv": 3}), kept, "flops", 0.4
+    )
+
+
+def test_what_was_chosen_under_a_budget_is_told(tmp_path):
+    report = chosen()
+    assert report.ranks == {"conv": 3}  # the other one was there before
+    assert report.share == 900_010_240 / 2_500_010_240
+    assert report.notes() == {"conv": "40 of 64, rank 3", "norm": "40 of 64"}
+    assert str(report).endswith("FLOPs 2.5 G → 900 M (64.0% removed), 0.36 of the FLOPs left, budget 0.4")
+    text = shown(report)
+    assert "40 of 64, rank 3" in text
+    assert "0.36 of the FLOPs left, budget 0.4" in text
+    assert "1 other layers" in text
+    assert CompressionReport.from_json(report.to_json()) == report
+    assert json.loads(report.to_json())["share"] == report.share
+    of_params = CompressionReport(made().before, made().after, cost="params", budget=0.5)
+    assert of_params.share == 6_005_194 / 12_350_872
+    assert "0.486 of the parameters left, budget 0.5" in str(of_params)
+    assert (made().share, made().within(), made().notes()) == (None, None, {})
+    figure = compression_figure(report)
+    left, right = figure.axes
+    assert [text.get_text().strip() for text in right.texts] == ["40 of 64, rank 3"]  # the norm is small and the same
+    assert not left.texts
+    assert "budget 0.4" in figure.get_supxlabel()
+
+
+def test_ranks_of_low_rank_layers_are_told():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(72, 10))
+    small = factorize(copy.deepcopy(model), {"2": 3, "4": 5}, scheme=2)
+    report = compression_report(model, small, torch.zeros(1, 3, 7, 7), latency=False)
+    assert report.ranks == {"2": 3, "4": 5}
+    assert compression_report(small, small, None, latency=False).ranks == {}
 
 
 NET, X = nn.Sequential(nn.Linear(4, 3)), torch.zeros(1, 4)

@@ -1,16 +1,11 @@
 import pytest
 
-from lightning_plugins.plots import architecture_figure, choice_figure
+from lightning_plugins.plots import choice_figure
 
 ROWS = [
     {"step": step, "share": 1 - step / 10, "kept": {"stem": 1 - step / 8, "mid": 1.0}, "ranks": {"fc": 8.0 - step}}
     for step in range(5)
 ]
-LAYERS = {
-    "stem": {"params": [40, 20], "flops": [400, 200], "kept": [2, 4]},
-    "norm": {"params": [8, 4], "flops": [0, 0]},
-    "fc": {"params": [64, 16], "flops": [128, 32], "rank": 2},
-}
 
 
 def test_shows_cost_masks_and_ranks_over_time():
@@ -30,17 +25,6 @@ def test_leaves_out_what_was_not_chosen():
     assert labels == ["share of the cost", "rank"]
 
 
-def test_shows_every_layer_before_and_after():
-    axes = architecture_figure(LAYERS).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [400, 128, 200, 32]
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["stem", "fc"]
-    assert [text.get_text().strip() for text in axes.texts] == ["2 of 4", "rank 2"]
-    only = {name: {key: value for key, value in layer.items() if key != "flops"} for name, layer in LAYERS.items()}
-    assert len(architecture_figure(only).axes[0].patches) == 6
-
-
 def test_nothing_to_draw_is_named():
     with pytest.raises(ValueError, match="`rows` must have at least one entry"):
         choice_figure([], 0.4)
-    with pytest.raises(ValueError, match="`layers` must have a layer"):
-        architecture_figure({"fc": {"kept": [1, 2]}})
