@@ -51,7 +51,7 @@ class Masked(nn.Module):
 
 
 class _Scaled(Function):
-    """``weight`` times a vector along one dimension; the vector's gradient needs no tensor of the weight's size."""
+    """``weight`` times a vector along one dimension; the backward allocates one tensor of the weight's size."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, dim: int) -> Tensor:
@@ -61,14 +61,14 @@ class _Scaled(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         weight, scale = ctx.saved_tensors
-        of_weight = grad * _along(scale, grad.ndim, ctx.dim) if ctx.needs_input_grad[0] else None
-        of_scale = None
-        if ctx.needs_input_grad[1]:
-            letters = "abcdefgh"[: grad.ndim]
-            of_scale = torch.einsum(f"{letters},{letters}->{letters[ctx.dim]}", grad, weight)
-        return of_weight, of_scale, None
+        along = _along(scale, grad.ndim, ctx.dim)
+        if not ctx.needs_input_grad[1]:  # hard masks
+            return grad * along, None, None
+        product = grad * weight
+        of_scale = product.sum([i for i in range(grad.ndim) if i != ctx.dim]) if grad.ndim > 1 else product.clone()
+        return torch.mul(grad, along, out=product), of_scale, None
 
 
 def _along(scale: Tensor, ndim: int, dim: int) -> Tensor:
