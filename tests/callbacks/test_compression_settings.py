@@ -4,18 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
+from lightning_plugins.callbacks import MaskScheduling
 from lightning_plugins.callbacks._choice_optimizer import ChoiceOptimizer
-from lightning_plugins.schedules import Cosine
 from tests.callbacks.budgets import BATCHES, in_steps, params, seeded
-from tests.callbacks.low_rank import assert_same
 from tests.compression.networks import NETWORKS
 from tests.models import fit
 
@@ -76,14 +72,6 @@ def test_the_multiplier_brings_the_share_to_where_it_should_be():
     torch.testing.assert_close([score, threshold], twins)
 
 
-def test_compiled():
-    models, callbacks = [seeded(), seeded()], [in_steps(), in_steps()]
-    fit(torch.compile(models[0], backend="aot_eager"), BATCHES, callbacks[:1], max_epochs=3)
-    fit(models[1], BATCHES, callbacks[1:], max_epochs=3)
-    assert callbacks[0].report == callbacks[1].report
-    assert_same(*models)
-
-
 class Network(LightningModule):
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -112,34 +100,3 @@ def test_networks(name):
     after = callback.report.after
     assert (after.params, after.flops) == (params(model), counter.get_total_flops())
     assert counter.get_total_flops() <= 0.5 * callback.report.before.flops
-
-
-YAML = """
-- class_path: lightning_plugins.callbacks.HybridCompression
-  init_args: {layers: [backbone.0, backbone.2], budget: 0.5, cost: params, keep: head, begin: 3, end: 11, unit: steps,
-    learning_rate: 0.2, threshold_learning_rate: 0.03, beta_max: 50.0, min_channels: 2, multiple_of: 2,
-    refresh_every: 2, figures: false, schedule: {class_path: lightning_plugins.schedules.Cosine,
-    init_args: {start: 0.0, end: 1.0, begin: 3, until: 11, unit: steps}}}
-- class_path: lightning_plugins.callbacks.MaskScheduling
-  init_args: {layers: "*", criterion: magnitude, update_every: 5}
-- class_path: lightning_plugins.callbacks.RankScheduling
-  init_args: {layers: "*", budget: 0.3, cost: params, min_rank: 2}
-"""
-
-
-def test_can_be_written_in_yaml():
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--callbacks", type=list[Callback])
-    parsed = parser.instantiate_classes(parser.parse_object({"callbacks": yaml.safe_load(YAML)})).callbacks
-    assert [type(callback) for callback in parsed] == [HybridCompression, MaskScheduling, RankScheduling]
-    hybrid = parsed[0].settings
-    assert isinstance(hybrid.schedule, Cosine)
-    assert (hybrid.layers, hybrid.keep, hybrid.budget, hybrid.beta_max) == (
-        ["backbone.0", "backbone.2"],
-        "head",
-        0.5,
-        50,
-    )
-    assert (hybrid.minimum, hybrid.multiple, hybrid.refresh_every) == (2, 2, 2)
-    assert parsed[1].settings.criterion == "magnitude"
-    assert parsed[2].settings.minimum == 2

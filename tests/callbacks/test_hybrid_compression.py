@@ -161,27 +161,6 @@ def test_loads_its_own_state_dict_while_it_chooses():
     assert_same(*models, rtol=0, atol=0)
 
 
-def test_accumulation_equals_a_big_batch():
-    models = [seeded(), seeded()]
-    halves = [(x[rows], y[rows]) for x, y in BATCHES for rows in (slice(4), slice(4, 8))]
-    for model in models:
-        model.loss = lambda batch, model=model: nn.functional.cross_entropy(model(batch[0]), batch[1])
-    fit(models[0], BATCHES, [in_steps()], max_epochs=3)
-    fit(models[1], halves, [in_steps()], max_epochs=3, accumulate_grad_batches=2)
-    assert_same(*models, rtol=1e-5, atol=1e-7)
-
-
-def test_trains_twice_and_goes_on_with_the_small_network():
-    model, callback = seeded(), in_steps()
-    fit(model, BATCHES, [callback], max_epochs=3)
-    report, size = callback.report, params(model)
-    fit(model, BATCHES, [callback], max_epochs=1)
-    assert (callback.report, params(model)) == (report, size)
-    other = seeded()
-    fit(other, BATCHES, [callback], max_epochs=3)
-    assert_same(other, fitted(in_steps()), rtol=0, atol=0)
-
-
 def fitted(callback: Any, **settings: Any) -> Any:
     model = seeded()
     fit(model, BATCHES, [callback], **{"max_epochs": 3, **settings})
@@ -241,15 +220,6 @@ def test_kinds_of_training(settings):
     fit(model, BATCHES, [callback], **settings)
     assert callback.finished
     assert callback.report.after.flops <= 0.4 * callback.report.before.flops
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_precisions(precision):
-    model = seeded().float()
-    callback = in_steps()
-    fit(model, [(x.float(), y) for x, y in BATCHES], [callback], max_epochs=3, precision=precision)
-    assert params(model) <= 0.5 * 399
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_the_record_has_the_way_and_the_end():
