@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -61,7 +61,8 @@ def require_operable(name: str, trainer: Trainer) -> None:
             for averages of weights.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, ModelParallelStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    sharded = isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)  # the second one is a DDPStrategy, too
+    if sharded or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise MisconfigurationException(
             f"{name} replaces parameters, which are sharded under {type(strategy).__name__}; pass `strategy='ddp'` or "
             "`devices=1`, or compress the trained module with `lightning_plugins.compression`"
