@@ -5,25 +5,25 @@ import signal
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
-from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
 from lightning_plugins.compression import restore_structure
 from lightning_plugins.mixins import CompressionMixin
-from tests.callbacks.budgets import BATCHES, STEPS, Model, in_steps
+from tests._processes import START
+from tests.callbacks.budgets import BATCHES, STEPS, Model
 from tests.callbacks.budgets import seeded as seeded_as
+from tests.contract_compression import COMPRESSIONS
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import Batches, fit, shard
 
 PHASES = {"warm-up": 2, "schedule": 7, "frozen": 11, "fine-tuned": 15}
-KINDS = {"hybrid": HybridCompression, "masks": MaskScheduling, "ranks": RankScheduling}
 
 
 class Decayed(Model):
@@ -49,8 +49,8 @@ def seeded(kind: Any = Decayed) -> Any:
     return seeded_as(kind)
 
 
-def compression(kind: str = "hybrid", **settings: Any) -> Any:
-    return in_steps(KINDS[kind], end=9, **{"budget": 0.6 if kind == "ranks" else 0.5, **settings})
+def compression(row: str = "hybrid", **settings: Any) -> Any:
+    return COMPRESSIONS[row].callback(end=9, **settings)
 
 
 class Killed(Callback):
@@ -92,18 +92,14 @@ def test_resume_at_any_step_equals_uninterrupted(step, straight):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("masks", {"criterion": "magnitude", "update_every": 3}),
-        ("masks", {}),
-        ("ranks", {"refresh_every": 3}),
-    ],
-    ids=["magnitude", "masks", "refreshed"],
+    ("row", "settings"),
+    [("magnitude", {}), ("masks", {}), ("ranks", {}), ("ranks", {"refresh_every": 3})],
+    ids=["magnitude", "masks", "ranks", "refreshed"],
 )
-def test_other_choices_resume(kind, settings, tmp_path):
-    folder, weights, state = run_straight(tmp_path, compression(kind, **settings))
-    for step in (5, 10):
-        model, callback = seeded(), compression(kind, **settings)
+def test_other_choices_resume(row, settings, tmp_path):
+    folder, weights, state = run_straight(tmp_path, compression(row, **settings))
+    for step in (2, 5, 10, 15):
+        model, callback = seeded(), compression(row, **settings)
         fit(model, BATCHES, [callback], ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
         assert_same(dict(model.state_dict()), weights)
         assert callback.state_dict() == state
@@ -137,23 +133,37 @@ def test_a_small_checkpoint_is_validated_with_the_callback(straight):
     assert_same(dict(model.state_dict()), weights)
 
 
-JOBS = [*((phase, 1) for phase in PHASES), ("schedule", 2), ("fine-tuned", 2)]
+class Job(NamedTuple):
+    row: str
+    phase: str
+    ranks: int = 1
+
+    @property
+    def step(self) -> int:
+        return PHASES[self.phase]
 
 
-def train(rank: int, folder: Path, phase: str, ranks: int, what: str) -> dict[str, Any]:
+JOBS = [
+    *(Job(row, phase) for row in COMPRESSIONS for phase in PHASES),
+    *(Job("hybrid", phase, ranks=2) for phase in PHASES),
+]
+STRAIGHT = dict.fromkeys((job.row, job.ranks) for job in JOBS)
+
+
+def train(rank: int, folder: Path, job: Job, what: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"max_epochs": 3}
     batches: Any = BATCHES
-    if ranks > 1:
-        act_as_rank(rank, ranks)
-        batches = shard(BATCHES, BOUNDS[ranks])
-        settings.update(strategy="ddp", devices=ranks)
-    callback = compression()
+    if job.ranks > 1:
+        act_as_rank(rank, job.ranks)
+        batches = shard(BATCHES, BOUNDS[job.ranks])
+        settings.update(strategy="ddp", devices=job.ranks)
+    callback = compression(job.row)
     callbacks: list[Callback] = [callback]
     if what == "killed":
-        callbacks += [saving(folder), Killed(PHASES[phase])]
+        callbacks += [saving(folder), Killed(job.step)]
         settings["enable_checkpointing"] = True
     if what == "resumed":
-        settings["ckpt_path"] = folder / f"step={PHASES[phase]}.ckpt"
+        settings["ckpt_path"] = folder / f"step={job.step}.ckpt"
     model = seeded()
     fit(model, batches, callbacks, **settings)
     return {"weights": dict(model.state_dict()), "report": callback.report.to_json()}
@@ -163,36 +173,38 @@ def nursery(folder: Path) -> None:
     """Fork all trainings from a process that has imported everything and computed nothing."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    for ranks in (1, 2):
-        if any(forked(folder, "", ranks, "straight")):
-            raise RuntimeError("the training that nobody killed failed")
-    for phase, ranks in JOBS:
-        own = folder / f"{phase}-{ranks}"
+    for row, ranks in STRAIGHT:
+        own = folder / f"{row}-{ranks}"
         own.mkdir()
-        for end in forked(own, phase, ranks, "killed"):
+        if any(forked(own, Job(row, "warm-up", ranks), "straight")):
+            raise RuntimeError(f"the training of {row} that nobody killed failed")
+    for job in JOBS:
+        own = folder / "-".join(map(str, job))
+        own.mkdir()
+        for end in forked(own, job, "killed"):
             if not os.WIFSIGNALED(end) or os.WTERMSIG(end) != signal.SIGKILL:
-                raise RuntimeError(f"{phase} on {ranks} ranks was not killed")
-        if any(forked(own, phase, ranks, "resumed")):
-            raise RuntimeError(f"{phase} on {ranks} ranks did not resume")
+                raise RuntimeError(f"{job} was not killed")
+        if any(forked(own, job, "resumed")):
+            raise RuntimeError(f"{job} did not resume")
 
 
-def forked(folder: Path, phase: str, ranks: int, what: str) -> list[int]:
+def forked(folder: Path, job: Job, what: str) -> list[int]:
     children = []
-    for rank in range(ranks):
+    for rank in range(job.ranks):
         child = os.fork()
         if child == 0:
-            os._exit(run(rank, folder, phase, ranks, what))
+            os._exit(run(rank, folder, job, what))
         children.append(child)
     return [os.waitpid(child, 0)[1] for child in children]
 
 
-def run(rank: int, folder: Path, phase: str, ranks: int, what: str) -> int:
+def run(rank: int, folder: Path, job: Job, what: str) -> int:
     try:
-        if ranks > 1:
+        if job.ranks > 1:
             init = f"file://{folder}/init-{what}"
-            dist.init_process_group("gloo", init, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
-        torch.save(train(rank, folder, phase, ranks, what), folder / f"{what}-{ranks}-{rank}.pt")
-        if ranks > 1:
+            dist.init_process_group("gloo", init, rank=rank, world_size=job.ranks, timeout=timedelta(seconds=120))
+        torch.save(train(rank, folder, job, what), folder / f"{what}-{rank}.pt")
+        if job.ranks > 1:
             dist.barrier()
     except BaseException:  # noqa: BLE001 - a forked process must not go on into the code of its parent
         traceback.print_exc()
@@ -201,20 +213,20 @@ def run(rank: int, folder: Path, phase: str, ranks: int, what: str) -> int:
 
 
 @pytest.mark.distributed
-def test_resume_after_sigkill_equals_uninterrupted_and_two_ranks_one_process(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=nursery, args=(tmp_path,))
+def test_resume_after_sigkill_in_every_phase_equals_uninterrupted(tmp_path):
+    process = START.Process(target=nursery, args=(tmp_path,))
     process.start()
     process.join(timeout=300)
     alive = process.is_alive()
     process.kill()
     assert not alive, "the trainings did not end within 300 s"
     assert process.exitcode == 0
-    straight = {ranks: torch.load(tmp_path / f"straight-{ranks}-0.pt") for ranks in (1, 2)}
-    for phase, ranks in JOBS:
-        for rank in range(ranks):
-            resumed = torch.load(tmp_path / f"{phase}-{ranks}" / f"resumed-{ranks}-{rank}.pt")
-            assert_same(resumed["weights"], straight[ranks]["weights"])
-            assert resumed["report"] == straight[ranks]["report"]
-    one, two = (straight[ranks] for ranks in (1, 2))
+    for job in JOBS:
+        for rank in range(job.ranks):
+            resumed = torch.load(tmp_path / "-".join(map(str, job)) / f"resumed-{rank}.pt")
+            straight = torch.load(tmp_path / f"{job.row}-{job.ranks}" / f"straight-{rank}.pt")
+            assert_same(resumed["weights"], straight["weights"])
+            assert resumed["report"] == straight["report"]
+    one, two = (torch.load(tmp_path / f"hybrid-{ranks}" / "straight-0.pt") for ranks in (1, 2))
     assert two["report"] == one["report"]
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-5, atol=1e-6)  # the ranks' batches are unequal
