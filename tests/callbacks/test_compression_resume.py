@@ -12,16 +12,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_plugins.compression import restore_structure
-from lightning_plugins.mixins import CompressionMixin
 from tests._processes import START
 from tests.callbacks.budgets import BATCHES, STEPS, Model
 from tests.callbacks.budgets import seeded as seeded_as
 from tests.contract_compression import COMPRESSIONS
 from tests.contract_ranks import BOUNDS, act_as_rank
-from tests.models import Batches, fit, shard
+from tests.models import fit, shard
 
 PHASES = {"warm-up": 2, "schedule": 7, "frozen": 11, "fine-tuned": 15}
 
@@ -39,10 +37,6 @@ class Decayed(Model):
         optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-class SelfLoading(CompressionMixin, Decayed):
-    pass
 
 
 def seeded(kind: Any = Decayed) -> Any:
@@ -103,34 +97,6 @@ def test_other_choices_resume(row, settings, tmp_path):
         fit(model, BATCHES, [callback], ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
         assert_same(dict(model.state_dict()), weights)
         assert callback.state_dict() == state
-
-
-def test_checkpoints_are_plain_before_and_small_after(straight):
-    folder, weights, _ = straight
-    for step in (2, 7, 10):
-        checkpoint = torch.load(folder / f"step={step}.ckpt", weights_only=True)
-        seeded().load_state_dict(checkpoint["state_dict"])
-        model = seeded()
-        fit(model, BATCHES, ckpt_path=folder / f"step={step}.ckpt", max_epochs=3)
-        assert type(model.backbone[0]) is nn.Linear
-    checkpoint = torch.load(folder / f"step={STEPS}.ckpt", weights_only=True)
-    model = restore_structure(seeded(), checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
-    assert_same(dict(model.state_dict()), weights)
-    loaded = SelfLoading.load_from_checkpoint(folder / f"step={STEPS}.ckpt")
-    assert_same(dict(loaded.state_dict()), weights)
-    going_on = seeded(SelfLoading)
-    fit(going_on, BATCHES, ckpt_path=folder / "step=13.ckpt", max_epochs=3)
-    assert_same(dict(going_on.state_dict()), weights)
-
-
-def test_a_small_checkpoint_is_validated_with_the_callback(straight):
-    folder, weights, _ = straight
-    model = seeded()
-    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "precision": "64-true"}
-    trainer = Trainer(callbacks=[compression()], **settings)
-    trainer.validate(model, Batches(BATCHES), ckpt_path=folder / f"step={STEPS}.ckpt", verbose=False)
-    assert_same(dict(model.state_dict()), weights)
 
 
 class Job(NamedTuple):
