@@ -10,10 +10,15 @@ from torch.autograd.function import once_differentiable
 
 
 class Masked(nn.Module):
-    """Scale the slices of a parameter by the masks of the groups they belong to."""
+    """Scale the slices of a parameter by the masks of the groups they belong to.
+
+    Attributes:
+        deferred: Whether the step behind this one does it.
+    """
 
     def __init__(self, masks: Any, parts: Sequence[tuple[int, int, tuple[int, ...]]]) -> None:
         super().__init__()
+        self.deferred = False
         self._masks = [masks]  # in a list, so that it is not a submodule here: its parameters count once
         self.dims = tuple(dict.fromkeys(dim for dim, _, _ in parts))
         self.parts = tuple((dim, index) for dim, index, _ in parts)
@@ -23,13 +28,17 @@ class Masked(nn.Module):
             self.register_buffer(f"units_{number}", at, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
+        return weight if self.deferred else self.scaled(weight)
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """The weight times the masks."""
         for dim, scale in self._scales().items():
             weight = _Scaled.apply(weight, scale.to(weight.dtype), dim)
         return weight
 
-    def row_scale(self) -> Tensor | None:
-        """What multiplies the rows, if nothing else is scaled."""
-        return self._scales()[0] if self.dims == (0,) else None
+    def row_scale(self) -> Tensor:
+        """What multiplies the rows."""
+        return self._scales()[0]
 
     def _scales(self) -> dict[int, Tensor]:
         (masks,) = self._masks
@@ -48,6 +57,13 @@ class Masked(nn.Module):
         scores = [masks.scores[index]._version for _, index in self.parts]
         noise = id(masks._noise) if masks._noise and masks.training else None
         return (*scores, masks.beta._version, masks.hard._version, noise)
+
+
+def scale_at_once(model: nn.Module) -> None:
+    """Leave the work of no mask to the step behind it."""
+    for module in model.modules():
+        if isinstance(module, Masked):
+            module.deferred = False
 
 
 class _Scaled(Function):

@@ -1,13 +1,22 @@
 """The thresholds of a model as a module, and the step that one of them is on the way to a weight."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
-from lightning_plugins.compression._threshold_function import Basis, Lower, Values, decompose_wide, wide_view
+from lightning_plugins.compression._masked import Masked
+from lightning_plugins.compression._threshold_function import (
+    Basis,
+    Lower,
+    Lowering,
+    Values,
+    decompose_wide,
+    lowering,
+    wide_view,
+)
 from lightning_plugins.functional.spectrum import at_least_float32, full_precision
 
 
@@ -119,7 +128,7 @@ class RankThresholds(nn.Module):
 
 
 class Thresholded(nn.Module):
-    """Lower the singular values of a weight."""
+    """Lower the singular values of a weight, and scale its rows first if the mask before leaves that to this step."""
 
     def __init__(self, thresholds: RankThresholds, index: int, layer: nn.Module) -> None:
         super().__init__()
@@ -129,16 +138,23 @@ class Thresholded(nn.Module):
         self._basis: Basis | None = None
         self._key: Any = None
         self._age = 0  # optimizer steps since the decomposition
+        self._tau: Tensor | None = None  # the threshold in `_lowering`, which may be that of an earlier step
+        self._tau_key: Any = None
+        self._lowering: Lowering | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is kept between calls cannot be traced
     def forward(self, weight: Tensor) -> Tensor:
         (thresholds,) = self._thresholds
+        mask = self._deferred()
         if thresholds.bypass:
-            return weight
+            return weight if mask is None else mask.scaled(weight)
         with full_precision(weight):
             wide, restore = wide_view(at_least_float32(weight))
-            tau = thresholds.tau(self.index).to(wide.dtype)
-            lowered: Tensor = Lower.apply(wide, tau, *self._current(lambda: wide))
+            tau, scale = thresholds.tau(self.index).to(wide.dtype), self._scale(wide)
+            basis = self._current(wide, scale)
+            held = self._age > 0 or self._key != self._versions()
+            times = 0 if held else thresholds.refresh_every
+            lowered: Tensor = Lower.apply(wide, scale, tau, basis, self._matrices(basis, tau, held), times)
             return restore(lowered).to(weight.dtype)
 
     def spectrum(self) -> Tensor:
@@ -146,41 +162,40 @@ class Thresholded(nn.Module):
         basis = self._basis
         if basis is not None and not torch.is_grad_enabled() and self._versions() == self._key:
             return basis.values
-        scale = self._row_scale()
-        weight = self._before() if scale is None else self._steps().original
+        weight = self._before()
         with full_precision(weight):
             wide, _ = wide_view(at_least_float32(weight))
+            scale = self._scale(wide)
+            vectors, values, _ = self._current(wide, scale)
+            of_weight: Tensor = Values.apply(wide, None if scale is None else scale.detach(), vectors, values)
             if scale is None:
-                values: Tensor = Values.apply(wide, None, *self._current(lambda: wide)[:2])
-                return values
-            mask = scale.to(wide.dtype)
-            vectors, values, _ = self._current(lambda: wide * mask[:, None])
-            # Of d(s_i) = u_i.T dW v_i the part of a row's mask m_r is s_i u_ri ** 2 / m_r: no pass over the weight.
-            slopes = torch.where(mask[:, None] == 0, 0, vectors.square() * values / mask[:, None]).detach()
-            of_weight: Tensor = Values.apply(wide, mask.detach(), vectors, values)
-            return of_weight + (mask - mask.detach()) @ slopes
+                return of_weight
+            # Of d(s_i) = u_i.T dM v_i the part of a row's mask m_r is s_i u_ri ** 2 / m_r: no pass over the weight.
+            fixed = scale.detach()
+            relative = (scale - fixed) / torch.where(fixed == 0, torch.inf, fixed)
+            return of_weight + (relative @ vectors.square()) * values
 
     def decompose_anew(self) -> Tensor:
         """Decompose the weight as it is, unless that is done; the singular values in rising order."""
-        key = self._versions()
-        if self._basis is None or self._age or key != self._key:
+        if self._basis is None or self._age or self._versions() != self._key:
             weight = self._before().detach()
-            with full_precision(weight):
+            with torch.no_grad(), full_precision(weight):
                 wide, _ = wide_view(at_least_float32(weight))
-                self._basis, self._age, self._key = decompose_wide(wide), 0, key
+                return self._renew(wide, self._scale(wide)).values
         return self._basis.values
 
     def state(self) -> dict[str, Any]:
-        """The decomposition and its age."""
-        return {"age": self._age, "basis": None if self._basis is None else list(self._basis)}
+        """The decomposition, its age, and the threshold in use."""
+        return {"age": self._age, "basis": None if self._basis is None else list(self._basis), "tau": self._tau}
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Take over a decomposition; the next forward in training counts as that of another step."""
-        basis = state and state["basis"]
-        self._key, self._basis = None, None
-        if state and basis:
+        self._key = self._basis = self._lowering = self._tau = None
+        if state and state["basis"]:
+            device = self._steps().original.device
             self._age = int(state["age"])
-            self._basis = Basis(*(part.to(self._steps().original.device) for part in basis))
+            self._basis = Basis(*(part.to(device) for part in state["basis"]))
+            self._tau = None if state["tau"] is None else state["tau"].to(device)
 
     def _before(self) -> Tensor:
         """The weight that reaches this step."""
@@ -192,14 +207,14 @@ class Thresholded(nn.Module):
             weight = step(weight)
         return weight
 
-    def _row_scale(self) -> Tensor | None:
-        """The mask that reaches this step, where it scales rows that are no more than the columns."""
-        steps = self._steps()
-        rows, columns = steps.original.flatten(1).shape
-        if len(steps) != 2 or steps[1] is not self or rows > columns:
-            return None
-        scale: Tensor | None = steps[0].row_scale() if hasattr(steps[0], "row_scale") else None
-        return scale
+    def _deferred(self) -> Masked | None:
+        """The mask whose work is left to this step."""
+        return next((step for step in self._steps() if isinstance(step, Masked) and step.deferred), None)
+
+    def _scale(self, wide: Tensor) -> Tensor | None:
+        """What multiplies the rows before they are lowered."""
+        mask = self._deferred()
+        return None if mask is None else mask.row_scale().to(wide.dtype)
 
     def _versions(self) -> Any:
         """What changes when the weight that reaches this step does."""
@@ -211,14 +226,40 @@ class Thresholded(nn.Module):
         layer: Any = self._layer[0]
         return layer.parametrizations["weight"]
 
-    def _current(self, wide: Callable[[], Tensor]) -> Basis:
+    def _current(self, wide: Tensor, scale: Tensor | None) -> Basis:
         """The decomposition to use; that of the matrix that is handed over if it is time for it."""
         every = self._thresholds[0].refresh_every
         key = self._versions()
-        basis = self._basis
-        if basis is None or (key != self._key and (self.training or every == 1)):
+        if self._basis is None:
+            return self._renew(wide, scale)
+        if key != self._key and (self.training or every == 1):
             self._age += 1
-            if basis is None or self._age >= every:
-                basis, self._age = decompose_wide(wide().detach()), 0
-            self._basis, self._key = basis, key
-        return basis
+            if self._age >= every:
+                return self._renew(wide, scale)
+            self._key = key
+        return self._basis
+
+    def _renew(self, wide: Tensor, scale: Tensor | None) -> Basis:
+        self._basis = decompose_wide(wide.detach(), None if scale is None else scale.detach())
+        self._age, self._key = 0, self._versions()
+        self._lowering = self._tau = None
+        return self._basis
+
+    def _matrices(self, basis: Basis, tau: Tensor, held: bool) -> Lowering:
+        """What the weight is multiplied by. Where it is held, so is the threshold."""
+        value = self._thresholds[0].values[self.index]
+        key = (value.data_ptr(), value._version)
+        if self._lowering is None or (key != self._tau_key and not held):
+            if self._tau is None or not held:
+                self._tau = tau.detach().clone()
+            self._lowering, self._tau_key = lowering(basis, self._tau), key
+        return self._lowering
+
+
+def defer_row_mask(layer: nn.Module) -> None:
+    """Let the last step on the way to a layer's weight do the work of a mask right before it, where it can."""
+    steps: Any = layer.parametrizations["weight"]  # type: ignore[index]
+    rows, columns = steps.original.flatten(1).shape
+    mask = steps[-2] if len(steps) > 1 else None
+    if isinstance(mask, Masked) and mask.dims == (0,) and rows <= columns:
+        mask.deferred = True

@@ -46,52 +46,88 @@ def wide_view(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return (matrix.mT if turned else matrix), restore
 
 
-def decompose_wide(wide: Tensor) -> Basis:
-    """Singular values and left singular vectors, from the eigendecomposition of ``W @ W.T``.
+def decompose_wide(wide: Tensor, scale: Tensor | None = None) -> Basis:
+    """Singular values and left singular vectors, from the eigendecomposition of ``M @ M.T``.
 
     Args:
-        wide: Matrix of shape ``(m, n)``.
+        wide: Matrix ``W`` of shape ``(m, n)``.
+        scale: What multiplies its rows, ``M = diag(scale) @ W``.
 
     Returns:
         The basis.
     """
-    with torch.no_grad():
-        gram, poison = finite_or_zero(_lower_gram(wide))
+    with torch.inference_mode(mode=False), torch.no_grad():  # what a validation makes serves the training behind it
+        gram = _lower_gram(wide)
+        gram, poison = finite_or_zero(gram if scale is None else gram.mul_(scale[:, None]).mul_(scale))
         squares, vectors = decompose(gram, vectors=True, overwrite=True)
         return Basis(vectors, squares.clamp_min(0).sqrt(), poison)
 
 
-class Lower(Function):
-    """``Q @ W`` with ``Q = U diag(max(1 - tau / s, 0)) U.T`` from a decomposition of ``W @ W.T``.
+class Lowering(NamedTuple):
+    """``Q = U diag(max(1 - tau / s, 0)) U.T``, and what ``tau`` subtracts, ``T = U diag(1[s > tau] / s) U.T``."""
 
-    The gradient is ``Q @ G + A @ W`` with ``A = U (C * (P + P.T)) U.T``, where ``P = U.T @ G @ W.T @ U`` and ``C`` are
-    the divided differences of ``Q``'s eigenvalues as a function of those of ``W @ W.T``. It is that of singular value
-    thresholding, without a matrix of the size of ``V``.
+    matrix: Tensor
+    slope: Tensor
+
+
+def lowering(basis: Basis, tau: Tensor) -> Lowering:
+    """The matrix that lowers the singular values of what was decomposed.
+
+    Args:
+        basis: The decomposition.
+        tau: The threshold.
+
+    Returns:
+        It, and its derivative.
+    """
+    vectors, values, poison = basis
+    with torch.inference_mode(mode=False), torch.no_grad():
+        kept = _kept(values, tau)
+        factors = torch.where(kept, 1 - tau / torch.where(kept & (tau > 0), values, 1), 0) + poison
+        slopes = torch.where(kept, 1 / _safe(values), 0)
+        return Lowering(*(_product(vectors * each, vectors.mT) for each in (factors, slopes)))
+
+
+class Lower(Function):
+    """``Q @ M`` with ``M = diag(scale) @ W``, where ``Q`` is made from a decomposition of ``M @ M.T``.
+
+    The gradient with respect to ``M`` is ``Q @ G + A @ M`` with ``A = U (C * (P + P.T)) U.T``, where
+    ``P = U.T @ G @ M.T @ U`` and ``C`` are the divided differences of ``Q``'s eigenvalues as a function of those of
+    ``M @ M.T``. It is that of singular value thresholding, without a matrix of the size of ``V``. A ``Q`` that is held
+    from an earlier step is a constant, and ``Q @ G`` the gradient of what is computed; ``A @ M`` is then taken
+    ``times`` as strong in the step with the decomposition. Without that, singular values near the threshold, whose part
+    of ``Q @ G`` is small, sink below it.
     """
 
     @staticmethod
-    def forward(ctx: Any, wide: Tensor, tau: Tensor, vectors: Tensor, values: Tensor, poison: Tensor) -> Tensor:
-        kept = _kept(values, tau)
-        factors = torch.where(kept, 1 - tau / torch.where(kept & (tau > 0), values, 1), 0)
-        matrix = (vectors * (factors + poison)) @ vectors.mT
-        ctx.save_for_backward(wide, tau, vectors, values, matrix)
-        return _product(matrix, wide)
+    def forward(
+        ctx: Any, wide: Tensor, scale: Tensor | None, tau: Tensor, basis: Basis, lowered: Lowering, times: int
+    ) -> Tensor:
+        ctx.save_for_backward(wide, scale, tau)
+        ctx.basis, ctx.lowered, ctx.times = basis, lowered, times
+        matrix = lowered.matrix
+        return _product(matrix if scale is None else matrix * scale, wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wide, tau, vectors, values, matrix = ctx.saved_tensors
+        wide, scale, tau = ctx.saved_tensors
+        vectors, values, _ = ctx.basis
         with full_precision(wide):
-            safe, kept = _safe(values), _kept(values, tau)
             inner = _product_of_rows(grad, wide)
-            twice = _product(_product(vectors.mT, inner + inner.mT), vectors)
-            of_tau = torch.where(kept, twice.diagonal() / (-2 * safe), 0).sum()
-            core = _slopes(safe, tau, kept).mul_(twice)
-            if not ctx.needs_input_grad[0]:
-                return None, of_tau, None, None, None
-            of_wide = _product(matrix, grad)
-            of_wide += _product(_product(_product(vectors, core), vectors.mT), wide)
-            return of_wide, of_tau, None, None, None
+            if scale is not None:
+                inner *= scale
+            of_tau = -(ctx.lowered.slope * inner).sum()
+            of_wide = _product(ctx.lowered.matrix, grad)
+            if ctx.times:
+                twice = _product(_product(vectors.mT, inner + inner.mT), vectors)
+                core = _slopes(_safe(values), tau, _kept(values, tau)).mul_(twice).mul_(ctx.times)
+                through = _product(_product(vectors, core), vectors.mT)
+                of_wide += _product(through if scale is None else through.mul_(scale), wide)
+            if scale is None:
+                return of_wide, None, of_tau, None, None, None
+            of_scale = (of_wide * wide).sum(1) if ctx.needs_input_grad[1] else None
+            return of_wide.mul_(scale[:, None]), of_scale, of_tau, None, None, None
 
 
 class Values(Function):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number
-from lightning_plugins.compression._masked import Masked
+from lightning_plugins.compression._masked import Masked, scale_at_once
 from lightning_plugins.compression._parametrizations import clean_modules, put_on, take_off
 from lightning_plugins.compression.channel_groups import ChannelGroup
 from lightning_plugins.compression.shrink import check_kept
@@ -240,6 +240,7 @@ def bake_masks(model: nn.Module) -> None:
 def _take_off(model: nn.Module, *, bake: bool) -> None:
     if masks_of(model) is None:
         raise ValueError("`model` must have masks to take off, got none; `apply_masks` puts them on")
+    scale_at_once(model)
     for module in list(model.modules()):
         take_off(module, Masked, bake=bake)
     del model._modules[NAME]

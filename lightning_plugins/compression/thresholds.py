@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, check_positive_int
 from lightning_plugins.compression._layers import select_layers
+from lightning_plugins.compression._masked import scale_at_once
 from lightning_plugins.compression._parametrizations import clean_modules, put_on, take_off
-from lightning_plugins.compression._rank_thresholds import RankThresholds, Thresholded
+from lightning_plugins.compression._rank_thresholds import RankThresholds, Thresholded, defer_row_mask
 from lightning_plugins.compression.masks import bake_masks, masks_of, remove_masks
 from lightning_plugins.functional.spectrum import at_least_float32
 
@@ -31,17 +32,19 @@ def apply_thresholds(
     of the smaller Gram matrix, and the backward is a closed form that needs no other.
 
     A decomposition is kept as long as neither weight nor mask change: it serves all batches that are accumulated. With
-    ``refresh_every=k`` it also serves the ``k - 1`` optimizer steps behind: their forward multiplies the weight, as it
-    is by then, by ``U diag(max(1 - tau / s, 0)) U.T`` with older ``U`` and ``s``, and their backward is the same
-    formula with these. The gradients of such steps are away from exact ones by about as much as the weight has changed
-    since it was decomposed.
+    ``refresh_every=k`` it also serves the ``k - 1`` optimizer steps behind: they multiply the weight, as it is by then,
+    by the ``U diag(max(1 - tau / s, 0)) U.T`` of the step with the decomposition, with the threshold of then. The
+    gradient takes that matrix for a constant there, which saves a product, and what comes of its change with the weight
+    is taken ``k`` times as strong in the step with the decomposition. So the mean over ``k`` steps is the exact
+    gradient, but for what the weight moves meanwhile.
 
     Args:
         model: The model, changed in place: the thresholds are parameters of its submodule ``rank_thresholds``.
         layers: Linear layers and convolutions without groups: a dotted name, a glob, or a sequence of them.
         beta: The inverse temperature of the soft ranks to begin with.
         init: The thresholds to begin with, as a share of the largest singular value.
-        refresh_every: In how many optimizer steps every weight is decomposed once; 1 gives the exact gradient always.
+        refresh_every: In how many optimizer steps every weight is decomposed once; 1 gives the exact gradient in every
+            step, more give it on average and cost less.
 
     Returns:
         The thresholds.
@@ -85,6 +88,7 @@ def apply_thresholds(
         step = Thresholded(thresholds, index, modules[name])
         thresholds._steps.append(step)
         put_on(modules[name], "weight", step)
+        defer_row_mask(modules[name])
     return thresholds
 
 
@@ -112,6 +116,7 @@ def remove_thresholds(model: nn.Module) -> None:
     """
     if thresholds_of(model) is None:
         raise ValueError("`model` must have thresholds to take off, got none; `apply_thresholds` puts them on")
+    scale_at_once(model)
     for module in list(model.modules()):
         take_off(module, Thresholded, bake=False)
     del model._modules[NAME]

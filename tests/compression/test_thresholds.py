@@ -12,6 +12,7 @@ from lightning_plugins.compression import (
     apply_masks,
     apply_thresholds,
     bake,
+    bake_masks,
     channel_groups,
     remove_thresholds,
     thresholds_of,
@@ -127,7 +128,7 @@ def test_soft_ranks_of_masked_weights_have_the_gradient_of_a_decomposition(shape
 def counting(monkeypatch):
     calls = []
     decompose = module.decompose_wide
-    monkeypatch.setattr(module, "decompose_wide", lambda wide: calls.append(wide.shape) or decompose(wide))
+    monkeypatch.setattr(module, "decompose_wide", lambda *parts: calls.append(parts) or decompose(*parts))
     return calls
 
 
@@ -166,7 +167,7 @@ def test_refreshing_rarely_holds_the_vectors_and_resumes(monkeypatch):
     data = torch.randn(6, 8, dtype=torch.float64)
 
     def train(net, thresholds, steps):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)  # so small that singular values stay above the threshold
         for _ in range(steps):
             optimizer.zero_grad()
             (net(data).square().sum() + thresholds.soft_ranks()["0"]).backward()
@@ -184,26 +185,106 @@ def test_refreshing_rarely_holds_the_vectors_and_resumes(monkeypatch):
     resumed.load_state_dict(copy.deepcopy(halfway.state_dict()))
     train(resumed, thresholds, 3)
     torch.testing.assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
+    assert thresholds.hard_ranks()["0"] > 1
 
 
-def test_the_gradient_of_a_step_with_held_vectors_is_nearly_exact():
-    net, thresholds = one_layer((16, 24), init=0.3, beta=3.0, refresh_every=4)
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_a_held_step_has_the_gradient_of_what_it_computes(shape):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.ReLU(), nn.Linear(shape[0], 3)).double()
+    masks = apply_masks(net, channel_groups(net, torch.zeros(1, shape[1], dtype=torch.float64)))
+    torch.nn.init.normal_(masks.scores[0])
+    thresholds = apply_thresholds(net, "0", init=0.4, refresh_every=2)
     original, value = net[0].parametrizations.weight.original, thresholds.values[0]
-    upstream = torch.randn(16, 24, dtype=torch.float64)
+    upstream = torch.randn(shape, dtype=torch.float64)
 
-    def gradients():
-        loss = (net[0].weight * upstream).sum() + thresholds.soft_ranks()["0"]
-        return torch.autograd.grad(loss, [original, value])
+    def lowering_matrix(tau):
+        """U diag(max(1 - tau / s, 0)) U.T of the masked weight as it is, on its shorter side."""
+        masked = (original * masks.mask(0)[:, None]).detach()
+        u, s, _ = torch.linalg.svd(masked if shape[0] < shape[1] else masked.T, full_matrices=False)
+        return (u * (1 - tau / s).clamp_min(0)) @ u.T
 
-    gradients()
-    change = torch.randn_like(original)
+    assert net[0].weight.shape == shape  # decomposes
+    tau = thresholds.tau(0).detach().requires_grad_()
+    matrix = lowering_matrix(tau)
     with torch.no_grad():
-        original.add_(change * 1e-3 * original.norm() / change.norm())
-    held = gradients()
-    thresholds.margins()  # decomposes the weight as it is
-    for got, expected in zip(held, gradients(), strict=True):
-        error = float((got - expected).norm() / expected.norm())
-        assert 0 < error < 0.01
+        original.add_(torch.randn_like(original), alpha=0.1)
+        masks.scores[0].sub_(0.3)
+        value.mul_(1.5)  # from the next decomposition on
+    masked = original * masks.mask(0)[:, None]
+    expected = matrix @ masked if shape[0] < shape[1] else masked @ matrix
+    wanted = torch.autograd.grad((expected * upstream).sum(), [original, masks.scores[0], tau])
+    held = net[0].weight
+    got = torch.autograd.grad((held * upstream).sum(), [original, masks.scores[0], value])
+    torch.testing.assert_close(held, expected)
+    torch.testing.assert_close(got, (*wanted[:2], wanted[2] * thresholds.scales[0]))
+    with torch.no_grad():
+        original.mul_(1.1)
+    renewed = net[0].weight
+    got = torch.autograd.grad((renewed * upstream).sum(), [original, masks.scores[0], value])
+    masked = original * masks.mask(0)[:, None]
+    lowered = singular_value_threshold(masked, thresholds.tau(0))
+    exact = torch.autograd.grad((lowered * upstream).sum(), [original, masks.scores[0], value], retain_graph=True)
+    matrix = lowering_matrix(thresholds.tau(0).detach())
+    product = matrix @ masked if shape[0] < shape[1] else masked @ matrix
+    plain = torch.autograd.grad((product * upstream).sum(), [original, masks.scores[0]])
+    torch.testing.assert_close(renewed, lowered)
+    # The mean of this gradient and one with the same matrix held is the exact one.
+    torch.testing.assert_close([(g + p) / 2 for g, p in zip(got, plain, strict=False)], list(exact[:2]))
+    torch.testing.assert_close(got[2], exact[2])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_training_with_held_matrices_comes_to_nearly_the_same(seed):
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randn(64, 24, dtype=torch.float64, generator=generator)
+    left, right = torch.randn(2, 24, 3, dtype=torch.float64, generator=generator)
+    target = data @ left @ right.T[:, :16] / 24
+    found = []
+    for every in (1, 4):
+        net, thresholds = one_layer((16, 24), init=0.3, beta=3.0, refresh_every=every)
+        start = net[0].weight.detach()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss = (net(data) - target).square().mean()
+            (loss + 1e-3 * thresholds.soft_ranks()["0"]).backward()
+            optimizer.step()
+            thresholds.clamp_()
+        ranks = thresholds.hard_ranks()  # decomposes: the weight below is low-rank by the present threshold
+        found.append((net[0].weight.detach(), thresholds.values[0].item(), ranks, loss.item()))
+    (exact, tau, ranks, loss), (held, held_tau, held_ranks, held_loss) = found
+    assert 0 < torch.dist(held, exact) < 0.03 * torch.dist(start, exact)
+    assert held_tau == pytest.approx(tau, abs=0.02)
+    assert held_loss == pytest.approx(loss, rel=0.01)
+    assert held_ranks == ranks
+
+
+def test_training_goes_on_with_what_a_validation_decomposed():
+    net, thresholds = one_layer(init=0.2)
+    with torch.inference_mode():
+        net.eval()(torch.randn(2, 8, dtype=torch.float64))
+    (net.train()(torch.randn(2, 8, dtype=torch.float64)).sum() + thresholds.soft_ranks()["0"]).backward()
+    assert net[0].parametrizations.weight.original.grad.isfinite().all()
+
+
+def test_masks_leave_rows_to_thresholds_and_take_them_back():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    masks = apply_masks(net, channel_groups(net, torch.zeros(1, 8, dtype=torch.float64)))
+    torch.nn.init.normal_(masks.scores[0])
+    masked = net[0].weight
+    thresholds = apply_thresholds(net, "0", init=0.2)
+    assert net[0].parametrizations.weight[0].deferred
+    thresholds.bypass = True
+    torch.testing.assert_close(net[0].weight, masked, rtol=0, atol=0)
+    twin = copy.deepcopy(net)
+    remove_thresholds(twin)
+    torch.testing.assert_close(twin[0].weight, masked, rtol=0, atol=0)
+    masks.set_hard()
+    masked = net[0].weight
+    bake_masks(net)  # and the thresholds stay on
+    torch.testing.assert_close(net[0].weight, masked, rtol=0, atol=0)
 
 
 def test_baking_and_removing():
