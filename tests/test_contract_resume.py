@@ -1,20 +1,15 @@
 """A training that was killed in the middle of an epoch goes on as if nothing had happened, bit for bit."""
 
-import os
-import signal
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
+from tests._killed import Killed, fork_ranks, fork_to_be_killed, run_in_nursery, saving
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.contract_table import SETTINGS, Model, assert_close
 from tests.models import fit, make_batches, shard
@@ -48,16 +43,7 @@ JOBS = [
 ]
 
 
-class Killed(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train(rank: int, job: Job, folder: Path, *, dies: bool = False, ckpt_path: Path | None = None) -> dict[str, Any]:
+def train(rank: int, job: Job, folder: Path, dies: bool = False, ckpt_path: Path | None = None) -> dict[str, Any]:
     """What there is after training; checkpoints are written only if it ``dies``."""
     setting, batches = SETTINGS[job.setting], BATCHES
     settings: dict[str, Any] = {"accumulate_grad_batches": job.accumulate, "ckpt_path": ckpt_path}
@@ -68,8 +54,7 @@ def train(rank: int, job: Job, folder: Path, *, dies: bool = False, ckpt_path: P
     callbacks = setting.callbacks()
     extra: list[Callback] = []
     if dies:
-        saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=job.saves_every, save_top_k=-1)
-        extra = [saving, Killed(job.dies_at)]
+        extra = [saving(folder, every=job.saves_every), Killed(job.dies_at)]
         settings["enable_checkpointing"] = True
     model = setting.make(optimizer="adamw").double()  # at once: Lightning restores weights before it converts them
     trainer = fit(model, batches, [*callbacks, *extra], **settings)
@@ -82,60 +67,17 @@ def checkpoint_of(job: Job, folder: Path) -> Path:
 
 
 def nursery(folder: Path) -> None:
-    """Fork all trainings from a process that has imported everything and computed nothing."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for number, job in enumerate(JOBS):
         own = folder / str(number)
         own.mkdir()
-        ends = forked(job, own, "killed", dies=True)
-        for end in ends:
-            if not os.WIFSIGNALED(end) or os.WTERMSIG(end) != signal.SIGKILL:
-                raise RuntimeError(f"{job} was not killed but ended with {ends}")
-        for name, ckpt_path in (("straight", None), ("resumed", checkpoint_of(job, own))):
-            if any(ends := forked(job, own, name, ckpt_path=ckpt_path)):
-                raise RuntimeError(f"{job}, {name}, ended with {ends}")
-
-
-def forked(job: Job, folder: Path, name: str, **arguments: Any) -> list[int]:
-    """Train on forked ranks; how each process ended, as ``waitpid`` tells it."""
-    children = []
-    for rank in range(job.ranks):
-        child = os.fork()
-        if child == 0:
-            os._exit(run(rank, job, folder, name, arguments))
-        children.append(child)
-    return [os.waitpid(child, 0)[1] for child in children]
-
-
-def run(rank: int, job: Job, folder: Path, name: str, arguments: dict[str, Any]) -> int:
-    try:
-        if job.ranks > 1:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{folder}/{name}",
-                rank=rank,
-                world_size=job.ranks,
-                timeout=timedelta(seconds=240),
-            )
-        torch.save(train(rank, job, folder, **arguments), folder / f"{name}-{rank}.pt")
-        if job.ranks > 1:
-            dist.barrier()
-    except BaseException:  # noqa: BLE001 - a forked process must not go on into the code of its parent
-        traceback.print_exc()
-        return 1
-    return 0
+        fork_to_be_killed(job.ranks, own, train, job, own, True)
+        fork_ranks(job.ranks, own, "straight", train, job, own)
+        fork_ranks(job.ranks, own, "resumed", train, job, own, False, checkpoint_of(job, own))
 
 
 @pytest.mark.distributed
 def test_resume_after_sigkill_equals_uninterrupted(tmp_path: Path):
-    process = multiprocessing.get_context("spawn").Process(target=nursery, args=(tmp_path,))
-    process.start()
-    process.join(timeout=600)
-    alive = process.is_alive()
-    process.kill()
-    assert not alive, "the trainings did not end within 600 s"
-    assert process.exitcode == 0
+    run_in_nursery(nursery, tmp_path, seconds=600)
     for number, job in enumerate(JOBS):
         folder = tmp_path / str(number)
         checkpoint = torch.load(checkpoint_of(job, folder), weights_only=True)
@@ -183,9 +125,8 @@ def test_what_a_checkpoint_holds_matters(
 ):
     """The control of the tests above: a checkpoint that lacks something gives another training."""
     setting = SETTINGS[name]
-    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8)
     model: Model = setting.make(optimizer="adamw").double()
-    fit(model, BATCHES, [*setting.callbacks(), saving], enable_checkpointing=True)
+    fit(model, BATCHES, [*setting.callbacks(), saving(tmp_path, every=8)], enable_checkpointing=True)
     path = tmp_path / "step=8.ckpt"
     checkpoint = torch.load(path)
     damage(checkpoint)

@@ -1,20 +1,14 @@
 """A compression under a budget that was killed goes on as if nothing had happened, on one process and on two."""
 
-import os
-import signal
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from tests._processes import START
+from tests._killed import Killed, fork_ranks, fork_to_be_killed, run_in_nursery, saving
 from tests.callbacks.budgets import BATCHES, STEPS, Model
 from tests.callbacks.budgets import seeded as seeded_as
 from tests.contract_compression import COMPRESSIONS
@@ -45,19 +39,6 @@ def seeded(kind: Any = Decayed) -> Any:
 
 def compression(row: str = "hybrid", **settings: Any) -> Any:
     return COMPRESSIONS[row].callback(end=9, **settings)
-
-
-class Killed(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def saving(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
 
 
 def assert_same(found: Any, wanted: Any) -> None:
@@ -136,57 +117,20 @@ def train(rank: int, folder: Path, job: Job, what: str) -> dict[str, Any]:
 
 
 def nursery(folder: Path) -> None:
-    """Fork all trainings from a process that has imported everything and computed nothing."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for row, ranks in STRAIGHT:
         own = folder / f"{row}-{ranks}"
         own.mkdir()
-        if any(forked(own, Job(row, "warm-up", ranks), "straight")):
-            raise RuntimeError(f"the training of {row} that nobody killed failed")
+        fork_ranks(ranks, own, "straight", train, own, Job(row, "warm-up", ranks), "straight")
     for job in JOBS:
         own = folder / "-".join(map(str, job))
         own.mkdir()
-        for end in forked(own, job, "killed"):
-            if not os.WIFSIGNALED(end) or os.WTERMSIG(end) != signal.SIGKILL:
-                raise RuntimeError(f"{job} was not killed")
-        if any(forked(own, job, "resumed")):
-            raise RuntimeError(f"{job} did not resume")
-
-
-def forked(folder: Path, job: Job, what: str) -> list[int]:
-    children = []
-    for rank in range(job.ranks):
-        child = os.fork()
-        if child == 0:
-            os._exit(run(rank, folder, job, what))
-        children.append(child)
-    return [os.waitpid(child, 0)[1] for child in children]
-
-
-def run(rank: int, folder: Path, job: Job, what: str) -> int:
-    try:
-        if job.ranks > 1:
-            init = f"file://{folder}/init-{what}"
-            dist.init_process_group("gloo", init, rank=rank, world_size=job.ranks, timeout=timedelta(seconds=120))
-        torch.save(train(rank, folder, job, what), folder / f"{what}-{rank}.pt")
-        if job.ranks > 1:
-            dist.barrier()
-    except BaseException:  # noqa: BLE001 - a forked process must not go on into the code of its parent
-        traceback.print_exc()
-        return 1
-    return 0
+        fork_to_be_killed(job.ranks, own, train, own, job, "killed")
+        fork_ranks(job.ranks, own, "resumed", train, own, job, "resumed")
 
 
 @pytest.mark.distributed
 def test_resume_after_sigkill_in_every_phase_equals_uninterrupted(tmp_path):
-    process = START.Process(target=nursery, args=(tmp_path,))
-    process.start()
-    process.join(timeout=300)
-    alive = process.is_alive()
-    process.kill()
-    assert not alive, "the trainings did not end within 300 s"
-    assert process.exitcode == 0
+    run_in_nursery(nursery, tmp_path)
     for job in JOBS:
         for rank in range(job.ranks):
             resumed = torch.load(tmp_path / "-".join(map(str, job)) / f"resumed-{rank}.pt")

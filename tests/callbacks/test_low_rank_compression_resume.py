@@ -2,22 +2,19 @@
 
 import os
 import signal
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks import LowRankCompression
 from lightning_plugins.compression import restore_structure
 from lightning_plugins.mixins import CompressionMixin
-from tests._processes import START
+from tests._killed import Killed, fork_ranks, fork_to_be_killed, run_in_nursery, saving
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import Batches, Classifier, fit, make_batches, shard
 
@@ -81,19 +78,6 @@ def compression(factorize_at: int = SPLIT_AT - 3) -> LowRankCompression:
         figures=False,
         every_n_steps=2,  # an odd step is no beginning
     )
-
-
-class Killed(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def saving(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
 
 
 def assert_same(found: Any, wanted: Any) -> None:
@@ -240,59 +224,24 @@ def train(rank: int, folder: Path, phase: str, ranks: int, what: str) -> dict[st
 
 
 def nursery(folder: Path) -> None:
-    """Fork all trainings from a process that has imported everything and computed nothing."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for ranks in (1, 2):
-        if any(forked(folder, "", ranks, "straight")):
-            raise RuntimeError("the training that nobody killed failed")
+        own = folder / f"straight-{ranks}"
+        own.mkdir()
+        fork_ranks(ranks, own, "straight", train, own, "", ranks, "straight")
     for phase, ranks in JOBS:
         own = folder / f"{phase}-{ranks}"
         own.mkdir()
-        for end in forked(own, phase, ranks, "killed"):
-            if not os.WIFSIGNALED(end) or os.WTERMSIG(end) != signal.SIGKILL:
-                raise RuntimeError(f"{phase} on {ranks} ranks was not killed")
-        if any(forked(own, phase, ranks, "resumed")):
-            raise RuntimeError(f"{phase} on {ranks} ranks did not resume")
-
-
-def forked(folder: Path, phase: str, ranks: int, what: str) -> list[int]:
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            os._exit(run(rank, folder, phase, ranks, what))
-        children.append(child)
-    return [os.waitpid(child, 0)[1] for child in children]
-
-
-def run(rank: int, folder: Path, phase: str, ranks: int, what: str) -> int:
-    try:
-        if ranks > 1:
-            init = f"file://{folder}/init-{what}"
-            dist.init_process_group("gloo", init, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
-        torch.save(train(rank, folder, phase, ranks, what), folder / f"{what}-{ranks}-{rank}.pt")
-        if ranks > 1:
-            dist.barrier()
-    except BaseException:  # noqa: BLE001 - a forked process must not go on into the code of its parent
-        traceback.print_exc()
-        return 1
-    return 0
+        fork_to_be_killed(ranks, own, train, own, phase, ranks, "killed")
+        fork_ranks(ranks, own, "resumed", train, own, phase, ranks, "resumed")
 
 
 @pytest.mark.distributed
 def test_resume_after_sigkill_equals_uninterrupted(tmp_path):
-    process = START.Process(target=nursery, args=(tmp_path,))
-    process.start()
-    process.join(timeout=300)
-    alive = process.is_alive()
-    process.kill()
-    assert not alive, "the trainings did not end within 300 s"
-    assert process.exitcode == 0
-    straight = {ranks: torch.load(tmp_path / f"straight-{ranks}-0.pt") for ranks in (1, 2)}
+    run_in_nursery(nursery, tmp_path)
+    straight = {ranks: torch.load(tmp_path / f"straight-{ranks}" / "straight-0.pt") for ranks in (1, 2)}
     for phase, ranks in JOBS:
         for rank in range(ranks):
-            resumed = torch.load(tmp_path / f"{phase}-{ranks}" / f"resumed-{ranks}-{rank}.pt")
+            resumed = torch.load(tmp_path / f"{phase}-{ranks}" / f"resumed-{rank}.pt")
             assert_same(resumed["weights"], straight[ranks]["weights"])
             assert_same_state(resumed["state"], straight[ranks]["state"])
     one, two = (straight[ranks] for ranks in (1, 2))

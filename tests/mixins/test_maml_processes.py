@@ -1,15 +1,12 @@
 """Task batches split over ranks, a training that is killed, and what FSDP2 is told."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -18,6 +15,7 @@ from torchmetrics import MeanSquaredError
 from lightning_plugins.callbacks import VNERegularization
 from lightning_plugins.meta import use_per_step_statistics
 from lightning_plugins.mixins import MAMLMixin
+from tests._killed import Killed, fork_to_be_killed, run_in_nursery, saving
 from tests._processes import run_on_ranks
 from tests.contract_ranks import act_as_rank
 from tests.mixins.few_shot import RATE, FewGAP, make_tasks, shard_tasks, weights
@@ -71,25 +69,17 @@ def test_unequal_ranks_equal_one_process(tmp_path: Path):
             assert "FSDP2 (ModelParallelStrategy) splits them over ranks; pass `strategy='ddp'`" in refusal
 
 
-class Killed(Callback):
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
+def train_until_killed(rank: int, folder: Path) -> None:
+    fit(FewGAP().double(), BATCHES, [saving(folder, every=2), Killed(7)], enable_checkpointing=True, max_epochs=3)
 
 
-def train_until_killed(folder: str) -> None:
-    torch.set_num_threads(1)
-    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    fit(FewGAP().double(), BATCHES, [saving, Killed()], enable_checkpointing=True, max_epochs=3)
+def nursery(folder: Path) -> None:
+    fork_to_be_killed(1, folder, train_until_killed, folder)
 
 
 @pytest.mark.distributed
 def test_resume_after_sigkill_equals_uninterrupted(tmp_path: Path):
-    process = torch.multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(str(tmp_path),))
-    process.start()
-    process.join(timeout=300)
-    process.kill()
-    assert process.exitcode == -signal.SIGKILL
+    run_in_nursery(nursery, tmp_path)
     model, resumed, shorter = (FewGAP().double() for _ in range(3))
     fit(model, BATCHES, max_epochs=3)
     fit(resumed, BATCHES, max_epochs=3, ckpt_path=tmp_path / "step=6.ckpt")  # in the middle of the second epoch
