@@ -37,8 +37,9 @@ class Form:
         if ranks is not None:
             settings: dict[str, Any] = {"cost": "flops", "inputs": inputs, "masks": True, "ranks": ranks}
             self.network = BudgetedNetwork(net, "*", budget, refresh_every=every if ranks else 1, **settings)
+            self.network.begin()
             self.network.be_soft(10.0)
-            self.optimizer = ChoiceOptimizer(self.network.kinds(0.02, 0.002))
+            self.optimizer = ChoiceOptimizer(self.network.kinds())
 
     def step(self, images: Tensor, labels: Tensor, now: Callable[[], float]) -> None:
         """Time forward, backward and the choice; then the weights change."""
@@ -49,11 +50,9 @@ class Form:
             loss = nn.functional.cross_entropy(self.net(images), labels)
         loss.backward()
         if self.network is not None:
-            share, _ = self.network.share()
-            slopes = torch.autograd.grad(share, self.network.parameters())
-            self.optimizer.step(slopes, share.detach() - self.network.budget.target)
-            if self.network.thresholds is not None:
-                self.network.thresholds.clamp_()
+            spectra = self.network.spectra()
+            self.optimizer.step([0.002, 0.001][: len(self.network.kinds())])
+            self.network.shift.settle(spectra, done=0.7)
         self.seconds.append(now() - start)
         with torch.no_grad():
             for parameter in self.net.parameters():
@@ -106,17 +105,11 @@ def main() -> None:
 
 
 def follow_budget(network: BudgetedNetwork, steps: int = 60) -> None:
-    """Make a choice along the budget alone, from scores that differ at random: no data says what is useful."""
-    with torch.no_grad():
-        for scores in network.parameters()[: len(network.groups)]:
-            scores.copy_(2 + torch.randn_like(scores) / 2)
-    optimizer = ChoiceOptimizer(network.kinds(0.1, 0.01))
+    """Make a choice by the norms of weights and singular values alone."""
+    network.begin()
     for step in range(1, steps + 1):
         network.be_soft(100.0 ** (step / steps))
-        share, _ = network.share()
-        slopes = torch.autograd.grad(share, network.parameters())
-        wanted = 1 - min(step / (0.9 * steps), 1.0) * (1 - network.budget.target)
-        optimizer.step(slopes, share.detach() - wanted)
+        network.shift.settle(network.spectra(), min(step / (0.9 * steps), 1.0))
 
 
 def deliver(form: Form, dense: nn.Module, settings: argparse.Namespace) -> None:

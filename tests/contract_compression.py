@@ -68,7 +68,7 @@ def ranks(**settings: Any) -> Any:
 COMPRESSIONS = {
     "hybrid": Row(
         hybrid,
-        ("budget/params", "budget/multiplier", *KEPT, *RANKS),
+        ("budget/params", *KEPT, *RANKS),
         """
 class_path: lightning_plugins.callbacks.HybridCompression
 init_args:
@@ -96,7 +96,7 @@ init_args:
     ),
     "masks": Row(
         masks,
-        ("budget/params", "budget/multiplier", *KEPT),
+        ("budget/params", *KEPT),
         """
 class_path: lightning_plugins.callbacks.MaskScheduling
 init_args:
@@ -127,7 +127,7 @@ init_args: {layers: "*", budget: 0.5, cost: params, criterion: magnitude, update
     ),
     "ranks": Row(
         ranks,
-        ("budget/params", "budget/multiplier", *RANKS),
+        ("budget/params", *RANKS),
         """
 class_path: lightning_plugins.callbacks.RankScheduling
 init_args:
@@ -139,7 +139,6 @@ init_args:
   end: 11
   unit: steps
   threshold_learning_rate: 0.03
-  beta_max: 100.0
   keep: null
   min_rank: 1
   multiple_of: 1

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.callbacks._budget_shift import EXCHANGE, BudgetShift
 from lightning_plugins.callbacks._candidates import largest_within, rank_layers
 from lightning_plugins.callbacks._carried_state import chained, sliced_heir, split_layers
 from lightning_plugins.callbacks._plain_names import computed_names
@@ -22,8 +23,6 @@ from lightning_plugins.compression.channel_groups import (
 from lightning_plugins.compression.masks import apply_masks, remove_masks
 from lightning_plugins.compression.shrink import shrink
 from lightning_plugins.compression.thresholds import apply_thresholds, bake, remove_thresholds
-
-_SCORE = 2.0  # every mask begins at sigmoid(2) = 0.88, so that the start of the choice disturbs little
 
 
 class BudgetedNetwork:
@@ -73,11 +72,12 @@ class BudgetedNetwork:
         self.budget = Budget(model, self.groups, names, target=budget, cost=cost, inputs=counted)
         self._check_budget()
         before = computed_names(model)
-        self.masks = apply_masks(model, self.groups, init=_SCORE) if masks else None
+        self.masks = apply_masks(model, self.groups) if masks else None
         self.thresholds = apply_thresholds(model, names, refresh_every=refresh_every) if ranks else None
         # Names of parameters that are computed from others now, with the names of these.
         self.renamed = {plain: own for plain, own in computed_names(model).items() if plain not in before}
         self.masks_are_final = False
+        self.shift = BudgetShift(self.budget, self.masks, self.thresholds)
         self.be_whole()
 
     def be_whole(self) -> None:
@@ -124,18 +124,23 @@ class BudgetedNetwork:
         scores = [] if self.masks is None else list(self.masks.scores)
         return scores + ([] if self.thresholds is None else list(self.thresholds.values))
 
-    def kinds(self, scores: float, thresholds: float) -> list[tuple[list[nn.Parameter], float]]:
-        """The parameters by kind, with learning rates.
+    def kinds(self) -> list[list[nn.Parameter]]:
+        """The scores, and the thresholds, of those there are."""
+        parts = [None if self.masks is None else self.masks.scores]
+        parts += [None if self.thresholds is None else self.thresholds.values]
+        return [list(part) for part in parts if part is not None]
 
-        Args:
-            scores: That of scores.
-            thresholds: That of thresholds.
+    def begin(self) -> None:
+        """Let scores begin at the norms of their channels' weights, around 2: masks are nearly open."""
+        if self.masks is not None:
+            with torch.no_grad():
+                for scores, norms in zip(self.masks.scores, self.usefulness(), strict=True):
+                    scores.copy_(norms + 1)
 
-        Returns:
-            Lists of parameters, each with its rate.
-        """
-        own = [] if self.masks is None else [(list(self.masks.scores), scores)]
-        return own + ([] if self.thresholds is None else [(list(self.thresholds.values), thresholds)])
+    def spectra(self) -> list[Tensor]:
+        """The singular values by which thresholds act, in rising order, without gradients."""
+        with torch.no_grad():
+            return [] if self.thresholds is None else [step.spectrum() for step in self.thresholds._steps]
 
     def share(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The share of the cost that masks and soft ranks leave, with gradients to `parameters`, and these ranks.
@@ -182,8 +187,9 @@ class BudgetedNetwork:
             for member in group.members:
                 if member.side == "out" and tensors[member.parameter].ndim > 1:  # and is no bias
                     weight = tensors[member.parameter].detach().double().movedim(member.dim, 0).flatten(1)
-                    squares.index_add_(0, torch.tensor(member.units), weight.square().sum(1).cpu())
-            norms = squares[:-1].sqrt()  # the last, at -1: not of this group
+                    units = torch.tensor(member.units) % len(squares)  # the last, at -1: not of this group
+                    squares.index_add_(0, units, weight.square().sum(1).cpu())
+            norms = squares[:-1].sqrt()
             found.append(norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
         return found
 
@@ -196,8 +202,11 @@ class BudgetedNetwork:
             The choice.
         """
         kept = [] if self.masks is None else [keep.cpu() for keep in self.masks.kept()]
-        scores = [] if self.masks is None else [score.detach().cpu() for score in self.masks.scores]
         ranks, margins = (None, None) if self.thresholds is None else self._ranks()
+        scores: list[Tensor] = []
+        if self.masks is not None:  # as shifts, which all that is to stay can be compared by
+            ways = self.shift.directions(self.spectra(), done=1.0)
+            scores = [(score.detach() / way).cpu() for score, way in zip(self.masks.scores, ways, strict=True)]
         if kept and not self.masks_are_final:
             filled = largest_within(self.budget, scores, ranks, self.budget.limit)
             kept = [one | other for one, other in zip(kept, filled, strict=True)]
@@ -223,7 +232,7 @@ class BudgetedNetwork:
     def _ranks(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         if self.thresholds is None:
             return {}, {}
-        margins = self.thresholds.margins()
+        margins = {name: margin / EXCHANGE for name, margin in self.thresholds.margins().items()}
         return {name: max(1, int((margin > 0).sum())) for name, margin in margins.items()}, margins
 
     def _check_budget(self) -> None:

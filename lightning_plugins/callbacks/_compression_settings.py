@@ -42,7 +42,7 @@ class CompressionSettings:
     masks: bool = False
     ranks: bool = False
     learning_rate: float = 0.02
-    threshold_learning_rate: float = 0.002
+    threshold_learning_rate: float = 0.001
     beta_max: float = 100.0
     criterion: Criterion = "learned"
     update_every: int = 100
@@ -119,6 +119,18 @@ class CompressionSettings:
             A share in [0, 1].
         """
         return min(way / 0.9, 1.0) if self.learned else way
+
+    def rates(self, beta: float) -> list[float]:
+        """The learning rates of scores and thresholds, of those there are.
+
+        Args:
+            beta: The inverse temperature: scores are counted in logits of the masks, or the steps at a high one would
+                throw channels from open to closed.
+
+        Returns:
+            Numbers.
+        """
+        return [self.learning_rate / beta] * self.masks + [self.threshold_learning_rate] * self.ranks
 
     def for_key(self) -> dict[str, Any]:
         """All settings as primitives."""

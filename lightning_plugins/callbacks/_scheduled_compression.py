@@ -61,7 +61,7 @@ class ScheduledCompression(Callback):
         self._state: dict[str, Any] | None = None  # of the network and its optimizer, while they are not there
         self._mode = _WHOLE
         self._updated_at = -1
-        self._wanted = 1.0  # the share of the cost by now
+        self._done, self._beta = 0.0, 1.0  # how much of what the budget takes is gone, and the inverse temperature
         self._share: Tensor | float = 1.0
         self._ranks: dict[str, Any] = {}  # numbers, as tensors on the device or from a checkpoint
         self._record = ChoiceRecord()
@@ -120,7 +120,7 @@ class ScheduledCompression(Callback):
             pl_module.register_load_state_dict_pre_hook(load),  # type: ignore[no-untyped-call]  # torch's
         ]
         rewrap(trainer, pl_module, ("channel_masks", "rank_thresholds"))
-        self._optimizer = ChoiceOptimizer(network.kinds(settings.learning_rate, settings.threshold_learning_rate))
+        self._optimizer = ChoiceOptimizer(network.kinds())
         if state is not None:
             network.load_state_dict(state["network"])
             self._optimizer.load_state_dict(state["optimizer"])
@@ -140,15 +140,17 @@ class ScheduledCompression(Callback):
         if reached(trainer, settings.end, settings.unit):
             self._harden(trainer, network)
             return
+        if self._mode == _WHOLE:
+            network.begin()
         self._mode = _SOFT
         way = settings.way
         done = min(max(way(training_progress(trainer, with_totals=way.needs_total)), 0.0), 1.0)
-        self._wanted = 1 - settings.removed(done) * (1 - settings.budget)
+        self._done, self._beta = settings.removed(done), settings.beta(done)
         if settings.learned:
-            network.be_soft(settings.beta(done))
+            network.be_soft(self._beta)
         elif self._updated_at < 0 or trainer.global_step >= self._updated_at + settings.update_every:
             self._updated_at = trainer.global_step
-            choice = network.choose_heaviest(self._wanted)
+            choice = network.choose_heaviest(1 - self._done * (1 - settings.budget))
             network.be_hard(choice.kept)
             self._share = choice.cost / network.budget.dense
 
@@ -157,13 +159,9 @@ class ScheduledCompression(Callback):
         network = self._network
         if network is None or self._mode != _SOFT or not self.settings.learned:
             return
-        with torch.enable_grad():
-            share, self._ranks = network.share()
-            slopes = torch.autograd.grad(share, network.parameters())
-        self._share = share.detach()
-        self._optimizer.step(slopes, self._share - self._wanted, _unscaling(trainer, share))
-        if network.thresholds is not None:
-            network.thresholds.clamp_()
+        spectra = network.spectra()  # those of the forward pass: the scores' step would make them old
+        self._optimizer.step(self.settings.rates(self._beta), _unscaling(trainer, pl_module.device))
+        self._share, self._ranks = network.shift.settle(spectra, self._done)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -173,8 +171,6 @@ class ScheduledCompression(Callback):
         pl_module.log(f"budget/{self.settings.cost}", self._share, prog_bar=True)
         if network is None:
             return
-        if self.settings.learned:
-            pl_module.log("budget/multiplier", self._optimizer.multiplier)
         kept = network.kept_shares()
         for name, part in kept.items():
             pl_module.log(f"mask/{name}/kept", part)
@@ -215,7 +211,7 @@ class ScheduledCompression(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, thresholds, their optimizer and the multiplier, and the report once the network is small."""
+        """Scores, thresholds, their optimizer, and the report once the network is small."""
         own = self._state if self._network is None else self._own_state()
         place = {"mode": self._mode, "updated_at": self._updated_at, "share": float(self._share)}
         ranks = {name: float(rank) for name, rank in self._ranks.items()}
@@ -272,10 +268,10 @@ class ScheduledCompression(Callback):
             self._record.draw(trainer, report, settings)
 
 
-def _unscaling(trainer: Trainer, share: Tensor) -> Tensor | None:
+def _unscaling(trainer: Trainer, device: torch.device) -> Tensor | None:
     """What undoes the scale of fp16: Lightning unscales the parameters of the user's optimizer only."""
     scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else 1 / scaler.scale(torch.ones((), device=share.device))
+    return None if scaler is None else 1 / scaler.scale(torch.ones((), device=device))
 
 
 @contextmanager

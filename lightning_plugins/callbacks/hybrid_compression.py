@@ -12,9 +12,11 @@ class HybridCompression(ScheduledCompression):
 
     1. Up to ``begin`` the network trains as it is.
     2. From there to ``end`` masks on channels, ``sigmoid(beta * a)`` with learned scores ``a``, and thresholds on the
-       singular values of weights, learned as well, act on the weights, while ``beta`` rises from 1 to ``beta_max``. A
-       Lagrange multiplier presses the cost towards the budget. Scores and thresholds have an optimizer of their own
-       (Adam without weight decay); the user's optimizer, its groups, schedulers and clipping never see them.
+       singular values of weights, learned as well, act on the weights, while ``beta`` rises from 1 to ``beta_max``.
+       After every step of theirs all scores move down and all thresholds up, so far that the cost is the one that the
+       schedule wants. Scores begin at the norms of their channels' weights. They and the thresholds have an optimizer
+       of their own (Adam without weight decay); the user's optimizer, its groups, schedulers and clipping never see
+       them.
     3. At ``end`` the masks become zeros and ones, and the least useful channels and singular values go until the cost
        is within the budget.
     4. At the first start of an epoch from ``end`` on, or else at the end of training, the channels are removed and the
@@ -40,7 +42,7 @@ class HybridCompression(ScheduledCompression):
         begin: When masks and thresholds begin to act, in ``unit``.
         end: When the choice is made, in ``unit``.
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        learning_rate: Of the scores. They begin at 2, and a channel with a score below 0 leaves.
+        learning_rate: Of the scores, in logits of the masks: scores move by ``learning_rate / beta`` in a typical step.
         threshold_learning_rate: Of the thresholds, which are shares of a layer's largest singular value.
         beta_max: The inverse temperature at ``end``.
         keep: Layers that stay as they are, in the form of ``layers``.
@@ -59,8 +61,8 @@ class HybridCompression(ScheduledCompression):
             the module has an ``example_input_array``, operations, before and after, per layer and in all; the units
             that were ``kept`` and the ``ranks`` by layer; and the ``share`` of the cost that is left.
 
-    Logs at every step ``budget/<cost>``, the share of the cost that masks and soft ranks leave, ``budget/multiplier``,
-    ``mask/<group of channels>/kept`` and ``rank/<layer>``, the soft rank.
+    Logs at every step ``budget/<cost>``, the share of the cost that masks and ranks leave,
+    ``mask/<group of channels>/kept`` and ``rank/<layer>``.
 
     Example:
         >>> callback = HybridCompression(layers="*", budget=0.4, cost="flops", keep="head")
@@ -82,7 +84,7 @@ class HybridCompression(ScheduledCompression):
         end: float = 0.7,
         unit: Literal["steps", "epochs", "fraction"] = "fraction",
         learning_rate: float = 0.02,
-        threshold_learning_rate: float = 0.002,
+        threshold_learning_rate: float = 0.001,
         beta_max: float = 100.0,
         keep: str | list[str] | None = None,
         min_channels: int = 1,

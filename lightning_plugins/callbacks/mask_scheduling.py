@@ -29,7 +29,7 @@ class MaskScheduling(ScheduledCompression):
         begin: When masks begin to act, in ``unit``.
         end: When the choice is made, in ``unit``.
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        learning_rate: Of the scores. They begin at 2, and a channel with a score below 0 leaves.
+        learning_rate: Of the scores, in logits of the masks: scores move by ``learning_rate / beta`` in a typical step.
         beta_max: The inverse temperature at ``end``.
         update_every: Steps between two choices by magnitude.
         keep: Layers that stay as they are, in the form of ``layers``.
@@ -45,7 +45,7 @@ class MaskScheduling(ScheduledCompression):
     Attributes:
         report: As that of `HybridCompression`.
 
-    Logs at every step ``budget/<cost>`` and ``mask/<group of channels>/kept``; learned masks ``budget/multiplier`` too.
+    Logs at every step ``budget/<cost>`` and ``mask/<group of channels>/kept``.
 
     Example:
         >>> callback = MaskScheduling(layers="backbone.*", budget=0.5, cost="params", criterion="magnitude")

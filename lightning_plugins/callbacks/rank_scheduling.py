@@ -24,7 +24,6 @@ class RankScheduling(ScheduledCompression):
         end: When the choice is made, in ``unit``.
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
         threshold_learning_rate: Of the thresholds, which are shares of a layer's largest singular value.
-        beta_max: The inverse temperature of the soft ranks at ``end``.
         keep: Layers that stay as they are, in the form of ``layers``.
         min_rank: The least rank of a layer.
         multiple_of: Ranks are multiples of this, for speed.
@@ -39,7 +38,7 @@ class RankScheduling(ScheduledCompression):
     Attributes:
         report: As that of `HybridCompression`.
 
-    Logs at every step ``budget/<cost>``, ``budget/multiplier`` and ``rank/<layer>``, the soft rank.
+    Logs at every step ``budget/<cost>`` and ``rank/<layer>``.
 
     Example:
         >>> callback = RankScheduling(layers="*", budget=0.5, cost="params")
@@ -60,8 +59,7 @@ class RankScheduling(ScheduledCompression):
         begin: float = 0.1,
         end: float = 0.7,
         unit: Literal["steps", "epochs", "fraction"] = "fraction",
-        threshold_learning_rate: float = 0.002,
-        beta_max: float = 100.0,
+        threshold_learning_rate: float = 0.001,
         keep: str | list[str] | None = None,
         min_rank: int = 1,
         multiple_of: int = 1,
@@ -83,7 +81,6 @@ class RankScheduling(ScheduledCompression):
                 figures=figures,
                 ranks=True,
                 threshold_learning_rate=threshold_learning_rate,
-                beta_max=beta_max,
                 refresh_every=refresh_every,
             )
         )

@@ -77,33 +77,43 @@ class Budget:
         self.dense = self.cost()
         self.limit = int(target * self.dense)
 
-    def share(self, masks: Sequence[Tensor] | None = None, ranks: Mapping[str, Tensor] | None = None) -> Tensor:
+    def share(
+        self,
+        masks: Sequence[Tensor] | None = None,
+        ranks: Mapping[str, Tensor] | None = None,
+        *,
+        bend: Tensor | float = 1.0,
+    ) -> Tensor:
         """The share of the dense cost that soft masks and ranks leave, with gradient to both.
 
         Args:
-            masks: For every group a tensor of shape ``(size,)`` in [0, 1]; None for all ones.
-            ranks: For layers among those with ranks a scalar; a layer that is missing is dense.
+            masks: For every group a tensor of shape ``(..., size)`` in [0, 1]; None for all ones.
+            ranks: For layers among those with ranks a tensor of shape ``(...)``; a layer that is missing is dense.
+            bend: 1 where a layer with a rank costs at most what it costs as one. 0 where it costs what it costs in two
+                whatever the rank, so that the cost of the whole falls from the first singular value on. Between, the
+                mean of both.
 
         Returns:
-            Scalar in float64.
+            Tensor of shape ``(...)`` in float64.
         """
         given = [*(masks or ()), *(ranks or {}).values()]
         device = given[0].device if given else torch.device("cpu")
         terms = self._on(device)
         ones = torch.ones(terms.counts.shape[1], dtype=torch.float64, device=device)
-        units = torch.cat([mask.double() for mask in masks]) if masks else ones
-        sizes = terms.least + terms.counts @ units
-        first, second = sizes[terms.first], sizes[terms.second] * terms.inner
+        units = torch.cat([mask.double() for mask in masks], dim=-1) if masks else ones
+        sizes = terms.least + units @ terms.counts.mT
+        first, second = sizes[..., terms.first], sizes[..., terms.second] * terms.inner
         entries = first * second
         if ranks:
-            infinite = torch.full((), torch.inf, dtype=torch.float64, device=device)
+            infinite = torch.full_like(next(iter(ranks.values())), torch.inf, dtype=torch.float64)
             rank = torch.stack(
-                [ranks[name].double() if name in ranks else infinite for name in self.ranks] + [infinite]
+                [ranks[name].double() if name in ranks else infinite for name in self.ranks] + [infinite], dim=-1
             )
-            chosen = rank[terms.layer]  # -1, the last, is dense
+            chosen = rank[..., terms.layer]  # -1, the last, is dense
             low = torch.where(chosen.isfinite(), chosen, 0) * (first + second)
-            entries = torch.where(chosen.isfinite(), torch.minimum(low, entries), entries)
-        cost: Tensor = (terms.factor * entries).sum() + (terms.per_unit * units).sum() + self._constant
+            low = torch.lerp(low, torch.minimum(low, entries), torch.as_tensor(bend, dtype=low.dtype, device=device))
+            entries = torch.where(chosen.isfinite(), low, entries)
+        cost: Tensor = (terms.factor * entries).sum(-1) + (terms.per_unit * units).sum(-1) + self._constant
         return cost / self.dense
 
     def cost(self, kept: Sequence[Tensor] | None = None, ranks: Mapping[str, int] | None = None) -> int:

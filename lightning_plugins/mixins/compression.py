@@ -106,6 +106,7 @@ class CompressionMixin:
         given = getattr(self, "example_input_array", None) if inputs is None else inputs
         settings: dict[str, Any] = {"cost": cost, "masks": masks, "ranks": ranks, "keep": keep}
         network = BudgetedNetwork(self, layers, budget, inputs=given, minimum=minimum, multiple=multiple, **settings)
+        network.begin()
         network.be_soft(1.0)
         vars(self)["_compression"] = (network, Multiplier())
         return network.parameters()

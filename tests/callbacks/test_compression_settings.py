@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.callbacks import MaskScheduling
-from lightning_plugins.callbacks._choice_optimizer import ChoiceOptimizer
 from tests.callbacks.budgets import BATCHES, in_steps, params, seeded
 from tests.compression.networks import NETWORKS
 from tests.models import fit
@@ -35,41 +34,6 @@ def test_fp16_scaler(fused):
     torch.testing.assert_close(half_adam["squares"], whole_adam["squares"], rtol=0.1, atol=1e-7)
     for name in ("scores.0", "scores.1"):
         torch.testing.assert_close(half[name], whole[name], rtol=0.05, atol=0.05)
-
-
-def test_a_step_that_is_not_finite_changes_adam_in_nothing():
-    score = nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = ChoiceOptimizer([([score], 0.1)])
-    for gradient in (1.0, torch.inf, torch.nan):
-        score.grad = torch.tensor([gradient, 1.0])
-        optimizer.step([torch.zeros(2)], torch.tensor(0.0))
-    torch.testing.assert_close(score.detach(), torch.tensor([0.9, 1.9]))
-    assert optimizer.steps == 1
-    assert score.grad is None
-
-
-def test_the_multiplier_brings_the_share_to_where_it_should_be():
-    """Of a share that is linear in the scores one step closes the gap; Adam is that of torch."""
-    torch.manual_seed(0)
-    score, threshold = (nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (5, 2))
-    slopes = [torch.rand(5, dtype=torch.float64), -torch.rand(2, dtype=torch.float64)]
-    optimizer = ChoiceOptimizer([([score], 0.1), ([threshold], 0.01)])
-    before = [score.detach().clone(), threshold.detach().clone()]
-    optimizer.step(slopes, torch.tensor(0.05, dtype=torch.float64))
-    moved = sum(
-        (slope * (p.detach() - b)).sum() for slope, p, b in zip(slopes, (score, threshold), before, strict=True)
-    )
-    torch.testing.assert_close(moved, torch.tensor(-0.05, dtype=torch.float64))
-    twins = [nn.Parameter(score.detach().clone()), nn.Parameter(threshold.detach().clone())]
-    adam = torch.optim.Adam([{"params": twins[:1], "lr": 0.1}, {"params": twins[1:], "lr": 0.01}])
-    optimizer = ChoiceOptimizer([([score], 0.1), ([threshold], 0.01)])
-    for _ in range(3):
-        for mine, twin in zip((score, threshold), twins, strict=True):
-            mine.grad = torch.randn_like(mine)
-            twin.grad = mine.grad.clone()
-        adam.step()
-        optimizer.step(slopes, torch.tensor(0.0))
-    torch.testing.assert_close([score, threshold], twins)
 
 
 class Network(LightningModule):

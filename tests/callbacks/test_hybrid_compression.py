@@ -57,7 +57,6 @@ def test_delivers_a_network_within_the_budget(cost, budget):
     assert shares[-1] == pytest.approx(left[cost] / dense[cost])
     assert "mask/backbone.0/kept" in watch.metrics[5]
     assert "rank/backbone.2" in watch.metrics[5]
-    assert "budget/multiplier" in watch.metrics[5]
 
 
 def test_the_small_network_is_the_masked_one(monkeypatch):
@@ -76,7 +75,7 @@ def test_the_small_network_is_the_masked_one(monkeypatch):
         return heirs
 
     monkeypatch.setattr(BudgetedNetwork, "shrink", watched)
-    fit(seeded(), BATCHES, [in_steps(budget=0.35)], max_epochs=3)
+    fit(seeded(), BATCHES, [in_steps(budget=0.2)], max_epochs=3)
     for name, rank in seen["choice"].ranks.items():
         layer = seen["masked"].get_submodule(name)
         layer.weight.data = truncated(layer, rank, scheme=1)

@@ -89,7 +89,8 @@ def test_learned_choices_answer_to_the_loss(kind):
     """With the loss's gradient turned around another network is delivered at the same budget."""
     reports = []
     for sign in (1, -1):
-        model, callback = seeded(), in_steps(kind, budget=0.5, layers="backbone.*")
+        more = {"threshold_learning_rate": 0.1, "budget": 0.65} if kind is RankScheduling else {}
+        model, callback = seeded(), in_steps(kind, layers="backbone.*", **more)
         rate = model.lr
         model.lr = rate * 0.0
         model.loss = lambda batch, model=model, sign=sign: sign * Model.loss(model, batch)
