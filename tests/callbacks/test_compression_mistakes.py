@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -26,13 +26,18 @@ from tests.models import fit
         (HybridCompression, {"budget": 40}, ValueError, "did you mean 0.4?"),
         (HybridCompression, {"budget": math.nan}, ValueError, "`budget` must be finite"),
         (HybridCompression, {"budget": "0.4"}, TypeError, "`budget` must be a number"),
+        (HybridCompression, {"budget": True}, TypeError, r"`budget` must be a number, got True \(bool\)"),
+        (HybridCompression, {"budget": 1.0}, ValueError, "must be more than 0 and less than 1, got 1.0"),
         (HybridCompression, {"cost": "flop"}, ValueError, "did you mean 'flops'?"),
         (HybridCompression, {"schedule": 0.5}, TypeError, "`schedule` must be a Schedule from 0 to 1"),
         (HybridCompression, {"unit": "step"}, ValueError, "did you mean 'steps'?"),
         (HybridCompression, {"begin": 1.5}, ValueError, r"`begin` must be in \[0, 1\], got 1.5"),
         (HybridCompression, {"begin": 0.8}, ValueError, "`end` must not be before `begin`"),
+        (HybridCompression, {"unit": "epochs", "begin": -1}, ValueError, "`begin` must be at least 0, got -1"),
         (HybridCompression, {"begin": 0.5, "end": 0.5}, ValueError, "`end` must be after `begin`"),
         (HybridCompression, {"learning_rate": 0.0}, ValueError, "`learning_rate` must be positive, got 0.0"),
+        (MaskScheduling, {"learning_rate": "fast"}, TypeError, "`learning_rate` must be a number, got 'fast'"),
+        (HybridCompression, {"beta_max": math.nan}, ValueError, "`beta_max` must be finite, got nan"),
         (RankScheduling, {"threshold_learning_rate": -1.0}, ValueError, "`threshold_learning_rate` must be positive"),
         (HybridCompression, {"beta_max": 0.5}, ValueError, "`beta_max` must be at least 1"),
         (MaskScheduling, {"criterion": "magnitudes"}, ValueError, "did you mean 'magnitude'?"),
@@ -54,6 +59,17 @@ class Manual(Model):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+
+
+class Lbfgs(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class OfList(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = [[0.0] * 6]
 
 
 class WithoutInput(Model):
@@ -83,6 +99,9 @@ class WithoutInput(Model):
         ),
         (HybridCompression, {"schedule": Linear(0.0, 1.0)}, Model, {"max_epochs": -1}, "counts in fractions"),
         (HybridCompression, {}, Model, {"callbacks": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging"),
+        (MaskScheduling, {}, Model, {"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging averages parameters"),
+        (RankScheduling, {}, Model, {"callbacks": [BackboneFinetuning()]}, "set `requires_grad` in your module"),
+        (HybridCompression, {}, Lbfgs, {}, "not possible for LBFGS; use SGD, AdamW or another optimizer"),
         (HybridCompression, {}, Model, {"callbacks": [ModelPruning("l1_unstructured", amount=0.5)]}, "ModelPruning"),
         (HybridCompression, {}, Model, {"callbacks": [in_steps(MaskScheduling)]}, "would change the same weights"),
         (
@@ -113,6 +132,9 @@ def test_sharded_parameters_are_refused():
         (HybridCompression, {"budget": 0.01}, "`budget` must be at least 0.0.* for this network"),
         (HybridCompression, {"min_channels": 12, "budget": 0.2}, "`budget` must be at least"),
         (HybridCompression, {"layers": "bakbone.0"}, "nearest: 'backbone'|did you mean|'bakbone.0'"),
+        (HybridCompression, {"keep": "haed"}, "no module is called 'haed'; did you mean 'head'"),
+        (MaskScheduling, {"keep": "*"}, "'backbone.0': it is to stay whole"),
+        (MaskScheduling, {"min_channels": 100}, "that is left when all groups and ranks are at their minimum"),
         (RankScheduling, {"layers": "backbone.*", "keep": "backbone.*"}, "that `keep` does not name"),
         (MaskScheduling, {"layers": "head"}, "must match a layer that can lose channels"),
     ],
@@ -123,6 +145,16 @@ def test_what_cannot_be_had_is_named_before_training(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         fit(model, BATCHES, [in_steps(kind, **settings)])
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_an_example_input_of_another_kind_is_named():
+    with pytest.raises(TypeError, match=r"must be a tensor, a tuple .*, got list; did you mean a tuple"):
+        fit(seeded(OfList), BATCHES, [in_steps()])
+
+
+def test_the_same_callback_twice_is_named():
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `HybridCompression`"):
+        fit(seeded(), BATCHES, [in_steps(), in_steps()])
 
 
 def test_an_instance_is_told_apart_by_its_settings():
