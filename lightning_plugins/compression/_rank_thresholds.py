@@ -152,9 +152,9 @@ class Thresholded(nn.Module):
             wide, restore = wide_view(at_least_float32(weight))
             tau, scale = thresholds.tau(self.index).to(wide.dtype), self._scale(wide)
             basis = self._current(wide, scale)
-            held = self._age > 0 or self._key != self._versions()
-            times = 0 if held else thresholds.refresh_every
-            lowered: Tensor = Lower.apply(wide, scale, tau, basis, self._matrices(basis, tau, held), times)
+            age = max(self._age, self._key != self._versions())  # a change outside of training makes it old, too
+            matrices = self._matrices(basis, tau, age > 0)
+            lowered: Tensor = Lower.apply(wide, scale, tau, basis, matrices, age, thresholds.refresh_every)
             return restore(lowered).to(weight.dtype)
 
     def spectrum(self) -> Tensor:

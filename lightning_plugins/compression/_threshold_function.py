@@ -95,16 +95,24 @@ class Lower(Function):
     ``P = U.T @ G @ M.T @ U`` and ``C`` are the divided differences of ``Q``'s eigenvalues as a function of those of
     ``M @ M.T``. It is that of singular value thresholding, without a matrix of the size of ``V``. A ``Q`` that is held
     from an earlier step is a constant, and ``Q @ G`` the gradient of what is computed; ``A @ M`` is then taken
-    ``times`` as strong in the step with the decomposition. Without that, singular values near the threshold, whose part
-    of ``Q @ G`` is small, sink below it.
+    ``every`` times as strong in the step with the decomposition, of ``age`` 0. Without that, singular values near the
+    threshold, whose part of ``Q @ G`` is small, sink below it. The gradient with respect to ``tau`` is that of ``Q`` in
+    every step; the ``every - 1`` held steps share the columns out that they take it from.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, wide: Tensor, scale: Tensor | None, tau: Tensor, basis: Basis, lowered: Lowering, times: int
+        ctx: Any,
+        wide: Tensor,
+        scale: Tensor | None,
+        tau: Tensor,
+        basis: Basis,
+        lowered: Lowering,
+        age: int,
+        every: int,
     ) -> Tensor:
         ctx.save_for_backward(wide, scale, tau)
-        ctx.basis, ctx.lowered, ctx.times = basis, lowered, times
+        ctx.basis, ctx.lowered, ctx.age, ctx.every = basis, lowered, age, every
         matrix = lowered.matrix
         return _product(matrix if scale is None else matrix * scale, wide)
 
@@ -114,20 +122,21 @@ class Lower(Function):
         wide, scale, tau = ctx.saved_tensors
         vectors, values, _ = ctx.basis
         with full_precision(wide):
-            inner = _product_of_rows(grad, wide)
+            some = slice(ctx.age - 1, None, max(ctx.every - 1, 1)) if ctx.age else slice(0, None, 1)
+            inner = _product_of_rows(grad[:, some], wide[:, some])
             if scale is not None:
                 inner *= scale
-            of_tau = -(ctx.lowered.slope * inner).sum()
+            of_tau = -(ctx.lowered.slope * inner).sum() * some.step
             of_wide = _product(ctx.lowered.matrix, grad)
-            if ctx.times:
+            if not ctx.age:
                 twice = _product(_product(vectors.mT, inner + inner.mT), vectors)
-                core = _slopes(_safe(values), tau, _kept(values, tau)).mul_(twice).mul_(ctx.times)
+                core = _slopes(_safe(values), tau, _kept(values, tau)).mul_(twice).mul_(ctx.every)
                 through = _product(_product(vectors, core), vectors.mT)
                 of_wide += _product(through if scale is None else through.mul_(scale), wide)
             if scale is None:
-                return of_wide, None, of_tau, None, None, None
+                return of_wide, None, of_tau, None, None, None, None
             of_scale = (of_wide * wide).sum(1) if ctx.needs_input_grad[1] else None
-            return of_wide.mul_(scale[:, None]), of_scale, of_tau, None, None, None
+            return of_wide.mul_(scale[:, None]), of_scale, of_tau, None, None, None, None
 
 
 class Values(Function):

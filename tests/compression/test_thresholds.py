@@ -194,7 +194,7 @@ def test_a_held_step_has_the_gradient_of_what_it_computes(shape):
     net = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.ReLU(), nn.Linear(shape[0], 3)).double()
     masks = apply_masks(net, channel_groups(net, torch.zeros(1, shape[1], dtype=torch.float64)))
     torch.nn.init.normal_(masks.scores[0])
-    thresholds = apply_thresholds(net, "0", init=0.4, refresh_every=2)
+    thresholds = apply_thresholds(net, "0", init=0.4, refresh_every=3)
     original, value = net[0].parametrizations.weight.original, thresholds.values[0]
     upstream = torch.randn(shape, dtype=torch.float64)
 
@@ -207,17 +207,21 @@ def test_a_held_step_has_the_gradient_of_what_it_computes(shape):
     assert net[0].weight.shape == shape  # decomposes
     tau = thresholds.tau(0).detach().requires_grad_()
     matrix = lowering_matrix(tau)
-    with torch.no_grad():
-        original.add_(torch.randn_like(original), alpha=0.1)
-        masks.scores[0].sub_(0.3)
-        value.mul_(1.5)  # from the next decomposition on
-    masked = original * masks.mask(0)[:, None]
-    expected = matrix @ masked if shape[0] < shape[1] else masked @ matrix
-    wanted = torch.autograd.grad((expected * upstream).sum(), [original, masks.scores[0], tau])
-    held = net[0].weight
-    got = torch.autograd.grad((held * upstream).sum(), [original, masks.scores[0], value])
-    torch.testing.assert_close(held, expected)
-    torch.testing.assert_close(got, (*wanted[:2], wanted[2] * thresholds.scales[0]))
+    for turn in (0, 1):
+        with torch.no_grad():
+            original.add_(torch.randn_like(original), alpha=0.1)
+            masks.scores[0].sub_(0.3)
+            value.mul_(1.5)  # from the next decomposition on
+        masked = original * masks.mask(0)[:, None]
+        expected = matrix @ masked if shape[0] < shape[1] else masked @ matrix
+        wanted = torch.autograd.grad((expected * upstream).sum(), [original, masks.scores[0]], retain_graph=True)
+        terms = expected * upstream
+        columns = (terms if shape[0] < shape[1] else terms.T)[:, turn::2]  # both steps together take all
+        (of_tau,) = torch.autograd.grad(2 * columns.sum(), tau, retain_graph=True)
+        held = net[0].weight
+        got = torch.autograd.grad((held * upstream).sum(), [original, masks.scores[0], value])
+        torch.testing.assert_close(held, expected)
+        torch.testing.assert_close(got, (*wanted, of_tau * thresholds.scales[0]))
     with torch.no_grad():
         original.mul_(1.1)
     renewed = net[0].weight
@@ -229,8 +233,8 @@ def test_a_held_step_has_the_gradient_of_what_it_computes(shape):
     product = matrix @ masked if shape[0] < shape[1] else masked @ matrix
     plain = torch.autograd.grad((product * upstream).sum(), [original, masks.scores[0]])
     torch.testing.assert_close(renewed, lowered)
-    # The mean of this gradient and one with the same matrix held is the exact one.
-    torch.testing.assert_close([(g + p) / 2 for g, p in zip(got, plain, strict=False)], list(exact[:2]))
+    # The mean of this gradient and two with the same matrix held is the exact one.
+    torch.testing.assert_close([(g + 2 * p) / 3 for g, p in zip(got, plain, strict=False)], list(exact[:2]))
     torch.testing.assert_close(got[2], exact[2])
 
 
