@@ -51,7 +51,7 @@ class Form:
         loss.backward()
         if self.network is not None:
             spectra = self.network.spectra()
-            self.optimizer.step([0.002, 0.001][: len(self.network.kinds())])
+            self.optimizer.step([0.005, 0.001][: len(self.network.kinds())])
             self.network.shift.settle(spectra, done=0.7)
         self.seconds.append(now() - start)
         with torch.no_grad():

@@ -83,7 +83,7 @@ class HybridCompression(ScheduledCompression):
         begin: float = 0.1,
         end: float = 0.7,
         unit: Literal["steps", "epochs", "fraction"] = "fraction",
-        learning_rate: float = 0.02,
+        learning_rate: float = 0.05,
         threshold_learning_rate: float = 0.001,
         beta_max: float = 100.0,
         keep: str | list[str] | None = None,

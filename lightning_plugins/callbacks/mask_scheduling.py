@@ -68,7 +68,7 @@ class MaskScheduling(ScheduledCompression):
         begin: float = 0.1,
         end: float = 0.7,
         unit: Literal["steps", "epochs", "fraction"] = "fraction",
-        learning_rate: float = 0.02,
+        learning_rate: float = 0.05,
         beta_max: float = 100.0,
         update_every: int = 100,
         keep: str | list[str] | None = None,
