@@ -58,7 +58,8 @@ def restore_structure(model: M, state_dict: Mapping[str, Any], *, strict: bool =
     """
     known = shapes_of(model)
     incoming = align(shapes_in(state_dict), known)
-    if not any(is_known(key, known) for key in incoming):
+    dense = (f"{layer}.1.{tensor}" for layer, _, tensor in (key.rpartition(".") for key in incoming))
+    if not any(is_known(key, known) for key in (*incoming, *dense)):  # a low-rank model has no dense layer's names
         there = f"tensors such as {next(iter(known))!r}" if known else "no tensors"
         raise ValueError(
             f"`state_dict` must be one of {type(model).__name__}, which has {there}, got none of them, but such "

@@ -341,3 +341,10 @@ def test_restored_layer_is_trained_like_a_split_one():
             optimizer.step()
     torch.testing.assert_close(dense.state_dict(), small.state_dict(), rtol=0, atol=0)
     assert copy.deepcopy(dense)[0][0].weight.is_contiguous()
+
+
+def test_a_dense_state_dict_for_a_model_that_is_low_rank_throughout_is_named():
+    dense, small = (nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)) for _ in range(2))
+    factorize(small, 2)
+    with pytest.raises(ValueError, match="'0' is dense there and low-rank in the model; start from a fresh model"):
+        restore_structure(small, dense.state_dict(), strict=False)
