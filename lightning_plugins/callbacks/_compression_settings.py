@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
+from lightning_plugins.callbacks._figures import check_figures
 from lightning_plugins.callbacks._phases import check_phases
 from lightning_plugins.compression.cost import COSTS
 from lightning_plugins.plots import require_matplotlib
@@ -41,7 +42,7 @@ class CompressionSettings:
     figures: bool
     masks: bool = False
     ranks: bool = False
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     threshold_learning_rate: float = 0.001
     beta_max: float = 100.0
     criterion: Criterion = "learned"
@@ -49,19 +50,8 @@ class CompressionSettings:
     refresh_every: int = 1
 
     def __post_init__(self) -> None:
-        check_layers(self.layers, sides=False)
-        if self.keep is not None:
-            try:
-                check_layers(self.keep, sides=False)
-            except (TypeError, ValueError) as error:
-                raise type(error)(str(error).replace("`layers`", "`keep`")) from None
-        if not 0 < check_finite_number("budget", self.budget) < 1:
-            hint = f"; did you mean {self.budget / 100!r}?" if 1 < self.budget < 100 else ""
-            raise ValueError(
-                f"`budget`, the fraction of the cost that is left, must be more than 0 and less than 1, got "
-                f"{self.budget!r}{hint}"
-            )
-        check_choice("cost", self.cost, COSTS)
+        numbers = {"min_channels" if self.masks else "min_rank": self.minimum, "multiple_of": self.multiple}
+        check_selection(self.layers, self.keep, self.budget, self.cost, **numbers)
         check_choice("criterion", self.criterion, CRITERIA)
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
             raise TypeError(
@@ -83,10 +73,7 @@ class CompressionSettings:
             )
         for name, number in (("update_every", self.update_every), ("refresh_every", self.refresh_every)):
             check_positive_int(name, number)
-        check_positive_int("min_channels" if self.masks else "min_rank", self.minimum)
-        check_positive_int("multiple_of", self.multiple)
-        if not isinstance(self.figures, bool):
-            raise TypeError(f"`figures` must be True or False, got {self.figures!r}")
+        check_figures(self.figures)
         if self.figures:
             require_matplotlib()
 
@@ -136,3 +123,34 @@ class CompressionSettings:
         """All settings as primitives."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**found, "schedule": repr(self.schedule)}
+
+
+def check_selection(layers: Any, keep: Any, budget: float, cost: str, **numbers: int) -> None:
+    """Check what is said of a network that is to become smaller.
+
+    Args:
+        layers: The layers to choose in.
+        keep: The layers that stay as they are, or None.
+        budget: The share of the cost that may be left.
+        cost: What it is a share of.
+        **numbers: Whole numbers above 0, by the names of their arguments.
+
+    Raises:
+        ValueError: If one is out of its range.
+        TypeError: If one is of the wrong type.
+    """
+    check_layers(layers, sides=False)
+    if keep is not None:
+        try:
+            check_layers(keep, sides=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("`layers`", "`keep`")) from None
+    if not 0 < check_finite_number("budget", budget) < 1:
+        hint = f"; did you mean {budget / 100!r}?" if 1 < budget < 100 else ""
+        raise ValueError(
+            f"`budget`, the fraction of the cost that is left, must be more than 0 and less than 1, got {budget!r}"
+            f"{hint}"
+        )
+    check_choice("cost", cost, COSTS)
+    for name, number in numbers.items():
+        check_positive_int(name, number)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
+from lightning_plugins.callbacks._compression_settings import check_selection
 from lightning_plugins.compression.budget import Multiplier, Projection
 from lightning_plugins.compression.restore_structure import restore_structure
 
@@ -85,8 +86,8 @@ class CompressionMixin:
             weight decay, and a learning rate of their own.
 
         Raises:
-            ValueError: If nothing can be chosen, or the budget cannot be met.
-            TypeError: If this class is no ``nn.Module``.
+            ValueError: If an argument is out of its range, nothing can be chosen, or the budget cannot be met.
+            TypeError: If an argument is of the wrong type, or this class no ``nn.Module``.
             RuntimeError: If they are on already.
 
         Example:
@@ -103,7 +104,12 @@ class CompressionMixin:
             raise TypeError(f"`CompressionMixin` must be mixed into a LightningModule, got {type(self).__name__}")
         if _network_of(self) is not None:
             raise RuntimeError("`attach_compression` has been called already; `compress` ends what it began")
+        check_selection(layers, keep, budget, cost, minimum=minimum, multiple=multiple)
+        if not masks and not ranks:
+            raise ValueError("`masks` or `ranks` must be True, or there is nothing to choose, got False for both")
         given = getattr(self, "example_input_array", None) if inputs is None else inputs
+        if given is None and (masks or cost == "flops"):
+            raise ValueError("`inputs` must be given where the module has no `example_input_array`, got None for both")
         settings: dict[str, Any] = {"cost": cost, "masks": masks, "ranks": ranks, "keep": keep}
         network = BudgetedNetwork(self, layers, budget, inputs=given, minimum=minimum, multiple=multiple, **settings)
         network.begin()

@@ -97,3 +97,33 @@ def test_misuse_is_named():
     with pytest.raises(TypeError, match="mixed into a LightningModule, got Plain"):
         Plain().attach_compression(budget=0.5)
     assert isinstance(seeded(ByHand).backbone[0], nn.Linear)
+
+
+class WithoutInput(CompressionMixin, Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "error", "message"),
+    [
+        (Loose, {"budget": 40}, ValueError, "`budget`.* got 40; did you mean 0.4"),
+        (Loose, {"budget": "half"}, TypeError, "`budget` must be a number, got 'half'"),
+        (Loose, {"cost": "flop"}, ValueError, "did you mean 'flops'"),
+        (Loose, {"layers": 3}, TypeError, "`layers` must be"),
+        (Loose, {"layers": "backbon.*"}, ValueError, r"no module is called 'backbon\.\*'"),
+        (Loose, {"keep": 3}, TypeError, "`keep` must be"),
+        (Loose, {"keep": "haed"}, ValueError, "did you mean 'head'"),
+        (Loose, {"minimum": 0}, ValueError, "`minimum` must be at least 1"),
+        (Loose, {"multiple": 2.5}, TypeError, "`multiple` must be an int"),
+        (Loose, {"masks": False, "ranks": False}, ValueError, "`masks` or `ranks` must be True"),
+        (WithoutInput, {}, ValueError, "`inputs` must be given where the module has no `example_input_array`"),
+        (WithoutInput, {"masks": False, "cost": "flops"}, ValueError, "`inputs` must be given"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(kind, settings, error, message):
+    with pytest.raises(error, match=message):
+        seeded(kind).attach_compression(**{"budget": 0.5, **settings})
+    assert not any("compression" in name for name in vars(seeded(kind)))
