@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.compression import Budget, apply_masks, bake_masks, find_channel_groups, shrink
-from lightning_plugins.compression._dependencies import tensors_in
+from lightning_plugins.compression._tracing import tensors_in
 from lightning_plugins.compression.cost import run
 
-FAMILIES_WANTED, TOLERANCE = 30, 1e-4
+FAMILIES_WANTED, TOLERANCE, LARGEST = 30, 1e-4, 200_000_000
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "pruning.md"
 HEAD = """# Which networks can lose channels
 
@@ -70,6 +70,9 @@ def try_model(name: str) -> Row:
     began = time.perf_counter()
     torch.manual_seed(0)
     model = timm_task(name).backbone.eval()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > LARGEST:
+        return Row(family(name), name, problem=f"{size:,} parameters, of which several copies would not fit in memory")
     settle(model)
     inputs = images(name)[0][:2]
     search = find_channel_groups(model, inputs)

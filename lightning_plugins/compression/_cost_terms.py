@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_plugins.compression._parametrizations import clean_modules, clean_name
+from lightning_plugins.compression._parametrizations import clean_modules, clean_name, plain_copy
 from lightning_plugins.compression.channel_groups import ChannelGroup
 from lightning_plugins.compression.cost import run
+from lightning_plugins.compression.shrink import shrink
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 _OURS = ("channel_masks", "rank_thresholds")
@@ -29,7 +30,8 @@ class Terms(NamedTuple):
         inner: The product of its other dimensions.
         factor: What an entry costs.
         layer: For every term the number of the layer with a rank whose weight it is, or -1.
-        per_unit: What a unit costs beyond that, ``(units,)``: the products of an attention's heads.
+        per_unit: What a unit costs beyond that, ``(units,)``: the products of an attention's heads, and those with a
+            matrix that no layer holds.
     """
 
     counts: Tensor
@@ -97,6 +99,38 @@ def count_terms(
     return Terms(counts, least, first, second, inner_sizes, factor, layer, per_unit), constant
 
 
+def beyond_layers(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any) -> dict[int, int]:
+    """What a network has fewer of when a unit leaves whose channels are those of a lone matrix too.
+
+    A matrix that is a parameter of no layer may be multiplied by, which no layer's operations tell.
+
+    Args:
+        model: The network.
+        groups: Its groups of channels.
+        inputs: What it takes.
+
+    Returns:
+        Operations without the first unit, taken from those of the whole, by the numbers of such groups.
+    """
+    layers = {name for name, module in clean_modules(model).items() if isinstance(module, _WEIGHTED)}
+    parameters = parameters_by_name(model)
+    found = {}
+    for index, group in enumerate(groups):
+        lone = [m for m in group.members if m.parameter.rpartition(".")[0] not in layers and m.parameter in parameters]
+        if group.size > 1 and any(parameters[member.parameter].ndim > 1 for member in lone):
+            kept = [torch.arange(one.size) > (0 if place == index else -1) for place, one in enumerate(groups)]
+            whole, smaller = plain_copy(model), plain_copy(model)
+            shrink(smaller, groups, kept)
+            found[index] = _total(whole, inputs) - _total(smaller, inputs)
+    return found
+
+
+def _total(model: nn.Module, inputs: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run(model, inputs)
+    return int(counter.get_total_flops())
+
+
 class _Rows:
     """The different sizes that occur in a network, as sums over units of groups."""
 
@@ -143,8 +177,7 @@ def _flops(
     model: nn.Module, groups: Sequence[ChannelGroup], parameters: Mapping[str, Tensor], inputs: Any
 ) -> tuple[dict[str, int], dict[int, int], int]:
     """What an entry of every weight costs, what a unit of a group of heads costs beyond, and what else there is."""
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         run(model, inputs)
     total = counter.get_total_flops()
     root = type(model).__name__

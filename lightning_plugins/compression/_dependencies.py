@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_plugins.compression._resize import heads_of, is_depthwise, projections_of
+from lightning_plugins.compression._tracing import trace
 
 _NORMS_PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _NORMS_OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
@@ -76,7 +76,7 @@ def bundles(model: nn.Module, example_inputs: Any) -> list[Bundle]:
     Returns:
         Bundles, in the order of the model's layers and their channels.
     """
-    graph = _graph(model, example_inputs)
+    graph = trace(model, example_inputs)
     nodes = dict(enumerate(graph.module2node.values()))
     number = {id(node): i for i, node in nodes.items()}
     sets = _Sets()
@@ -101,48 +101,6 @@ def bundles(model: nn.Module, example_inputs: Any) -> list[Bundle]:
 def _place_key(bundle: Bundle, order: Mapping[str, int]) -> tuple[int, int]:
     keys = [(order[place.owner], place.channel) for place in bundle.places if place.side == "out"]
     return min(keys, default=(len(order), 0))
-
-
-def _graph(model: nn.Module, inputs: Any) -> Any:
-    try:
-        import torch_pruning  # type: ignore[import-untyped]  # it ships no types
-    except ImportError as error:
-        raise ImportError(
-            "finding the channels that depend on each other needs torch-pruning: "
-            "`pip install 'lightning-plugins[pruning]'`"
-        ) from error
-
-    def forward(network: nn.Module, given: Any) -> list[Tensor]:
-        if isinstance(given, Mapping):
-            output = network(**given)
-        else:
-            output = network(*given) if isinstance(given, tuple) else network(given)
-        # Multiplied, so that an output is a node of its own and not the layer that computed it.
-        return [leaf * 1.0 for leaf in tensors_in(output) if leaf.grad_fn is not None]
-
-    with torch.enable_grad():
-        graph = torch_pruning.DependencyGraph()
-        return graph.build_dependency(model, inputs, forward_fn=forward, verbose=False)
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """All floating tensors in what a model returns.
-
-    Args:
-        output: A tensor, or tuples, lists and mappings of them.
-
-    Returns:
-        The tensors, in order.
-
-    Example:
-        >>> tensors_in({"logits": (torch.zeros(2), None)})
-        [tensor([0., 0.])]
-    """
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    return [leaf for part in output for leaf in tensors_in(part)] if isinstance(output, list | tuple) else []
 
 
 def _side(handler: Any) -> str:
@@ -172,7 +130,10 @@ def _walk(graph: Any, root: Any, number: Mapping[int, int], sets: _Sets, largest
             try:
                 for mapping in dependency.index_mapping:
                     moved = moved if mapping is None else mapping(moved)
-            except ZeroDivisionError:  # a reshape to fewer channels than it expects: none of these may leave
+            except (
+                ZeroDivisionError,
+                IndexError,
+            ):  # a reshape or split that it did not expect: none of these may leave
                 moved = [_HybridIndex(idx=largest, root_idx=i) for i in indices]
             target = number[id(dependency.target)], _side(dependency.handler)
             new = []

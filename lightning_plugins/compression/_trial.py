@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.compression._dependencies import tensors_in
+from lightning_plugins.compression._tracing import tensors_in
 from lightning_plugins.compression.channel_groups import ChannelGroup
 from lightning_plugins.compression.cost import run
 from lightning_plugins.compression.shrink import shrink

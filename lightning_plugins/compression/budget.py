@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_fraction
-from lightning_plugins.compression._cost_terms import count_terms
+from lightning_plugins.compression._cost_terms import beyond_layers, count_terms
 from lightning_plugins.compression.channel_groups import ChannelGroup
 from lightning_plugins.compression.cost import COSTS, Cost
 
@@ -75,6 +75,8 @@ class Budget:
             )
         self._device_terms: dict[torch.device, Any] = {}
         self.dense = self.cost()
+        if cost == "flops":
+            self._add_beyond_layers(beyond_layers(model, groups, inputs))
         self.limit = int(target * self.dense)
 
     def share(
@@ -161,6 +163,14 @@ class Budget:
         first, second = self._sides(torch.cat([keep.cpu().double() for keep in kept]) if kept else everything)
         places = {int(layer): term for term, layer in enumerate(self._terms.layer.tolist()) if layer >= 0}
         return {name: (int(first[places[i]]), int(second[places[i]])) for i, name in enumerate(self.ranks)}
+
+    def _add_beyond_layers(self, decreases: Mapping[int, int]) -> None:
+        sizes = [group.size for group in self.groups]
+        for index, decrease in decreases.items():
+            kept = [torch.arange(size) > (0 if place == index else -1) for place, size in enumerate(sizes)]
+            beyond = decrease - (self.dense - self.cost(kept))
+            self._terms.per_unit.split(sizes)[index].add_(beyond)
+            self._constant -= beyond * sizes[index]
 
     def _sides(self, units: Tensor) -> tuple[Tensor, Tensor]:
         terms = self._terms

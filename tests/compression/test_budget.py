@@ -227,3 +227,26 @@ def test_a_compiled_part_is_looked_into():
     bake(net)
     shrink(net, groups, kept)
     torch.testing.assert_close(net(x), masked)
+
+
+class LoneMatrix(nn.Module):
+    """Products with a parameter of no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.weight = nn.Parameter(torch.randn(8, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x).relu()
+        return self.last(hidden * (hidden @ self.weight).sigmoid())
+
+
+def test_products_with_a_matrix_of_no_layer_are_counted():
+    net, x = LoneMatrix(), torch.randn(5, 4)
+    groups = channel_groups(net, x)
+    budget = Budget(net, groups, target=0.9, cost="flops", inputs=x)
+    assert budget.dense == counted(net, x, "flops") == 2 * 5 * (4 * 8 + 8 + 8 * 3)
+    kept = [torch.arange(8) < 3]
+    shrink(net, groups, kept)
+    assert budget.cost(kept) == counted(net, x, "flops") == 2 * 5 * (4 * 3 + 3 + 3 * 3)

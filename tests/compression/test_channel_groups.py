@@ -151,3 +151,16 @@ def test_without_the_extra_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"lightning-plugins\[pruning\]"):
         channel_groups(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.zeros(1, 2))
+
+
+def test_a_model_that_cannot_be_followed_is_named(monkeypatch):
+    import torch_pruning
+
+    def fail(self, *_, **__):
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", fail)
+    with pytest.raises(ValueError, match=r"cannot follow the channels of this Sequential \(TypeError.*RankScheduling"):
+        channel_groups(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(RuntimeError, match="expected input"):  # the model's own error
+        channel_groups(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), torch.zeros(1, 5, 4, 4))
