@@ -143,6 +143,33 @@ def select_modules(
     return {name: modules[name] for name in modules if first.get(id(modules[name])) == name}
 
 
+def select_kept(
+    model: nn.Module, keep: str | Sequence[str] | None, *, types: Iterable[type[nn.Module]] | None = None
+) -> set[str]:
+    """Find the modules that ``keep`` names, in the way of `select_modules`.
+
+    Args:
+        model: The model.
+        keep: Names and globs of what stays as it is; None or an empty one for nothing.
+        types: As for `select_modules`.
+
+    Returns:
+        Clean dotted names.
+
+    Raises:
+        ValueError: As `select_modules`, of ``keep``.
+        TypeError: As `select_modules`, of ``keep``.
+
+    Example:
+        >>> select_kept(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), "0")
+        {'0'}
+    """
+    try:
+        return set(select_modules(model, keep, types=types)) if keep else set()
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("`layers`", "`keep`")) from None
+
+
 def select_tensors(model: nn.Module, layers: str | Sequence[str]) -> list[TensorRef]:
     """Find the inputs and outputs that ``layers`` names, for forward hooks.
 

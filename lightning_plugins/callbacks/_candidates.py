@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.compression._layers import select_layers
 from lightning_plugins.compression.budget import Budget
-from lightning_plugins.selection import select_modules
+from lightning_plugins.selection import select_kept
 
 
 def largest_within(
@@ -53,7 +53,7 @@ def rank_layers(model: nn.Module, layers: str | Sequence[str], keep: str | Seque
     Raises:
         ValueError: If there is none.
     """
-    kept = set(select_modules(model, keep)) if keep else set()
+    kept = select_kept(model, keep)
     found = {name: layer for name, layer in select_layers(model, layers).items() if name not in kept}
     names = [name for name, layer in found.items() if min(layer.weight.flatten(1).shape) > 1]
     if not names:

@@ -111,6 +111,7 @@ class ScheduledCompression(Callback):
                 refresh_every=settings.refresh_every,
                 groups=groups,
             )
+        self._optimizer = ChoiceOptimizer(network.kinds())
         self._network = network
         save, load = plain_names(
             network.renamed, {"channel_masks": network.masks, "rank_thresholds": network.thresholds}
@@ -120,7 +121,6 @@ class ScheduledCompression(Callback):
             pl_module.register_load_state_dict_pre_hook(load),  # type: ignore[no-untyped-call]  # torch's
         ]
         rewrap(trainer, pl_module, ("channel_masks", "rank_thresholds"))
-        self._optimizer = ChoiceOptimizer(network.kinds())
         if state is not None:
             network.load_state_dict(state["network"])
             self._optimizer.load_state_dict(state["optimizer"])

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plugins.compression._dependencies import Bundle, bundles, parameters_of
 from lightning_plugins.compression._parametrizations import plain_copy
-from lightning_plugins.selection import check_layers, select_modules
+from lightning_plugins.selection import check_layers, select_kept, select_modules
 
 _PRODUCERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -140,8 +140,7 @@ def find_channel_groups(
             f"{type(example_inputs).__name__}" + ("; did you mean a tuple?" if isinstance(example_inputs, list) else "")
         )
     chosen = set(select_modules(model, layers, types=_PRODUCERS))
-    if keep:
-        chosen -= set(select_modules(model, keep, types=_PRODUCERS))
+    chosen -= select_kept(model, keep, types=_PRODUCERS)
     plain = plain_copy(model)
     traced = copy.deepcopy(plain).eval().requires_grad_(True)
     candidates: list[ChannelGroup] = []

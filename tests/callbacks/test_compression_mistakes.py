@@ -132,7 +132,7 @@ def test_sharded_parameters_are_refused():
         (HybridCompression, {"budget": 0.01}, "`budget` must be at least 0.0.* for this network"),
         (HybridCompression, {"min_channels": 12, "budget": 0.2}, "`budget` must be at least"),
         (HybridCompression, {"layers": "bakbone.0"}, "nearest: 'backbone'|did you mean|'bakbone.0'"),
-        (HybridCompression, {"keep": "haed"}, "no module is called 'haed'; did you mean 'head'"),
+        (HybridCompression, {"keep": "haed"}, "`keep`: no module is called 'haed'; did you mean 'head'"),
         (MaskScheduling, {"keep": "*"}, "'backbone.0': it is to stay whole"),
         (MaskScheduling, {"min_channels": 100}, "that is left when all groups and ranks are at their minimum"),
         (RankScheduling, {"layers": "backbone.*", "keep": "backbone.*"}, "that `keep` does not name"),

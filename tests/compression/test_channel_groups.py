@@ -136,7 +136,7 @@ def test_frozen_parameters_and_dict_inputs():
     [
         ({"layers": "blcks.*"}, "`layers`: no module is called 'blcks.\\*'"),
         ({"layers": []}, "`layers` must be"),
-        ({"keep": "stem.1"}, "`layers`: 'stem.1' must match modules of the types"),
+        ({"keep": "stem.1"}, "`keep`: 'stem.1' must match modules of the types"),
         ({"example_inputs": [torch.zeros(1)]}, "`example_inputs`"),
         ({"example_inputs": None}, "`example_inputs`"),
     ],
