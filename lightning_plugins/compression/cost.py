@@ -135,12 +135,25 @@ def run(model: nn.Module, inputs: Any) -> Any:
             "`inputs` must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
             f"{type(inputs).__name__}" + ("; did you mean a tuple?" if isinstance(inputs, list) else "")
         )
-    with evaluation(model), _uncompiled(), _layer_by_layer(), warnings.catch_warnings():
+    with evaluation(model), _uncompiled(), _layer_by_layer(), _constants(model), warnings.catch_warnings():
         # torch's counter of operations sets hooks on all modules; compiled ones warn of that, and run uncompiled here.
         warnings.filterwarnings("ignore", message="Using `torch.compile")
         if isinstance(inputs, Mapping):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def _constants(model: nn.Module) -> Iterator[None]:
+    """With parameters that take no gradient: torch's counter fails on views of those that do, such as class tokens."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.compression import LayerCost, factorize, layer_costs
+from lightning_plugins.compression.cost import run
 
 
 class Net(nn.Module):
@@ -158,3 +159,21 @@ BAD = [
 def test_mistakes_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         layer_costs(Net(), **arguments)
+
+
+class ClassToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.last = nn.Parameter(torch.zeros(1, 4)), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.token.expand(x.shape[0], -1))
+
+
+def test_views_of_parameters_are_counted_through():
+    """torch's counter of operations raises on them by itself."""
+    net = ClassToken()
+    with FlopCounterMode(display=False) as counter:
+        run(net, torch.zeros(3, 4))
+    assert counter.get_total_flops() == 2 * 3 * 4 * 2
+    assert all(parameter.requires_grad for parameter in net.parameters())
