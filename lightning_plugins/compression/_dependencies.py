@@ -94,8 +94,16 @@ def bundles(model: nn.Module, example_inputs: Any) -> list[Bundle]:
     members: dict[int, list[tuple[int, str, int]]] = defaultdict(list)
     for element, index in sets.number.items():
         members[sets.find(index)].append(element)
-    found = [_bundle(elements, nodes, names, heads, largest) for elements in members.values()]
+    fixed = _of_norms_over_channels(model)
+    found = [_bundle(elements, nodes, names, heads, largest, fixed) for elements in members.values()]
     return sorted(found, key=lambda bundle: _place_key(bundle, order))
+
+
+def _of_norms_over_channels(model: nn.Module) -> set[int]:
+    """Parameters of norms of other classes than torch's: what is not known to be per channel may be over channels."""
+    # Trying does not always tell: what such a norm does to a channel may hardly reach the output of random weights.
+    own = [m for m in model.modules() if "norm" in type(m).__name__.lower() and not isinstance(m, _NORMS_PER_CHANNEL)]
+    return {id(parameter) for module in own for parameter in module._parameters.values() if parameter is not None}
 
 
 def _place_key(bundle: Bundle, order: Mapping[str, int]) -> tuple[int, int]:
@@ -179,7 +187,12 @@ def _join_heads(model: nn.Module, graph: Any, number: Mapping[int, int], sets: _
 
 
 def _bundle(
-    elements: list[tuple[int, str, int]], nodes: dict[int, Any], names: dict[int, str], heads: Any, largest: int
+    elements: list[tuple[int, str, int]],
+    nodes: dict[int, Any],
+    names: dict[int, str],
+    heads: Any,
+    largest: int,
+    fixed: set[int],
 ) -> Bundle:
     places, reason, attention = [], "", ""
     for node, side, index in sorted(elements):
@@ -189,6 +202,8 @@ def _bundle(
         place = _kind(module, side)
         if type(module).__name__ == "_OutputOp":
             reason = reason or "it reaches the model's output"
+        elif id(module) in fixed:
+            reason = reason or f"it passes {name.rpartition('.')[0]!r}, whose statistics are taken over channels"
         elif place is None and name and not _within_heads(module, index):
             reason = reason or f"it passes {name!r}, {_why(module)}"
         elif place is not None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from timm.layers import RmsNorm2d, RmsNormAct2d
 from timm.layers.lambda_layer import LambdaLayer
 from torch import nn
 
@@ -91,6 +92,14 @@ def test_a_wrong_dependency_is_found_by_trying():
     assert "is not the same as masking" in refused["one"]
     with pytest.raises(ValueError, match="`layers`: '\\*' must match a layer that can lose channels"):
         channel_groups(Rolled(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("norm", [RmsNormAct2d, RmsNorm2d])
+def test_norms_of_other_classes_over_channels_keep_them(norm):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), norm(8), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    search = find_channel_groups(net, torch.randn(1, 3, 6, 6))
+    assert [group.name for group in search.groups] == ["2"]
+    assert search.refused["0"] == "it passes '1', whose statistics are taken over channels"
 
 
 @pytest.mark.parametrize("heads", [16, 1])
