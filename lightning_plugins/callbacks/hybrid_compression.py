@@ -48,8 +48,8 @@ class HybridCompression(ScheduledCompression):
         keep: Layers that stay as they are, in the form of ``layers``.
         min_channels: The least number of units that stay in a group of channels, and the least rank.
         multiple_of: Numbers of channels and ranks are multiples of this, for speed; heads are not rounded.
-        refresh_every: In how many steps the weights are decomposed once. 1 gives the exact gradient always; 4 gives it on
-            average, at half of the cost.
+        refresh_every: In how many steps the weights are decomposed once. 1 gives the exact gradient always; 4 gives it
+            on average, at half of the cost.
         figures: Whether to draw masks, ranks, cost and the network that is left; needs matplotlib.
 
     Raises:

@@ -27,8 +27,8 @@ class RankScheduling(ScheduledCompression):
         keep: Layers that stay as they are, in the form of ``layers``.
         min_rank: The least rank of a layer.
         multiple_of: Ranks are multiples of this, for speed.
-        refresh_every: In how many steps the weights are decomposed once. 1 gives the exact gradient always; 4 gives it on
-            average, at half of the cost.
+        refresh_every: In how many steps the weights are decomposed once. 1 gives the exact gradient always; 4 gives it
+            on average, at half of the cost.
         figures: Whether to draw ranks, cost and the network that is left; needs matplotlib.
 
     Raises:
