@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_plugins.compression._rank_thresholds import RankThresholds
 from lightning_plugins.compression.budget import Budget
@@ -12,6 +13,7 @@ from lightning_plugins.functional.masks import annealed_sigmoid
 
 EXCHANGE = 0.3  # what thresholds rise by, in shares of the largest singular value, where scores fall by the mean norm
 _FURTHEST = 8.0
+_HIGHEST = 0.9  # of a threshold, as a share of the largest singular value there is
 _POINTS, _ROUNDS = 17, 4  # of the search: what is found is within 2 * 8 / 16 ** 4 of the solution
 
 
@@ -22,8 +24,8 @@ class BudgetShift:
     several points at once, and without waiting for the device. A step along the gradient of the cost would do little
     where masks are nearly zeros and ones, and then too much.
 
-    Scores move by the root of what their channels cost, so that of two channels of equal use the more expensive leaves
-    first. Thresholds of all layers move alike.
+    Scores of all groups move alike, and so do the thresholds of all layers, which stop short of the largest singular
+    value: a weight of zeros would be the end of its network.
 
     Args:
         budget: What counts the cost.
@@ -50,65 +52,45 @@ class BudgetShift:
         Returns:
             The share of the cost that is left, a scalar, and the ranks by layer.
         """
-        table = self._table(spectra)
-        directions = self.directions(spectra, done)
         wanted = self.whole + (self.budget.target - self.whole) * done
         low = torch.full((1,), -_FURTHEST, dtype=torch.float64, device=self._beta.device)
         high = -low
         for _ in range(_ROUNDS):
             shifts = torch.lerp(low, high, torch.linspace(0, 1, _POINTS, dtype=low.dtype, device=low.device))
-            share = self.budget.share(self._masks_at(shifts, directions), self._ranks_at(shifts, table), bend=done)
+            share = self.budget.share(self._masks_at(shifts), self._ranks_at(shifts, spectra), bend=done)
             place = (share > wanted).sum(0, keepdim=True).clamp(1, _POINTS - 1)
             low, high = shifts.index_select(0, place - 1), shifts.index_select(0, place)
-        share = self.budget.share(self._masks_at(high, directions), ranks := self._ranks_at(high, table))
+        ranks = self._ranks_at(high, spectra)
+        share = self.budget.share(self._masks_at(high), ranks)
         if self.masks is not None:
-            for scores, direction in zip(self.masks.scores, directions, strict=True):
-                scores.sub_(high.to(scores) * direction)
+            for scores in self.masks.scores:
+                scores.sub_(high.to(scores))
         if self.thresholds is not None:
-            for value in self.thresholds.values:
-                value.add_((EXCHANGE * high).to(value)[0]).clamp_(min=0)
+            for value, raised in zip(self.thresholds.values, self._raised(high, spectra), strict=True):
+                value.copy_(raised[0])
         return share[0], {name: rank[0] for name, rank in ranks.items()}
 
-    def directions(self, spectra: Sequence[Tensor], done: float) -> list[Tensor]:
-        """For every group how fast its scores move: the root of what its units cost, with a mean square of 1.
-
-        Args:
-            spectra: As for `settle`.
-            done: As for `settle`.
-
-        Returns:
-            Tensors of shape ``(size,)``.
-        """
-        if self.masks is None:
-            return []
-        with torch.no_grad():
-            ranks = self._ranks_at(torch.zeros(1, dtype=torch.float64, device=self._beta.device), self._table(spectra))
-        with torch.enable_grad():
-            beta = self.masks.beta
-            masks = [annealed_sigmoid(scores.detach(), beta).requires_grad_() for scores in self.masks.scores]
-            share = self.budget.share(masks, {name: rank[0] for name, rank in ranks.items()}, bend=done)
-            slopes = torch.autograd.grad(share, masks)
-        mean = torch.cat(slopes).mean()
-        return [(slope / mean).clamp_min(torch.finfo(slope.dtype).tiny ** 0.5).sqrt() for slope in slopes]
-
-    def _masks_at(self, shifts: Tensor, directions: Sequence[Tensor]) -> list[Tensor]:
+    def _masks_at(self, shifts: Tensor) -> list[Tensor]:
         if self.masks is None:
             return []
         beta = self.masks.beta
-        pairs = zip(self.masks.scores, directions, strict=True)
-        return [annealed_sigmoid(scores - shifts.to(scores)[:, None] * way, beta) for scores, way in pairs]
+        return [annealed_sigmoid(scores - shifts.to(scores)[:, None], beta) for scores in self.masks.scores]
 
-    def _ranks_at(self, shifts: Tensor, table: Tensor | None) -> dict[str, Tensor]:
-        if self.thresholds is None or table is None:
+    def _ranks_at(self, shifts: Tensor, spectra: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self.thresholds is None:
             return {}
-        values = torch.stack([value.detach() for value in self.thresholds.values])[:, None]
-        raised = (values + EXCHANGE * shifts.to(values)).clamp_min(0) * self.thresholds.scales[:, None]
+        # Infinite values, which no threshold passes, fill the rows of smaller layers.
+        table = pad_sequence(list(spectra), batch_first=True, padding_value=torch.inf)
+        raised = self._raised(shifts, spectra) * self.thresholds.scales[:, None]
         below = torch.searchsorted(table, raised.to(table), right=True)
         rows = zip(self.sizes.items(), below, strict=True)
         return {name: (size - count).clamp_min(1).double() for (name, size), count in rows}
 
-    def _table(self, spectra: Sequence[Tensor]) -> Tensor | None:
-        """The singular values of all layers, each filled up with infinite ones that no threshold passes."""
-        if not spectra:
-            return None
-        return torch.nn.utils.rnn.pad_sequence(list(spectra), batch_first=True, padding_value=torch.inf)
+    def _raised(self, shifts: Tensor, spectra: Sequence[Tensor]) -> Tensor:
+        """The thresholds of all layers at several shifts, in their own unit."""
+        if self.thresholds is None:
+            return shifts.new_zeros(0, len(shifts))
+        scales = self.thresholds.scales
+        highest = _HIGHEST * torch.stack([values[-1] for values in spectra]).to(scales) / scales
+        values = torch.stack([value.detach() for value in self.thresholds.values])[:, None]
+        return torch.minimum((values + EXCHANGE * shifts.to(values)).clamp_min(0), highest[:, None])

@@ -203,10 +203,7 @@ class BudgetedNetwork:
         """
         kept = [] if self.masks is None else [keep.cpu() for keep in self.masks.kept()]
         ranks, margins = (None, None) if self.thresholds is None else self._ranks()
-        scores: list[Tensor] = []
-        if self.masks is not None:  # as shifts, which all that is to stay can be compared by
-            ways = self.shift.directions(self.spectra(), done=1.0)
-            scores = [(score.detach() / way).cpu() for score, way in zip(self.masks.scores, ways, strict=True)]
+        scores = [] if self.masks is None else [score.detach().cpu() for score in self.masks.scores]
         if kept and not self.masks_are_final:
             filled = largest_within(self.budget, scores, ranks, self.budget.limit)
             kept = [one | other for one, other in zip(kept, filled, strict=True)]
@@ -232,6 +229,7 @@ class BudgetedNetwork:
     def _ranks(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         if self.thresholds is None:
             return {}, {}
+        # On the scale of the scores, by which all that is to stay can be compared.
         margins = {name: margin / EXCHANGE for name, margin in self.thresholds.margins().items()}
         return {name: max(1, int((margin > 0).sum())) for name, margin in margins.items()}, margins
 

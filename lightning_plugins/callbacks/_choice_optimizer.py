@@ -20,6 +20,10 @@ class ChoiceOptimizer:
     channel could not be told from one that does not matter but for the sign of noise. With one in common the channel
     with the larger gradient moves further.
 
+    What the gradients of a group of scores have in common is left out. The norm behind a layer undoes a scale of all
+    its channels, so that this part is noise; followed, it closes whole layers. How much a group keeps, beside others,
+    is decided by norms and by what the loss thinks of its single channels.
+
     A step in which an entry of the gradient is not finite leaves everything as it is, and is found out without waiting
     for the device: that is what the steps are that a scaler leaves out in fp16.
 
@@ -41,7 +45,7 @@ class ChoiceOptimizer:
             rates: For every kind how far a typical parameter moves.
             unscale: What the parameters' own gradients are multiplied by.
         """
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad - _in_common(p.grad) for p in self.parameters]
         gradient = torch.cat([grad.flatten() for grad in grads])
         if is_distributed():
             dist.all_reduce(gradient)
@@ -78,3 +82,7 @@ class ChoiceOptimizer:
         """
         for name in _STATE:
             setattr(self, name, state[name].to(self.average))
+
+
+def _in_common(grad: Tensor) -> Tensor | float:
+    return grad.mean() if grad.ndim else 0.0  # a threshold is a scalar

@@ -97,7 +97,8 @@ class CompressionSettings:
     def removed(self, way: float) -> float:
         """How much of what the budget takes is gone where the choice has come so far.
 
-        The last tenth of the way is left for what is learned to settle at the budget.
+        What is learned goes as a cubic schedule does, fast at first, so that the network has time to recover; the last
+        tenth of the way is left for it to settle at the budget.
 
         Args:
             way: How far, in [0, 1].
@@ -105,7 +106,7 @@ class CompressionSettings:
         Returns:
             A share in [0, 1].
         """
-        return min(way / 0.9, 1.0) if self.learned else way
+        return 1 - (1 - min(way / 0.9, 1.0)) ** 3 if self.learned else way
 
     def rates(self, beta: float) -> list[float]:
         """The learning rates of scores and thresholds, of those there are.
