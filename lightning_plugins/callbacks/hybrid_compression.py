@@ -37,8 +37,9 @@ class HybridCompression(ScheduledCompression):
         budget: The share of the whole network's cost that may be left, between 0 and 1.
         cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
         schedule: How far the choice is, from 0 to 1, as a function of training progress
-            (`lightning_plugins.schedules`); ``beta`` is ``beta_max`` to that power. By default a straight line from
-            ``begin`` to ``end``, so that ``beta`` grows exponentially.
+            (`lightning_plugins.schedules`); ``beta`` is ``beta_max`` to that power, and of what the budget takes
+            ``(1 - t) ** 3`` is left. By default a straight line from ``begin`` to ``end``, so that ``beta`` grows
+            exponentially and the cost falls fast at first.
         begin: When masks and thresholds begin to act, in ``unit``.
         end: When the choice is made, in ``unit``.
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
