@@ -11,7 +11,7 @@ from lightning_plugins.compression.budget import Budget
 from lightning_plugins.compression.masks import ChannelMasks
 from lightning_plugins.functional.masks import annealed_sigmoid
 
-EXCHANGE = 0.3  # what thresholds rise by, in shares of the largest singular value, where scores fall by the mean norm
+EXCHANGE = 1.0  # what thresholds rise by, in shares of the largest singular value, where scores fall by the mean norm
 _FURTHEST = 8.0
 _HIGHEST = 0.9  # of a threshold, as a share of the largest singular value there is
 _POINTS, _ROUNDS = 17, 4  # of the search: what is found is within 2 * 8 / 16 ** 4 of the solution
