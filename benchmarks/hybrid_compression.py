@@ -122,16 +122,19 @@ def deliver(form: Form, dense: nn.Module, settings: argparse.Namespace) -> None:
     choice = network.choose()
     network.bake(choice)
     network.shrink(choice)
-    inputs = torch.randn(8, 3, 224, 224, device=settings.device)
-    report = compression_report(dense.eval(), form.net.eval(), inputs)
     flops = 1 - choice.cost / network.budget.dense
-    before, after = report.before.latency, report.after.latency
-    if before is None or after is None:
-        raise RuntimeError("no latency was measured")
-    gain = 1 - after.median_ms / before.median_ms
-    print(f"\nDelivered within a budget of {settings.budget:.0%} of the operations: {1 - flops:.1%} are left.")
-    print(f"Latency, batch 8: {before.median_ms:.1f} ms dense, {after.median_ms:.1f} ms delivered;")
-    print(f"the gain in time is {gain / flops:.2f} of that in operations.")
+    print(f"\nDelivered within a budget of {settings.budget:.0%} of the operations: {1 - flops:.1%} are left.\n")
+    rows = []
+    for name, memory_format in {"usual": torch.contiguous_format, "channels_last": torch.channels_last}.items():
+        inputs = torch.randn(8, 3, 224, 224, device=settings.device).to(memory_format=memory_format)
+        nets = [net.eval().to(memory_format=memory_format) for net in (dense, form.net)]
+        report = compression_report(nets[0], nets[1], inputs)
+        before, after = report.before.latency, report.after.latency
+        if before is None or after is None:
+            raise RuntimeError("no latency was measured")
+        gain = (1 - after.median_ms / before.median_ms) / flops
+        rows.append([name, f"{before.median_ms:.1f}", f"{after.median_ms:.1f}", f"{gain:.2f}"])
+    print(markdown_table(("memory format", "ms dense", "ms delivered", "gain in time / in operations"), rows))
 
 
 if __name__ == "__main__":
