@@ -63,8 +63,8 @@ def measure(dense: Classifier, model: Classifier) -> tuple[float, float, float]:
     return metrics["accuracy"], report.after.latency.median_ms, report.after.flops / report.before.flops
 
 
-def compare(name: str, build, methods: tuple[str, ...] = tuple(METHODS)) -> dict[str, dict[float, float]]:
-    """Train a network dense and with every method at every budget; draw accuracy against time."""
+def compare(name: str, build, methods: tuple[str, ...] = tuple(METHODS)):
+    """Train a network dense and with every method at every budget; accuracies, and a figure of them against time."""
     dense = fit(build)
     accuracy, milliseconds, _ = measure(dense, dense)
     print(f"{name:<20} {'dense':<14} budget 1.0: {1:.3f} left, {milliseconds:6.2f} ms, accuracy {accuracy:.3f}")
@@ -79,11 +79,7 @@ def compare(name: str, build, methods: tuple[str, ...] = tuple(METHODS)) -> dict
             points[method][took] = [found]
     labels = {"xlabel": "milliseconds for 64 images", "ylabel": "validation accuracy"}
     title = f"{name} on the digits; dense: {milliseconds:.1f} ms"
-    show(
-        trade_off_figure(points, reference=("dense", accuracy), title=title, **labels),
-        f"hybrid_compression_{name.lower().replace(' ', '_')}",
-    )
-    return scores
+    return scores, trade_off_figure(points, reference=("dense", accuracy), title=title, **labels)
 
 
 # %% [markdown]
@@ -93,7 +89,8 @@ def compare(name: str, build, methods: tuple[str, ...] = tuple(METHODS)) -> dict
 # any time, since calls and memory take it and not arithmetic; wide layers on larger images do better (see the card).
 
 # %%
-resnet = compare("ResNet", Classifier)
+resnet, figure = compare("ResNet", Classifier)
+show(figure, "hybrid_compression_resnet")
 
 
 # %% [markdown]
@@ -107,7 +104,8 @@ def mobilenet() -> Classifier:
     return Classifier("mobilenetv3_small_050", lr=2e-3)
 
 
-compare("MobileNet", mobilenet)
+_, figure = compare("MobileNet", mobilenet)
+show(figure, "hybrid_compression_mobilenet")
 
 
 # %% [markdown]
@@ -123,7 +121,8 @@ def small_vit() -> Classifier:
     return Classifier("vit_tiny_patch16_224", lr=2e-3, **shape)
 
 
-compare("Vision transformer", small_vit, ("hybrid", "magnitude") if STEPS >= 460 else ("hybrid",))
+_, figure = compare("Vision transformer", small_vit, ("hybrid", "magnitude") if STEPS >= 460 else ("hybrid",))
+show(figure, "hybrid_compression_vit")
 
 # %% [markdown]
 # ## The small network
