@@ -87,7 +87,7 @@ def end_of_training(every: int, seed: int, rate: float) -> tuple[Tensor, float, 
         optimizer.step()
         thresholds.clamp_()
     rank = thresholds.hard_ranks()["0"]  # decomposes: the weight is that of the present threshold
-    weight: Tensor = net[0].weight  # type: ignore[assignment]
+    weight: Tensor = net[0].weight  # type: ignore[assignment]  # of a layer that has one
     return weight.detach(), thresholds.values[0].item(), rank, loss.item()
 
 
