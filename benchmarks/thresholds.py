@@ -2,7 +2,8 @@
 
 One network is trained in every form in turn, step by step, so that drift of the machine's speed falls on all alike, and
 weights change between the steps of a form. A step is a forward and a backward pass, and the gradient of the soft ranks
-with respect to scores and thresholds, as the callbacks take it. Times are those of the processor (of the clock on a
+with respect to scores and thresholds, as a penalty in a loop of one's own takes it; `hybrid_compression.py` takes the
+step of the callbacks. Times are those of the processor (of the clock on a
 GPU). Steps stand at one of four places in the periods of their form's decompositions; of those at one place the least
 disturbed counts, since a busy machine only ever adds to a time, and a form's time is the mean over the places.
 
