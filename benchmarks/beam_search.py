@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from digits import Classifier, Digits
 
 from lightning_plugins.compression import RankSearch, beam_search, layer_costs, score_ranks, truncated
-from lightning_plugins.compression.rank_selection import energy_threshold, equal_ratio, trade_off
+from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, trade_off
 
 Batch = tuple[Tensor, Tensor]
 Ranks = tuple[int, ...]

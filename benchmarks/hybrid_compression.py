@@ -21,9 +21,9 @@ import torch
 from _report import describe_machine, markdown_table
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
-from lightning_plugins.callbacks._choice_optimizer import ChoiceOptimizer
 from lightning_plugins.compression import compression_report
+from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
 
 RATE = 0.01
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.compression import LayerCost, layer_costs
-from lightning_plugins.compression.low_rank import empty_low_rank_layer
+from lightning_plugins.compression.low_rank.layers import empty_low_rank_layer
 
 PROMISE = 0.6
 CHANNELS_LAST = ", channels last"

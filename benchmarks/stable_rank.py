@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.functional.stable_rank import exact_gradient
-from lightning_plugins.regularizers._weight_targets import Target, select_targets
+from lightning_plugins.weights import Target, select_targets
 
 WEIGHT = 1e-3
 FORMS: dict[str, dict[str, Any]] = {

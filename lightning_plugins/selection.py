@@ -20,7 +20,7 @@ from lightning_plugins._checks import nearest
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")
 
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # torch.compile; activation checkpointing
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # torch.compile; activation checkpointing
 
 
 class TensorRef(NamedTuple):
@@ -219,7 +219,7 @@ def _named_modules(model: nn.Module, *, wrapped: bool) -> dict[str, nn.Module]:
     """All modules but the root by clean name; of a wrapper and what it wraps one stands there, as ``wrapped`` says."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):  # a shared module answers to all its names
-        clean = ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+        clean = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
         if wrapped:
             modules[clean] = module  # a wrapper comes before what it wraps
         else:
@@ -231,7 +231,7 @@ def _named_modules(model: nn.Module, *, wrapped: bool) -> dict[str, nn.Module]:
 def _match(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
     if pattern in modules:  # before globs, since a name may hold a bracket
         return [pattern]
-    clean = ".".join(segment for segment in pattern.split(".") if segment not in _WRAPPERS)
+    clean = ".".join(segment for segment in pattern.split(".") if segment not in WRAPPERS)
     if clean in modules:  # a name copied from a compiled model
         return [clean]
     glob = re.compile(translate(pattern))

@@ -20,6 +20,7 @@ import importlib.machinery, importlib.metadata, sys
 HIDDEN = {
     "torchvision", "timm", "transformers", "matplotlib", "jsonargparse", "rich", "wandb", "tensorboard",
     "torch_pruning", "onnx", "onnxscript", "onnxruntime",
+    "optuna", "captum", "torchao", "sklearn", "scipy", "safetensors",
 }
 
 class Finder(importlib.machinery.PathFinder):
@@ -104,3 +105,59 @@ def test_functional_imports_torch_alone(path):
         and not f"{name}.".startswith(("lightning_plugins.functional.", "lightning_plugins._checks."))
     }
     assert strange == set()
+
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of this package that a module imports, at its top or inside of functions."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_plugins"):
+            found.update(
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names
+            )
+    return found
+
+
+def owners(name: str) -> list[str]:
+    """The packages that a module is private to: those in which a segment of its name begins with an underscore."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts)) if parts[i].startswith("_")]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_private_modules_stay_in_their_room(name):
+    """Mixins are Lightning's other front and share what callbacks keep to themselves."""
+    home = name + "." if MODULES[name].name == "__init__.py" else name
+    strange = {
+        (other, owner)
+        for other in imports_of(name)
+        for owner in owners(other)
+        if not home.startswith(f"{owner}.")
+        and not (name.startswith("lightning_plugins.mixins.") and owner == "lightning_plugins.callbacks")
+    }
+    assert strange == set()
+
+
+def test_no_import_goes_in_a_circle():
+    waiting = {name: imports_of(name) - {name} for name in MODULES}
+    while free := {name for name, needs in waiting.items() if not needs & waiting.keys()}:
+        waiting = {name: needs for name, needs in waiting.items() if name not in free}
+    assert waiting == {}
+
+
+# One method, one module: these grow with the methods, and a room would only hide them.
+BY_METHOD = {"callbacks", "functional", "metrics", "regularizers", "plots", "lightning_plugins"}
+
+
+@pytest.mark.parametrize("room", sorted({path.parent for path in MODULES.values()}), ids=lambda room: room.name)
+def test_rooms_are_small_and_say_what_they_are_for(room):
+    files = [path for path in room.glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= 12 or room.name in BY_METHOD
+    docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8")))
+    assert docstring

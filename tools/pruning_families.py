@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.compression import Budget, apply_masks, bake_masks, find_channel_groups, shrink
-from lightning_plugins.compression._tracing import tensors_in
-from lightning_plugins.compression.cost import run
+from lightning_plugins.compression.costs.layer_costs import run
+from lightning_plugins.compression.networks.tracing import tensors_in
 
 FAMILIES_WANTED, TOLERANCE, LARGEST = 30, 1e-4, 200_000_000
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "pruning.md"

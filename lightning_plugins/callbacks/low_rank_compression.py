@@ -4,24 +4,23 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_plugins.callbacks._carried_state import split_layers
-from lightning_plugins.callbacks._cost_report import network_costs
-from lightning_plugins.callbacks._figures import check_figures, hand_to_loggers
-from lightning_plugins.callbacks._phases import check_phases, is_last_epoch, reached, require_end
-from lightning_plugins.callbacks._rank_source import RankSource
-from lightning_plugins.callbacks._requirements import require_lightning_module
-from lightning_plugins.callbacks._surgery import operate, require_operable, require_operable_optimizers
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_plugins.callbacks._compression.costs import network_costs
+from lightning_plugins.callbacks._compression.rank_source import RankSource
+from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to_loggers
+from lightning_plugins.callbacks._surgery.swap import operate, require_operable, require_operable_optimizers
+from lightning_plugins.callbacks._trainer.phases import check_phases, is_last_epoch, reached, require_end
+from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
-from lightning_plugins.compression.report import CompressionReport
-from lightning_plugins.compression.restore_structure import restore_structure
+from lightning_plugins.compression.budget.carried_state import split_layers
+from lightning_plugins.compression.reports.report import CompressionReport
+from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.plots import compression_figure
-from lightning_plugins.plots._style import has_matplotlib
+from lightning_plugins.plots.style import has_matplotlib
 from lightning_plugins.schedules import Schedule
 
 

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from lightning_plugins.callbacks._compression_settings import CompressionSettings
-from lightning_plugins.callbacks._scheduled_compression import ScheduledCompression
+from lightning_plugins.callbacks._compression.scheduled_compression import ScheduledCompression
+from lightning_plugins.callbacks._compression.settings import CompressionSettings
 from lightning_plugins.schedules import Schedule
 
 

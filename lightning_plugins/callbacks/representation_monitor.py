@@ -5,22 +5,21 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_int
-from lightning_plugins.callbacks._figures import PendingFigures, check_figures
-from lightning_plugins.callbacks._pool import pool_name, resolve_pool
-from lightning_plugins.callbacks._pooled_capture import PooledCapture
-from lightning_plugins.callbacks._requirements import (
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
+from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
+from lightning_plugins.callbacks._monitors.history import SpectrumHistory
+from lightning_plugins.callbacks._monitors.statistics import METRICS, LayerStatistics
+from lightning_plugins.callbacks._terms.pool import pool_name, resolve_pool
+from lightning_plugins.callbacks._terms.pooled_capture import PooledCapture
+from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
+from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_lightning_module,
     require_supported_strategy,
 )
-from lightning_plugins.callbacks._spectra import SpectrumHistory
-from lightning_plugins.callbacks._statistics import METRICS, LayerStatistics
-from lightning_plugins.callbacks._training_step import WrappedStep, join_training_step
 from lightning_plugins.plots import require_matplotlib, spectrum_figure
 from lightning_plugins.selection import check_layers
 

@@ -5,24 +5,23 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.callbacks._figures import PendingFigures, check_figures
-from lightning_plugins.callbacks._requirements import (
+from lightning_plugins._lightning import Callback, LightningModule, Trainer
+from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
+from lightning_plugins.callbacks._monitors.history import SpectrumHistory
+from lightning_plugins.callbacks._terms.weight_gradients import shared_out
+from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_lightning_module,
     require_supported_strategy,
 )
-from lightning_plugins.callbacks._spectra import SpectrumHistory
-from lightning_plugins.callbacks._weight_gradients import shared_out
 from lightning_plugins.functional.weight_spectrum import spectrum_dtype, summarize_spectrum, weight_singular_values
 from lightning_plugins.plots import require_matplotlib, weight_spectrum_figure
-from lightning_plugins.regularizers._weight_matrices import WeightMatrix, select_weight_matrices
-from lightning_plugins.regularizers._weight_targets import check_scheme
 from lightning_plugins.selection import check_layers
+from lightning_plugins.weights import WeightMatrix, check_scheme, select_weight_matrices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

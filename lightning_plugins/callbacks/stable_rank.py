@@ -3,21 +3,19 @@
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
-from lightning_plugins.callbacks._nonfinite import NonfiniteGuard
-from lightning_plugins.callbacks._progress import training_progress
-from lightning_plugins.callbacks._requirements import (
+from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, is_overridden
+from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
+from lightning_plugins.callbacks._terms.weight_gradients import add_gradient, scaler_of_fused, shared_out
+from lightning_plugins.callbacks._trainer.progress import training_progress
+from lightning_plugins.callbacks._trainer.requirements import (
     require_known_total,
     require_lightning_module,
     require_supported_strategy,
 )
-from lightning_plugins.callbacks._weight_gradients import add_gradient, scaler_of_fused, shared_out
 from lightning_plugins.functional.stable_rank import (
     check_power,
     exact_gradient,
@@ -25,9 +23,9 @@ from lightning_plugins.functional.stable_rank import (
     followed_term,
 )
 from lightning_plugins.functional.subspace import top_singular_subspace
-from lightning_plugins.regularizers._weight_targets import Target, check_rank, check_scheme, select_targets
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
+from lightning_plugins.weights import Target, check_rank, check_scheme, select_targets
 
 # Where the estimated error of a gradient is larger, the weight is decomposed anew. The estimate is cautious: on weights
 # that change fast it was found to be one to four times the error.

@@ -5,8 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_plugins._checks import (
@@ -15,18 +13,19 @@ from lightning_plugins._checks import (
     check_non_negative_int,
     check_positive_int,
 )
-from lightning_plugins.callbacks._capture import LayerCapture
-from lightning_plugins.callbacks._nonfinite import NonfiniteGuard
-from lightning_plugins.callbacks._pool import pool_name, resolve_pool
-from lightning_plugins.callbacks._progress import training_progress
-from lightning_plugins.callbacks._requirements import (
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_plugins.callbacks._terms.capture import LayerCapture
+from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
+from lightning_plugins.callbacks._terms.pool import pool_name, resolve_pool
+from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
+from lightning_plugins.callbacks._trainer.progress import training_progress
+from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_automatic_optimization,
     require_known_total,
     require_lightning_module,
     require_supported_strategy,
 )
-from lightning_plugins.callbacks._training_step import WrappedStep, join_training_step
 from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 from lightning_plugins.schedules import Schedule

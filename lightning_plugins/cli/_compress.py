@@ -19,7 +19,7 @@ from lightning_plugins.compression import (
     rich_progress,
     trade_off,
 )
-from lightning_plugins.compression.export import export_onnx
+from lightning_plugins.compression.reports.export import export_onnx
 from lightning_plugins.plots import compression_figure, require_matplotlib
 
 Method = Literal["equal_ratio", "energy_threshold", "trade_off", "beam_search"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import nearest
 from lightning_plugins.compression import restore_structure
-from lightning_plugins.compression._state_keys import clean
+from lightning_plugins.compression.structure.state_keys import clean
 
 _PLACES = ("state_dict", "model", "model_state_dict")  # where programs put a state dict among other things
 _OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks")  # what no longer fits a smaller network

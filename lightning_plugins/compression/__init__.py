@@ -1,34 +1,32 @@
 """Smaller networks: low-rank layers, masks, costs and budgets, search of ranks, physical shrinking, reports."""
 
-from lightning_plugins.compression._project import project
-from lightning_plugins.compression._rank_problem import RankSearch, ScoredRanks, SearchLevel
-from lightning_plugins.compression._rank_thresholds import RankThresholds
-from lightning_plugins.compression.beam_search import beam_search, rich_progress
-from lightning_plugins.compression.budget import Budget, Multiplier, Projection
-from lightning_plugins.compression.channel_groups import (
-    ChannelGroup,
-    ChannelSearch,
-    Member,
+from lightning_plugins.compression.budget.budget import Budget, Multiplier, Projection
+from lightning_plugins.compression.budget.projection import project
+from lightning_plugins.compression.channels.find import (
     channel_groups,
     find_channel_groups,
     groups_from_state,
     groups_to_state,
 )
-from lightning_plugins.compression.cost import LayerCost, layer_costs
-from lightning_plugins.compression.factorize import factorize
-from lightning_plugins.compression.low_rank import dense_weight, low_rank_layer, truncated
-from lightning_plugins.compression.masks import ChannelMasks, apply_masks, bake_masks, masks_of, remove_masks
-from lightning_plugins.compression.network_costs import Latency, LayerSize, NetworkCosts, measure_network
-from lightning_plugins.compression.rank_selection import energy_threshold, equal_ratio, score_ranks, trade_off
-from lightning_plugins.compression.report import CompressionReport, LayerChange, UnitsKept, compression_report
-from lightning_plugins.compression.restore_structure import restore_structure
-from lightning_plugins.compression.shrink import shrink
-from lightning_plugins.compression.thresholds import (
+from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSearch, Member
+from lightning_plugins.compression.channels.shrink import shrink
+from lightning_plugins.compression.costs.layer_costs import LayerCost, layer_costs
+from lightning_plugins.compression.costs.network_costs import Latency, LayerSize, NetworkCosts, measure_network
+from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, bake_masks, masks_of, remove_masks
+from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
+from lightning_plugins.compression.gates.thresholds import (
     apply_thresholds,
     bake,
     remove_thresholds,
     thresholds_of,
 )
+from lightning_plugins.compression.low_rank.factorize import factorize
+from lightning_plugins.compression.low_rank.layers import dense_weight, low_rank_layer, truncated
+from lightning_plugins.compression.rank_search.beam_search import beam_search, rich_progress
+from lightning_plugins.compression.rank_search.problem import RankSearch, ScoredRanks, SearchLevel
+from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, score_ranks, trade_off
+from lightning_plugins.compression.reports.report import CompressionReport, LayerChange, UnitsKept, compression_report
+from lightning_plugins.compression.structure.restore_structure import restore_structure
 
 __all__ = [
     "Budget",

@@ -1,19 +1,19 @@
 """Meta-learning: inner loops over tasks, and what they do to a gradient before they follow it."""
 
-from lightning_plugins.meta._episode import Episodes
 from lightning_plugins.meta.batch_statistics import use_batch_statistics
-from lightning_plugins.meta.cars import Cars
-from lightning_plugins.meta.cub import CUB
 from lightning_plugins.meta.episodes import EpisodeLoader, EpisodeSampler
-from lightning_plugins.meta.few_shot import FewShot
-from lightning_plugins.meta.glyphs import GlyphFewShot
 from lightning_plugins.meta.inner_loop import InnerLoop
-from lightning_plugins.meta.mini_imagenet import MiniImageNet
+from lightning_plugins.meta.loop.episode import Episodes
 from lightning_plugins.meta.preconditioners import GAP, ApproximateGAP, Identity, MetaSGD, Preconditioner
 from lightning_plugins.meta.running_statistics import PerStepBatchNorm, use_per_step_statistics
-from lightning_plugins.meta.sinusoid import Sinusoid
-from lightning_plugins.meta.task_sets import TaskSet
-from lightning_plugins.meta.tiered_imagenet import TieredImageNet
+from lightning_plugins.meta.task_sets.base import TaskSet
+from lightning_plugins.meta.task_sets.cars import Cars
+from lightning_plugins.meta.task_sets.cub import CUB
+from lightning_plugins.meta.task_sets.few_shot import FewShot
+from lightning_plugins.meta.task_sets.glyphs import GlyphFewShot
+from lightning_plugins.meta.task_sets.mini_imagenet import MiniImageNet
+from lightning_plugins.meta.task_sets.sinusoid import Sinusoid
+from lightning_plugins.meta.task_sets.tiered_imagenet import TieredImageNet
 
 __all__ = [
     "CUB",

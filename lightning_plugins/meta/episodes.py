@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
 from lightning_plugins.distributed import is_distributed, world_size
-from lightning_plugins.meta.task_sets import Batch, TaskSet
+from lightning_plugins.meta.task_sets.base import Batch, TaskSet
 
 Key = tuple[int, int]  # the epoch, and the episode's number in it
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
-from lightning_plugins.meta import _arguments as arguments
-from lightning_plugins.meta._episode import Episode, Episodes, start
-from lightning_plugins.meta._measure import Loss, Parameters, check_used, outputs_of
-from lightning_plugins.meta._tasks import Draws, Task, chunk_by_chunk, eagerly, over_tasks
-from lightning_plugins.meta._tensors import check_batch, check_batches, ordinary_tensors
 from lightning_plugins.meta.batch_statistics import check_no_running_statistics
+from lightning_plugins.meta.loop import arguments
+from lightning_plugins.meta.loop.episode import Episode, Episodes, start
+from lightning_plugins.meta.loop.measure import Loss, Parameters, check_used, outputs_of
+from lightning_plugins.meta.loop.tasks import Draws, Task, chunk_by_chunk, eagerly, over_tasks
+from lightning_plugins.meta.loop.tensors import check_batch, check_batches, ordinary_tensors
 from lightning_plugins.meta.preconditioners import Preconditioner
 from lightning_plugins.meta.running_statistics import Statistics
 from lightning_plugins.selection import TensorRef

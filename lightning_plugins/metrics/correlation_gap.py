@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins.metrics._gram import GramMetric, GramStatistics
+from lightning_plugins.metrics.gram import GramMetric, GramStatistics
 from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
 
 

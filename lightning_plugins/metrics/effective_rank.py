@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightning_plugins.metrics._gram import GramMetric, GramStatistics
+from lightning_plugins.metrics.gram import GramMetric, GramStatistics
 from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
 
 

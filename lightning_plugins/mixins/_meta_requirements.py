@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks import _capture
-from lightning_plugins.callbacks._requirements import require_supported_strategy
+from lightning_plugins._lightning import LightningModule, MisconfigurationException, ModelParallelStrategy
+from lightning_plugins.callbacks._terms import capture
+from lightning_plugins.callbacks._trainer.requirements import require_supported_strategy
 
 Samples = tuple[Tensor, Tensor]
 
@@ -73,7 +71,7 @@ def refuse_hooks(network: nn.Module) -> None:
     """
     for name, module in network.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if getattr(hook, "__module__", None) == _capture.__name__:
+            if getattr(hook, "__module__", None) == capture.__name__:
                 raise MisconfigurationException(
                     f"`layers`: {name!r} of the network runs inside of the inner loop, once for every step and for all"
                     f" tasks at once, where a callback cannot take its tensor. Pass `features={name!r}` to the mixin"

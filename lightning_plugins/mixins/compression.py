@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
-from lightning_plugins.callbacks._compression_settings import check_selection
-from lightning_plugins.compression.budget import Multiplier, Projection
-from lightning_plugins.compression.restore_structure import restore_structure
+from lightning_plugins.callbacks._compression.settings import check_selection
+from lightning_plugins.compression.budget.budget import Multiplier, Projection
+from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.structure.restore_structure import restore_structure
 
 
 class CompressionMixin:
@@ -25,7 +25,7 @@ class CompressionMixin:
 
     Example:
         >>> import torch
-        >>> from lightning.pytorch import LightningModule
+        >>> from lightning_plugins._lightning import LightningModule
         >>> from lightning_plugins.compression import factorize
         >>> class Model(CompressionMixin, LightningModule):
         ...     def __init__(self):

@@ -24,7 +24,7 @@ class GAPMixin(MAMLMixin):
     that has gains, whenever the Trainer logs.
 
     Example:
-        >>> from lightning.pytorch import LightningModule
+        >>> from lightning_plugins._lightning import LightningModule
         >>> from torch import nn
         >>> class FewShot(GAPMixin, LightningModule):
         ...     def __init__(self):

@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins._lightning import LightningModule
 from lightning_plugins.distributed import gather_row_counts
 from lightning_plugins.meta import Episodes, InnerLoop, Preconditioner
-from lightning_plugins.meta._arguments import check_layer, weights_of_steps
 from lightning_plugins.meta.inner_loop import Randomness, Rates
+from lightning_plugins.meta.loop.arguments import check_layer, weights_of_steps
 from lightning_plugins.mixins._meta_requirements import (
     Samples,
     refuse_hooks,
@@ -76,7 +76,7 @@ class MAMLMixin(_Module):
         ValueError: If an argument is out of its range.
 
     Example:
-        >>> from lightning.pytorch import LightningModule
+        >>> from lightning_plugins._lightning import LightningModule
         >>> class Few(MAMLMixin, LightningModule):
         ...     def __init__(self, width: int = 8):
         ...         network = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, 1))

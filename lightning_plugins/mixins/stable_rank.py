@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
+from lightning_plugins._lightning import LightningModule
 from lightning_plugins.distributed import full_tensor
 from lightning_plugins.functional.stable_rank import check_power, modified_stable_rank, stable_rank
-from lightning_plugins.regularizers._weight_targets import check_rank, check_scheme, select_targets
+from lightning_plugins.weights import check_rank, check_scheme, select_targets
 
 
 class StableRankMixin:
@@ -22,7 +22,7 @@ class StableRankMixin:
     If you accumulate batches, add it to the loss of each: it is then divided as your loss is.
 
     Example:
-        >>> from lightning.pytorch import LightningModule
+        >>> from lightning_plugins._lightning import LightningModule
         >>> class Model(StableRankMixin, LightningModule):
         ...     def __init__(self):
         ...         super().__init__()

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Literal
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_plugins._checks import check_finite_number
-from lightning_plugins.callbacks._pool import resolve_pool
+from lightning_plugins._lightning import LightningModule
+from lightning_plugins.callbacks._terms.pool import resolve_pool
 from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 
@@ -20,7 +20,7 @@ class VNEMixin:
 
     Example:
         >>> import torch
-        >>> from lightning.pytorch import LightningModule
+        >>> from lightning_plugins._lightning import LightningModule
         >>> class Model(VNEMixin, LightningModule):
         ...     def __init__(self):
         ...         super().__init__()

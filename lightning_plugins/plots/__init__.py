@@ -1,11 +1,11 @@
 """Figures of what training does to representations; matplotlib is an extra, imported where one is drawn."""
 
-from lightning_plugins.plots._style import require_matplotlib
 from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.compression import compression_figure
 from lightning_plugins.plots.masks import choice_figure
 from lightning_plugins.plots.ranks import rank_figure
 from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
+from lightning_plugins.plots.style import require_matplotlib
 from lightning_plugins.plots.trade_off import trade_off_figure
 from lightning_plugins.plots.weights import layer_spectra_figure, weight_spectrum_figure
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_plugins.compression.report import CompressionReport, LayerChange
-from lightning_plugins.plots._style import COLOURS, INK, MUTED, empty_figure, style_axes
+from lightning_plugins.compression.reports.report import CompressionReport, LayerChange
+from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

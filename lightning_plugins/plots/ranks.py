@@ -5,7 +5,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 from lightning_plugins.compression import RankSearch
-from lightning_plugins.plots._style import COLOURS, GRID, INK, MUTED, empty_figure, style_axes
+from lightning_plugins.plots.style import COLOURS, GRID, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

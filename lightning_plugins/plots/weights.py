@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.functional.weight_spectrum import summarize_spectrum
-from lightning_plugins.plots._style import COLOURS, INK, MUTED, colour_by_step, empty_figure, style_axes
+from lightning_plugins.plots.style import COLOURS, INK, MUTED, colour_by_step, empty_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_plugins.callbacks._budget_shift import EXCHANGE
-from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.shift import EXCHANGE
 from tests.callbacks.budgets import seeded
 from tests.compression.networks import NETWORKS, build
 

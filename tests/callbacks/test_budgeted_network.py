@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from tests.callbacks.budgets import seeded
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_plugins.callbacks._choice_optimizer import ChoiceOptimizer
+from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
 
 
 def test_it_is_adam_with_one_second_moment_for_a_kind():

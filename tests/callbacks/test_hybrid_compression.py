@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.callbacks import HybridCompression
-from lightning_plugins.callbacks._budgeted_network import BudgetedNetwork
-from lightning_plugins.compression.low_rank import truncated
+from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.low_rank.layers import truncated
 from lightning_plugins.schedules import Constant, Cosine
 from tests.callbacks.budgets import BATCHES, BEGIN, END, STEPS, Model, in_steps, params, seeded
 from tests.callbacks.low_rank import assert_same

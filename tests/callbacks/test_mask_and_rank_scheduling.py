@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_plugins.callbacks import MaskScheduling, RankScheduling
 from lightning_plugins.compression import masks_of
-from lightning_plugins.compression.cost import layer_costs
+from lightning_plugins.compression.costs.layer_costs import layer_costs
 from tests.callbacks.budgets import BATCHES, END, Model, in_steps, params, seeded
 from tests.callbacks.low_rank import assert_same
 from tests.models import fit

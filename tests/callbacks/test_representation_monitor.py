@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins import metrics, plots
-from lightning_plugins.callbacks import _figures, representation_monitor
+from lightning_plugins.callbacks import representation_monitor
+from lightning_plugins.callbacks._monitors import figures
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
 from lightning_plugins.functional import autocorrelation_eigenvalues
 from tests._processes import run_on_ranks
@@ -412,7 +413,7 @@ def test_a_rank_without_a_batch_takes_part(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "csv", "several", "none"])
-def test_figures_reach_the_loggers(tmp_path, kind):
+def testfigures_reach_the_loggers(tmp_path, kind):
     loggers = {
         "tensorboard": [TensorBoardLogger(tmp_path, name="tb")],
         "csv": [CSVLogger(tmp_path, name="csv")],
@@ -447,8 +448,8 @@ def test_wandb_gets_an_image(tmp_path):
 
 def test_drawing_takes_a_small_share_but_the_last_figure_is_always_drawn(monkeypatch):
     drawn, clock = [], [0.0]
-    monkeypatch.setattr(_figures, "hand_to_loggers", lambda trainer, tag, figure: drawn.append(clock[0]))
-    monkeypatch.setattr(_figures.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(figures, "hand_to_loggers", lambda trainer, tag, figure: drawn.append(clock[0]))
+    monkeypatch.setattr(figures.time, "monotonic", lambda: clock[0])
 
     def slow(spectra: Any, steps: Any, title: str) -> Any:
         clock[0] += 1.0
@@ -463,7 +464,7 @@ def test_drawing_takes_a_small_share_but_the_last_figure_is_always_drawn(monkeyp
     assert drawn == [9.0, 34.0, 43.0]  # the first, one when 20 s have passed, and at the end
 
 
-def test_without_figures_nothing_is_drawn(tmp_path):
+def test_withoutfigures_nothing_is_drawn(tmp_path):
     fit(Recorder(), make_batches(1), [watch()], max_epochs=1)
     assert not list(tmp_path.rglob("*.png"))
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from lightning_plugins import plots
-from lightning_plugins.callbacks import LowRankCompression, SpectrumMonitor, _figures, spectrum_monitor
+from lightning_plugins.callbacks import LowRankCompression, SpectrumMonitor, spectrum_monitor
+from lightning_plugins.callbacks._monitors import figures
 from tests._processes import run_on_ranks
 from tests.models import Batches, Classifier, fit, make_batches, shard
 
@@ -300,8 +301,8 @@ def test_fast_dev_run_leaves_no_trace(tmp_path):
 
 def test_drawing_takes_a_small_share_but_the_last_figure_is_always_drawn(monkeypatch):
     drawn, clock = [], [0.0]
-    monkeypatch.setattr(_figures, "hand_to_loggers", lambda trainer, tag, figure: drawn.append(clock[0]))
-    monkeypatch.setattr(_figures.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(figures, "hand_to_loggers", lambda trainer, tag, figure: drawn.append(clock[0]))
+    monkeypatch.setattr(figures.time, "monotonic", lambda: clock[0])
 
     def slow(spectra: Any, steps: Any, title: str) -> Any:
         clock[0] += 1.0

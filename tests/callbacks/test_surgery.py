@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks._carried_state import low_rank_heirs, sliced_heir
-from lightning_plugins.callbacks._surgery import Heir, operate, require_operable, require_operable_optimizers
-from lightning_plugins.compression.low_rank import dense_weight, low_rank_layer
+from lightning_plugins.callbacks._surgery.swap import operate, require_operable, require_operable_optimizers
+from lightning_plugins.compression.budget.carried_state import low_rank_heirs, sliced_heir
+from lightning_plugins.compression.low_rank.layers import dense_weight, low_rank_layer
+from lightning_plugins.compression.networks.replacements import Heir
 from tests._processes import run_on_ranks
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import Classifier, fit, make_batches, shard

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins.callbacks import _weight_gradients
-from lightning_plugins.callbacks._weight_gradients import add_gradient
+from lightning_plugins.callbacks._terms import weight_gradients
+from lightning_plugins.callbacks._terms.weight_gradients import add_gradient
 from lightning_plugins.functional.stable_rank import exact_gradient, followed_term
 from lightning_plugins.functional.subspace import top_singular_subspace
-from lightning_plugins.regularizers._weight_matrices import select_weight_matrices
+from lightning_plugins.weights import select_weight_matrices
 
 LAYERS = {
     "wide": lambda: nn.Linear(20, 8),
@@ -56,7 +56,7 @@ def test_nothing_of_the_size_of_the_weight_is_made_for_it(kind, monkeypatch):
     def refuse(*_):
         raise RuntimeError("the gradient was put together")
 
-    monkeypatch.setattr(_weight_gradients, "whole_gradient", refuse)
+    monkeypatch.setattr(weight_gradients, "whole_gradient", refuse)
     assert added(LAYERS[kind]())
     with pytest.raises(RuntimeError, match="put together"):
         added(LAYERS["convolution"](), scheme=2)  # control: this layout has no view of the matrix

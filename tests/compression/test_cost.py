@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.compression import LayerCost, factorize, layer_costs
-from lightning_plugins.compression.cost import run
+from lightning_plugins.compression.costs.layer_costs import run
 
 
 class Net(nn.Module):

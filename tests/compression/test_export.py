@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression import factorize
-from lightning_plugins.compression.export import export_onnx
+from lightning_plugins.compression.reports.export import export_onnx
 
 
 def convolutions(scheme: int = 1) -> nn.Module:

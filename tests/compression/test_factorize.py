@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lightning_plugins.compression import factorize, low_rank_layer
-from lightning_plugins.compression._weight_readers import readers
+from lightning_plugins.compression.low_rank.weight_readers import readers
 from tests.models import Classifier
 
 

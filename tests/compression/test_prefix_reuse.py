@@ -8,10 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from lightning_plugins.compression._evaluation import evaluation
-from lightning_plugins.compression._layers import select_layers
-from lightning_plugins.compression._prefix_reuse import PrefixReuse
-from lightning_plugins.compression._truncation import TruncatedWeights
+from lightning_plugins.compression.low_rank.splittable import select_layers
+from lightning_plugins.compression.networks.evaluation import evaluation
+from lightning_plugins.compression.rank_search.prefix_reuse import PrefixReuse
+from lightning_plugins.compression.rank_search.truncation import TruncatedWeights
 
 
 class Residual(nn.Module):

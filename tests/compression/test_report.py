@@ -22,8 +22,8 @@ from lightning_plugins.compression import (
     factorize,
     layer_costs,
     measure_network,
-    network_costs,
 )
+from lightning_plugins.compression.costs import network_costs
 from lightning_plugins.plots import compression_figure
 from tests.models import Classifier
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_plugins.compression import factorize, low_rank_layer, restore_structure
-from lightning_plugins.compression._resize import resize_heads, resize_layer
+from lightning_plugins.compression.channels.resize import resize_heads, resize_layer
 from tests.models import Classifier
 
 

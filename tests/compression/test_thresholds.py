@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins.compression import _rank_thresholds as module
-from lightning_plugins.compression import _threshold_function as function
 from lightning_plugins.compression import (
     apply_masks,
     apply_thresholds,
@@ -17,6 +15,8 @@ from lightning_plugins.compression import (
     remove_thresholds,
     thresholds_of,
 )
+from lightning_plugins.compression.gates import rank_thresholds as module
+from lightning_plugins.compression.gates import threshold_function as function
 from lightning_plugins.functional import singular_value_threshold
 from tests.compression.networks import build, draw_kept
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
 
-from lightning_plugins.meta._batch_norm import batch_norm
+from lightning_plugins.meta.loop.batch_norm import batch_norm
 
 SHAPES = [(6, 3), (4, 3, 5), (4, 2, 3, 2), (2, 2, 2, 2, 2), (1, 2, 3, 3)]
 

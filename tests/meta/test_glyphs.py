@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_plugins.meta import GlyphFewShot
-from lightning_plugins.meta._glyph_images import _lookalikes, glyphs
+from lightning_plugins.meta.task_sets._glyph_images import _lookalikes, glyphs
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # few, so that they are drawn quickly
 ROOT = Path(__file__).parents[2]

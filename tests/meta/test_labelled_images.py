@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from lightning_plugins.meta import CUB, Cars, FewShot, MiniImageNet, TieredImageNet
-from lightning_plugins.meta._labelled_images import load_pickle
+from lightning_plugins.meta.task_sets._labelled_images import load_pickle
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from lightning_plugins.functional import (
     von_neumann_entropy,
 )
 from lightning_plugins.metrics import CorrelationGap, EffectiveRank, Isotropy, RankMe, VonNeumannEntropy
-from lightning_plugins.metrics._gram import GramStatistics
+from lightning_plugins.metrics.gram import GramStatistics
 from tests._processes import run_on_ranks
 
 METRICS = [VonNeumannEntropy, EffectiveRank, RankMe, Isotropy, CorrelationGap]

@@ -4,7 +4,7 @@ from matplotlib.colors import to_hex
 
 from lightning_plugins.metrics import AdaptationCurve
 from lightning_plugins.plots import adaptation_figure, gains_figure
-from lightning_plugins.plots._style import COLOURS
+from lightning_plugins.plots.style import COLOURS
 
 
 def curve(*values):

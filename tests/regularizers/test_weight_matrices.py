@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins.regularizers._weight_matrices import (
+from lightning_plugins.weights import (
     matrix_to_weight,
     select_weight_matrices,
     weight_to_matrix,

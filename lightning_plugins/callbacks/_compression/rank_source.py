@@ -1,0 +1,140 @@
+"""Where the ranks of a compression come from: the user, or a search in the middle of the training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
+from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_plugins.callbacks._compression.costs import costs_of, example_inputs
+from lightning_plugins.callbacks._compression.rank_search import (
+    SEARCHES,
+    check_search_options,
+    load_batches,
+    score_function,
+    search_data,
+    search_ranks,
+)
+from lightning_plugins.compression.costs.layer_costs import COSTS
+from lightning_plugins.compression.low_rank.splittable import select_layers
+from lightning_plugins.compression.rank_search.problem import state_problem
+from lightning_plugins.weights import Scheme
+
+
+class RankSource:
+    """The ranks of layers, or all that a search for them needs; the arguments are those of `LowRankCompression`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        ratio: float,
+        *,
+        search: str,
+        search_options: dict[str, Any] | None,
+        score: str | Callable[[Any, Any], Any] | None,
+        data: Any,
+        batches: int,
+        ranks: dict[str, int] | None,
+        cost: Literal["params", "flops"],
+        scheme: Scheme,
+    ) -> None:
+        self.layers, self.scheme = tuple(layers), scheme
+        self.ratio = _check_ratio(ratio)
+        self.search = check_choice("search", search, SEARCHES)
+        self.options = check_search_options(search, search_options)
+        if score is not None and not isinstance(score, str) and not callable(score):
+            raise TypeError(f"`score` must be the name of a method, a function or None, got {score!r}")
+        self.score, self.data = score, data
+        self.batches = check_positive_int("search_batches", batches)
+        self.ranks = _check_ranks(ranks)
+        check_choice("cost", cost, COSTS)
+        self.cost = cost
+
+    @property
+    def scores(self) -> bool:
+        """Whether there is a search that looks at data."""
+        return self.ranks is None and self.search == "beam"
+
+    def require(self, name: str, pl_module: LightningModule) -> None:
+        """Check what a module offers; for ``setup``.
+
+        Raises:
+            MisconfigurationException: If there is nothing to score, or to count operations with.
+        """
+        if self.scores:
+            score_function(pl_module, self.score)
+        if self.cost == "flops" and pl_module.example_input_array is None:
+            raise MisconfigurationException(
+                f"{name}: `cost='flops'` counts a forward pass of the module's `example_input_array`, and "
+                f"{type(pl_module).__name__} has none; set it in the module, or pass `cost='params'`"
+            )
+
+    def check_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there are layers, and that they can be had so small; for ``on_fit_start``.
+
+        Raises:
+            ValueError: If not.
+        """
+        if self.ranks is None:
+            inputs = example_inputs(trainer, pl_module) if self.cost == "flops" else None
+            with trainer.precision_plugin.forward_context():
+                state_problem(pl_module, self.ratio, self.layers, self.cost, inputs, self.scheme)
+            return
+        allowed = select_layers(pl_module, self.layers, scheme=self.scheme)
+        costs = costs_of(trainer, pl_module, list(self.ranks), "params", self.scheme)
+        for name, cost in costs.items():
+            if name not in allowed:
+                raise ValueError(f"`ranks` must be of layers that `layers={list(self.layers)}` matches, got {name!r}")
+            if self.ranks[name] > cost.full_rank:
+                raise ValueError(f"`ranks[{name!r}]` must be at most {cost.full_rank}, got {self.ranks[name]}")
+        if all(self.ranks[name] > cost.break_even for name, cost in costs.items()):
+            limits = {name: cost.break_even for name, cost in costs.items()}
+            raise ValueError(f"`ranks` must make at least one layer smaller, as at most {limits} do, got {self.ranks}")
+
+    def check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there is something to search with; for ``on_train_start``."""
+        if self.scores:
+            search_data(trainer, pl_module, self.data)
+
+    def find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, int], float]:
+        """The ranks by layer name, and the fraction of the layers' cost that they leave; all ranks call."""
+        found = self._search(trainer, pl_module) if self.ranks is None else dict(self.ranks)
+        costs = costs_of(trainer, pl_module, list(found), self.cost, self.scheme)
+        kept = sum(cost.at(found[name]) for name, cost in costs.items())
+        return found, kept / sum(cost.dense for cost in costs.values())
+
+    def smaller(self, trainer: Trainer, pl_module: LightningModule, found: dict[str, int]) -> dict[str, int]:
+        """The ranks of the layers that are split: with them there are fewer weights."""
+        costs = costs_of(trainer, pl_module, list(found), "params", self.scheme)
+        return {name: rank for name, rank in found.items() if rank <= costs[name].break_even}
+
+    def _search(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
+        options = {"ratio": self.ratio, "layers": self.layers, "cost": self.cost, "scheme": self.scheme}
+        if self.cost == "flops":
+            options["inputs"] = example_inputs(trainer, pl_module)
+        batches: list[Any] = []
+        score: Any = None
+        if self.scores:
+            source = search_data(trainer, pl_module, self.data)
+            batches = load_batches(trainer, pl_module, source, self.batches)
+            score = score_function(pl_module, self.score)
+        return search_ranks(trainer, pl_module, self.search, batches, score, **options, **self.options).ranks
+
+
+def _check_ratio(ratio: float) -> float:
+    if not 0 < check_finite_number("ratio", ratio) < 1:
+        hint = f"; did you mean {ratio / 100!r}?" if 1 < ratio < 100 else ""
+        raise ValueError(f"`ratio`, the fraction to remove, must be more than 0 and less than 1, got {ratio!r}{hint}")
+    return ratio
+
+
+def _check_ranks(ranks: dict[str, int] | None) -> dict[str, int] | None:
+    if ranks is None:
+        return None
+    if not isinstance(ranks, dict) or not ranks:
+        raise TypeError(f"`ranks` must be a dict of layer names and ranks, with one at least, got {ranks!r}")
+    return {name: check_positive_int(f"ranks[{name!r}]", rank) for name, rank in ranks.items()}

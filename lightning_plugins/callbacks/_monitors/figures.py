@@ -1,0 +1,103 @@
+"""Figures that callbacks draw: when there is time for it, and how the loggers that are there get them."""
+
+import io
+import re
+import time
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import fsspec  # type: ignore[import-untyped]  # it carries no types; a dependency of lightning
+
+from lightning_plugins._lightning import TensorBoardLogger, Trainer, WandbLogger
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHARE = 0.05  # of the time that has passed; the last figures are drawn whatever they cost
+Key = TypeVar("Key", bound=Hashable)
+
+
+class PendingFigures(Generic[Key]):
+    """What has changed since it was drawn; drawing takes at most a twentieth of the time.
+
+    Args:
+        build: Makes the figure of a key, and the tag to show it under; None if nothing is to be drawn.
+    """
+
+    def __init__(self, build: "Callable[[Key], tuple[str, Figure]] | None") -> None:
+        self._build = build
+        self._keys: dict[Key, None] = {}  # in the order of their first change
+        self._next = 0.0
+
+    def add(self, key: Key) -> None:
+        """Note that the figure of ``key`` is no longer true."""
+        self._keys[key] = None
+
+    def draw_if_time(self, trainer: Trainer) -> None:
+        """Draw if that leaves the share of drawing small."""
+        if time.monotonic() >= self._next:
+            self.draw(trainer)
+
+    def draw(self, trainer: Trainer) -> None:
+        """Draw what is new, on rank zero, and hand it to the loggers."""
+        started = time.monotonic()
+        if self._build is not None and trainer.is_global_zero:
+            for key in self._keys:
+                hand_to_loggers(trainer, *self._build(key))
+        self._keys.clear()
+        ended = time.monotonic()
+        self._next = ended + (ended - started) / _SHARE
+
+
+def check_figures(figures: bool) -> bool:
+    """Return ``figures``.
+
+    Raises:
+        TypeError: If it is no bool.
+    """
+    if not isinstance(figures, bool):
+        raise TypeError(f"`figures` must be True or False, got {figures!r} ({type(figures).__name__})")
+    return figures
+
+
+def hand_to_loggers(trainer: Trainer, tag: str, figure: "Figure") -> None:
+    """Show ``figure`` under ``tag``, for the current step; to be called on rank zero.
+
+    TensorBoard and Weights & Biases get an image. For every other logger, and without any, a PNG file is written under
+    the logger's directory or the Trainer's `default_root_dir`; a later figure of the same tag replaces it. Under
+    `fast_dev_run`, which leaves no traces, nothing is done.
+
+    Args:
+        trainer: The Trainer.
+        tag: Path-like name, such as ``representation/val/fc/spectrum``.
+        figure: A matplotlib figure.
+    """
+    if getattr(trainer, "fast_dev_run", False):  # set at run time, unknown to type checkers
+        return
+    if not trainer.loggers:
+        _write(trainer.default_root_dir, tag, figure)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)
+        elif isinstance(logger, WandbLogger):
+            from PIL import Image  # comes with matplotlib
+
+            logger.log_image(tag, [Image.open(_png(figure))], step=trainer.global_step)
+        else:
+            _write(logger.log_dir or logger.save_dir or trainer.default_root_dir, tag, figure)
+
+
+def _png(figure: "Figure") -> io.BytesIO:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    return buffer
+
+
+def _write(folder: str, tag: str, figure: "Figure") -> None:
+    name = re.sub(r"[^\w./-]", "_", tag)
+    # the folder may be on any file system that Lightning can write to
+    system, place = fsspec.core.url_to_fs(f"{folder}/{name}.png")
+    system.makedirs(place.rpartition("/")[0], exist_ok=True)
+    with system.open(place, "wb") as file:
+        file.write(_png(figure).getbuffer())

@@ -1,0 +1,1 @@
+"""Parameters swapped while a Trainer trains them: optimizers, schedulers and DDP follow."""

@@ -1,0 +1,30 @@
+"""DDP around a module on whose parameters parametrizations were put."""
+
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_plugins._lightning import LightningModule, Trainer
+from lightning_plugins.callbacks._surgery.swap import wrap_anew
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def rewrap(trainer: Trainer, pl_module: LightningModule, ignored: tuple[str, ...]) -> None:
+    """Let DDP wrap a module anew: a parametrization takes off the hooks by which it learns of gradients.
+
+    Args:
+        trainer: The Trainer inside of its `fit`.
+        pl_module: Its module.
+        ignored: Submodules whose parameters and buffers DDP is to leave alone. Scores have no gradient as long as the
+            choice has not begun, which it would take for parameters that nothing uses; they are reduced elsewhere.
+    """
+    own = vars(pl_module)
+    before = own.get(_IGNORED)
+    tensors = (*pl_module.named_parameters(), *pl_module.named_buffers())
+    names = [name for name, _ in tensors if name.partition(".")[0] in ignored]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, [*(before or ()), *names])
+    try:
+        wrap_anew(trainer, pl_module)
+    finally:
+        own.pop(_IGNORED)
+        if before is not None:
+            own[_IGNORED] = before

@@ -1,0 +1,230 @@
+"""The one place that swaps parameters of a module while a Trainer trains them.
+
+Optimizers keep their groups, and each group its settings and its identity, to which schedulers refer. What an optimizer
+remembers of a parameter is carried over to those that take its place, and DDP is wrapped anew. An optimizer's state is
+saved by position, so the parameters are put into the order of a fresh ``configure_optimizers``: a resumed training,
+whose module has the new structure from the start, would give moments to the wrong parameters otherwise.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import ASGD, LBFGS, Optimizer
+
+from lightning_plugins._lightning import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    MultiProcessingLauncher,
+    SingleDeviceStrategy,
+    Trainer,
+    callbacks,
+    isolate_rng,
+    rank_zero_warn,
+)
+from lightning_plugins.compression.networks.replacements import Heir, Heirs
+
+# What optimizers remember of each entry of a parameter. All else of its shape is like a gradient: it maps linearly.
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta"}
+_MAGNITUDES = {"exp_inf", "step_size"}
+
+# They hold copies of the parameters, or their names or masks; WeightAveraging is not in every version of Lightning.
+_AVERAGES = "averages parameters that would no longer be there; average the small network in a `fit` of its own"
+_REFUSED = {
+    "WeightAveraging": _AVERAGES,
+    "StochasticWeightAveraging": _AVERAGES,
+    "BaseFinetuning": "keeps the names of parameters that would no longer be there; set `requires_grad` in your module",
+    "ModelPruning": "keeps masks of parameters that would no longer be there; use one of the two",
+}
+
+
+_Groups = list[list[nn.Parameter]]
+
+
+def require_operable(name: str, trainer: Trainer) -> None:
+    """Refuse strategies and callbacks that keep hold of parameters; for ``setup``.
+
+    Raises:
+        MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
+            for averages of weights.
+    """
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)  # the second one is a DDPStrategy, too
+    if sharded or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise MisconfigurationException(
+            f"{name} replaces parameters, which are sharded under {type(strategy).__name__}; pass `strategy='ddp'` or "
+            "`devices=1`, or compress the trained module with `lightning_plugins.compression`"
+        )
+    if isinstance(strategy.launcher, MultiProcessingLauncher):
+        raise MisconfigurationException(
+            f"{name} changes the module, and processes that are spawned or forked hand weights back to a module in "
+            "which nothing was changed; pass `strategy='ddp'` and run a script"
+        )
+    for other, reason in _REFUSED.items():
+        kind = getattr(callbacks, other, None)
+        found = next((c for c in trainer.callbacks if kind is not None and isinstance(c, kind)), None)  # type: ignore[attr-defined]  # a connector of the Trainer sets `callbacks`
+        if found is not None:
+            raise MisconfigurationException(
+                f"{name} replaces parameters during training, and {type(found).__name__} {reason}"
+            )
+
+
+def require_operable_optimizers(name: str, trainer: Trainer) -> None:
+    """Refuse optimizers whose state belongs to no single parameter as it stands; for ``on_fit_start``.
+
+    Raises:
+        MisconfigurationException: For LBFGS, ASGD and optimizers that shard their state over ranks.
+    """
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, LBFGS | ASGD) or hasattr(optimizer, "consolidate_state_dict"):
+            raise MisconfigurationException(
+                f"{name} replaces parameters and carries the optimizer's state over, which is not possible for "
+                f"{type(optimizer).__name__}; use SGD, AdamW or another optimizer with moments per parameter"
+            )
+
+
+def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], Heirs]) -> None:
+    """Change a module that is being trained, at an epoch's boundary; all ranks call.
+
+    Args:
+        trainer: The Trainer inside of its `fit`.
+        pl_module: Its module.
+        change: Swaps layers of the module in place and tells the heirs of every parameter it removed, none for one
+            that has gone for good. New parameters must be contiguous: a checkpoint keeps no memory layout.
+
+    Raises:
+        RuntimeError: If a parameter is gone that ``change`` does not tell the heirs of.
+    """
+    before = dict(pl_module.named_parameters())
+    heirs = change()
+    present = {id(parameter) for parameter in pl_module.parameters()}
+    lost = [name for name, parameter in before.items() if id(parameter) not in present and parameter not in heirs]
+    if lost:
+        raise RuntimeError(f"parameters were removed without saying what took their place: {lost[:5]}")
+    wrap_anew(trainer, pl_module)  # before states are carried: DDP hands all ranks the parameters of the first
+    fresh = _fresh_optimizers(pl_module)
+    if fresh is not None and len(fresh) != len(trainer.optimizers):
+        fresh = None
+    for index, optimizer in enumerate(trainer.optimizers):
+        fits = _replace(optimizer, heirs, None if fresh is None else fresh[index])
+        _carry(optimizer, heirs)
+        if not fits:
+            rank_zero_warn(
+                "`configure_optimizers` of the changed module does not give the parameter groups of this training "
+                f"({type(optimizer).__name__}), so checkpoints from here on cannot be resumed with the optimizer's "
+                "state; let it collect parameters without asking for layers by name"
+            )
+    _compile_anew(pl_module)
+
+
+def wrap_anew(trainer: Trainer, pl_module: LightningModule) -> None:
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = pl_module
+        strategy.configure_ddp()
+
+
+def _compile_anew(pl_module: LightningModule) -> None:
+    compiled = getattr(pl_module, "_compiler_ctx", None) is not None or any(
+        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in pl_module.modules()
+    )
+    if compiled:
+        torch.compiler.reset()
+
+
+def _fresh_optimizers(pl_module: LightningModule) -> list[Optimizer] | None:
+    """What a resumed training would begin with; None if the module cannot tell."""
+    attributes = dict(vars(pl_module))
+    try:
+        with isolate_rng():
+            return _optimizers_in(pl_module.configure_optimizers())
+    except Exception:  # noqa: BLE001 - the user's code, which may ask for a layer that is gone: the caller warns
+        return None
+    finally:  # a module may remember the optimizer or scheduler that it makes
+        vars(pl_module).clear()
+        vars(pl_module).update(attributes)
+
+
+def _optimizers_in(configured: Any) -> list[Optimizer]:
+    """The optimizers in any of the forms that ``configure_optimizers`` may return."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, Mapping):
+        return _optimizers_in(configured.get("optimizer"))
+    if isinstance(configured, list | tuple):
+        return [optimizer for entry in configured for optimizer in _optimizers_in(entry)]
+    return []
+
+
+def _replace(optimizer: Optimizer, heirs: Heirs, fresh: Optimizer | None) -> bool:
+    """Put the heirs into the groups; tells whether the groups are those of a fresh optimizer."""
+    # Groups that a callback added to those of `configure_optimizers` stand behind them and keep their order.
+    live = optimizer.param_groups
+    groups: _Groups = [[new for old in group["params"] for new in _successors(old, heirs)] for group in live]
+    names = [[name for pair in zip(*_named(group), strict=True) for name in _names(*pair, heirs)] for group in live]
+    wanted = [] if fresh is None else fresh.param_groups
+    told = Counter(id(parameter) for group in wanted for parameter in group["params"])
+    fits = len(wanted) <= len(groups) and told == Counter(id(p) for group in groups[: len(wanted)] for p in group)
+    fits = fits and fresh is not None
+    if fits:
+        for number, group in enumerate(wanted):
+            groups[number] = list(group["params"])
+            names[number] = list(group.get("param_names", []))
+    for group, parameters, called in zip(live, groups, names, strict=True):
+        group["params"][:] = parameters
+        if "param_names" in group:
+            group["param_names"][:] = called
+    return fits
+
+
+def _successors(old: nn.Parameter, heirs: Heirs) -> list[nn.Parameter]:
+    return [heir.parameter for heir in heirs[old]] if old in heirs else [old]
+
+
+def _named(group: dict[str, Any]) -> tuple[list[nn.Parameter], list[str]]:
+    return (group["params"], group["param_names"]) if "param_names" in group else ([], [])
+
+
+def _names(old: nn.Parameter, name: str, heirs: Heirs) -> list[str]:
+    return [f"{name}.{number}" for number in range(len(heirs[old]))] if old in heirs else [name]
+
+
+def _carry(optimizer: Optimizer, heirs: Heirs) -> None:
+    afresh = 0
+    for old, parts in heirs.items():
+        state = optimizer.state.pop(old, None)
+        if not state:
+            continue
+        if any(torch.is_tensor(value) and value.ndim and value.shape != old.shape for value in state.values()):
+            afresh += 1  # as of Adafactor, which keeps sums over rows and columns
+            continue
+        for heir in parts:
+            optimizer.state[heir.parameter] = {key: _carried(key, value, heir) for key, value in state.items()}
+    if afresh:
+        rank_zero_warn(
+            f"{type(optimizer).__name__} begins afresh for the parameters that took the place of {afresh} others: what "
+            "it remembers of them has not their shape and cannot be carried over"
+        )
+
+
+@torch.no_grad()
+def _carried(key: str, value: Any, heir: Heir) -> Any:
+    if not torch.is_tensor(value):
+        return value
+    if value.ndim == 0:  # a count of steps, of which each parameter has its own
+        return value.clone()
+    wide = value if value.dtype == torch.float64 else value.float()
+    if key in _SQUARES:
+        wide = heir.carry(wide, True)
+    elif key in _MAGNITUDES:
+        wide = heir.carry(wide.square(), True).sqrt()
+    else:
+        wide = heir.carry(wide, False)
+    return wide.to(value.dtype).clone(memory_format=torch.contiguous_format)

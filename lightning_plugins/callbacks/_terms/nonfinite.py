@@ -1,0 +1,98 @@
+"""Keep a term that is NaN or infinite out of the loss, without asking the device for its value."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._lightning import LightningModule, Trainer, rank_zero_warn
+
+
+class _ZeroUndefinedGradient(torch.autograd.Function):
+    """The identity; in the backward, entries that are NaN or infinite become zero.
+
+    A term that was left out has the gradient zero, but zero times a NaN inside the term's own backward is NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.nan_to_num(grads[0], nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class NonfiniteGuard:
+    """Skips (and counts) or raises on values that are not finite.
+
+    Args:
+        method: Name of the method, for the message.
+        on_nonfinite: ``"skip"`` or ``"raise"``.
+    """
+
+    def __init__(self, method: str, on_nonfinite: str) -> None:
+        self._method = method
+        self._on_nonfinite = on_nonfinite
+        self._skipped: Tensor | int = 0  # a tensor on the device while training: adding to it does not synchronise
+        self._warned = False
+
+    def enter(self, embeddings: Tensor) -> Tensor:
+        """Pass embeddings into the term: in float32 at least, their gradient free of undefined entries.
+
+        The cast comes first: an overflow in the half-precision gradient behind it is what an fp16 scaler looks for.
+
+        Returns:
+            The embeddings, for the term to be computed from.
+        """
+        if embeddings.dtype in (torch.float16, torch.bfloat16):
+            embeddings = embeddings.float()
+        return cast(Tensor, _ZeroUndefinedGradient.apply(embeddings))
+
+    def leave(self, value: Tensor, label: str) -> Tensor:
+        """Let a term's value out.
+
+        Returns:
+            The value, or zero (without a gradient) in place of one that is not finite.
+
+        Raises:
+            FloatingPointError: If the value is not finite and the guard was told to raise.
+        """
+        finite = torch.isfinite(value.detach())
+        if self._on_nonfinite == "raise":
+            if not finite:
+                raise FloatingPointError(
+                    f"{self._method}: the term of layer {label!r} is {value.item()}; look for NaN or Inf in its "
+                    "tensor, or pass `on_nonfinite='skip'`"
+                )
+            return value
+        self._skipped = self._skipped + (~finite).long()
+        return torch.where(finite, value, 0.0)
+
+    def skipped(self) -> int:
+        """How many values were left out so far; synchronises with the device."""
+        return int(self._skipped)
+
+    def restore(self, skipped: int) -> None:
+        """Go on counting from ``skipped``, and warn again."""
+        self._skipped = skipped
+        self._warned = False
+
+    def warn_once(self) -> int:
+        """Warn if anything was ever left out, the first time only; synchronises with the device."""
+        skipped = self.skipped()
+        if skipped and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{self._method}: {skipped} term(s) were NaN or infinite and left out of the loss so far; the log "
+                f"counts them as `{self._method}/skipped`. Pass `on_nonfinite='raise'` to stop at the first one."
+            )
+        return skipped
+
+    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn and log the count after a batch, when the loggers look at the device anyway."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the Trainer sets it
+        if every and trainer.global_step % every == 0:
+            skipped = self.warn_once()
+            if skipped:
+                pl_module.log(f"{self._method}/skipped", float(skipped))

@@ -1,0 +1,134 @@
+"""Gradients of terms of weights: computed once among the ranks, exchanged, and added where autograd's stand."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_plugins._lightning import Trainer
+from lightning_plugins.distributed import full_tensor, is_distributed, share_out, world_size
+from lightning_plugins.functional.stable_rank import whole_gradient
+from lightning_plugins.weights import WeightMatrix
+
+
+def shared_out(
+    weights: Sequence[WeightMatrix],
+    compute: Callable[[int, Tensor], tuple[Tensor, ...]],
+    empty: Callable[[int, Tensor], tuple[Tensor, ...]],
+) -> list[tuple[Tensor, ...]]:
+    """Compute something for each of several weights, each on one rank alone, and hand all results to all ranks.
+
+    Args:
+        weights: The weights; one that is sharded over the ranks is assembled as long as it is looked at.
+        compute: From the index of a weight and its matrix to the results.
+        empty: From the index of a weight and its matrix to empty tensors of the shapes and dtypes of the results.
+
+    Returns:
+        The results for each weight, bit for bit the same on all ranks.
+    """
+    costs = [math.prod(weight.shape) * min(weight.shape[-2:]) for weight in weights]  # as a Gram matrix's
+    owners = share_out(costs, world_size())
+    rank = dist.get_rank() if is_distributed() else 0
+    found = []
+    for index, (weight, owner) in enumerate(zip(weights, owners, strict=True)):
+        matrix = weight.take(full_tensor(weight.tensor.detach()))
+        found.append(compute(index, matrix) if owner == rank else empty(index, matrix))
+    if not is_distributed():
+        return found
+    found = [tuple(part.contiguous() for part in parts) for parts in found]
+    sends = [
+        dist.broadcast(part, owner, async_op=True) for parts, owner in zip(found, owners, strict=True) for part in parts
+    ]
+    for send in filter(None, sends):
+        send.wait()
+    return found
+
+
+def add_gradient(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, scaler: Any, *, wanted: Tensor) -> None:
+    """Add ``factor`` times the gradient of a term to that of a weight; if the weight has none, it stays so.
+
+    Args:
+        weight: The weight.
+        parts: The gradient with respect to the weight as a matrix, or the ``scale``, ``left`` and ``right`` that
+            `FollowedRankTerm` describes; the same on all ranks.
+        factor: What to multiply it with.
+        scaler: The scaler of a fused optimizer, whose gradients are still scaled at this point; else None.
+        wanted: Whether to add anything, a bool on the weight's device.
+    """
+    parameter = weight.tensor
+    if parameter.grad is None or (wanted.is_cpu and not wanted):
+        return
+    if not wanted.is_cpu:  # nothing that waits for the device
+        parts = [torch.where(wanted, part, 0) for part in parts]
+    if len(parts) == 3 and scaler is None and _add_in_place(weight, parts, factor, wanted):
+        return
+    matrix = parts[0]
+    if len(parts) == 3:
+        matrix = whole_gradient(_finite(weight.take(full_tensor(parameter.detach())), wanted), *parts)
+    part = weight.put(matrix)
+    if scaler is not None:
+        part = scaler.scale(part)
+    if _is_sharded(parameter):
+        whole = part
+        if weight.rows is not None:
+            whole = part.new_zeros(parameter.shape)
+            whole[slice(*weight.rows)] = part
+        parameter.grad.add_(_sharded_like(parameter, whole), alpha=factor)
+    elif weight.rows is None:
+        parameter.grad.add_(part, alpha=factor)
+    else:
+        parameter.grad[slice(*weight.rows)].add_(part, alpha=factor)
+
+
+def _add_in_place(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, wanted: Tensor) -> bool:
+    """Add the parts without a tensor of the weight's size between; tells whether the memory layout allows it."""
+    parameter, (scale, left, right) = weight.tensor, parts
+    grad = parameter.grad
+    if grad is None or _is_sharded(parameter) or {grad.dtype, parameter.dtype} != {scale.dtype}:
+        return False
+    target = weight.take(grad)
+    if target.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
+        return False
+    target.addcmul_(_finite(weight.take(parameter.detach()), wanted), scale, value=factor)
+    wide = target if target.shape[-2] <= target.shape[-1] else target.mT
+    if wide.ndim == 2:
+        wide.addmm_(left, right, alpha=factor)
+    else:
+        wide.baddbmm_(left, right, alpha=factor)
+    return True
+
+
+def _finite(matrix: Tensor, wanted: Tensor) -> Tensor:
+    """A weight that a zero may be multiplied with."""
+    return matrix if wanted.is_cpu else torch.where(wanted, matrix, 0)
+
+
+def scaler_of_fused(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Any:
+    """The fp16 scaler if the optimizer unscales by itself, as fused ones do: Lightning then leaves it to them.
+
+    Returns:
+        The scaler, or None where the gradients are unscaled by now.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return getattr(trainer.precision_plugin, "scaler", None) if fused else None
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # late: it costs a good part of a second
+
+    return isinstance(parameter, DTensor)
+
+
+def _sharded_like(parameter: Any, whole: Tensor) -> Tensor:
+    """Split a tensor that all ranks hold as a parameter is split; nothing travels."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    sharded: Tensor = replicated.redistribute(placements=parameter.placements)
+    return sharded

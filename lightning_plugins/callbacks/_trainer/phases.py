@@ -1,0 +1,79 @@
+"""Phases of a training: positions in steps, epochs or fractions, and whether a training has come to one."""
+
+from itertools import pairwise
+
+from lightning_plugins._checks import check_choice, check_finite_number, check_fraction
+from lightning_plugins._lightning import MisconfigurationException, Trainer
+from lightning_plugins.callbacks._trainer.progress import training_progress
+from lightning_plugins.schedules import UNITS, Piecewise, Unit
+
+
+def check_phases(unit: Unit, **positions: float | None) -> None:
+    """Check the positions of phases that follow each other.
+
+    Args:
+        unit: ``"steps"``, ``"epochs"`` or ``"fraction"``.
+        **positions: The positions by the names of their arguments, in the order of the phases; None for a phase that
+            never comes.
+
+    Raises:
+        TypeError: If a position is no number.
+        ValueError: If a position is out of its range, or before the one of an earlier phase.
+    """
+    check_choice("unit", unit, UNITS)
+    given = {name: at for name, at in positions.items() if at is not None}
+    for name, at in given.items():
+        if unit == "fraction":
+            try:
+                check_fraction(name, at)
+            except ValueError as error:
+                raise ValueError(f"{error} (with `unit='fraction'`; 'steps' and 'epochs' count further)") from None
+        elif check_finite_number(name, at) < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {at!r}")
+    for earlier, later in pairwise(given):
+        if given[earlier] > given[later]:
+            raise ValueError(
+                f"`{later}` must not be before `{earlier}`, got {earlier}={given[earlier]!r}, {later}={given[later]!r}"
+            )
+
+
+def require_end(name: str, trainer: Trainer, unit: Unit) -> None:
+    """Refuse fractions of a training that has no end; for ``setup``.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    if unit == "fraction" and trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise MisconfigurationException(
+            f"{name}: `unit='fraction'` counts in fractions of training, but `max_epochs=-1` has no end; pass "
+            "`unit='steps'` or `unit='epochs'`, or give the Trainer `max_steps` or `max_epochs`"
+        )
+
+
+def epochs_done(trainer: Trainer) -> int:
+    """Epochs whose batches have all been trained on."""
+    return int(vars(trainer.fit_loop.epoch_progress.current)["processed"])
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Whether, in ``on_train_epoch_end``, no other epoch is to come, as far as the limits of the Trainer tell."""
+    steps_over = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return steps_over or (trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs_done(trainer))
+
+
+def reached(trainer: Trainer, at: float, unit: Unit, *, between_epochs: bool = False) -> bool:
+    """Tell whether a training has come to a position.
+
+    Args:
+        trainer: A Trainer inside `fit`.
+        at: The position.
+        unit: Its unit.
+        between_epochs: Whether no batch of the current epoch has begun yet, or all have ended.
+
+    Returns:
+        Whether the optimizer steps done, or the epochs, are as many or more.
+    """
+    progress = training_progress(trainer, with_totals=unit == "fraction")
+    if between_epochs:  # the loop still counts the batches of the epoch before
+        progress = progress._replace(epoch=float(epochs_done(trainer)))
+    return Piecewise([at], [0.0, 1.0], unit=unit)(progress) == 1.0

@@ -1,0 +1,85 @@
+"""What a callback needs of the module and the Trainer, checked in ``setup``."""
+
+from lightning_plugins._lightning import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Trainer,
+    is_overridden,
+)
+from lightning_plugins.schedules import Schedule
+
+
+def require_lightning_module(name: str, pl_module: object) -> None:
+    """Refuse a module of another package than `lightning.pytorch`.
+
+    Raises:
+        MisconfigurationException: For example for a module that subclasses `pytorch_lightning.LightningModule`.
+    """
+    if not isinstance(pl_module, LightningModule):
+        origin = next((c.__module__ for c in type(pl_module).__mro__ if c.__name__ == "LightningModule"), None)
+        raise MisconfigurationException(
+            f"{name} works with modules of `lightning.pytorch`, got {type(pl_module).__name__}"
+            + (f" whose LightningModule comes from `{origin}`" if origin else "")
+            + "; change the imports to `import lightning.pytorch as pl`, for the Trainer and its callbacks too"
+        )
+
+
+def require_supported_strategy(name: str, trainer: Trainer) -> None:
+    """Refuse strategies under which terms of activations have not been shown to be right.
+
+    Raises:
+        MisconfigurationException: For any but single-device, DDP and data-parallel FSDP2 training.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        parallel = strategy.device_mesh["tensor_parallel"].size()
+        if parallel > 1:
+            raise MisconfigurationException(
+                f"{name} supports ModelParallelStrategy for data parallelism (FSDP2) only, got "
+                f"`tensor_parallel_size={parallel}`; pass `tensor_parallel_size=1`"
+            )
+    elif isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise MisconfigurationException(
+            f"{name} supports a single device, DDP and FSDP2, got {type(strategy).__name__}; pass `strategy='ddp'`, "
+            "or ModelParallelStrategy with `fully_shard` in `configure_model`"
+        )
+
+
+def require_automatic_optimization(name: str, pl_module: LightningModule, mixin: str) -> None:
+    """Refuse manual optimization, where ``training_step`` returns no loss.
+
+    Raises:
+        MisconfigurationException: Naming the mixin that is the way to go there.
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} adds its term to the loss that `training_step` returns, and {type(pl_module).__name__} uses "
+            f"manual optimization; subclass `lightning_plugins.mixins.{mixin}` and add its penalty in your step"
+        )
+
+
+def require_known_total(name: str, schedule: Schedule | None, trainer: Trainer) -> None:
+    """Refuse schedules in fractions of a training that has no end.
+
+    Raises:
+        MisconfigurationException: If ``schedule`` needs a total and the Trainer has none.
+    """
+    if schedule is not None and schedule.needs_total and trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise MisconfigurationException(
+            f"{name}: `schedule={schedule!r}` counts in fractions of training, but `max_epochs=-1` has no end; "
+            "pass `unit='steps'` or `unit='epochs'`, or give the Trainer `max_steps` or `max_epochs`"
+        )
+
+
+def makes_layers_late(pl_module: LightningModule) -> bool:
+    """Tell whether the module may have layers that are not there yet when callbacks are set up.
+
+    Returns:
+        Whether it has a ``setup`` or ``configure_model`` of its own. Lightning calls both between the callbacks'
+        ``setup`` and ``on_fit_start``.
+    """
+    return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)

@@ -1,0 +1,1 @@
+"""Channels and ranks under one budget: the differentiable cost, the shift that meets it, and the final projection."""

@@ -1,0 +1,262 @@
+"""What a network with masks and ranks costs, as a number with a gradient; a multiplier; and a projection within it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins._checks import check_choice, check_finite_number, check_fraction
+from lightning_plugins.compression.budget.cost_terms import beyond_layers, count_terms
+from lightning_plugins.compression.channels.group import ChannelGroup
+from lightning_plugins.compression.costs.layer_costs import COSTS, Cost
+
+
+class Budget:
+    """The cost of a whole network as a function of its masks and ranks, beside the cost it may have.
+
+    With ``n`` the sums of masks on both sides of a layer, its weight costs ``min(r * (n_in * k * k + n_out), n_in *
+    k * k * n_out)`` parameters, and that times twice the places at which it is applied in operations. Biases, norms
+    and all other parameters are counted too, and so are the products of an attention's heads. Once masks are zeros
+    and ones and ranks whole numbers, the cost is exactly that of the smaller network: its number of parameters, or
+    what `torch.utils.flop_counter` counts.
+
+    Args:
+        model: The network before anything is removed, with masks and thresholds on it or without.
+        groups: Its groups of channels, those of the masks.
+        ranks: The names of the layers whose weights may become low-rank, by scheme 1.
+        target: The share of the cost that may be left, in (0, 1].
+        cost: ``"params"`` or ``"flops"``.
+        inputs: What the network takes, for ``"flops"``: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises:
+        ValueError: If an argument is outside of its range, a name is not that of a layer, or ``inputs`` is missing.
+        TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> from lightning_plugins.compression import channel_groups
+        >>> budget = Budget(net, channel_groups(net, torch.zeros(1, 4)), target=0.5)
+        >>> budget.dense, budget.limit, budget.cost([torch.arange(8) < 3])
+        (58, 29, 23)
+
+    Source:
+        Eo et al., https://arxiv.org/abs/2309.13077: our reading.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup] = (),
+        ranks: Sequence[str] = (),
+        *,
+        target: float,
+        cost: Cost = "params",
+        inputs: Any = None,
+    ) -> None:
+        if check_fraction("target", target) == 0:
+            raise ValueError("`target` must be above 0, got 0; what is left of a network costs something")
+        check_choice("cost", cost, COSTS)
+        if cost == "params" and inputs is not None:
+            raise ValueError("`inputs` must be left out with cost='params', for which nothing is run")
+        self.groups, self.ranks, self.target = tuple(groups), tuple(ranks), target
+        thresholds = model._modules.get("rank_thresholds")
+        if thresholds is not None:
+            thresholds.bypass = True  # type: ignore[assignment]  # a plain attribute of ours, not a tensor or module
+        try:
+            self._terms, self._constant = count_terms(model, groups, ranks, inputs, flops=cost == "flops")
+        finally:
+            if thresholds is not None:
+                thresholds.bypass = False  # type: ignore[assignment]  # as above
+        missing = set(range(len(self.ranks))) - set(self._terms.layer.tolist())
+        if missing:
+            raise ValueError(
+                f"`ranks` must name layers that the cost counts, got {[self.ranks[i] for i in sorted(missing)]}"
+            )
+        self._device_terms: dict[torch.device, Any] = {}
+        self.dense = self.cost()
+        if cost == "flops":
+            self._add_beyond_layers(beyond_layers(model, groups, inputs))
+        self.limit = int(target * self.dense)
+
+    def share(
+        self,
+        masks: Sequence[Tensor] | None = None,
+        ranks: Mapping[str, Tensor] | None = None,
+        *,
+        bend: Tensor | float = 1.0,
+    ) -> Tensor:
+        """The share of the dense cost that soft masks and ranks leave, with gradient to both.
+
+        Args:
+            masks: For every group a tensor of shape ``(..., size)`` in [0, 1]; None for all ones.
+            ranks: For layers among those with ranks a tensor of shape ``(...)``; a layer that is missing is dense.
+            bend: 1 where a layer with a rank costs at most what it costs as one. 0 where it costs what it costs in two
+                whatever the rank, so that the cost of the whole falls from the first singular value on. Between, the
+                mean of both.
+
+        Returns:
+            Tensor of shape ``(...)`` in float64.
+        """
+        given = [*(masks or ()), *(ranks or {}).values()]
+        device = given[0].device if given else torch.device("cpu")
+        terms = self._on(device)
+        ones = torch.ones(terms.counts.shape[1], dtype=torch.float64, device=device)
+        units = torch.cat([mask.double() for mask in masks], dim=-1) if masks else ones
+        sizes = terms.least + units @ terms.counts.mT
+        first, second = sizes[..., terms.first], sizes[..., terms.second] * terms.inner
+        entries = first * second
+        if ranks:
+            infinite = torch.full_like(next(iter(ranks.values())), torch.inf, dtype=torch.float64)
+            rank = torch.stack(
+                [ranks[name].double() if name in ranks else infinite for name in self.ranks] + [infinite], dim=-1
+            )
+            chosen = rank[..., terms.layer]  # -1, the last, is dense
+            low = torch.where(chosen.isfinite(), chosen, 0) * (first + second)
+            low = torch.lerp(low, torch.minimum(low, entries), torch.as_tensor(bend, dtype=low.dtype, device=device))
+            entries = torch.where(chosen.isfinite(), low, entries)
+        cost: Tensor = (terms.factor * entries).sum(-1) + (terms.per_unit * units).sum(-1) + self._constant
+        return cost / self.dense
+
+    def cost(self, kept: Sequence[Tensor] | None = None, ranks: Mapping[str, int] | None = None) -> int:
+        """The cost of the network that masks of zeros and ones and whole ranks leave, exactly.
+
+        Args:
+            kept: For every group a boolean tensor of shape ``(size,)``; None where all stay.
+            ranks: Ranks by layer; a layer that is missing, or not smaller in two, is dense.
+
+        Returns:
+            The cost.
+
+        Raises:
+            ValueError: If ``kept`` does not fit the groups, or a layer has no rank here.
+        """
+        terms = self._terms
+        if kept is not None and [tuple(keep.shape) for keep in kept] != [(group.size,) for group in self.groups]:
+            raise ValueError(
+                f"`kept` must have a tensor of shape (size,) for each of the {len(self.groups)} groups, got shapes "
+                f"{[tuple(keep.shape) for keep in kept]}"
+            )
+        unknown = set(ranks or ()) - set(self.ranks)
+        if unknown:
+            raise ValueError(f"`ranks` must be of layers named in the constructor, got {sorted(unknown)}")
+        everything = torch.ones(terms.counts.shape[1], dtype=torch.float64)
+        units = torch.cat([keep.cpu().double() for keep in kept]) if kept else everything
+        first, second = self._sides(units)
+        entries = first * second
+        if ranks:
+            none = torch.iinfo(torch.int32).max
+            rank = torch.tensor([*(int(ranks.get(name, none)) for name in self.ranks), none])[terms.layer]
+            entries = torch.where(rank < none, torch.minimum(rank * (first + second), entries), entries)
+        return int((terms.factor * entries).sum() + (terms.per_unit * units.long()).sum()) + self._constant
+
+    def sides(self, kept: Sequence[Tensor] | None = None) -> dict[str, tuple[int, int]]:
+        """The rows and columns that are left of the weights of the layers with ranks.
+
+        Args:
+            kept: As for `cost`.
+
+        Returns:
+            Rows and columns by layer.
+        """
+        everything = torch.ones(self._terms.counts.shape[1], dtype=torch.float64)
+        first, second = self._sides(torch.cat([keep.cpu().double() for keep in kept]) if kept else everything)
+        places = {int(layer): term for term, layer in enumerate(self._terms.layer.tolist()) if layer >= 0}
+        return {name: (int(first[places[i]]), int(second[places[i]])) for i, name in enumerate(self.ranks)}
+
+    def _add_beyond_layers(self, decreases: Mapping[int, int]) -> None:
+        sizes = [group.size for group in self.groups]
+        for index, decrease in decreases.items():
+            kept = [torch.arange(size) > (0 if place == index else -1) for place, size in enumerate(sizes)]
+            beyond = decrease - (self.dense - self.cost(kept))
+            self._terms.per_unit.split(sizes)[index].add_(beyond)
+            self._constant -= beyond * sizes[index]
+
+    def _sides(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        terms = self._terms
+        sizes = terms.least + (terms.counts @ units).long()  # sums of whole numbers below 2 ** 53 are exact
+        return sizes[terms.first], sizes[terms.second] * terms.inner
+
+    def _on(self, device: torch.device) -> Any:
+        if device not in self._device_terms:
+            self._device_terms[device] = type(self._terms)(*(part.to(device) for part in self._terms))
+        return self._device_terms[device]
+
+
+class Multiplier:
+    """A Lagrange multiplier that grows while a cost is above its target, and shrinks below it.
+
+    The penalty is ``value * gap + damping / 2 * max(gap, 0) ** 2`` with ``gap = share / target - 1``.
+
+    Args:
+        rate: What the multiplier grows by per update and unit of the gap.
+        damping: The weight of the square.
+
+    Raises:
+        ValueError: If an argument is negative.
+
+    Example:
+        >>> multiplier = Multiplier(rate=0.5)
+        >>> multiplier.update(0.8, target=0.4)
+        0.5
+        >>> multiplier.penalty(torch.tensor(0.8), target=0.4)
+        tensor(1.)
+    """
+
+    def __init__(self, rate: float = 0.05, damping: float = 1.0) -> None:
+        for name, value in (("rate", rate), ("damping", damping)):
+            if check_finite_number(name, value) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {value!r}")
+        self.rate, self.damping, self.value = rate, damping, 0.0
+
+    def penalty(self, share: Tensor, target: float) -> Tensor:
+        """The term of the loss.
+
+        Args:
+            share: The share that is left, a scalar.
+            target: The share that may be left.
+
+        Returns:
+            Scalar.
+        """
+        gap = share / target - 1
+        return self.value * gap + self.damping / 2 * gap.clamp_min(0).square()
+
+    def update(self, share: float, target: float) -> float:
+        """Take the share that is left into account; once per optimizer step.
+
+        Args:
+            share: The share that is left.
+            target: The share that may be left.
+
+        Returns:
+            The multiplier.
+        """
+        self.value = max(0.0, self.value + self.rate * (share / target - 1))
+        return self.value
+
+    def state_dict(self) -> dict[str, float]:
+        """The state as a primitive."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over a state.
+
+        Args:
+            state: From `state_dict`.
+        """
+        self.value = float(state["value"])
+
+
+class Projection(NamedTuple):
+    """What `project` decided.
+
+    Attributes:
+        kept: For every group a boolean tensor: which units stay.
+        ranks: The ranks of the layers that are to be split in two; the others stay as one.
+        cost: The exact cost of the network that is left.
+    """
+
+    kept: list[Tensor]
+    ranks: dict[str, int]
+    cost: int

@@ -1,0 +1,290 @@
+"""A network whose channels and ranks are chosen under one budget while it trains, and which is then made smaller."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.compression.budget.budget import Budget, Projection
+from lightning_plugins.compression.budget.carried_state import chained, sliced_heir, split_layers
+from lightning_plugins.compression.budget.cost_terms import parameters_by_name
+from lightning_plugins.compression.budget.filling import largest_within, rank_layers
+from lightning_plugins.compression.budget.projection import project
+from lightning_plugins.compression.budget.shift import EXCHANGE, BudgetShift
+from lightning_plugins.compression.channels.find import channel_groups, groups_from_state, groups_to_state
+from lightning_plugins.compression.channels.group import ChannelGroup
+from lightning_plugins.compression.channels.shrink import shrink
+from lightning_plugins.compression.gates.masks import apply_masks, remove_masks
+from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds
+from lightning_plugins.compression.networks.plain_names import computed_names
+from lightning_plugins.compression.networks.replacements import Heirs
+
+
+class BudgetedNetwork:
+    """A model with masks on its channels, thresholds on its singular values, or both, and what it costs with them.
+
+    Args:
+        model: The model, dense. It keeps its parameters as objects until `shrink`.
+        layers: The layers to choose in.
+        budget: The share of the cost that may be left.
+        cost: ``"params"`` or ``"flops"``.
+        inputs: What the model takes; for ranks under ``"params"`` it is not needed.
+        masks: Whether channels are chosen.
+        ranks: Whether ranks are.
+        keep: Layers that stay as they are.
+        minimum: The least number of units of a group, and the least rank.
+        multiple: Numbers of units and ranks are multiples of this.
+        refresh_every: See `apply_thresholds`.
+        groups: The state of the groups of channels, where they are known.
+
+    Raises:
+        ValueError: If nothing can be chosen, or the budget cannot be met.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | Sequence[str],
+        budget: float,
+        *,
+        cost: Literal["params", "flops"],
+        inputs: Any,
+        masks: bool,
+        ranks: bool,
+        keep: str | Sequence[str] | None = None,
+        minimum: int = 1,
+        multiple: int = 1,
+        refresh_every: int = 1,
+        groups: Iterable[dict[str, Any]] | None = None,
+    ) -> None:
+        self.model, self.minimum, self.multiple = model, minimum, multiple
+        self.groups: list[ChannelGroup] = []
+        if masks:
+            found = None if groups is None else groups_from_state(groups)
+            self.groups = channel_groups(model, inputs, layers, keep=keep or ()) if found is None else found
+        names = rank_layers(model, layers, keep) if ranks else []
+        counted = inputs if cost == "flops" else None
+        self.budget = Budget(model, self.groups, names, target=budget, cost=cost, inputs=counted)
+        self._check_budget()
+        before = computed_names(model)
+        self.masks = apply_masks(model, self.groups) if masks else None
+        self.thresholds = apply_thresholds(model, names, refresh_every=refresh_every) if ranks else None
+        # Names of parameters that are computed from others now, with the names of these.
+        self.renamed = {plain: own for plain, own in computed_names(model).items() if plain not in before}
+        self.masks_are_final = False
+        self.shift = BudgetShift(self.budget, self.masks, self.thresholds)
+        self.be_whole()
+
+    def be_whole(self) -> None:
+        """Let the model compute exactly what it does without masks and thresholds."""
+        if self.masks is not None:
+            self.masks.set_hard()
+        self.bypass()
+
+    def bypass(self, bypass: bool = True) -> None:
+        """Choose whether thresholds are passed by.
+
+        Args:
+            bypass: Which.
+        """
+        if self.thresholds is not None:
+            self.thresholds.bypass = bypass
+
+    def be_soft(self, beta: float) -> None:
+        """Let masks and thresholds act, with gradients.
+
+        Args:
+            beta: The inverse temperature.
+        """
+        if self.masks is not None:
+            self.masks.set_hard(False)
+            self.masks.set_beta(beta)
+        self.bypass(False)
+        if self.thresholds is not None:
+            self.thresholds.set_beta(beta)
+
+    def be_hard(self, kept: Sequence[Tensor]) -> None:
+        """Let masks be zeros and ones, and thresholds act.
+
+        Args:
+            kept: For every group which units stay.
+        """
+        if self.masks is not None:
+            self.masks.set_kept(list(kept))
+            self.masks_are_final = True
+        self.bypass(False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The scores, and the thresholds behind them."""
+        scores = [] if self.masks is None else list(self.masks.scores)
+        return scores + ([] if self.thresholds is None else list(self.thresholds.values))
+
+    def kinds(self) -> list[list[nn.Parameter]]:
+        """The scores, and the thresholds, of those there are."""
+        parts = [None if self.masks is None else self.masks.scores]
+        parts += [None if self.thresholds is None else self.thresholds.values]
+        return [list(part) for part in parts if part is not None]
+
+    def begin(self) -> None:
+        """Let scores begin at the norms of their channels' weights, around 2: masks are nearly open."""
+        if self.masks is not None:
+            with torch.no_grad():
+                for scores, norms in zip(self.masks.scores, self.usefulness(), strict=True):
+                    scores.copy_(norms + 1)
+
+    def spectra(self) -> list[Tensor]:
+        """The singular values by which thresholds act, in rising order, without gradients."""
+        with torch.no_grad():
+            return [] if self.thresholds is None else [step.spectrum() for step in self.thresholds._steps]
+
+    def share(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of the cost that masks and soft ranks leave, with gradients to `parameters`, and these ranks.
+
+        The value is that of the budget. A rank has a gradient also where it is still so high that the layer is cheaper
+        as one: no threshold would ever begin to rise otherwise.
+
+        Returns:
+            The share, a scalar, and the soft ranks by layer, without gradients.
+        """
+        masks = None if self.masks is None else self.masks.values()
+        if self.thresholds is None:
+            return self.budget.share(masks), {}
+        ranks = self.thresholds.soft_ranks()
+        share = self.budget.share(masks, {name: rank.detach() for name, rank in ranks.items()})
+        with torch.enable_grad():
+            # At rank zero every layer is in two, and its cost grows with the rank as that of a layer in two does.
+            none = {name: torch.zeros_like(rank, requires_grad=True) for name, rank in ranks.items()}
+            fixed = None if masks is None else [mask.detach() for mask in masks]
+            slopes = torch.autograd.grad(self.budget.share(fixed, none), list(none.values()))
+        for slope, rank in zip(slopes, ranks.values(), strict=True):
+            share = share + (slope * (rank - rank.detach())).double()
+        return share, {name: rank.detach() for name, rank in ranks.items()}
+
+    def kept_shares(self, kept: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """The share of units that stay, by group.
+
+        Args:
+            kept: Which stay; by default those with positive scores.
+
+        Returns:
+            Scalars.
+        """
+        if kept is None:
+            kept = [] if self.masks is None else self.masks.kept()
+        return {group.name: keep.float().mean() for group, keep in zip(self.groups, kept, strict=True)}
+
+    def usefulness(self) -> list[Tensor]:
+        """For every unit the norm of the weights that compute it, with that of a group's average unit as 1."""
+        tensors = parameters_by_name(self.model)
+        found = []
+        for group in self.groups:
+            squares = torch.zeros(group.size + 1, dtype=torch.float64)
+            for member in group.members:
+                if member.side == "out" and tensors[member.parameter].ndim > 1:  # and is no bias
+                    weight = tensors[member.parameter].detach().double().movedim(member.dim, 0).flatten(1)
+                    units = torch.tensor(member.units) % len(squares)  # the last, at -1: not of this group
+                    squares.index_add_(0, units, weight.square().sum(1).cpu())
+            norms = squares[:-1].sqrt()
+            found.append(norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
+        return found
+
+    def choose(self) -> Projection:
+        """What stays if the choice is made now, by scores and thresholds, within the budget.
+
+        Where the budget leaves room, it is filled with the best of the channels whose scores are below zero.
+
+        Returns:
+            The choice.
+        """
+        kept = [] if self.masks is None else [keep.cpu() for keep in self.masks.kept()]
+        ranks, margins = (None, None) if self.thresholds is None else self._ranks()
+        scores = [] if self.masks is None else [score.detach().cpu() for score in self.masks.scores]
+        if kept and not self.masks_are_final:
+            filled = largest_within(self.budget, scores, ranks, self.budget.limit)
+            kept = [one | other for one, other in zip(kept, filled, strict=True)]
+        return project(self.budget, kept, scores, ranks, margins, minimum=self.minimum, multiple=self.multiple)
+
+    def choose_heaviest(self, share: float) -> Projection:
+        """The channels with the largest weights that fit into a share of the cost.
+
+        Args:
+            share: The share, at least that of the budget.
+
+        Returns:
+            The choice.
+        """
+        full, scores = self.budget.limit, self.usefulness()
+        self.budget.limit = max(full, int(share * self.budget.dense))
+        try:
+            kept = largest_within(self.budget, scores, None, self.budget.limit)
+            return project(self.budget, kept, scores, minimum=self.minimum, multiple=self.multiple)
+        finally:
+            self.budget.limit = full
+
+    def _ranks(self) -> tuple[dict[str, int], dict[str, Tensor]]:
+        if self.thresholds is None:
+            return {}, {}
+        # On the scale of the scores, by which all that is to stay can be compared.
+        margins = {name: margin / EXCHANGE for name, margin in self.thresholds.margins().items()}
+        return {name: max(1, int((margin > 0).sum())) for name, margin in margins.items()}, margins
+
+    def _check_budget(self) -> None:
+        nothing = [torch.zeros(group.size, dtype=torch.bool) for group in self.groups]
+        scores = [torch.zeros(group.size) for group in self.groups]
+        least = dict.fromkeys(self.budget.ranks, 1)
+        margins = {name: torch.zeros(1) for name in least}
+        try:
+            project(self.budget, nothing, scores, least, margins, minimum=self.minimum, multiple=self.multiple)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`target`", "`budget`")) from None
+
+    def remove(self) -> None:
+        """Take masks and thresholds off: the model is the dense one."""
+        if self.thresholds is not None:
+            remove_thresholds(self.model)
+        if self.masks is not None:
+            remove_masks(self.model)
+
+    def bake(self, choice: Projection) -> None:
+        """Write masks and thresholds into the weights, and take them off.
+
+        Args:
+            choice: What stays.
+        """
+        self.be_hard(choice.kept)
+        bake(self.model)
+
+    def shrink(self, choice: Projection) -> Heirs:
+        """Remove from the baked model what does not stay.
+
+        Args:
+            choice: What stays.
+
+        Returns:
+            The heirs of the parameters that are gone.
+        """
+        before = dict(self.model.named_parameters(remove_duplicate=False))
+        cut: dict[nn.Parameter, Any] = {}
+        slices = shrink(self.model, self.groups, choice.kept) if self.groups else {}
+        for name, cuts in slices.items():
+            if name in before:  # and is no buffer
+                cut[before[name]] = [sliced_heir(self.model.get_parameter(name), dict(cuts))]
+        return chained(cut, split_layers(self.model, choice.ranks, scheme=1) if choice.ranks else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups, scores and thresholds, as tensors and primitives."""
+        parts = {"masks": self.masks, "thresholds": self.thresholds}
+        found = {name: None if part is None else dict(part.state_dict()) for name, part in parts.items()}
+        return {**found, "groups": groups_to_state(self.groups), "final": self.masks_are_final}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Args:
+            state: From `state_dict`.
+        """
+        for name, part in (("masks", self.masks), ("thresholds", self.thresholds)):
+            if part is not None:
+                part.load_state_dict(state[name])
+        self.masks_are_final = state["final"]

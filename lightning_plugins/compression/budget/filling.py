@@ -1,0 +1,63 @@
+"""What a choice under a budget is made among, and the best of it that fits."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.compression.budget.budget import Budget
+from lightning_plugins.compression.low_rank.splittable import select_layers
+from lightning_plugins.selection import select_kept
+
+
+def largest_within(
+    budget: Budget, scores: Sequence[Tensor], ranks: Mapping[str, int] | None, limit: int
+) -> list[Tensor]:
+    """The units with the largest scores of all groups, as many as cost no more than a limit.
+
+    Args:
+        budget: What counts the cost.
+        scores: For each group a tensor of shape ``(size,)`` on the CPU.
+        ranks: Ranks by layer.
+        limit: The limit.
+
+    Returns:
+        For each group a boolean tensor.
+    """
+    order = torch.cat([score.double() for score in scores]).argsort(descending=True, stable=True)
+    sizes = [len(score) for score in scores]
+
+    def first(count: int) -> list[Tensor]:
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        chosen[order[:count]] = True
+        return list(chosen.split(sizes))
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if budget.cost(first(middle), ranks) <= limit else (low, middle - 1)
+    return first(low)
+
+
+def rank_layers(model: nn.Module, layers: str | Sequence[str], keep: str | Sequence[str] | None) -> list[str]:
+    """The layers whose ranks are to be chosen.
+
+    Args:
+        model: The model.
+        layers: Names and globs.
+        keep: Names and globs of layers that stay as they are.
+
+    Returns:
+        Names.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    kept = select_kept(model, keep)
+    found = {name: layer for name, layer in select_layers(model, layers).items() if name not in kept}
+    names = [name for name, layer in found.items() if min(layer.weight.flatten(1).shape) > 1]
+    if not names:
+        raise ValueError(
+            f"`layers`: {layers!r} must match a weight with two rows and columns or more that `keep` does not name"
+        )
+    return names

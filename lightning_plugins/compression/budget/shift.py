@@ -1,0 +1,96 @@
+"""How far scores and thresholds move, all together, for a network to cost what it is to cost."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lightning_plugins.compression.budget.budget import Budget
+from lightning_plugins.compression.gates.masks import ChannelMasks
+from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
+from lightning_plugins.functional.masks import annealed_sigmoid
+
+EXCHANGE = 1.0  # what thresholds rise by, in shares of the largest singular value, where scores fall by the mean norm
+_FURTHEST = 8.0
+_HIGHEST = 0.9  # of a threshold, as a share of the largest singular value there is
+_POINTS, _ROUNDS = 17, 4  # of the search: what is found is within 2 * 8 / 16 ** 4 of the solution
+
+
+class BudgetShift:
+    """Moves scores down and thresholds up, or back, in one direction, to where the network has a given cost.
+
+    The cost falls along the direction, so that there is one such place, and it is found without a derivative, at
+    several points at once, and without waiting for the device. A step along the gradient of the cost would do little
+    where masks are nearly zeros and ones, and then too much.
+
+    Scores of all groups move alike, and so do the thresholds of all layers, which stop short of the largest singular
+    value: a weight of zeros would be the end of its network.
+
+    Args:
+        budget: What counts the cost.
+        masks: The masks, or None.
+        thresholds: The thresholds, or None.
+    """
+
+    def __init__(self, budget: Budget, masks: ChannelMasks | None, thresholds: RankThresholds | None) -> None:
+        self.budget, self.masks, self.thresholds = budget, masks, thresholds
+        (self._beta,) = [part.beta for part in (masks, thresholds) if part is not None][:1]  # on the device
+        self.sizes = {} if thresholds is None else {name: min(budget.sides()[name]) for name in thresholds.layers}
+        full = {name: torch.tensor(float(size)) for name, size in self.sizes.items()}
+        # Without the bend of its cost a layer of full rank is dearer in two than as one.
+        self.whole = float(budget.share(None, full, bend=0.0))
+
+    @torch.no_grad()
+    def settle(self, spectra: Sequence[Tensor], done: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Move scores and thresholds.
+
+        Args:
+            spectra: For every layer with a threshold the singular values of its weight, in rising order.
+            done: How much of what the budget takes is to be gone, in [0, 1].
+
+        Returns:
+            The share of the cost that is left, a scalar, and the ranks by layer.
+        """
+        wanted = self.whole + (self.budget.target - self.whole) * done
+        low = torch.full((1,), -_FURTHEST, dtype=torch.float64, device=self._beta.device)
+        high = -low
+        for _ in range(_ROUNDS):
+            shifts = torch.lerp(low, high, torch.linspace(0, 1, _POINTS, dtype=low.dtype, device=low.device))
+            share = self.budget.share(self._masks_at(shifts), self._ranks_at(shifts, spectra), bend=done)
+            place = (share > wanted).sum(0, keepdim=True).clamp(1, _POINTS - 1)
+            low, high = shifts.index_select(0, place - 1), shifts.index_select(0, place)
+        ranks = self._ranks_at(high, spectra)
+        share = self.budget.share(self._masks_at(high), ranks)
+        if self.masks is not None:
+            for scores in self.masks.scores:
+                scores.sub_(high.to(scores))
+        if self.thresholds is not None:
+            for value, raised in zip(self.thresholds.values, self._raised(high, spectra), strict=True):
+                value.copy_(raised[0])
+        return share[0], {name: rank[0] for name, rank in ranks.items()}
+
+    def _masks_at(self, shifts: Tensor) -> list[Tensor]:
+        if self.masks is None:
+            return []
+        beta = self.masks.beta
+        return [annealed_sigmoid(scores - shifts.to(scores)[:, None], beta) for scores in self.masks.scores]
+
+    def _ranks_at(self, shifts: Tensor, spectra: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self.thresholds is None:
+            return {}
+        # Infinite values, which no threshold passes, fill the rows of smaller layers.
+        table = pad_sequence(list(spectra), batch_first=True, padding_value=torch.inf)
+        raised = self._raised(shifts, spectra) * self.thresholds.scales[:, None]
+        below = torch.searchsorted(table, raised.to(table), right=True)
+        rows = zip(self.sizes.items(), below, strict=True)
+        return {name: (size - count).clamp_min(1).double() for (name, size), count in rows}
+
+    def _raised(self, shifts: Tensor, spectra: Sequence[Tensor]) -> Tensor:
+        """The thresholds of all layers at several shifts, in their own unit."""
+        if self.thresholds is None:
+            return shifts.new_zeros(0, len(shifts))
+        scales = self.thresholds.scales
+        highest = _HIGHEST * torch.stack([values[-1] for values in spectra]).to(scales) / scales
+        values = torch.stack([value.detach() for value in self.thresholds.values])[:, None]
+        return torch.minimum((values + EXCHANGE * shifts.to(values)).clamp_min(0), highest[:, None])

@@ -1,0 +1,204 @@
+"""Channels that can only be removed together: through residual sums, concatenations, depthwise layers and heads."""
+
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_plugins.compression.channels.dependencies import Bundle, bundles, parameters_of
+from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSearch, Member
+from lightning_plugins.compression.channels.verify import tried
+from lightning_plugins.compression.networks.parametrizations import plain_copy
+from lightning_plugins.selection import check_layers, select_kept, select_modules
+
+_PRODUCERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def channel_groups(
+    model: nn.Module, example_inputs: Any, layers: str | Sequence[str] = "*", *, keep: str | Sequence[str] = ()
+) -> list[ChannelGroup]:
+    """Find the channels of a model that can be removed, and which of them only together.
+
+    The dependencies come from Torch-Pruning's graph of one forward pass. Whether they are right is tried on a copy of
+    the model with random weights: what is left when channels are removed must compute what the whole computes when
+    they are masked. Groups for which this does not hold are left out. So are the model's inputs and outputs, and
+    channels over which a layer or group norm takes its statistics, such as the residual stream of a transformer. The
+    heads of an attention are removed as a whole.
+
+    Args:
+        model: The model; it is not changed. Its channels are counted in the order of its layers, so that the same
+            model gives the same groups.
+        example_inputs: What the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. One small
+            sample is enough, and fastest.
+        layers: The convolutions and linear layers whose outputs may lose channels: a dotted name, a glob, or a sequence
+            of them. A group is taken if all layers that compute its channels are among them.
+        keep: Layers whose outputs stay whole, in the same form.
+
+    Returns:
+        The groups, in the order of the layers.
+
+    Raises:
+        ValueError: If ``layers`` or ``keep`` match nothing, or no channel can be removed.
+        TypeError: If an argument is of the wrong kind.
+        ImportError: If torch-pruning is not installed.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> [group] = channel_groups(net, torch.zeros(1, 3, 8, 8))
+        >>> group.name, group.size, [(member.parameter, member.dim) for member in group.members if member.dim == 1]
+        ('0', 8, [('3.weight', 1)])
+
+    Source:
+        Fang et al., DepGraph, CVPR 2023, https://arxiv.org/abs/2301.12900, for the graph.
+    """
+    search = find_channel_groups(model, example_inputs, layers, keep=keep)
+    if not search.groups:
+        few = "; ".join(f"{name!r}: {reason}" for name, reason in list(search.refused.items())[:3]) or "none is called"
+        raise ValueError(f"`layers`: {layers!r} must match a layer that can lose channels, but {few}")
+    return search.groups
+
+
+def find_channel_groups(
+    model: nn.Module, example_inputs: Any, layers: str | Sequence[str] = "*", *, keep: str | Sequence[str] = ()
+) -> ChannelSearch:
+    """As `channel_groups`, with the reasons why the other layers stay whole, and no error where all of them do.
+
+    Args:
+        model: The model.
+        example_inputs: What it takes.
+        layers: The layers that may lose channels.
+        keep: The layers that stay whole.
+
+    Returns:
+        The groups and the reasons.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+    """
+    check_layers(layers, sides=False)
+    if not isinstance(example_inputs, Tensor | tuple | Mapping):
+        raise TypeError(
+            "`example_inputs` must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
+            f"{type(example_inputs).__name__}" + ("; did you mean a tuple?" if isinstance(example_inputs, list) else "")
+        )
+    chosen = set(select_modules(model, layers, types=_PRODUCERS))
+    chosen -= select_kept(model, keep, types=_PRODUCERS)
+    plain = plain_copy(model)
+    traced = copy.deepcopy(plain).eval().requires_grad_(True)
+    candidates: list[ChannelGroup] = []
+    refused: dict[str, str] = {}
+    computed = {name for name, module in plain.named_modules() if _is_computed(module)}
+    shared, named = _shared(plain), Counter[str]()
+    for family in _families(bundles(traced, example_inputs)):
+        group = _group(traced, family)
+        if group is None:
+            continue
+        named[group.name] += 1
+        if named[group.name] > 1:
+            group = group._replace(name=f"{group.name}~{named[group.name]}")
+        computed_in = [place.owner for place in family[0].places if place.owner in computed]
+        reason = family[0].reason or (
+            f"the weight of {computed_in[0]!r} is computed from other parameters"
+            if computed_in
+            else _why_not(group, chosen, shared)
+        )
+        if reason:
+            refused.update(dict.fromkeys(group.layers, reason))
+        else:
+            candidates.append(group)
+    passed, failed = tried(plain, candidates, example_inputs)
+    for group, reason in failed:
+        refused.update(dict.fromkeys(group.layers, reason))
+    names = dict(plain.named_modules())
+    ordered = sorted(refused.items(), key=lambda item: list(names).index(item[0]) if item[0] in names else 0)
+    return ChannelSearch(passed, dict(ordered))
+
+
+def groups_to_state(groups: Iterable[ChannelGroup]) -> list[dict[str, Any]]:
+    """Groups as primitives, for a checkpoint that loads with ``weights_only=True``.
+
+    Args:
+        groups: The groups.
+
+    Returns:
+        One dict per group.
+    """
+    return [{**group._asdict(), "members": [member._asdict() for member in group.members]} for group in groups]
+
+
+def groups_from_state(state: Iterable[dict[str, Any]]) -> list[ChannelGroup]:
+    """The inverse of `groups_to_state`.
+
+    Args:
+        state: One dict per group.
+
+    Returns:
+        The groups.
+    """
+    groups = []
+    for entry in state:
+        members = tuple(Member(**{**member, "units": tuple(member["units"])}) for member in entry["members"])
+        groups.append(ChannelGroup(**{**entry, "members": members}))
+    return groups
+
+
+def _families(found: Iterable[Bundle]) -> list[list[Bundle]]:
+    """Bundles that run through the same sides of the same layers."""
+    families: dict[Any, list[Bundle]] = defaultdict(list)
+    for bundle in found:
+        counts: dict[tuple[str, str], int] = defaultdict(int)
+        for place in bundle.places:
+            counts[place.owner, place.side] += 1
+        families[frozenset(counts.items()), bundle.reason, bundle.attention].append(bundle)
+    return list(families.values())
+
+
+def _group(model: nn.Module, family: Sequence[Bundle]) -> ChannelGroup | None:
+    sides: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    for unit, bundle in enumerate(family):
+        for place in bundle.places:
+            sides[place.owner, place.side][place.channel] = unit
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    members = []
+    for (owner, side), units in sides.items():
+        for name, dim, role in parameters_of(model, owner, side):
+            size = tensors[name].shape[dim]  # for a grouped convolution's inputs one group's: the others are alike
+            members.append(Member(name, dim, role, tuple(units.get(index, -1) for index in range(size))))
+    members.sort(key=_order(model))
+    first = next((member for member in members if member.side == "out"), None)
+    if first is None:
+        return None
+    return ChannelGroup(first.parameter.rpartition(".")[0], len(family), tuple(members), family[0].attention)
+
+
+def _order(model: nn.Module) -> Any:
+    places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return lambda member: (places.get(member.parameter, len(places)), member.dim)
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Names of parameters that stand at several places: no slice of one fits all of them."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(name)
+    return {name for names in places.values() if len(names) > 1 for name in names}
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a weight is not a parameter: a parametrization, weight or spectral norm, or torch's pruning."""
+    return is_parametrized(module) or (isinstance(module, _PRODUCERS) and "weight" not in module._parameters)
+
+
+def _why_not(group: ChannelGroup, chosen: set[str], shared: set[str]) -> str:
+    outside = [name for name in group.layers if name not in chosen]
+    if outside:
+        alone = len(group.layers) == 1
+        return "it is to stay whole" if alone else f"its channels are also those of {outside[0]!r}, which stays whole"
+    tied = [member.parameter for member in group.members if member.parameter in shared]
+    if tied:
+        return f"{tied[0]!r} is a parameter of several layers"
+    return "there is only one of it" if group.size < 2 else ""

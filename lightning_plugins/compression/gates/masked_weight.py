@@ -1,0 +1,92 @@
+"""The step that a mask is on the way to a weight, with a gradient that saves passes over the weight."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class Masked(nn.Module):
+    """Scale the slices of a parameter by the masks of the groups they belong to.
+
+    Attributes:
+        deferred: Whether the step behind this one does it.
+    """
+
+    def __init__(self, masks: Any, parts: Sequence[tuple[int, int, tuple[int, ...]]]) -> None:
+        super().__init__()
+        self.deferred = False
+        self._masks = [masks]  # in a list, so that it is not a submodule here: its parameters count once
+        self.dims = tuple(dict.fromkeys(dim for dim, _, _ in parts))
+        self.parts = tuple((dim, index) for dim, index, _ in parts)
+        for number, (_, _, units) in enumerate(parts):
+            plain = units == tuple(range(len(units)))
+            at = None if plain else torch.tensor(units)
+            self.register_buffer(f"units_{number}", at, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the masked weight, or the weight itself where a threshold applies the mask later."""
+        return weight if self.deferred else self.scaled(weight)
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """The weight times the masks."""
+        for dim, scale in self._scales().items():
+            weight = _Scaled.apply(weight, scale.to(weight.dtype), dim)
+        return weight
+
+    def row_scale(self) -> Tensor:
+        """What multiplies the rows."""
+        return self._scales()[0]
+
+    def _scales(self) -> dict[int, Tensor]:
+        (masks,) = self._masks
+        scales: dict[int, Tensor] = {}
+        for number, (dim, index) in enumerate(self.parts):
+            mask = masks.mask(index)
+            units = getattr(self, f"units_{number}")
+            if units is not None:
+                mask = torch.cat([mask, mask.new_ones(1)])[units]  # -1, the last: not of this group
+            scales[dim] = scales[dim] * mask if dim in scales else mask
+        return scales
+
+    def versions(self) -> tuple[object, ...]:
+        """What changes when the masks do."""
+        (masks,) = self._masks
+        scores = [masks.scores[index]._version for _, index in self.parts]
+        noise = id(masks._noise) if masks._noise and masks.training else None
+        return (*scores, masks.beta._version, masks.hard._version, noise)
+
+
+def scale_at_once(model: nn.Module) -> None:
+    """Leave the work of no mask to the step behind it."""
+    for module in model.modules():
+        if isinstance(module, Masked):
+            module.deferred = False
+
+
+class _Scaled(Function):
+    """``weight`` times a vector along one dimension; the backward allocates one tensor of the weight's size."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.dim = dim
+        return weight * _along(scale, weight.ndim, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        weight, scale = ctx.saved_tensors
+        along = _along(scale, grad.ndim, ctx.dim)
+        if not ctx.needs_input_grad[1]:  # hard masks
+            return grad * along, None, None
+        product = grad * weight
+        of_scale = product.sum([i for i in range(grad.ndim) if i != ctx.dim]) if grad.ndim > 1 else product.clone()
+        return torch.mul(grad, along, out=product), of_scale, None
+
+
+def _along(scale: Tensor, ndim: int, dim: int) -> Tensor:
+    return scale.reshape([-1 if i == dim else 1 for i in range(ndim)])

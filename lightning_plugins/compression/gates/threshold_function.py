@@ -1,0 +1,227 @@
+"""The map from a weight to itself with lower singular values, its gradient, and their products."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv1d
+from torch.nn.grad import conv1d_weight
+
+from lightning_plugins.functional.spectrum import decompose, finite_or_zero, full_precision
+
+_BY_CONVOLUTION_FROM = 128
+_BLOCKS_FROM = 256
+
+
+class Basis(NamedTuple):
+    """Left singular vectors of a wide matrix, ``(m, m)``, its singular values in rising order, and 0 or NaN."""
+
+    vectors: Tensor
+    values: Tensor
+    poison: Tensor
+
+
+def wide_view(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A weight as a matrix with at least as many columns as rows, without a copy.
+
+    Args:
+        weight: Tensor of shape ``(out, in, ...)``, dense in memory, in whatever order of its dimensions.
+
+    Returns:
+        The matrix, whose columns are in the order of the memory, which no singular value depends on; and what turns
+        such a matrix into one of the weight's shape.
+    """
+    order = [0, *sorted(range(1, weight.ndim), key=weight.stride, reverse=True)]
+    ordered = weight.permute(order)
+    matrix = ordered.flatten(1)
+    turned = matrix.shape[0] > matrix.shape[1]
+    back = sorted(range(weight.ndim), key=order.__getitem__)
+
+    def restore(wide: Tensor) -> Tensor:
+        return (wide.mT if turned else wide).reshape(ordered.shape).permute(back)
+
+    return (matrix.mT if turned else matrix), restore
+
+
+def decompose_wide(wide: Tensor, scale: Tensor | None = None) -> Basis:
+    """Singular values and left singular vectors, from the eigendecomposition of ``M @ M.T``.
+
+    Args:
+        wide: Matrix ``W`` of shape ``(m, n)``.
+        scale: What multiplies its rows, ``M = diag(scale) @ W``.
+
+    Returns:
+        The basis.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():  # what a validation makes serves the training behind it
+        gram = _lower_gram(wide)
+        gram, poison = finite_or_zero(gram if scale is None else gram.mul_(scale[:, None]).mul_(scale))
+        squares, vectors = decompose(gram, vectors=True, overwrite=True)
+        return Basis(vectors, squares.clamp_min(0).sqrt(), poison)
+
+
+class Lowering(NamedTuple):
+    """``Q = U diag(max(1 - tau / s, 0)) U.T``, and what ``tau`` subtracts, ``T = U diag(1[s > tau] / s) U.T``."""
+
+    matrix: Tensor
+    slope: Tensor
+
+
+def lowering(basis: Basis, tau: Tensor) -> Lowering:
+    """The matrix that lowers the singular values of what was decomposed.
+
+    Args:
+        basis: The decomposition.
+        tau: The threshold.
+
+    Returns:
+        It, and its derivative.
+    """
+    vectors, values, poison = basis
+    with torch.inference_mode(mode=False), torch.no_grad():
+        kept = _kept(values, tau)
+        factors = torch.where(kept, 1 - tau / torch.where(kept & (tau > 0), values, 1), 0) + poison
+        slopes = torch.where(kept, 1 / _safe(values), 0)
+        return Lowering(*(_product(vectors * each, vectors.mT) for each in (factors, slopes)))
+
+
+class Lower(Function):
+    """``Q @ M`` with ``M = diag(scale) @ W``, where ``Q`` is made from a decomposition of ``M @ M.T``.
+
+    The gradient with respect to ``M`` is ``Q @ G + A @ M`` with ``A = U (C * (P + P.T)) U.T``, where
+    ``P = U.T @ G @ M.T @ U`` and ``C`` are the divided differences of ``Q``'s eigenvalues as a function of those of
+    ``M @ M.T``. It is that of singular value thresholding, without a matrix of the size of ``V``. A ``Q`` that is held
+    from an earlier step is a constant, and ``Q @ G`` the gradient of what is computed; ``A @ M`` is then taken
+    ``every`` times as strong in the step with the decomposition, of ``age`` 0. Without that, singular values near the
+    threshold, whose part of ``Q @ G`` is small, sink below it. The gradient with respect to ``tau`` is that of ``Q`` in
+    every step; the ``every - 1`` held steps share the columns out that they take it from.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        wide: Tensor,
+        scale: Tensor | None,
+        tau: Tensor,
+        basis: Basis,
+        lowered: Lowering,
+        age: int,
+        every: int,
+    ) -> Tensor:
+        """Return ``lowered.matrix @ diag(scale) @ wide``."""
+        ctx.save_for_backward(wide, scale, tau)
+        ctx.basis, ctx.lowered, ctx.age, ctx.every = basis, lowered, age, every
+        matrix = lowered.matrix
+        return _product(matrix if scale is None else matrix * scale, wide)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``wide``, ``scale`` and ``tau``."""
+        wide, scale, tau = ctx.saved_tensors
+        vectors, values, _ = ctx.basis
+        with full_precision(wide):
+            some = slice(ctx.age - 1, None, max(ctx.every - 1, 1)) if ctx.age else slice(0, None, 1)
+            inner = _product_of_rows(grad[:, some], wide[:, some])
+            if scale is not None:
+                inner *= scale
+            of_tau = -(ctx.lowered.slope * inner).sum() * some.step
+            of_wide = _product(ctx.lowered.matrix, grad)
+            if not ctx.age:
+                twice = _product(_product(vectors.mT, inner + inner.mT), vectors)
+                core = _slopes(_safe(values), tau, _kept(values, tau)).mul_(twice).mul_(ctx.every)
+                through = _product(_product(vectors, core), vectors.mT)
+                of_wide += _product(through if scale is None else through.mul_(scale), wide)
+            if scale is None:
+                return of_wide, None, of_tau, None, None, None, None
+            of_scale = (of_wide * wide).sum(1) if ctx.needs_input_grad[1] else None
+            return of_wide.mul_(scale[:, None]), of_scale, of_tau, None, None, None, None
+
+
+class Values(Function):
+    """The singular values of a decomposition of ``M @ M.T`` with ``M = diag(scale) @ W`` as a function of ``W``."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor, scale: Tensor | None, vectors: Tensor, values: Tensor) -> Tensor:
+        """Return the singular values."""
+        ctx.save_for_backward(wide, scale, vectors, values)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of ``wide``."""
+        wide, scale, vectors, values = ctx.saved_tensors
+        with full_precision(wide):
+            rows = vectors if scale is None else vectors * scale[:, None]
+            return _product((rows * (grad / _safe(values))) @ rows.mT, wide), None, None, None
+
+
+def _safe(values: Tensor) -> Tensor:
+    """Singular values to divide by: below the root of the rounding error of the Gram matrix they are noise."""
+    least = torch.finfo(values.dtype).eps ** 0.5 * values.amax()
+    return torch.maximum(values, least).clamp_min(torch.finfo(values.dtype).tiny ** 0.25)
+
+
+def _kept(values: Tensor, tau: Tensor) -> Tensor:
+    """Which singular values are above the threshold; without threshold all are."""
+    return (values > tau) | (tau <= 0)
+
+
+def _slopes(values: Tensor, tau: Tensor, kept: Tensor) -> Tensor:
+    """``(q_i - q_j) / (s_i ** 2 - s_j ** 2)`` with ``q = max(1 - tau / s, 0)``, without differences that cancel."""
+    # With c = max(s, tau) it is tau / (c_i c_j (s_i + s_j)) times (c_i - c_j) / (s_i - s_j). The latter is 1 where both
+    # values are kept, 0 where neither is, and at most 1 where one is: there the divisor is not zero.
+    raised = torch.where(kept, values, tau)
+    lowest = torch.where(kept, values, torch.minimum(values, tau))  # what is below tau stays so where it was made safe
+    differences = lowest[:, None] - lowest
+    quotient = (raised[:, None] - raised).div_(differences.masked_fill_(differences == 0, 1))
+    quotient = torch.where(kept[:, None] & kept, 1, quotient)
+    quotient.div_(values[:, None] + values)
+    factors = tau.clamp_min(0).sqrt() / raised.clamp_min(torch.finfo(values.dtype).tiny)
+    return quotient.mul_(factors[:, None]).mul_(factors)
+
+
+def _lower_gram(wide: Tensor) -> Tensor:
+    """``W @ W.T``, or its lower triangle in blocks with others of zeros: `decompose` reads that triangle alone."""
+    rows = wide.shape[0]
+    if rows < _BLOCKS_FROM or wide.device.type != "cpu":
+        return wide @ wide.mT
+    gram = wide.new_zeros(rows, rows)
+    for start in range(0, rows, step := -(-rows // 4)):
+        block = slice(start, min(start + step, rows))
+        gram[block, : block.stop] = _product_of_rows(wide[block], wide[: block.stop])
+    return gram
+
+
+# On processors without Intel's name MKL, which `@` calls, leaves half of their speed unused; oneDNN, which convolutions
+# call, does not. With one thread torch calls it for a kernel of width 1 if this is dilated, which changes nothing else.
+
+
+def _product(square: Tensor, wide: Tensor) -> Tensor:
+    """``(m, m) @ (m, n)``."""
+    if _by_convolution(square, wide):
+        return conv1d(wide[None], square[:, :, None], dilation=2)[0]
+    return square @ wide
+
+
+def _product_of_rows(one: Tensor, other: Tensor) -> Tensor:
+    """``(k, n) @ (m, n).T``."""
+    if _by_convolution(one, other):
+        shape = (one.shape[0], other.shape[0], 1)
+        product: Tensor = conv1d_weight(other[None], shape, one[None], dilation=2)[:, :, 0]
+        return product
+    return one @ other.mT
+
+
+def _by_convolution(*factors: Tensor) -> bool:
+    if any(
+        factor.device.type != "cpu" or factor.dtype != torch.float32 or min(factor.shape) < _BY_CONVOLUTION_FROM
+        for factor in factors
+    ):
+        return False
+    mkldnn = torch.backends.mkldnn
+    return torch.backends.mkl.is_available() and mkldnn.is_available() and bool(mkldnn.enabled)

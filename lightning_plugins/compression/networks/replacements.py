@@ -1,0 +1,22 @@
+"""Parameters that take the place of others when a network is made smaller."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Heir(NamedTuple):
+    """A parameter that takes, alone or with others, the place of one that was removed.
+
+    Attributes:
+        parameter: The new parameter.
+        carry: From a tensor of the old parameter's shape, and whether it holds squares of gradients, to one of the new
+            one's shape. Called when all ranks hold the same new parameters.
+    """
+
+    parameter: nn.Parameter
+    carry: Callable[[Tensor, bool], Tensor]
+
+
+Heirs = Mapping[nn.Parameter, Sequence[Heir]]

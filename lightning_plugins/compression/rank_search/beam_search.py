@@ -1,0 +1,185 @@
+"""Ranks for many layers at once, found by a beam search over truncated networks."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_plugins._checks import check_finite_number, check_positive_int
+from lightning_plugins.compression.costs.layer_costs import Cost
+from lightning_plugins.compression.networks.evaluation import evaluation
+from lightning_plugins.compression.rank_search.levels import Beam, discarded_energies, rank_steps
+from lightning_plugins.compression.rank_search.prefix_reuse import PrefixReuse
+from lightning_plugins.compression.rank_search.problem import RankSearch, SearchLevel, state_problem
+from lightning_plugins.compression.rank_search.scoring import CandidateScores, Score, check_batches
+from lightning_plugins.compression.rank_search.search_state import SearchState
+from lightning_plugins.compression.rank_search.truncation import TruncatedWeights
+from lightning_plugins.weights import Scheme
+
+
+def beam_search(
+    model: nn.Module,
+    batches: Iterable[Any],
+    score: Score,
+    *,
+    ratio: float,
+    layers: str | Sequence[str] = "*",
+    cost: Cost = "params",
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    scheme: Scheme = 1,
+    width: int = 4,
+    step: int | float = 0.02,
+    bounds: tuple[float, float] | None = None,
+    reuse_activations: bool = True,
+    state_file: str | Path | None = None,
+    progress: Callable[[SearchLevel], None] | None = None,
+) -> RankSearch:
+    """Find ranks that remove the wanted fraction of the layers' cost and keep the score high.
+
+    Every layer starts at its break-even rank, the largest at which two factors are cheaper than the layer. At each
+    level every rank vector of the beam has one child per layer, in which that layer's rank is lower by a step. The
+    children are scored with truncated weights and without fine-tuning, and the best ``width`` of them are the next
+    beam. A child whose step would reach the ratio takes only as much of the step as that needs, and leaves the beam;
+    the search ends when the beam is empty, and delivers the best of those that left. Among equal scores the one that
+    discards the least energy of the weights wins. ``width=1`` is the greedy search.
+
+    It costs much less than scoring every child from the first batch to the last, with the same result: each weight is
+    decomposed once; a network runs from the first layer on in which it differs from the one before; and with
+    ``bounds`` a child is given up as soon as it cannot be among the best any more. The weights, the mode of the
+    modules and the state of torch's random generators are afterwards what they were, also after an error.
+
+    In a process group every rank scores its share of the children, on all of its ``batches``, which must be the same on
+    every rank; the result is that of one process.
+
+    Args:
+        model: The network; it is put into evaluation mode for the search.
+        batches: What is scored, best a held-out part of the training data: a ``DataLoader`` without shuffling, a list,
+            or anything else that gives the same batches at every pass. Every level makes one pass or, with ``bounds``,
+            two: a list spares the loading.
+        score: Called as ``score(model, batch)``; the higher the better. It returns the mean over the batch, all
+            batches counting alike, or a pair of sum and count. It may call any part of the model, and depends on the
+            batch and the weights only. It runs under ``torch.no_grad``.
+        ratio: The fraction of the selected layers' cost to remove, in (0, 1).
+        layers: The layers: dotted name, glob over dotted names, or a sequence of them. Globs take linear layers and
+            convolutions that `factorize` can split.
+        cost: ``"params"`` for weights, ``"flops"`` for floating-point operations of a forward pass of ``inputs``.
+        inputs: Input of the model for ``cost="flops"``: a tensor, a tuple of arguments or a dict of keyword arguments.
+        scheme: How a convolution's kernel becomes a matrix; see `low_rank_layer`.
+        width: How many rank vectors a level starts from, at least 1.
+        step: An int lowers any layer's rank by that much. A float in (0, 1) is the fraction of the selected layers'
+            cost that a step removes, rounded to at least one rank, so that steps in small and large layers compare.
+        bounds: The least and the largest score of a sample, such as ``(0, 1)`` for accuracy. Given them, children that
+            can no longer win are not scored to the end.
+        reuse_activations: Whether outputs of modules before the first changed layer are kept, those of one batch at a
+            time. False for models that keep a state of their own in the forward pass, or to save memory.
+        state_file: A JSON file that is replaced after every level. If it exists, and belongs to the same search of the
+            same weights, the search goes on from it.
+        progress: Called with every new `SearchLevel`, on every rank; see `rich_progress`.
+
+    Returns:
+        The ranks, their score and removed fraction, and the trace.
+
+    Raises:
+        ValueError: If an argument is out of its range, no layer is selected or one is not called, the ratio cannot be
+            reached, ``batches`` differ between passes or ranks, a score is not one finite number or not within
+            ``bounds``, a weight is not finite, or the file belongs to another search.
+        TypeError: If an argument or a score is of a wrong type.
+
+    Example:
+        >>> import torch
+        >>> from torchmetrics.functional import accuracy
+        >>> _ = torch.manual_seed(0)
+        >>> class Net(nn.Module):  # or a LightningModule
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        ...
+        ...     def forward(self, x):
+        ...         return self.head(self.body(x).relu())
+        >>> def score(net, batch):
+        ...     x, y = batch
+        ...     return accuracy(net(x), y, task="multiclass", num_classes=4)
+        >>> net = Net()
+        >>> batches = [(x, net(x).argmax(1)) for x in torch.randn(3, 32, 8)]
+        >>> found = beam_search(net, batches, score, ratio=0.5, bounds=(0, 1))
+        >>> found.ratio >= 0.5, list(found.ranks)
+        (True, ['body', 'head'])
+
+    Source:
+        Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our reading: where the search starts, what a
+        child is and how the last step ends.
+    """
+    _check_arguments(score, width, step, bounds, progress)
+    check_batches(batches)
+    problem = state_problem(model, ratio, layers, cost, inputs, scheme)
+    steps = rank_steps(problem, step)
+    device = next(iter(problem.modules.values())).weight.device
+    path = None if state_file is None else Path(state_file)
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model))
+        weights = stack.enter_context(TruncatedWeights(problem.modules, scheme))
+        reuse = stack.enter_context(PrefixReuse(model, problem.modules, enabled=reuse_activations))
+        description = {"weights": weights.fingerprint(), "layers": list(problem.names), "ratio": ratio}
+        description |= {"costs": [list(one) for one in problem.costs], "scheme": scheme, "width": width, "steps": steps}
+        state = SearchState() if path is None else SearchState.load(path, description, device)
+        scores = CandidateScores(model, batches, score, weights, reuse, bounds)
+        search = Beam(problem, steps, width, scores, discarded_energies(weights.energies, device), state)
+        while search.beam or not state.levels:
+            level = search.advance()
+            if path is not None:
+                state.save(path, description)
+            if progress is not None:
+                progress(level)
+    return search.result()
+
+
+@contextmanager
+def rich_progress() -> Iterator[Callable[[SearchLevel], None]]:
+    """A bar of the removed fraction for ``beam_search(..., progress=...)``, drawn with rich.
+
+    Yields:
+        What to pass as ``progress``.
+
+    Raises:
+        ImportError: If rich is missing.
+
+    Example:
+        >>> with rich_progress() as progress:
+        ...     progress(SearchLevel(1, 0.3, 0.3, 0.9, 4, 4, 0, ()))  # doctest: +ELLIPSIS
+        rank search ...
+    """
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError as error:
+        raise ImportError("the bar needs rich; run `pip install 'lightning-plugins[cli]'`") from error
+    columns = TextColumn("rank search"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns) as bar:
+        task = bar.add_task("")
+
+        def show(level: SearchLevel) -> None:
+            text = f"removed {level.ratio:.3f} of {level.target:.3f}, score {level.score:.4f}, level {level.number}"
+            bar.update(task, completed=level.ratio, total=max(level.target, level.ratio), description=text)
+
+        yield show
+
+
+def _check_arguments(score: object, width: int, step: float, bounds: object, progress: object) -> None:
+    for name, value in (("score", score), ("progress", progress)):
+        if not callable(value) and (name, value) != ("progress", None):
+            raise TypeError(f"`{name}` must be callable, got {type(value).__name__}")
+    check_positive_int("width", width)
+    if isinstance(step, float) and not 0 < step < 1:
+        raise ValueError(
+            f"`step` must be a fraction of the cost in (0, 1), or an int of ranks, got {step!r}"
+            + (f"; did you mean {int(step)}?" if step.is_integer() and step >= 1 else "")
+        )
+    if not isinstance(step, float):
+        check_positive_int("step", step)
+    if bounds is not None:
+        if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+            raise TypeError(f"`bounds` must be the least and the largest score, such as (0, 1), got {bounds!r}")
+        least, most = (check_finite_number("bounds", bound) for bound in bounds)
+        if not least < most:
+            raise ValueError(f"`bounds` must be the least and the largest score, such as (0, 1), got {bounds!r}")

@@ -1,0 +1,90 @@
+"""Weights cut to lower ranks and put back: one decomposition per layer serves every rank that is tried."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.compression.low_rank.layers import decompose
+from lightning_plugins.weights import Scheme, matrix_to_weight
+
+
+def energies(modules: Mapping[str, nn.Module], scheme: Scheme) -> list[Tensor]:
+    """The squared singular values of every layer's weight, descending, as float64 on the CPU."""
+    return [
+        decompose(_finite(name, module), scheme=scheme)[1].cpu().double().square() for name, module in modules.items()
+    ]
+
+
+class TruncatedWeights:
+    """Sets layers to ranks; on leaving the context the weights are the very tensors they were.
+
+    A weight is exchanged as a whole, so nothing is written into the model's own memory. The weights of the ranks in
+    use are kept until `forget`.
+
+    Attributes:
+        energies: The squared singular values of every layer, descending, as float64 on the CPU.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], scheme: Scheme) -> None:
+        self._weights = [_finite(name, module) for name, module in modules.items()]
+        self._scheme: Scheme = scheme
+        self._factors = [decompose(weight, scheme=scheme) for weight in self._weights]
+        self.energies = [values.cpu().double().square() for _, values, _ in self._factors]
+        self._dense = [weight.data for weight in self._weights]
+        self._made: dict[tuple[int, int], Tensor] = {}
+        self._now = [self._full_rank(layer) for layer in range(len(self._weights))]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for weight, dense in zip(self._weights, self._dense, strict=True):
+            weight.data = dense
+        self._now = [self._full_rank(layer) for layer in range(len(self._weights))]
+
+    def apply(self, ranks: Sequence[int]) -> None:
+        """Set every layer to its rank; the full rank is the weight itself."""
+        for layer, (rank, now) in enumerate(zip(ranks, self._now, strict=True)):
+            if rank != now:
+                self._weights[layer].data = self._at(layer, rank)
+                self._now[layer] = rank
+
+    def forget(self, all_but: Iterable[Sequence[int]]) -> None:
+        """Free the weights of ranks that are not in these rank vectors."""
+        used = {pair for ranks in all_but for pair in enumerate(ranks)}
+        self._made = {pair: weight for pair, weight in self._made.items() if pair in used}
+
+    def fingerprint(self) -> str:
+        """A checksum of the weights, which two different networks do not share."""
+        digest = hashlib.sha256()
+        for dense in self._dense:
+            digest.update(dense.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _full_rank(self, layer: int) -> int:
+        return len(self._factors[layer][1])
+
+    def _at(self, layer: int, rank: int) -> Tensor:
+        if rank >= self._full_rank(layer):
+            return self._dense[layer]
+        if (layer, rank) not in self._made:
+            left, values, right = self._factors[layer]
+            dense = self._dense[layer]
+            matrix = (left[:, :rank] * values[:rank]) @ right[:rank]
+            whole = torch.empty_like(dense)  # in the weight's own memory format
+            whole.copy_(matrix_to_weight(matrix, dense.shape, scheme=self._scheme))
+            self._made[layer, rank] = whole
+        return self._made[layer, rank]
+
+
+def _finite(name: str, module: nn.Module) -> nn.Parameter:
+    weight = module._parameters["weight"]
+    if weight is None or not torch.isfinite(weight).all():
+        raise ValueError(f"`model`: the weight of {name!r} must be finite, got NaN or infinite entries")
+    return weight

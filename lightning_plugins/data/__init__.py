@@ -1,0 +1,16 @@
+"""Data for the methods of this package: few-shot tasks, pairs of samples, point clouds."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_plugins.data.episodes import EpisodicDataModule
+
+__all__ = ["EpisodicDataModule"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EpisodicDataModule":  # needs Lightning, which the data sets beside it do without
+        from lightning_plugins.data.episodes import EpisodicDataModule
+
+        return EpisodicDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

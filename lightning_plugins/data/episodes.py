@@ -1,0 +1,134 @@
+"""Few-shot tasks for a `Trainer`: the loaders of a LightningDataModule."""
+
+import hashlib
+
+from lightning_plugins._checks import check_non_negative_int, check_positive_int
+from lightning_plugins._lightning import LightningDataModule
+from lightning_plugins.meta import EpisodeLoader, FewShot, TaskSet
+from lightning_plugins.meta.task_sets.few_shot import LabelledDataset
+
+
+class EpisodicDataModule(LightningDataModule):
+    """Batches of few-shot tasks for training, validation, test and prediction.
+
+    A batch is ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, samples, ...)``. Training goes on
+    with new tasks in every epoch; validation and test have the same tasks always, whatever ``seed`` and whatever
+    ``tasks_per_batch``, so that methods can be compared on them. Prediction has those of the test. Under DDP each batch
+    is shared out over the ranks, and a training that was interrupted goes on behind the last batch it has seen.
+
+    Args:
+        train: What the tasks of the training are drawn from: a task set, or a labelled dataset, of which `FewShot` then
+            makes one.
+        val: Likewise, for validation; with other classes than those of the training.
+        test: Likewise, for test and prediction.
+        ways: Number of classes in a task of a labelled dataset, 5 by default; a task set has its own.
+        shots: Number of support samples of each class, 1 by default; a task set has its own.
+        queries: Number of query samples of each class, 15 by default; a task set has its own.
+        tasks_per_batch: Number of tasks in a batch, of all ranks together.
+        episodes: Number of tasks in an epoch of training, of all ranks together.
+        val_episodes: Number of tasks of a validation.
+        test_episodes: Number of tasks of the test.
+        seed: Chooses the tasks of the training.
+        num_workers: Number of processes that draw ahead; 0 draws in this one.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range, a dataset too small for such tasks, nothing is given to draw from, or
+            ``ways``, ``shots`` or ``queries`` are given without a dataset.
+
+    Example:
+        >>> from lightning_plugins.meta import Sinusoid
+        >>> data = EpisodicDataModule(Sinusoid(shots=5), test=Sinusoid(shots=5), tasks_per_batch=25)
+        >>> len(data.train_dataloader()), len(data.test_dataloader())
+        (40, 24)
+    """
+
+    def __init__(
+        self,
+        train: TaskSet | LabelledDataset | None = None,
+        val: TaskSet | LabelledDataset | None = None,
+        test: TaskSet | LabelledDataset | None = None,
+        *,
+        ways: int | None = None,
+        shots: int | None = None,
+        queries: int | None = None,
+        tasks_per_batch: int = 4,
+        episodes: int = 1000,
+        val_episodes: int = 200,
+        test_episodes: int = 600,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        sources = {"train": train, "val": val, "test": test}
+        sizes = {"ways": ways, "shots": shots, "queries": queries}
+        given = {name: number for name, number in sizes.items() if number is not None}
+        if not any(source is not None for source in sources.values()):
+            raise ValueError("one of `train`, `val` and `test` must be a task set or a labelled dataset, got none")
+        if given and all(source is None or isinstance(source, TaskSet) for source in sources.values()):
+            raise ValueError(
+                f"`{next(iter(given))}` is for labelled datasets, got task sets only; give it to these instead"
+            )
+        self.tasks = {
+            stage: source if isinstance(source, TaskSet) else _few_shot(source, **given)
+            for stage, source in sources.items()
+            if source is not None
+        }
+        self.tasks_per_batch = check_positive_int("tasks_per_batch", tasks_per_batch)
+        self.episodes = {
+            "train": check_positive_int("episodes", episodes),
+            "val": check_positive_int("val_episodes", val_episodes),
+            "test": check_positive_int("test_episodes", test_episodes),
+        }
+        self.seed = check_non_negative_int("seed", seed)
+        self.num_workers = check_non_negative_int("num_workers", num_workers)
+
+    def train_dataloader(self) -> EpisodeLoader:
+        """Return the loader of the training.
+
+        Returns:
+            New tasks in every epoch.
+        """
+        return self._loader("train", self.seed, fixed=False)
+
+    def val_dataloader(self) -> EpisodeLoader | list[EpisodeLoader]:
+        """Return the loader of the validation.
+
+        Returns:
+            Always the same tasks; no loader if there is nothing to draw from.
+        """
+        return self._loader("val", 0, fixed=True) if "val" in self.tasks else []
+
+    def test_dataloader(self) -> EpisodeLoader:
+        """Return the loader of the test.
+
+        Returns:
+            Always the same tasks.
+        """
+        return self._loader("test", 0, fixed=True)
+
+    def predict_dataloader(self) -> EpisodeLoader:
+        """Return the loader of the prediction.
+
+        Returns:
+            The tasks of the test.
+        """
+        return self.test_dataloader()
+
+    def _loader(self, stage: str, seed: int, *, fixed: bool) -> EpisodeLoader:
+        if stage not in self.tasks:
+            raise ValueError(f"`{stage}` must be a task set or a labelled dataset, got None")
+        # One task set may serve all stages: none of them may see the tasks of another.
+        own = int.from_bytes(hashlib.blake2b(f"{stage} {seed}".encode(), digest_size=7).digest())
+        return EpisodeLoader(
+            self.tasks[stage],
+            self.episodes[stage],
+            self.tasks_per_batch,
+            seed=own,
+            fixed=fixed,
+            num_workers=self.num_workers,
+        )
+
+
+def _few_shot(dataset: LabelledDataset, ways: int = 5, shots: int = 1, queries: int = 15) -> FewShot:
+    return FewShot(dataset, ways, shots, queries)
