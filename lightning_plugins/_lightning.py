@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning.fabric.utilities import move_data_to_device
-    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
+    from lightning.pytorch import (
+        Callback,
+        LightningDataModule,
+        LightningModule,
+        Trainer,
+        callbacks,
+        seed_everything,
+    )
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from lightning.pytorch.plugins.precision import MixedPrecision
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -40,7 +47,7 @@ def _chosen() -> str:
 
 
 _FROM = {
-    "": ("Callback", "LightningDataModule", "LightningModule", "Trainer", "callbacks"),
+    "": ("Callback", "LightningDataModule", "LightningModule", "Trainer", "callbacks", "seed_everything"),
     ".loggers": ("TensorBoardLogger", "WandbLogger"),
     ".plugins.precision": ("MixedPrecision",),
     ".strategies": ("DDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "SingleDeviceStrategy"),
@@ -81,4 +88,5 @@ __all__ = [
     "isolate_rng",
     "move_data_to_device",
     "rank_zero_warn",
+    "seed_everything",
 ]

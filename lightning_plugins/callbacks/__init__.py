@@ -1,5 +1,6 @@
 """Lightning callbacks: they decide when, and call what stands in the other folders."""
 
+from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
 from lightning_plugins.callbacks.mask_scheduling import MaskScheduling
@@ -10,6 +11,7 @@ from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.callbacks.von_neumann import VNERegularization
 
 __all__ = [
+    "EarlyTermination",
     "HybridCompression",
     "LowRankCompression",
     "MaskScheduling",

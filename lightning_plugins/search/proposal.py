@@ -1,0 +1,124 @@
+"""One step of B2EA: two models of the history and a mutation between them choose the next point."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lightning_plugins.search.acquisition import Acquisition, acquire
+from lightning_plugins.search.forest import ForestModel
+from lightning_plugins.search.gaussian_process import GaussianProcessModel
+from lightning_plugins.search.power_transform import transform_values
+from lightning_plugins.search.space import Array, Space, key
+
+_PARENTS = 10
+_KEEP = 0.5  # probability that a parent stays as it is
+
+
+class Model(Protocol):
+    """A model of the objective."""
+
+    def predict(self, features: Array) -> tuple[Array, Array]:
+        """Return mean and variance at points."""
+
+
+class Arm(NamedTuple):
+    """A model and the acquisition that reads it.
+
+    Attributes:
+        model: ``"forest"`` or ``"gp"``.
+        acquisition: ``"ei"``, ``"pi"`` or ``"ucb"``.
+    """
+
+    model: str
+    acquisition: Acquisition
+
+
+ARMS = tuple(Arm(model, kind) for model in ("forest", "gp") for kind in ("ei", "pi", "ucb"))  # type: ignore[arg-type]  # literals of a tuple
+_MODELS = {"forest": ForestModel, "gp": GaussianProcessModel}
+
+
+class History(NamedTuple):
+    """What a search knows.
+
+    Attributes:
+        points: Evaluated and running points, of shape ``(n, dimensions)``.
+        values: Their values, smaller is better, of shape ``(n,)``; those of running points are assumed.
+    """
+
+    points: Array
+    values: Array
+
+
+class Proposal(NamedTuple):
+    """The next point and where it came from.
+
+    Attributes:
+        point: The point, of shape ``(dimensions,)``.
+        arms: The arm that ranked the candidates and the one that chose among the parents.
+        mutated: Whether the point is a mutated parent.
+    """
+
+    point: Array
+    arms: tuple[Arm, Arm]
+    mutated: bool
+
+
+def propose(
+    space: Space, history: History, trial: int, rng: np.random.Generator, *, transform: bool = True
+) -> Proposal:
+    """Choose the next point.
+
+    Arm ``trial mod 6`` is fitted to the history and ranks the candidates; its ten best are parents. Each of them stays
+    with probability one half, else a copy with one changed coordinate takes its place. Another arm, drawn uniformly,
+    chooses the best of the ten. Points of the history are no candidates, and a mutation that leads to one is undone.
+
+    Args:
+        space: The search space.
+        history: At least two points.
+        trial: The trial's number, from 0.
+        rng: The source of chance.
+        transform: Whether values are transformed first.
+
+    Returns:
+        The point and its origin.
+
+    Source:
+        Cho et al., https://arxiv.org/abs/2202.03005. Leaving out evaluated points is ours.
+    """
+    values = transform_values(history.values) if transform else history.values
+    features = space.features(history.points)
+    pool = space.candidates(rng, history.points)
+    first, second = choose_arms(trial, rng)
+    if not len(pool):  # everything has been tried: try again, as chance has it
+        return Proposal(space.random(rng), (first, second), mutated=False)
+    ranking = _scores(first, features, values, space.features(pool), rng)
+    parents = pool[np.argsort(-ranking, kind="stable")[:_PARENTS]]
+    offspring, mutated = _mutate(space, parents, history.points, rng)
+    chosen = int(np.argmax(_scores(second, features, values, space.features(offspring), rng)))
+    return Proposal(offspring[chosen], (first, second), mutated=bool(mutated[chosen]))
+
+
+def choose_arms(trial: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
+    """Return the arm whose turn it is, and another one drawn uniformly among the other five."""
+    first = trial % len(ARMS)
+    others = [index for index in range(len(ARMS)) if index != first]
+    return ARMS[first], ARMS[others[rng.integers(len(others))]]
+
+
+def _scores(arm: Arm, features: Array, values: Array, candidates: Array, rng: np.random.Generator) -> Array:
+    model: Model = _MODELS[arm.model](features, values, rng)
+    mean, variance = model.predict(candidates)
+    return acquire(arm.acquisition, mean, variance, float(values.min()))
+
+
+def _mutate(space: Space, parents: Array, known: Array, rng: np.random.Generator) -> tuple[Array, list[bool]]:
+    """The parents, about half of them with a changed coordinate, none of them twice and none known."""
+    taken = {key(point) for point in known} | {key(point) for point in parents}
+    offspring, mutated = [], []
+    for parent in parents:
+        child = parent if rng.random() < _KEEP else space.mutate(parent, rng)
+        fresh = key(child) not in taken
+        taken.add(key(child))
+        offspring.append(child if fresh else parent)
+        mutated.append(fresh)
+    return np.array(offspring), mutated

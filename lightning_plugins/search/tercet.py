@@ -1,0 +1,95 @@
+"""The rule that ends hopeless trainings early: two looks at a learning curve, each against the curves before it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lightning_plugins._checks import check_choice, check_fraction, check_positive_int
+
+
+@dataclass(frozen=True)
+class TercetRule:
+    """End a training whose learning curve is below a quantile of the curves before it.
+
+    At each of the ``fractions`` of a training the mean of its curve since the one before is compared with the same mean
+    of the other curves; it goes on if it is no worse than their quantile. With the defaults the worst tenth ends at
+    half of the training, and at 90 % all but the best tenth, whose value so far is their result.
+
+    Args:
+        fractions: Where to look, ascending, in (0, 1).
+        quantiles: Of goodness, one for each look, in [0, 1): 0.1 ends the worst tenth, 0.9 all but the best tenth.
+        min_curves: At least so many other curves must have come as far; nothing ends before.
+        mode: Whether large values (``"max"``) or small ones (``"min"``) are good.
+
+    Raises:
+        ValueError: If the fractions do not ascend, or there are not as many quantiles, or a number is out of range.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> rule = TercetRule(min_curves=3, mode="max")
+        >>> others = [[0.6, 0.7, 0.8, 0.9], [0.5, 0.6, 0.7, 0.8], [0.7, 0.7, 0.9, 0.9]]
+        >>> rule.ends([0.1, 0.2], others, total=4), rule.ends([0.6, 0.7], others, total=4)
+        (True, False)
+
+    Source:
+        Cho et al., https://arxiv.org/abs/2202.03005. The authors' code uses the second quantile at both looks in some
+        benchmarks: ``quantiles=(0.9, 0.9)``.
+    """
+
+    fractions: tuple[float, ...] = (0.5, 0.9)
+    quantiles: tuple[float, ...] = (0.1, 0.9)
+    min_curves: int = 4
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        for name in ("fractions", "quantiles"):
+            numbers = getattr(self, name)
+            if not isinstance(numbers, tuple | list) or not numbers:
+                raise TypeError(f"`{name}` must be a tuple of numbers, got {numbers!r}")
+            object.__setattr__(self, name, tuple(check_fraction(f"{name}[{i}]", x) for i, x in enumerate(numbers)))
+        if any(a >= b for a, b in zip((0.0, *self.fractions), (*self.fractions, 1.0), strict=True)):
+            raise ValueError(f"`fractions` must ascend between 0 and 1, got {self.fractions}")
+        if len(self.quantiles) != len(self.fractions):
+            raise ValueError(
+                f"`quantiles` must have one number for each of {len(self.fractions)} fractions, got {self.quantiles}"
+            )
+        check_positive_int("min_curves", self.min_curves)
+        check_choice("mode", self.mode, ("min", "max"))
+
+    def ends(self, curve: Sequence[float], others: Sequence[Sequence[float]], total: int) -> bool:
+        """Tell whether a training is to end here.
+
+        Args:
+            curve: Its values so far, one an epoch; a NaN is as bad as can be.
+            others: The curves of other trainings, as long as they got.
+            total: The number of values of a whole training.
+
+        Returns:
+            True if this is a place to look at and the curve is below the quantile.
+        """
+        looks = [max(1, math.floor(fraction * total)) for fraction in self.fractions]
+        if len(curve) not in looks:
+            return False
+        look = looks.index(len(curve))
+        part = slice(looks[look - 1] if look else 0, len(curve))
+        reached = [self._mean(other[part]) for other in others if len(other) >= len(curve)]
+        if len(reached) < self.min_curves:
+            return False
+        return self._mean(curve[part]) < _quantile(reached, self.quantiles[look])
+
+    def _mean(self, values: Sequence[float]) -> float:
+        mean = float(np.mean(values))
+        if math.isnan(mean):
+            return -math.inf
+        return mean if self.mode == "max" else -mean
+
+
+def _quantile(values: Sequence[float], quantile: float) -> float:
+    """The linearly interpolated quantile, where infinite values are no numbers to interpolate between."""
+    ordered = np.sort(np.asarray(values))
+    below = ordered[math.floor(quantile * (len(ordered) - 1))]
+    return float(np.quantile(ordered, quantile)) if np.isfinite(below) else float(below)

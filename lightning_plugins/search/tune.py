@@ -1,0 +1,168 @@
+"""Trainings as the trials of a search: seeds, folders, worker processes, and the best one kept."""
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int
+from lightning_plugins.search.sampler import B2EASampler, origins
+from lightning_plugins.search.trainings import ENDED, Objective, Search, best_trial
+from lightning_plugins.search.workers import run_workers
+
+try:
+    import optuna
+except ImportError as error:
+    raise ImportError("searches need Optuna; run `pip install 'lightning-plugins[search]'`") from error
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The outcome of a search.
+
+    Attributes:
+        study: Optuna's study, with all trials.
+        folder: The folder of the best trial, with what its training left there; None if none came to its end.
+    """
+
+    study: "optuna.Study"
+    folder: Path | None
+
+    @property
+    def best_value(self) -> float:
+        """The best value."""
+        return self.study.best_value
+
+    @property
+    def best_params(self) -> dict[str, Any]:
+        """The parameters of the best trial."""
+        return self.study.best_params
+
+    def table(self, most: int = 20) -> "Table":
+        """Return the best trials as a table, the best first.
+
+        Args:
+            most: The number of rows at most.
+
+        Raises:
+            ImportError: If rich is missing.
+        """
+        try:
+            from rich.table import Table
+        except ImportError as error:
+            raise ImportError("tables need rich; run `pip install 'lightning-plugins[cli]'`") from error
+        maximise = self.study.direction == optuna.study.StudyDirection.MAXIMIZE
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.value is not None]
+        trials.sort(key=lambda trial: trial.value or 0.0, reverse=maximise)
+        table = Table(title=f"{self.study.study_name}: {len(self.study.trials)} trials")
+        names = sorted({name for trial in trials for name in trial.params})
+        for column in ("trial", "value", "state", "proposed by", *names):
+            table.add_column(column, justify="right" if column in {"trial", "value"} else "left")
+        arms = {row["number"]: row["arms"] for row in origins(self.study)}
+        for trial in trials[:most]:
+            shown = [_shown(trial.params.get(name, "")) for name in names]
+            proposer = " then ".join(arms[trial.number]) if trial.number in arms else "chance"
+            table.add_row(str(trial.number), f"{trial.value:.6g}", trial.state.name.lower(), proposer, *shown)
+        return table
+
+
+def tune(
+    objective: Objective,
+    n_trials: int,
+    *,
+    directory: str | os.PathLike[str],
+    direction: Literal["minimize", "maximize"] = "minimize",
+    sampler: "BaseSampler | None" = None,
+    pruner: "BasePruner | None" = None,
+    storage: str | None = None,
+    workers: int = 1,
+    retries: int = 1,
+    seed: int = 0,
+) -> TuneResult:
+    """Search with trainings as trials.
+
+    ``objective(trial, folder)`` asks the trial for parameters, trains, writes what is worth keeping to the folder (say
+    ``Trainer(default_root_dir=folder, ...)``) and returns a number. Chance is seeded for each trial by ``seed`` and its
+    number. Only the best trial's folder is kept. Called again with the same directory, the search goes on where it
+    stopped, until ``n_trials`` have come to an end.
+
+    With several workers each is a process of its own, and they share one storage. The trial of a worker that is killed
+    (out of memory, say) is marked as failed and tried again with the same parameters by another; an exception in the
+    objective ends the search.
+
+    Args:
+        objective: The training; with several workers a function that can be pickled, at the top of a module.
+        n_trials: The number of trials that come to an end, pruned ones among them.
+        directory: Where the folders of trials, and the storage, are.
+        direction: Whether the objective is to be small or large.
+        sampler: `B2EASampler` by default.
+        pruner: None by default: nothing is pruned.
+        storage: Optuna's storage URL; by default a journal file in the directory, for any number of workers.
+        workers: The number of processes; 1 runs in this one.
+        retries: How often a killed trial is tried again.
+        seed: Chooses the trials and seeds the trainings.
+
+    Returns:
+        The study and the best trial's folder.
+
+    Raises:
+        TypeError: If an argument is of the wrong type, or the objective of several workers cannot be pickled.
+        ValueError: If an argument is out of its range.
+        RuntimeError: If a worker ended with an exception.
+
+    Example:
+        >>> import tempfile
+        >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+        >>> def objective(trial, folder):
+        ...     return trial.suggest_float("x", -1, 1) ** 2
+        >>> result = tune(objective, 8, directory=tempfile.mkdtemp())
+        >>> len(result.study.trials), result.folder.name.startswith("trial-")
+        (8, True)
+    """
+    if not callable(objective):
+        raise TypeError(f"`objective` must be a function of a trial and a folder, got {objective!r}")
+    check_positive_int("n_trials", n_trials)
+    check_choice("direction", direction, ("minimize", "maximize"))
+    check_positive_int("workers", workers)
+    check_non_negative_int("retries", retries)
+    home = Path(directory)
+    home.mkdir(parents=True, exist_ok=True)
+    search = Search(
+        objective=objective,
+        home=home,
+        storage=storage,
+        name=home.resolve().name,
+        sampler=sampler or B2EASampler(seed=seed),
+        pruner=pruner or optuna.pruners.NopPruner(),
+        seed=check_non_negative_int("seed", seed),
+    )
+    study = search.study(direction)
+    left = n_trials - sum(trial.state in ENDED for trial in study.get_trials(deepcopy=False))
+    if workers == 1:
+        for _ in range(left):
+            search.run_trial(study)
+    else:
+        _require_picklable(search)
+        run_workers(search, study, left, workers=workers, retries=retries)
+    best = best_trial(study)
+    return TuneResult(study, None if best is None else search.folder(best))
+
+
+def _require_picklable(search: Search) -> None:
+    try:
+        pickle.dumps(search)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            "`objective` must be a function at the top of a module where `workers` are several, each a process of its "
+            f"own: {error}"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

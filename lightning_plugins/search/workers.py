@@ -1,0 +1,90 @@
+"""Worker processes of a search: each takes trials until none is left, and a killed one is replaced."""
+
+import multiprocessing
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import TrialState
+
+if TYPE_CHECKING:
+    import optuna
+
+    from lightning_plugins.search.trainings import Search
+
+_RETRIED = "retried"
+
+
+def run_workers(search: "Search", study: "optuna.Study", n_trials: int, *, workers: int, retries: int) -> None:
+    """Run trials in several processes until so many have come to an end.
+
+    Args:
+        search: What a worker needs.
+        study: The study.
+        n_trials: The number of trials.
+        workers: The number of processes.
+        retries: How often the trial of a killed worker is tried again.
+
+    Raises:
+        RuntimeError: If a worker ended with an exception of its own.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+    left = context.Value("i", max(n_trials, 0))
+    started = 0
+
+    def start() -> Any:
+        nonlocal started
+        process = context.Process(target=_work, args=(search, left), name=f"worker-{started}")
+        started += 1
+        process.start()
+        return process
+
+    running = [start() for _ in range(min(workers, n_trials))]
+    try:
+        while running:
+            wait([process.sentinel for process in running])
+            for process in [process for process in running if not process.is_alive()]:
+                running.remove(process)
+                process.join()
+                if process.exitcode and process.exitcode > 0:
+                    raise RuntimeError(f"{process.name} ended with an exception, which stands above")
+                if process.exitcode:  # by a signal
+                    _give_back(study, process.name, left, retries)
+                    if left.value:
+                        running.append(start())
+    finally:
+        for process in running:
+            process.terminate()
+            process.join()
+        _close(study)
+
+
+def _work(search: "Search", left: Any) -> None:
+    study = search.study()
+    while _take(left):
+        search.run_trial(study)
+
+
+def _take(left: Any) -> bool:
+    with left.get_lock():
+        if left.value <= 0:
+            return False
+        left.value -= 1
+        return True
+
+
+def _give_back(study: "optuna.Study", worker: str, left: Any, retries: int) -> None:
+    """Mark a killed worker's trial as failed, and put its parameters in the queue again."""
+    lost = [t for t in study.get_trials(states=(TrialState.RUNNING,)) if t.user_attrs.get("worker", worker) == worker]
+    for trial in lost:
+        study.tell(trial.number, state=TrialState.FAIL)
+        tries = trial.user_attrs.get(_RETRIED, 0)
+        if trial.params and tries < retries:
+            study.enqueue_trial(trial.params, user_attrs={_RETRIED: tries + 1})
+    with left.get_lock():
+        left.value += 1
+
+
+def _close(study: "optuna.Study") -> None:
+    """No trial stays running when no worker is."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
