@@ -69,7 +69,9 @@ def covariance(left: Tensor, right: Tensor, parameters: Any) -> Tensor:
     squares = scaled_x.square().sum(1)[:, None] + scaled_y.square().sum(1)[None] - 2 * scaled_x @ scaled_y.T
     distance = _ROOT3 * squares.clamp_min(1e-12).sqrt()
     matern = (1 + distance) * torch.exp(-distance)
-    return parameters.amplitude.exp() * matern + parameters.slope.exp() * (x - 0.5) @ (y - 0.5).T
+    linear = (x - 0.5) @ (y - 0.5).T
+    total: Tensor = parameters.amplitude.exp() * matern + parameters.slope.exp() * linear
+    return total
 
 
 class GaussianProcessModel:
@@ -120,15 +122,16 @@ class GaussianProcessModel:
 
     def _cholesky(self, parameters: _Parameters) -> Tensor:
         matrix = covariance(self._x, self._x, parameters)
-        return torch.linalg.cholesky(
-            matrix + (parameters.noise.exp() + _JITTER) * torch.eye(len(matrix), dtype=matrix.dtype)
-        )
+        noise = (parameters.noise.exp() + _JITTER) * torch.eye(len(matrix), dtype=matrix.dtype)
+        factor: Tensor = torch.linalg.cholesky(matrix + noise)
+        return factor
 
     def negative_log_posterior(self, parameters: _Parameters) -> Tensor:
         """Return the negative logarithm of the hyper-parameters' posterior density, constants aside."""
         factor = self._cholesky(parameters)
         fit = torch.linalg.solve_triangular(factor, self._y[:, None], upper=False).square().sum() / 2
-        return fit + factor.diagonal().log().sum() - parameters.log_prior()
+        total: Tensor = fit + factor.diagonal().log().sum() - parameters.log_prior()
+        return total
 
     def _fit(self) -> _Parameters:
         from scipy.optimize import minimize

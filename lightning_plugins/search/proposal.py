@@ -1,6 +1,6 @@
 """One step of B2EA: two models of the history and a mutation between them choose the next point."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,13 +12,6 @@ from lightning_plugins.search.space import Array, Space, key
 
 _PARENTS = 10
 _KEEP = 0.5  # probability that a parent stays as it is
-
-
-class Model(Protocol):
-    """A model of the objective."""
-
-    def predict(self, features: Array) -> tuple[Array, Array]:
-        """Return mean and variance at points."""
 
 
 class Arm(NamedTuple):
@@ -33,8 +26,8 @@ class Arm(NamedTuple):
     acquisition: Acquisition
 
 
-ARMS = tuple(Arm(model, kind) for model in ("forest", "gp") for kind in ("ei", "pi", "ucb"))  # type: ignore[arg-type]  # literals of a tuple
-_MODELS = {"forest": ForestModel, "gp": GaussianProcessModel}
+ARMS = tuple(Arm(model, kind) for model in ("forest", "gp") for kind in ("ei", "pi", "ucb"))
+_MODELS: dict[str, type[ForestModel] | type[GaussianProcessModel]] = {"forest": ForestModel, "gp": GaussianProcessModel}
 
 
 class History(NamedTuple):
@@ -106,7 +99,7 @@ def choose_arms(trial: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
 
 
 def _scores(arm: Arm, features: Array, values: Array, candidates: Array, rng: np.random.Generator) -> Array:
-    model: Model = _MODELS[arm.model](features, values, rng)
+    model = _MODELS[arm.model](features, values, rng)
     mean, variance = model.predict(candidates)
     return acquire(arm.acquisition, mean, variance, float(values.min()))
 

@@ -50,8 +50,8 @@ class TercetPruner(BasePruner):
         self.n_steps = check_positive_int("n_steps", n_steps)
         check_positive_int("min_trials", min_trials)
         self._rules = {
-            direction: TercetRule(fractions, quantiles, min_trials, mode=mode)
-            for direction, mode in ((StudyDirection.MINIMIZE, "min"), (StudyDirection.MAXIMIZE, "max"))
+            StudyDirection.MINIMIZE: TercetRule(fractions, quantiles, min_trials, mode="min"),
+            StudyDirection.MAXIMIZE: TercetRule(fractions, quantiles, min_trials, mode="max"),
         }
 
     def prune(self, study: "Study", trial: "FrozenTrial") -> bool:

