@@ -43,17 +43,17 @@ class History(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """The next point and where it came from.
+    """The next point, those that would come in its place, and where they came from.
 
     Attributes:
-        point: The point, of shape ``(dimensions,)``.
+        points: The ten points in the order in which they would be tried, of shape ``(n, dimensions)``.
         arms: The arm that ranked the candidates and the one that chose among the parents.
-        mutated: Whether the point is a mutated parent.
+        mutated: For each of the points, whether it is a mutated parent.
     """
 
-    point: Array
+    points: Array
     arms: tuple[Arm, Arm]
-    mutated: bool
+    mutated: tuple[bool, ...]
 
 
 def propose(
@@ -73,7 +73,7 @@ def propose(
         transform: Whether values are transformed first.
 
     Returns:
-        The point and its origin.
+        The points, the best first, and their origin.
 
     Source:
         Cho et al., https://arxiv.org/abs/2202.03005. Leaving out evaluated points is ours.
@@ -83,12 +83,12 @@ def propose(
     pool = space.candidates(rng, history.points)
     first, second = choose_arms(trial, rng)
     if not len(pool):  # everything has been tried: try again, as chance has it
-        return Proposal(space.random(rng), (first, second), mutated=False)
+        return Proposal(space.random(rng)[None], (first, second), mutated=(False,))
     ranking = _scores(first, features, values, space.features(pool), rng)
     parents = pool[np.argsort(-ranking, kind="stable")[:_PARENTS]]
     offspring, mutated = _mutate(space, parents, history.points, rng)
-    chosen = int(np.argmax(_scores(second, features, values, space.features(offspring), rng)))
-    return Proposal(offspring[chosen], (first, second), mutated=bool(mutated[chosen]))
+    order = np.argsort(-_scores(second, features, values, space.features(offspring), rng), kind="stable")
+    return Proposal(offspring[order], (first, second), tuple(mutated[index] for index in order))
 
 
 def choose_arms(trial: int, rng: np.random.Generator) -> tuple[Arm, Arm]:

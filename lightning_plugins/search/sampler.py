@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int
 from lightning_plugins.search.proposal import History, Proposal, propose
-from lightning_plugins.search.space import MAX_CANDIDATES, Space
+from lightning_plugins.search.space import MAX_CANDIDATES, Space, key
 
 try:
     from optuna.samplers import BaseSampler, RandomSampler
@@ -113,8 +113,11 @@ class B2EASampler(BaseSampler):
         if finished < self.n_startup_trials or len(history.values) < 2:
             return space.decode(space.random(rng, list(history.points)))
         proposal = propose(space, history, trial.number, rng, transform=self.transform)
-        self._remember(study, trial, proposal)
-        return space.decode(proposal.point)
+        # Others may have chosen while the models were fitted; what they chose is known from here on.
+        taken = {key(point) for point in self._history(study, trial, space).points}
+        chosen = next((row for row, point in enumerate(proposal.points) if key(point) not in taken), 0)
+        self._remember(study, trial, space, proposal, chosen)
+        return space.decode(proposal.points[chosen])
 
     def sample_independent(
         self, study: "Study", trial: "FrozenTrial", param_name: str, param_distribution: "BaseDistribution"
@@ -137,19 +140,23 @@ class B2EASampler(BaseSampler):
             study._storage.set_study_system_attr(study._study_id, _SEED, kept)
         return int(kept)
 
-    def _remember(self, study: "Study", trial: "FrozenTrial", proposal: Proposal) -> None:
-        origin: dict[str, Any] = {"arms": ["+".join(arm) for arm in proposal.arms], "mutated": proposal.mutated}
+    def _remember(self, study: "Study", trial: "FrozenTrial", space: Space, proposal: Proposal, chosen: int) -> None:
+        origin: dict[str, Any] = {
+            "arms": ["+".join(arm) for arm in proposal.arms],
+            "mutated": proposal.mutated[chosen],
+            "names": [dimension.name for dimension in space.dimensions],
+            "point": proposal.points[chosen].tolist(),
+        }
         study._storage.set_trial_system_attr(trial._trial_id, _ORIGIN, origin)
 
     def _history(self, study: "Study", trial: "FrozenTrial", space: Space) -> History:
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         points, values = [], []
         for other in study.get_trials(deepcopy=False):
-            if other.number == trial.number or not all(d.name in other.params for d in space.dimensions):
-                continue
-            value = self._value(other)
-            if value is not None:
-                points.append(space.encode(other.params))
+            value = None if other.number == trial.number else self._value(other)
+            point = None if value is None else _point(other, space)
+            if point is not None and value is not None:
+                points.append(point)
                 values.append(sign * value)
         return History(np.array(points).reshape(-1, len(space.dimensions)), _finite(values))
 
@@ -162,6 +169,15 @@ class B2EASampler(BaseSampler):
         if trial.state == TrialState.RUNNING or (trial.state == TrialState.FAIL and self.failed == "worst"):
             return math.nan
         return None
+
+
+def _point(trial: "FrozenTrial", space: Space) -> Any:
+    """A trial's point; None if it lacks a parameter. A running one may not have asked for all that was chosen."""
+    names = [dimension.name for dimension in space.dimensions]
+    if all(name in trial.params for name in names):
+        return space.encode(trial.params)
+    origin = trial.system_attrs.get(_ORIGIN)
+    return np.array(origin["point"]) if origin is not None and origin["names"] == names else None
 
 
 def origins(study: "Study") -> list[dict[str, Any]]:
@@ -177,7 +193,8 @@ def origins(study: "Study") -> list[dict[str, Any]]:
     for trial in study.get_trials(deepcopy=False):
         origin = trial.system_attrs.get(_ORIGIN)
         if origin is not None and trial.state.is_finished():
-            rows.append({"number": trial.number, "value": trial.value, **origin})
+            known = {name: origin[name] for name in ("arms", "mutated")}
+            rows.append({"number": trial.number, "value": trial.value, **known})
     return rows
 
 
