@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks import (
+    EarlyTermination,
     RepresentationMonitor,
     SpectrumMonitor,
     StableRankRegularization,
@@ -361,6 +362,19 @@ SETTINGS = {
         yaml="""
 - class_path: lightning_plugins.callbacks.SpectrumMonitor
   init_args: {layers: [backbone.0, backbone.2, head], every_n_steps: 2, scheme: 1, figures: false, max_spectra: 32}
+""",
+    ),
+    "early termination": Setting(
+        lambda: [EarlyTermination("val_loss", history="curves.jsonl", total=1000)],
+        by_hand=None,
+        logged=(),
+        yaml="""
+- class_path: lightning_plugins.callbacks.EarlyTermination
+  init_args:
+    monitor: val_loss
+    history: curves.jsonl
+    total: 1000
+    rule: {class_path: lightning_plugins.search.TercetRule, init_args: {fractions: [0.5], quantiles: [0.2], mode: max}}
 """,
     ),
 }

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning_plugins.search.pruner import TercetPruner
     from lightning_plugins.search.sampler import B2EASampler, origins
     from lightning_plugins.search.shared_trial import SharedTrial, shared_trials
-    from lightning_plugins.search.tune import TuneResult, tune
+    from lightning_plugins.search.tuning import TuneResult, tune
 
 __all__ = [
     "B2EASampler",
@@ -31,8 +31,8 @@ _MODULES = {
     "TercetPruner": "pruner",
     "SharedTrial": "shared_trial",
     "shared_trials": "shared_trial",
-    "TuneResult": "tune",
-    "tune": "tune",
+    "TuneResult": "tuning",
+    "tune": "tuning",
 }
 
 

@@ -87,7 +87,7 @@ def shared_trials(study: "Study | None", n_trials: int) -> Iterator[SharedTrial]
     if study is None and _first():
         raise ValueError("`study` must be a study on the first process, got None")
     for _ in range(n_trials):
-        yield SharedTrial(study.ask() if study is not None and _first() else None)
+        yield SharedTrial(_ask(study))
 
 
 def finish_trial(study: "Study | None", trial: SharedTrial, value: float | None, *, pruned: bool = False) -> None:
@@ -107,6 +107,12 @@ def finish_trial(study: "Study | None", trial: SharedTrial, value: float | None,
         study.tell(trial.trial, state=TrialState.FAIL)
     else:
         study.tell(trial.trial, value)
+
+
+def _ask(study: "Study | None") -> "optuna.trial.Trial | None":
+    asked: list[optuna.trial.Trial] = []
+    _shared(lambda: asked.append(study.ask()) if study is not None else None)  # an error is raised on all processes
+    return asked[0] if asked else None
 
 
 def _first() -> bool:
