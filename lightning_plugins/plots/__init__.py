@@ -4,6 +4,7 @@ from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.compression import compression_figure
 from lightning_plugins.plots.masks import choice_figure
 from lightning_plugins.plots.ranks import rank_figure
+from lightning_plugins.plots.search import arms_figure, regret_figure
 from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
 from lightning_plugins.plots.style import require_matplotlib
 from lightning_plugins.plots.trade_off import trade_off_figure
@@ -11,11 +12,13 @@ from lightning_plugins.plots.weights import layer_spectra_figure, weight_spectru
 
 __all__ = [
     "adaptation_figure",
+    "arms_figure",
     "choice_figure",
     "compression_figure",
     "gains_figure",
     "layer_spectra_figure",
     "rank_figure",
+    "regret_figure",
     "require_matplotlib",
     "spectrum_comparison_figure",
     "spectrum_figure",

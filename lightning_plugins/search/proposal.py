@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_plugins.search.acquisition import Acquisition, acquire
-from lightning_plugins.search.forest import ForestModel
-from lightning_plugins.search.gaussian_process import GaussianProcessModel
-from lightning_plugins.search.power_transform import transform_values
+from lightning_plugins.search.models.acquisition import Acquisition, acquire
+from lightning_plugins.search.models.forest import ForestModel
+from lightning_plugins.search.models.gaussian_process import GaussianProcessModel
+from lightning_plugins.search.models.power_transform import transform_values
 from lightning_plugins.search.space import Array, Space, key
 
 _PARENTS = 10

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from sklearn.preprocessing import PowerTransformer
 
-from lightning_plugins.search import gaussian_process
-from lightning_plugins.search.acquisition import acquire
-from lightning_plugins.search.forest import ForestModel
-from lightning_plugins.search.gaussian_process import GaussianProcessModel, covariance, kumaraswamy
-from lightning_plugins.search.power_transform import transform_values
+from lightning_plugins.search.models import gaussian_process
+from lightning_plugins.search.models.acquisition import acquire
+from lightning_plugins.search.models.forest import ForestModel
+from lightning_plugins.search.models.gaussian_process import GaussianProcessModel, covariance, kumaraswamy
+from lightning_plugins.search.models.power_transform import transform_values
 
 
 @pytest.mark.parametrize(

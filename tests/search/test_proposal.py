@@ -7,10 +7,10 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lightning_plugins.search import proposal
-from lightning_plugins.search.acquisition import acquire
-from lightning_plugins.search.forest import ForestModel
-from lightning_plugins.search.gaussian_process import GaussianProcessModel
-from lightning_plugins.search.power_transform import transform_values
+from lightning_plugins.search.models.acquisition import acquire
+from lightning_plugins.search.models.forest import ForestModel
+from lightning_plugins.search.models.gaussian_process import GaussianProcessModel
+from lightning_plugins.search.models.power_transform import transform_values
 from lightning_plugins.search.proposal import ARMS, History, choose_arms, propose
 from lightning_plugins.search.space import Space, key
 
