@@ -1,0 +1,1 @@
+"""The parts of `tools/gpu_check.py`, in the order in which it runs them."""

@@ -1,0 +1,113 @@
+"""A network wide enough for the roads that are taken on a GPU, and callbacks with settings that take them."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks import (
+    HybridCompression,
+    LowRankCompression,
+    MaskScheduling,
+    RankScheduling,
+    RepresentationMonitor,
+    SpectrumMonitor,
+    StableRankRegularization,
+    VNERegularization,
+)
+
+WIDTH, CLASSES, ROWS = 128, 10, 96
+LATER = {"cost": "params", "unit": "steps", "begin": 1, "end": 10_000}  # the choice is under way in every step
+RANKS = {"backbone.0": 16, "backbone.2": 16}
+
+CALLBACKS: dict[str, Callable[[], Callback]] = {
+    "vne": lambda: VNERegularization("backbone", 0.3, method="products"),
+    "vne, queue": lambda: VNERegularization("backbone", 0.3, queue_size=128, method="products"),
+    "stable rank": lambda: StableRankRegularization("backbone*", 0.01),
+    "stable rank, p=2": lambda: StableRankRegularization("backbone*", 0.01, rank=16, p=2),
+    "stable rank, p=1": lambda: StableRankRegularization("backbone*", 0.01, rank=16, p=1),
+    "representation monitor": lambda: RepresentationMonitor("backbone", every_n_steps=1, figures=False),
+    "spectrum monitor": lambda: SpectrumMonitor("*", every_n_steps=10_000, figures=False),
+    "low-rank compression": lambda: LowRankCompression(
+        "backbone*", weight=0.01, ranks=RANKS, search_at=0, factorize_at=None, p=2
+    ),
+    "masks": lambda: MaskScheduling("*", 0.5, **LATER),
+    "masks by magnitude": lambda: MaskScheduling("*", 0.5, criterion="magnitude", update_every=2, **LATER),
+    "ranks": lambda: RankScheduling("*", 0.5, **LATER),
+    "ranks, every fourth": lambda: RankScheduling("*", 0.5, refresh_every=4, **LATER),
+    "hybrid": lambda: HybridCompression("*", 0.5, **LATER),
+    "hybrid, every fourth": lambda: HybridCompression("*", 0.5, refresh_every=4, **LATER),
+}
+# These choose among steps; that a step of theirs differs from that of a bare training is not the gradient of a term.
+TERMS = ("vne", "stable rank", "stable rank, p=2", "stable rank, p=1")
+FEW = ("vne, queue", "stable rank, p=2", "representation monitor", "hybrid")  # enough for a test of the check itself
+
+
+def names_for(tiny: bool) -> tuple[str, ...]:
+    """The callbacks that a part goes through."""
+    return FEW if tiny else tuple(CALLBACKS)
+
+
+class Wide(LightningModule):
+    """Two hidden layers of 128 units."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(64, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.example_input_array = torch.zeros(2, 64)
+        self.optimizer = optimizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer == "fused adamw":
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    """The first ones are the same, however many they are."""
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(CLASSES, (ROWS,), generator=generator)
+        found.append((torch.randn(ROWS, 64, generator=generator), labels))
+    return found
+
+
+def wide(optimizer: str = "sgd") -> Wide:
+    torch.manual_seed(0)
+    return Wide(optimizer)
+
+
+def fit(model: Any, data: Sequence[Any], callbacks: Sequence[Callback], device: str, **settings: Any) -> Trainer:
+    """Train once through the batches, with nothing written or shown."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    trainer = Trainer(
+        **{"accelerator": accelerator, "devices": 1, "max_epochs": 1, **quiet, **settings}, callbacks=list(callbacks)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "nothing was removed": the trainings end before the choice is made
+        trainer.fit(model, torch.utils.data.DataLoader(list(data), batch_size=None))
+    return trainer
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """On the CPU, by plain names."""
+    return {name.replace("_orig_mod.", ""): value.detach().cpu() for name, value in model.state_dict().items()}
+
+
+def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest absolute difference of any weight; raises where names or shapes differ."""
+    if found.keys() != wanted.keys():
+        raise LookupError(f"other weights: {sorted(found.keys() ^ wanted.keys())}")
+    return max(float((found[name].double() - wanted[name].double()).abs().max()) for name in wanted)

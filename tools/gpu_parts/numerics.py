@@ -1,0 +1,180 @@
+"""Every function in float32, TF32 and bfloat16 on the device, against float64 on the CPU of the same rounded inputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_parts.recorder import Recorder
+from lightning_plugins import functional
+
+PART = "numerics"
+# Relative errors, in the Frobenius norm, of value and gradient. Spectra are computed in float32 whatever the inputs
+# are; the gradient of bfloat16 inputs is rounded to bfloat16.
+BOUNDS = {"float32": (1e-3, 6e-3), "tf32": (5e-3, 3e-2), "bfloat16": (5e-3, 2e-2)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function with inputs.
+
+    Attributes:
+        function: Its name in `lightning_plugins.functional`.
+        inputs: Makes the inputs, in float64.
+        call: Calls it.
+        smooth: Whether it has a gradient.
+    """
+
+    function: str
+    inputs: Callable[[], tuple[Tensor, ...]]
+    call: Callable[..., Tensor]
+    smooth: bool = True
+
+
+def rows(n: int, d: int) -> Callable[[], tuple[Tensor]]:
+    """Embeddings whose spectrum falls off tenfold."""
+    return lambda: (torch.randn(n, d, dtype=torch.float64) * torch.linspace(1, 0.1, d, dtype=torch.float64),)
+
+
+def matrix(m: int, n: int) -> Callable[[], tuple[Tensor]]:
+    """Singular values that are apart, from 1 down to a hundredth."""
+
+    def make() -> tuple[Tensor]:
+        u, _, v = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64), full_matrices=False)
+        return (u * torch.logspace(0, -2, min(m, n), dtype=torch.float64) @ v,)
+
+    return make
+
+
+def gram() -> tuple[Tensor]:
+    (z,) = rows(256, 64)()
+    product = z.T @ z
+    return (product / product.trace(),)
+
+
+def cases() -> dict[str, Case]:
+    """All of them, by a name that says the settings."""
+    f = functional
+    found: dict[str, Case] = {}
+    for name, shape in {"": (96, 64), ", few rows": (48, 80), ", large": (512, 384)}.items():
+        for method in ("auto", "eigh", "products"):
+            found[f"von_neumann_entropy, {method}{name}"] = Case(
+                "von_neumann_entropy", rows(*shape), lambda z, method=method: f.von_neumann_entropy(z, method=method)
+            )
+    for method in ("eigh", "products"):
+        call = lambda c, method=method: f.matrix_entropy((c + c.mT) / 2, method=method)  # noqa: E731
+        found[f"matrix_entropy, {method}"] = Case("matrix_entropy", gram, call)
+    for order in (0.5, 2.0):
+        call = lambda z, order=order: f.renyi_entropy(z, order)  # noqa: E731
+        found[f"renyi_entropy, order {order}"] = Case("renyi_entropy", rows(96, 64), call)
+    for of in ("eigenvalues", "singular_values"):
+        call = lambda z, of=of: f.effective_rank(z, of)  # noqa: E731
+        found[f"effective_rank of {of}"] = Case("effective_rank", rows(96, 64), call)
+    found["diagonal_entropy"] = Case("diagonal_entropy", rows(96, 64), f.diagonal_entropy)
+    found["normalize_rows"] = Case("normalize_rows", rows(96, 64), f.normalize_rows)
+    found["autocorrelation_eigenvalues"] = Case(
+        "autocorrelation_eigenvalues", rows(96, 64), f.autocorrelation_eigenvalues, smooth=False
+    )
+    return found | _of_weights() | _of_masks()
+
+
+def _of_weights() -> dict[str, Case]:
+    f = functional
+    found = {"stable_rank": Case("stable_rank", matrix(96, 64), f.stable_rank)}
+    for p in (1, 2):
+        call = lambda w, p=p: f.modified_stable_rank(w, 8, p)  # noqa: E731
+        found[f"modified_stable_rank, p={p}"] = Case("modified_stable_rank", matrix(64, 96), call)
+    found["nuclear_norm"] = Case("nuclear_norm", matrix(64, 96), f.nuclear_norm)
+    for method in ("eigh", "products"):
+        call = lambda w, method=method: f.polar_factor(w, method=method)  # noqa: E731
+        found[f"polar_factor, {method}"] = Case("polar_factor", matrix(64, 96), call)
+    call = lambda w: f.singular_value_threshold(w, 0.05)  # noqa: E731
+    found["singular_value_threshold"] = Case("singular_value_threshold", matrix(96, 64), call)
+    subspace = lambda w: f.top_singular_subspace(w, 8).values  # noqa: E731
+    found["top_singular_subspace"] = Case("top_singular_subspace", matrix(96, 64), subspace, smooth=False)
+    gains = lambda: (*matrix(32, 48)(), torch.linspace(0.8, 1.2, 32, dtype=torch.float64))  # noqa: E731
+    for approximate in (False, True):
+        call = lambda g, m, flag=approximate: f.gap_precondition(g, m, approximate=flag)  # noqa: E731
+        found[f"gap_precondition, approximate={approximate}"] = Case("gap_precondition", gains, call)
+    return found
+
+
+def _of_masks() -> dict[str, Case]:
+    f = functional
+    scores = lambda: (torch.linspace(-2.05, 2.0, 64, dtype=torch.float64),)  # noqa: E731
+    names = ("annealed_sigmoid", "straight_through", "hard_concrete_open")
+    found = {name: Case(name, scores, getattr(f, name)) for name in names}
+    noisy = lambda: (*scores(), torch.linspace(0.1, 0.9, 64, dtype=torch.float64))  # noqa: E731
+    found["hard_concrete"] = Case("hard_concrete", noisy, lambda s, noise: f.hard_concrete(s, noise.detach()))
+    return found
+
+
+DEGENERATE: dict[str, Callable[[], Tensor]] = {
+    "zeros": lambda: torch.zeros(64, 48),
+    "constant": lambda: torch.ones(64, 48),
+    "one row": lambda: torch.randn(1, 48).expand(64, 48).clone(),
+    "low rank, dead columns": lambda: torch.cat([torch.randn(64, 3) @ torch.randn(3, 40), torch.zeros(64, 8)], 1),
+}
+
+
+def evaluate(case: Case, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+    """Value and gradients, in float64 on the CPU."""
+    leaves = [x.detach().clone().requires_grad_(case.smooth) for x in inputs]
+    value = case.call(*leaves)
+    if not case.smooth:
+        return value.detach().cpu().double(), []
+    direction = torch.linspace(-1, 1.5, value.numel()).reshape(value.shape).to(value)
+    slopes = torch.autograd.grad((value * direction).sum(), leaves, allow_unused=True)
+    return value.detach().cpu().double(), [slope.cpu().double() for slope in slopes if slope is not None]
+
+
+def away(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+def check(case: Case, device: str, bounds: dict[str, tuple[float, float]] = BOUNDS) -> dict[str, Any]:
+    """The errors of each precision; raises where one is too large."""
+    torch.manual_seed(0)
+    inputs, data, problems = case.inputs(), {}, []
+    for name, (of_value, of_slope) in bounds.items():
+        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        rounded = tuple(x.to(dtype) for x in inputs)
+        value, slopes = evaluate(case, tuple(x.double() for x in rounded))
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        try:
+            found, found_slopes = evaluate(case, tuple(x.to(device) for x in rounded))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        errors = [away(found, value), max([0.0, *map(away, found_slopes, slopes)])]
+        data[name] = errors
+        if not (errors[0] <= of_value and errors[1] <= of_slope):  # NaN fails too
+            problems.append(f"{name}: value off by {errors[0]:.1e}, gradient by {errors[1]:.1e}")
+    return {"errors": data, "problems": problems}
+
+
+def check_degenerate(case: Case, device: str) -> None:
+    for name, make in DEGENERATE.items():
+        torch.manual_seed(0)
+        inputs = (make().to(device), *(x.float().to(device) for x in case.inputs()[1:]))
+        if len(inputs) > 1:
+            inputs = (inputs[0][:32], inputs[1])
+        value, slopes = evaluate(case, inputs)
+        if not (value.isfinite().all() and all(slope.isfinite().all() for slope in slopes)):
+            raise ArithmeticError(f"{name}: not finite")
+
+
+def run(recorder: Recorder) -> None:
+    table = cases()
+    if missing := set(functional.__all__) - {case.function for case in table.values()}:
+        with recorder.item(PART, "coverage"):
+            raise LookupError(f"no case for {sorted(missing)}: add one to {__name__}")
+    for name, case in table.items():
+        with recorder.item(PART, name) as data:
+            recorder.require_time()
+            data |= check(case, recorder.device)
+            if case.function not in {"matrix_entropy", *_of_masks()}:
+                check_degenerate(case, recorder.device)
+            if data["problems"]:
+                raise ArithmeticError("; ".join(data["problems"]))

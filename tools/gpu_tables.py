@@ -1,0 +1,148 @@
+"""Write docs/benchmarks/gpu.md from what `tools/gpu_check.py` measured.
+
+python tools/gpu_tables.py gpu_check.json           # prints the page
+python tools/gpu_tables.py gpu_check.json --write   # and writes it, with the JSON beside it
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "benchmarks")]
+
+from _report import markdown_table
+from gpu_parts.tables import GOALS
+
+PAGE = ROOT / "docs" / "benchmarks" / "gpu.md"
+Items = dict[str, dict[str, Any]]
+MEANING = {
+    "numerics": "functions in float32, TF32 and bfloat16, against float64 on the CPU",
+    "contract": "trainings with callbacks, against the same on the CPU; two processes share the GPU over gloo",
+    "half": "bf16 and fp16 with the fused AdamW",
+    "compiled": '`torch.compile`, `mode="reduce-overhead"`, and graphs captured by hand',
+    "syncs": 'steps under `torch.cuda.set_sync_debug_mode("error")`',
+    "tables": "times and memory",
+}
+
+
+def verdict(met: bool) -> str:
+    return "yes" if met else "no"
+
+
+def outcomes(parts: dict[str, Items]) -> str:
+    """How many items of each part passed."""
+    rows = []
+    for name, items in parts.items():
+        counts = Counter(entry["status"] for label, entry in items.items() if label != "part")
+        seconds = items["part"]["seconds"] if "part" in items else 0.0
+        cells = [str(counts[status]) for status in ("passed", "failed", "out of time", "not installed")]
+        rows.append([MEANING[name], *cells, f"{seconds:.0f}"])
+    return markdown_table(["", "passed", "failed", "out of time", "not installed", "s"], rows)
+
+
+def problems(parts: dict[str, Items]) -> str:
+    """What did not pass, with the last line of its error."""
+    lines = []
+    for part, items in parts.items():
+        for name, entry in items.items():
+            if entry["status"] in {"failed", "out of time"}:
+                last = entry.get("traceback", entry["status"]).strip().splitlines()[-1]
+                lines.append(f"- {part}, {name}: `{last[:300]}`")
+    return "\n".join(lines) or "None."
+
+
+def entropy_table(items: Items) -> str:
+    rows = []
+    for entry in items.values():
+        if "published_ms" in entry:
+            goal = verdict(entry["ratio"] >= GOALS["vne_ratio"]) if min(entry["n"], entry["d"]) >= 512 else ""
+            row = [f"{entry['n']} x {entry['d']}", f"{entry['published_ms']:.2f}", f"{entry['ours_ms']:.2f}"]
+            row += [f"{entry['ratio']:.1f}", goal]
+            rows.append(row + [f"{entry[key]:.0f}" if key in entry else "" for key in ("published_mib", "ours_mib")])
+    header = ["N x d", "published ms", "ours ms", "ratio", "10 or more", "published MiB", "ours MiB"]
+    return markdown_table(header, rows)
+
+
+def shares_table(items: Items, name: str, goals: dict[str, float]) -> str:
+    """Whole steps; a goal is looked up by the beginning of a form's name."""
+    rows = []
+    for form, row in items[name]["rows"].items():
+        goal = next((bound for start, bound in goals.items() if form.startswith(start)), None)
+        middle = f"{row['low_ms']:.1f} to {row['high_ms']:.1f}"
+        cells = [form, f"{row['ms']:.1f}", middle, "" if form == "bare" else f"{row['share']:+.2%}"]
+        rows.append([*cells, "" if goal is None else f"{goal:.0%}: {verdict(row['share'] <= goal)}"])
+    return markdown_table(["step", "ms", "middle half", "beside bare", "goal"], rows)
+
+
+def adaptation_table(items: Items) -> str:
+    rows = []
+    for form, row in items["adaptation"]["rows"].items():
+        memory = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
+        goal = "" if form == "plain loop" else verdict(row["ratio"] >= GOALS["gap_ratio"])
+        rows.append([form, f"{row['ms']:.1f}", f"{row['ratio']:.2f}", goal, memory])
+    return markdown_table(["", "ms", "plain loop / this", "5 or more", "peak MiB"], rows)
+
+
+def measured(items: Items, name: str) -> bool:
+    return "rows" in items.get(name, {})
+
+
+def page(report: dict[str, Any]) -> str:
+    """The whole page."""
+    about, parts = report["about"], report["parts"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    cuda = f", CUDA {about['cuda']}, NCCL {about['nccl']}" if "cuda" in about else ""
+    blocks = [
+        "# On a GPU",
+        f"One {about['device']}{cuda}; {versions}; {about['date']}. `python tools/gpu_check.py` ran all of it in"
+        f" {about.get('seconds', 0):.0f} s, and `python tools/gpu_tables.py gpu_check.json --write` made this page.",
+        "## Checks",
+        outcomes(parts),
+        "What did not pass:",
+        problems(parts),
+    ]
+    items = parts.get("tables", {})
+    if any("published_ms" in entry for entry in items.values()):
+        text = "Forward and backward in float32, in turns; medians. The published formula decomposes the rows by `svd`."
+        blocks += ["## The von Neumann entropy against the published formula", text, entropy_table(items)]
+    if measured(items, "penalties"):
+        goals = {"entropy": GOALS["vne_share"], "stable rank": GOALS["penalty_share"], "p=": GOALS["penalty_share"]}
+        text = (
+            "A ResNet-50 on 256 images of 224 x 224, bf16-mixed, channels_last, SGD, in one training: whole steps, by"
+            " turns with each term and bare. The stable rank's terms act on all weights."
+        )
+        blocks += ["## What the terms add to a step", text, shares_table(items, "penalties", goals)]
+    if measured(items, "choices"):
+        text = "The same network, forward and backward and the step of scores and thresholds; the share is of means."
+        table = shares_table(items, "choices", {"masks": GOALS["choice_share"]})
+        blocks += ["## What masks and thresholds add to a step", text, table]
+    if measured(items, "adaptation"):
+        text = (
+            "A 4-conv network with 64 channels, four 5-way 1-shot tasks of 84 x 84, five second-order steps; float32"
+            " without TF32. The plain loop takes task by task and decomposes every kernel's gradient by `svd`."
+        )
+        blocks += ["## GAP against the plain loop", text, adaptation_table(items)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args(arguments)
+    text = page(json.loads(chosen.report.read_text()))
+    print(text)
+    if chosen.write:
+        PAGE.write_text(text)
+        if chosen.report.resolve() != PAGE.with_suffix(".json"):
+            shutil.copyfile(chosen.report, PAGE.with_suffix(".json"))
+
+
+if __name__ == "__main__":
+    main()
