@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_plugins._lightning import Trainer
@@ -15,11 +16,22 @@ _MOST = 200  # rows; beyond, every second one is dropped and half as many are ad
 
 
 class ChoiceRecord:
-    """Rows of a step, the share of the cost, the kept share of every group of channels, and the rank of every layer."""
+    """Rows of a step, the share of the cost, the kept share of every group of channels, and the rank of every layer.
+
+    What is added stays on the device until the rows are asked for: a training step must not wait for it.
+    """
 
     def __init__(self) -> None:
         self.every = 1
-        self.rows: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows in the order of time, in plain numbers."""
+        for row in self._rows:
+            if not isinstance(row["share"], float):
+                row.update(_plain(row))
+        return self._rows
 
     def add(
         self,
@@ -39,13 +51,13 @@ class ChoiceRecord:
             ranks: The ranks, by layer.
             last: Whether to add it in any case.
         """
-        if not last and (step % self.every or (self.rows and self.rows[-1]["step"] == step)):
+        if not last and (step % self.every or (self._rows and self._rows[-1]["step"] == step)):
             return
-        numbers = [{name: float(value) for name, value in values.items()} for values in (kept, ranks)]
-        self.rows.append({"step": step, "share": float(share), "kept": numbers[0], "ranks": numbers[1]})
-        if len(self.rows) > _MOST:
+        numbers = [{name: _unread(value) for name, value in values.items()} for values in (kept, ranks)]
+        self._rows.append({"step": step, "share": _unread(share), "kept": numbers[0], "ranks": numbers[1]})
+        if len(self._rows) > _MOST:
             self.every *= 2
-            self.rows = [row for row in self.rows if row["step"] % self.every == 0]
+            self._rows = [row for row in self._rows if row["step"] % self.every == 0]
 
     def draw(self, trainer: Trainer, report: CompressionReport, settings: CompressionSettings) -> None:
         """Hand the pictures to the loggers; on rank zero.
@@ -69,4 +81,21 @@ class ChoiceRecord:
         Args:
             state: From `state_dict`.
         """
-        self.every, self.rows = state["every"], list(state["rows"])
+        self.every, self._rows = state["every"], list(state["rows"])
+
+
+def _unread(value: Tensor | float) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).detach()
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a row, in one copy from the device."""
+    kept, ranks = row["kept"], row["ranks"]
+    values = [row["share"], *kept.values(), *ranks.values()]
+    device = max((value.device for value in values), key=lambda device: device.type != "cpu")
+    share, *others = torch.stack([value.to(device) for value in values]).tolist()
+    return {
+        "share": share,
+        "kept": dict(zip(kept, others[: len(kept)], strict=True)),
+        "ranks": dict(zip(ranks, others[len(kept) :], strict=True)),
+    }
