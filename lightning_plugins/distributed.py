@@ -146,7 +146,8 @@ def gather_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
     if len(blocks) > 1 and len(set(counts)) == 1:
         dist.all_gather(blocks, own)
     elif len(blocks) > 1:  # gloo refuses to gather unequal blocks
-        blocks[rank] = own
+        # A copy: gloo counts a change even of the tensor that it sends from a GPU, and the rows are saved for backward.
+        blocks[rank] = own.clone()
         sends = [dist.broadcast(block, source, async_op=True) for source, block in enumerate(blocks) if len(block)]
         for send in filter(None, sends):
             send.wait()

@@ -259,13 +259,21 @@ def adaptation(recorder: Recorder) -> dict[str, Any]:
     return rows
 
 
+def entropies(recorder: Recorder, shapes: list[tuple[int, int]]) -> None:
+    for n, d in shapes:
+        with recorder.item(PART, f"entropy, {n} x {d}") as data:
+            recorder.require_time()
+            data |= entropy_row(n, d, recorder.device, 0.05 if recorder.tiny else 0.5)
+
+
 def run(recorder: Recorder) -> None:
-    for name, work in {"penalties": penalties, "choices": choices, "adaptation": adaptation}.items():
+    """Small matrices first, and the largest last: there the published formula takes seconds a call."""
+    sides = (16, 32) if recorder.tiny else SIDES
+    shapes = sorted(itertools.product(sides, sides), key=lambda shape: (min(shape), shape))
+    small = [shape for shape in shapes if min(shape) < 2048]
+    entropies(recorder, small)
+    for name, work in {"adaptation": adaptation, "penalties": penalties, "choices": choices}.items():
         with recorder.item(PART, name) as data:
             recorder.require_time()
             data["rows"] = work(recorder)
-    sides = (16, 32) if recorder.tiny else SIDES
-    for n, d in sorted(itertools.product(sides, sides), key=lambda shape: (min(shape), shape)):
-        with recorder.item(PART, f"entropy, {n} x {d}") as data:
-            recorder.require_time()
-            data |= entropy_row(n, d, recorder.device, 0.05 if recorder.tiny else 2.0)
+    entropies(recorder, [shape for shape in shapes if shape not in small])

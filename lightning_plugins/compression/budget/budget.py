@@ -113,7 +113,7 @@ class Budget:
             )
             chosen = rank[..., terms.layer]  # -1, the last, is dense
             low = torch.where(chosen.isfinite(), chosen, 0) * (first + second)
-            low = torch.lerp(low, torch.minimum(low, entries), torch.as_tensor(bend, dtype=low.dtype, device=device))
+            low = _between(low, torch.minimum(low, entries), bend)
             entries = torch.where(chosen.isfinite(), low, entries)
         cost: Tensor = (terms.factor * entries).sum(-1) + (terms.per_unit * units).sum(-1) + self._constant
         return cost / self.dense
@@ -260,3 +260,8 @@ class Projection(NamedTuple):
     kept: list[Tensor]
     ranks: dict[str, int]
     cost: int
+
+
+def _between(start: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
+    """Interpolate; a number stays on the CPU, since its copy to a device would be waited for."""
+    return torch.lerp(start, end, share.to(start) if isinstance(share, Tensor) else share)
