@@ -2,8 +2,10 @@
 
 from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
+from lightning_plugins.callbacks.layer_probe import LayerProbe
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
 from lightning_plugins.callbacks.mask_scheduling import MaskScheduling
+from lightning_plugins.callbacks.probe_layers import probe_layers
 from lightning_plugins.callbacks.rank_scheduling import RankScheduling
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
 from lightning_plugins.callbacks.spectrum_monitor import SpectrumMonitor
@@ -13,6 +15,7 @@ from lightning_plugins.callbacks.von_neumann import VNERegularization
 __all__ = [
     "EarlyTermination",
     "HybridCompression",
+    "LayerProbe",
     "LowRankCompression",
     "MaskScheduling",
     "RankScheduling",
@@ -20,4 +23,5 @@ __all__ = [
     "SpectrumMonitor",
     "StableRankRegularization",
     "VNERegularization",
+    "probe_layers",
 ]

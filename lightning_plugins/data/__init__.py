@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_plugins.data.document_frequencies import DocumentFrequencies
+
 if TYPE_CHECKING:
     from lightning_plugins.data.episodes import EpisodicDataModule
 
-__all__ = ["EpisodicDataModule"]
+__all__ = ["DocumentFrequencies", "EpisodicDataModule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """The mathematics alone: tensors in, tensors out, no state and no Lightning."""
 
+from lightning_plugins.functional.attention_correlation import cls_attention_correlation
+from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -7,27 +9,42 @@ from lightning_plugins.functional.entropy import (
     renyi_entropy,
     von_neumann_entropy,
 )
+from lightning_plugins.functional.evidence import Evidence, log_evidence
+from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
 from lightning_plugins.functional.preconditioning import gap_precondition
+from lightning_plugins.functional.ridge import HeldOutSums, ProbeScores, probe_scores, ridge_path
 from lightning_plugins.functional.singular_values import polar_factor, singular_value_threshold
 from lightning_plugins.functional.spectrum import autocorrelation_eigenvalues, normalize_rows
 from lightning_plugins.functional.stable_rank import modified_stable_rank, nuclear_norm, stable_rank
 from lightning_plugins.functional.subspace import top_singular_subspace
 
 __all__ = [
+    "Evidence",
+    "HeldOutSums",
+    "ProbeScores",
     "annealed_sigmoid",
+    "assign_folds",
     "autocorrelation_eigenvalues",
+    "cls_attention_correlation",
     "diagonal_entropy",
     "effective_rank",
     "gap_precondition",
+    "group_normal",
     "hard_concrete",
     "hard_concrete_open",
+    "hash_groups",
+    "hash_rows",
+    "inverse_document_frequency",
+    "log_evidence",
     "matrix_entropy",
     "modified_stable_rank",
     "normalize_rows",
     "nuclear_norm",
     "polar_factor",
+    "probe_scores",
     "renyi_entropy",
+    "ridge_path",
     "singular_value_threshold",
     "stable_rank",
     "straight_through",

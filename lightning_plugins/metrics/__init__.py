@@ -4,13 +4,16 @@ Of those of representations all but `Alignment` and `Uniformity` are functions o
 update, exact however the rows are split, and independent of how many rows there are.
 """
 
+from lightning_plugins.metrics._probe.result import ProbeResult
 from lightning_plugins.metrics._tasks import MeanWithInterval
 from lightning_plugins.metrics.adaptation import AdaptationCurve
 from lightning_plugins.metrics.alignment import Alignment
+from lightning_plugins.metrics.attention_correlation import AttentionCorrelation, CLSAttentionCorrelation
 from lightning_plugins.metrics.correlation_gap import CorrelationGap
 from lightning_plugins.metrics.effective_rank import EffectiveRank
 from lightning_plugins.metrics.few_shot import FewShotAccuracy, FewShotAccuracyInterval
 from lightning_plugins.metrics.isotropy import Isotropy
+from lightning_plugins.metrics.linear_probe import LinearProbe
 from lightning_plugins.metrics.rank_me import RankMe
 from lightning_plugins.metrics.uniformity import Uniformity
 from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
@@ -18,12 +21,16 @@ from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
 __all__ = [
     "AdaptationCurve",
     "Alignment",
+    "AttentionCorrelation",
+    "CLSAttentionCorrelation",
     "CorrelationGap",
     "EffectiveRank",
     "FewShotAccuracy",
     "FewShotAccuracyInterval",
     "Isotropy",
+    "LinearProbe",
     "MeanWithInterval",
+    "ProbeResult",
     "RankMe",
     "Uniformity",
     "VonNeumannEntropy",

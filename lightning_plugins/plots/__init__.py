@@ -3,6 +3,7 @@
 from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.compression import compression_figure
 from lightning_plugins.plots.masks import choice_figure
+from lightning_plugins.plots.probes import attention_heat_map_figure, probe_profile_figure
 from lightning_plugins.plots.ranks import rank_figure
 from lightning_plugins.plots.search import arms_figure, regret_figure
 from lightning_plugins.plots.spectra import spectrum_comparison_figure, spectrum_figure
@@ -13,10 +14,12 @@ from lightning_plugins.plots.weights import layer_spectra_figure, weight_spectru
 __all__ = [
     "adaptation_figure",
     "arms_figure",
+    "attention_heat_map_figure",
     "choice_figure",
     "compression_figure",
     "gains_figure",
     "layer_spectra_figure",
+    "probe_profile_figure",
     "rank_figure",
     "regret_figure",
     "require_matplotlib",

@@ -1,0 +1,53 @@
+"""Inverse document frequency of words from their document frequencies."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Variant = Literal["bm25", "smooth", "plain"]
+VARIANTS: tuple[Variant, ...] = ("bm25", "smooth", "plain")
+
+
+def inverse_document_frequency(document_frequency: Tensor, num_documents: int, *, variant: Variant = "bm25") -> Tensor:
+    """Weigh words by how few documents they are in.
+
+    With ``N`` documents, of which ``df`` hold the word, ``"bm25"`` is ``ln((N - df + 0.5) / (df + 0.5) + 1)``, which is
+    positive also for words of every document; ``"smooth"`` is ``ln((N + 1) / (df + 1)) + 1``; ``"plain"`` is
+    ``ln(N / df)``, infinite for a word of no document.
+
+    Args:
+        document_frequency: Tensor of any shape and number dtype, with values in ``[0, num_documents]``.
+        num_documents: ``N``, at least 1.
+        variant: One of the above.
+
+    Returns:
+        float64 tensor of the same shape, in nats.
+
+    Raises:
+        ValueError: If a frequency is out of its range, ``num_documents`` is less than 1, or the variant is unknown.
+
+    Example:
+        >>> inverse_document_frequency(torch.tensor([1, 9]), 9)
+        tensor([1.8971, 0.0513], dtype=torch.float64)
+
+    Source:
+        Robertson and Zaragoza, 2009, with the 1 inside the logarithm that keeps it positive, as in Lucene; used as a
+        probing target as in Choi et al., https://arxiv.org/abs/2202.12191 (our reading: the paper's variant is not
+        stated where we could read it).
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"`variant` must be 'bm25', 'smooth' or 'plain', got {variant!r}")
+    if num_documents < 1:
+        raise ValueError(f"`num_documents` must be at least 1, got {num_documents}")
+    df = document_frequency.double()
+    if not bool(((df >= 0) & (df <= num_documents)).all()):
+        raise ValueError(
+            f"`document_frequency` must lie between 0 and `num_documents`={num_documents}, got values from "
+            f"{df.min().item():g} to {df.max().item():g}; count a word once per document"
+        )
+    if variant == "bm25":
+        return ((num_documents - df + 0.5) / (df + 0.5)).log1p()
+    if variant == "smooth":
+        return ((num_documents + 1) / (df + 1)).log() + 1
+    return (num_documents / df).log()

@@ -1,0 +1,70 @@
+"""What a probe found."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ProbeResult(NamedTuple):
+    """What a linear probe found, from held-out folds; per target, a scalar where there is one target.
+
+    Attributes:
+        weight: ``"token"`` or ``"group"``: what counts as a row.
+        rows: Number of rows that were probed: tokens, or groups.
+        r2: Coefficient of determination of the held-out predictions of all folds together, against the mean of all rows.
+        r2_folds: By fold, against the mean of the fold, shape ``(F, k)``; NaN for a fold of one row.
+        pearson: Correlation of held-out predictions and targets within folds.
+        rmse: Root of the mean squared error of the held-out predictions, in the target's unit.
+        v_information: Gaussian V-information in nats, ``-0.5 * log(1 - r2)``.
+        control_r2: Of targets that are one random number per group, mean over the controls; NaN without controls. Below 0
+            in the rule.
+        selectivity: ``r2`` less ``control_r2``, the latter not below 0; for classification, accuracies in their place.
+        evidence: Largest log evidence in nats per row, as LogME.
+        description_length: Nats per row of a prequential code of the standardised targets; 1.419 if features say nothing.
+        best_lambda: The penalty that the other folds chose, shape ``(F, k)``.
+        weights: Of a refit on all rows, shape ``(d, k)``, for features as they are.
+        intercept: Of the same, shape ``(k,)``.
+        accuracy: Held-out accuracy of a classification; NaN for a regression.
+        accuracy_error: Its binomial standard error.
+        control_accuracy: Held-out accuracy for one random class per group.
+        evaluated: Number of rows that the accuracy rests on.
+    """
+
+    weight: str
+    rows: Tensor
+    r2: Tensor
+    r2_folds: Tensor
+    pearson: Tensor
+    rmse: Tensor
+    v_information: Tensor
+    control_r2: Tensor
+    selectivity: Tensor
+    evidence: Tensor
+    description_length: Tensor
+    best_lambda: Tensor
+    weights: Tensor
+    intercept: Tensor
+    accuracy: Tensor
+    accuracy_error: Tensor
+    control_accuracy: Tensor
+    evaluated: Tensor
+
+    def headline(self) -> dict[str, Tensor]:
+        """Scalars to log, means over targets; the score that layers are compared by comes first."""
+        names = (
+            "r2",
+            "selectivity",
+            "pearson",
+            "rmse",
+            "v_information",
+            "evidence",
+            "description_length",
+            "control_r2",
+        )
+        if self.evaluated > 0:
+            names = ("accuracy", "selectivity", "control_accuracy")
+        values = {name: getattr(self, name).mean() for name in names}
+        return {
+            name: value for name, value in values.items() if not name.startswith("control") or not torch.isnan(value)
+        }

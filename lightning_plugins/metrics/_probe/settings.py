@@ -1,0 +1,92 @@
+"""Arguments of a linear probe, checked once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import (
+    check_choice,
+    check_finite_number,
+    check_non_negative_int,
+    check_positive_int,
+)
+
+Task = Literal["regression", "classification"]
+Weight = Literal["token", "group"]
+Classifier = Literal["ridge", "lda", "softmax"]
+TASKS: tuple[Task, ...] = ("regression", "classification")
+WEIGHTS: tuple[Weight, ...] = ("token", "group")
+CLASSIFIERS: tuple[Classifier, ...] = ("ridge", "lda", "softmax")
+LAMBDAS = tuple(10.0 ** (exponent / 2) for exponent in range(-4, 13))
+MIN_FOLDS = 3  # one held out, and two inside which the penalty is chosen
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What `LinearProbe` was asked for; see there."""
+
+    num_features: int
+    num_targets: int
+    task: Task
+    weight: Weight
+    folds: int
+    controls: int
+    lambdas: tuple[float, ...]
+    classifier: Classifier
+    reservoir: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("num_features", self.num_features)
+        check_positive_int("num_targets", self.num_targets)
+        check_choice("task", self.task, TASKS)
+        check_choice("weight", self.weight, WEIGHTS)
+        if check_positive_int("folds", self.folds) < MIN_FOLDS:
+            raise ValueError(
+                f"`folds` must be at least {MIN_FOLDS}, one to report and two to choose the penalty in, got {self.folds}"
+            )
+        check_non_negative_int("controls", self.controls)
+        check_choice("classifier", self.classifier, CLASSIFIERS)
+        check_positive_int("reservoir", self.reservoir)
+        check_non_negative_int("seed", self.seed)
+        if self.task == "classification" and self.num_targets < 2:
+            raise ValueError(
+                f"`num_targets` must be the number of classes, at least 2, for classification, got {self.num_targets}"
+            )
+
+    @property
+    def columns(self) -> int:
+        """Columns of the sums: features, targets, and the targets of the controls."""
+        return self.num_features + self.target_columns
+
+    @property
+    def target_columns(self) -> int:
+        """Targets and the targets of the controls, which take as many columns as classes where there are classes."""
+        return self.num_targets + self.controls * (self.num_targets if self.task == "classification" else 1)
+
+    @property
+    def strengths(self) -> Tensor:
+        """The penalties as a float64 tensor."""
+        return torch.tensor(self.lambdas, dtype=torch.float64)
+
+
+def check_penalties(lambdas: Sequence[float] | None) -> tuple[float, ...]:
+    """Return the penalties in ascending order, or the usual ones for None.
+
+    Raises:
+        TypeError: If they are no numbers.
+        ValueError: If there are none, or one is negative or not finite.
+    """
+    if lambdas is None:
+        return LAMBDAS
+    if isinstance(lambdas, int | float):
+        raise TypeError(f"`lambdas` must be a sequence of numbers, got {lambdas!r}; did you mean [{lambdas!r}]?")
+    checked = sorted(check_finite_number("lambdas", value) for value in lambdas)
+    if not checked:
+        raise ValueError("`lambdas` must have at least one penalty, got none; None takes the usual ones")
+    if checked[0] < 0:
+        raise ValueError(f"`lambdas` must be at least 0, got {checked[0]!r}")
+    return tuple(map(float, checked))
