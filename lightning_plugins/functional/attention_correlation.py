@@ -67,7 +67,7 @@ def cls_attention_correlation(
 def _merge_equal(given: Tensor, values: Tensor, kept: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Means over positions of the same token, at the first of them; the others are left out."""
     same = (tokens[:, :, None] == tokens[:, None, :]) & kept[:, :, None] & kept[:, None, :]
-    share = same / same.sum(dim=-1, keepdim=True).clamp_min(1)
+    share = same.double() / same.sum(dim=-1, keepdim=True).clamp_min(1)
     first = kept & (same.tril(diagonal=-1).sum(dim=-1) == 0)
     return (share[:, None] @ given[..., None])[..., 0], (share @ values[..., None])[..., 0], first
 

@@ -14,6 +14,7 @@ from lightning_plugins.metrics.effective_rank import EffectiveRank
 from lightning_plugins.metrics.few_shot import FewShotAccuracy, FewShotAccuracyInterval
 from lightning_plugins.metrics.isotropy import Isotropy
 from lightning_plugins.metrics.linear_probe import LinearProbe
+from lightning_plugins.metrics.nearest_neighbour_probe import NearestNeighbourProbe, NearestNeighbourResult
 from lightning_plugins.metrics.rank_me import RankMe
 from lightning_plugins.metrics.uniformity import Uniformity
 from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
@@ -30,6 +31,8 @@ __all__ = [
     "Isotropy",
     "LinearProbe",
     "MeanWithInterval",
+    "NearestNeighbourProbe",
+    "NearestNeighbourResult",
     "ProbeResult",
     "RankMe",
     "Uniformity",
