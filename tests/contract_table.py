@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.callbacks import (
     EarlyTermination,
+    LayerProbe,
     RepresentationMonitor,
     SpectrumMonitor,
     StableRankRegularization,
@@ -375,6 +376,61 @@ SETTINGS = {
     history: curves.jsonl
     total: 1000
     rule: {class_path: lightning_plugins.search.TercetRule, init_args: {fractions: [0.5], quantiles: [0.2], mode: max}}
+""",
+    ),
+    "layer probe": Setting(
+        lambda: [
+            LayerProbe(["backbone.1", "head:input"], 1, stages=["train", "val"], figures=False),
+        ],
+        by_hand=None,
+        logged=tuple(
+            f"probe/train/{layer}/{number}"
+            for layer in ("backbone.1", "head")
+            for number in (
+                *("r2", "selectivity", "pearson", "rmse", "v_information"),
+                *("evidence", "description_length", "control_r2"),
+            )
+        ),
+        yaml="""
+- class_path: lightning_plugins.callbacks.LayerProbe
+  init_args:
+    layers: ["backbone.1", "head:input"]
+    targets: 1
+    groups: null
+    mask: null
+    positions: mean
+    probe: {folds: 4, weight: group}
+    stages: [train, val]
+    controls: [projection]
+    figures: false
+""",
+    ),
+    "layer probe of classes": Setting(
+        lambda: [
+            LayerProbe(
+                "backbone.1",
+                1,
+                stages=["train"],
+                probe={"task": "classification", "num_targets": 3, "reservoir": 20},
+                controls=["projection"],
+                figures=False,
+            ),
+        ],
+        by_hand=None,
+        logged=tuple(
+            f"probe/train/{layer}/{number}"
+            for layer in ("backbone.1", "projection")
+            for number in ("accuracy", "selectivity", "control_accuracy")
+        ),
+        yaml="""
+- class_path: lightning_plugins.callbacks.LayerProbe
+  init_args:
+    layers: backbone.1
+    targets: 1
+    probe: {task: classification, num_targets: 3, reservoir: 20}
+    stages: [train]
+    controls: [projection]
+    figures: false
 """,
     ),
 }
