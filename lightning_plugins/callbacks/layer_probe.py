@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice
-from lightning_plugins._lightning import (
-    Callback,
-    LightningModule,
-    MisconfigurationException,
-    ModelParallelStrategy,
-    Trainer,
-    TrainerFn,
-)
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
 from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
+from lightning_plugins.callbacks._probes.controls import check_controls, require_whole_network
 from lightning_plugins.callbacks._probes.rows import Positions, RowSelection
-from lightning_plugins.callbacks._probes.session import ProbeSession, check_controls, check_options
+from lightning_plugins.callbacks._probes.session import ControlSettings, ProbeSession, check_options
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
@@ -40,31 +34,31 @@ _STAGE_OF = {"fit": STAGES[:2], "validate": ("val",), "test": ("test",)}
 class LayerProbe(Callback):
     """Ask at every epoch how well targets can be read from layers by a linear map, on groups that were held out.
 
-    Every batch adds to sums of products, on the device; at the end of the epoch the sums of all processes give the
-    probes of `lightning_plugins.metrics.LinearProbe`, exactly, whatever the batches were. Nothing is trained, nothing in
-    the training changes, and the module's part of a checkpoint is what it would be without.
+    Every batch adds to sums of products on the device; at the end of the epoch those of all processes give the probes
+    of `lightning_plugins.metrics.LinearProbe`, whatever the batches were. Nothing is trained, nothing in the training
+    changes, and the module's part of a checkpoint is what it would be without. Training rows come from weights that
+    change meanwhile.
 
-    Logged through ``pl_module.log``, for each layer and with mean over targets: ``probe/<train|val|test>/<layer>/`` with
-    ``r2``, ``pearson``, ``rmse``, ``v_information``, ``selectivity``, ``control_r2``, ``evidence`` and
-    ``description_length``, or for a classification ``accuracy``, ``control_accuracy`` and ``selectivity``; and a figure
-    ``probe/<train|val|test>/profile``, the score over the layers. `results` has the whole of what was found. Where rows
-    allow no fit (too few groups in a short validation) a warning says why and nothing is logged. Training rows of one
-    epoch come from weights that change meanwhile.
+    Logged through ``pl_module.log`` as ``probe/<train|val|test>/<layer>/<name>``, means over targets: ``r2``,
+    ``pearson``, ``rmse``, ``v_information``, ``selectivity``, ``control_r2``, ``evidence``, ``description_length``, or
+    for classes ``accuracy``, ``control_accuracy`` and ``selectivity``; and a figure ``probe/<stage>/profile``, the
+    score over the layers. `results` has all that was found, `profiles` the scores by stage, step and layer. Where rows allow no fit (too few groups in a short validation) a
+    warning says why and nothing is logged.
 
     Controls beside the random targets of the probe: ``"initial"`` runs a copy of the network at the weights that the
-    training began with on the same inputs (``<layer>@initial``), a second forward pass; the copy's weights are saved with
-    the callback. ``"projection"`` probes a random projection of the batch's first tensor, as wide as the widest layer (``projection``).
+    training began with on the same inputs (``<layer>@initial``), a second forward pass; these weights are saved with
+    the callback. ``"projection"`` probes a random projection of the batch's first tensor, as wide as the widest layer.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
             layer receives.
-        targets: Key of the batch, position in it, a callable of the batch, or the import path of one. One entry per row:
-            per sample, or, with ``positions="tokens"``, per token.
+        targets: Key of the batch, position in it, a callable of the batch, or the import path of one. One entry per
+            row: per sample, or, with ``positions="tokens"``, per token.
         groups: The same, of integers: rows of a group are never split. None tells samples apart by the contents of the
             batch's first tensor.
         mask: The same, of shape ``(N, L)``: which tokens count, such as ``"attention_mask"``.
-        positions: ``"tokens"``, ``"cls"`` (the first), ``"mean"`` (over the tokens of the mask, or over positions), or a
-            callable of a layer's tensor and the batch that gives rows ``(R, d)`` (or its import path).
+        positions: ``"tokens"``, ``"cls"`` (the first), ``"mean"`` (over the tokens of the mask, or over positions), or
+            a callable of a layer's tensor and the batch that gives rows ``(R, d)`` (or its import path).
         probe: Further arguments of `lightning_plugins.metrics.LinearProbe`, such as ``{"weight": "group"}``.
         stages: Out of ``"train"``, ``"val"`` and ``"test"``.
         controls: Out of ``"initial"`` and ``"projection"``.
@@ -109,7 +103,7 @@ class LayerProbe(Callback):
         if figures:
             require_matplotlib()
         self.results: dict[str, dict[str, ProbeResult]] = {}
-        self._profiles: dict[str, dict[int, dict[str, float]]] = {stage: {} for stage in self.stages}
+        self.profiles: dict[str, dict[int, dict[str, float]]] = {stage: {} for stage in self.stages}
         self._epoch: int | None = None  # of the training sums
         self._restored: dict[str, Any] | None = None  # sums from a checkpoint, until the devices are known
         self._initial: dict[str, Tensor] | None = None  # weights that the training began with
@@ -117,11 +111,6 @@ class LayerProbe(Callback):
         self._step: WrappedStep | None = None
         self._recording = ExitStack()  # of the batch under way in validation and test
         self._drawing = PendingFigures(self._figure if figures else None)
-
-    @property
-    def profiles(self) -> dict[str, dict[int, dict[str, float]]]:
-        """The score (``r2`` or ``accuracy``) by stage, training step and layer."""
-        return self._profiles
 
     @property
     def state_key(self) -> str:
@@ -135,14 +124,10 @@ class LayerProbe(Callback):
         name = type(self).__name__
         require_lightning_module(name, pl_module)
         require_supported_strategy(name, trainer)
-        if "initial" in self.controls and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"{name}: `controls`: 'initial' copies the network, and ModelParallelStrategy has split it over processes; "
-                "leave 'initial' out"
-            )
+        require_whole_network(self.controls, trainer)
         if stage == "fit":
             if trainer.global_step == 0:  # a new training
-                self._profiles = {stage: {} for stage in self.stages}
+                self.profiles = {stage: {} for stage in self.stages}
                 self._epoch = self._initial = None
             if "train" in self.stages:
                 self._step = join_training_step(pl_module, self)
@@ -150,14 +135,14 @@ class LayerProbe(Callback):
             self._attach(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
+        """Register the hooks of layers that have just been made."""
         self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the weights of the beginning, and take over the sums of a checkpoint, on one process alone.
 
-        From a checkpoint taken after an epoch's last batch but before its end, Lightning goes on with the next epoch and
-        calls no hook for the end of the last one; its probes are fitted here.
+        From a checkpoint taken after an epoch's last batch but before its end, Lightning goes on with the next epoch
+        and calls no hook for the end of the last one; its probes are fitted here.
         """
         if self._session is None:
             return
@@ -170,12 +155,9 @@ class LayerProbe(Callback):
                 self._summarize("train", trainer, pl_module, log=False)
         self._epoch = trainer.current_epoch
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note of which epoch the sums are."""
-        self._epoch = trainer.current_epoch
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch for the training step."""
+        self._epoch = trainer.current_epoch
         if self._session is not None:
             self._session.batch = batch
 
@@ -203,22 +185,18 @@ class LayerProbe(Callback):
         self._drawing.draw(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
+        """Register the hooks of layers that have just been made."""
         self._begin_evaluation("val", trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
+        """Register the hooks of layers that have just been made."""
         self._begin_evaluation("test", trainer, pl_module)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
         """Record the layers' tensors, except in a sanity check."""
         self._record("val", trainer, batch)
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_test_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
         """Record the layers' tensors."""
         self._record("test", trainer, batch)
 
@@ -239,15 +217,6 @@ class LayerProbe(Callback):
         """Fit and log the probes of the whole test."""
         if "test" in self.stages:
             self._summarize("test", trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what ``trainer.validate()`` has found."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._drawing.draw(trainer)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what ``trainer.test()`` has found."""
-        self._drawing.draw(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was."""
@@ -275,24 +244,17 @@ class LayerProbe(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's scores and sums."""
         for stage, steps in state_dict["profiles"].items():
-            self._profiles[stage] = {int(step): dict(scores) for step, scores in steps.items()}
+            self.profiles[stage] = {int(step): dict(scores) for step, scores in steps.items()}
         self._restored, self._epoch = state_dict["sums"], state_dict["epoch"]
         self._initial = state_dict["initial"]
 
     def _state_with(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        return {"profiles": self._profiles, "sums": dict(sums), "epoch": self._epoch, "initial": self._initial}
+        return {"profiles": self.profiles, "sums": dict(sums), "epoch": self._epoch, "initial": self._initial}
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session is None:
-            self._session = ProbeSession(
-                pl_module,
-                self.layers,
-                self.rows,
-                self.probe,
-                stages=self.stages,
-                controls=self.controls,
-                context=lambda: trainer.precision_plugin.forward_context(),
-            )
+            controls = ControlSettings(self.controls, trainer.precision_plugin.forward_context)
+            self._session = ProbeSession(pl_module, self.layers, self.rows, self.probe, self.stages, controls)
 
     def _begin_evaluation(self, stage: Stage, trainer: Trainer, pl_module: LightningModule) -> None:
         if stage in self.stages:
@@ -321,19 +283,17 @@ class LayerProbe(Callback):
         if not found:
             return
         self.results[stage] = found
-        scores = {}
-        for label, result in found.items():
-            values = result.headline()
-            scores[label] = float(next(iter(values.values())))
-            for name, value in values.items() if log else ():
+        for label, result in found.items() if log else ():
+            for name, value in result.headline().items():
                 # all processes have the same value, and the largest of equal numbers is exactly that number
                 pl_module.log(f"probe/{stage}/{label}/{name}", value.float(), sync_dist=True, reduce_fx="max")
-        self._profiles[stage][trainer.global_step] = scores
+        self.profiles[stage][trainer.global_step] = {label: result.score for label, result in found.items()}
         self._drawing.add(stage)
-        self._drawing.draw_if_time(trainer)
+        draw = self._drawing.draw_if_time if trainer.state.fn == TrainerFn.FITTING else self._drawing.draw
+        draw(trainer)
 
     def _figure(self, stage: str) -> "tuple[str, Figure]":
-        steps = self._profiles[stage]
+        steps = self.profiles[stage]
         score = "accuracy" if self.probe.get("task") == "classification" else "held-out R²"
         figure = probe_profile_figure(list(steps.values()), list(steps), score=score, title=f"Probes, {stage}")
         return f"probe/{stage}/profile", figure

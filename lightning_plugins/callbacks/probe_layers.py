@@ -40,8 +40,8 @@ def probe_layers(
         mask: As for `LayerProbe`.
         positions: As for `LayerProbe`.
         probe: Further arguments of `lightning_plugins.metrics.LinearProbe`.
-        forward: Runs the model on a batch. None calls it with the entries of a mapping that its ``forward`` names, with the
-            first entry of a sequence, or with a tensor.
+        forward: Runs the model on a batch. None calls it with the entries of a mapping that its ``forward`` names,
+            with the first entry of a sequence, or with a tensor.
 
     Returns:
         What was found, by layer.
@@ -58,7 +58,7 @@ def probe_layers(
         tensor(True)
     """
     rows = RowSelection(targets, groups, mask, positions)
-    session = ProbeSession(model, check_layers(layers), rows, check_options(probe), stages=("all",))
+    session = ProbeSession(model, check_layers(layers), rows, check_options(probe), ("all",))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Variant = Literal["bm25", "smooth", "plain"]
@@ -28,6 +27,7 @@ def inverse_document_frequency(document_frequency: Tensor, num_documents: int, *
         ValueError: If a frequency is out of its range, ``num_documents`` is less than 1, or the variant is unknown.
 
     Example:
+        >>> import torch
         >>> inverse_document_frequency(torch.tensor([1, 9]), 9)
         tensor([1.8971, 0.0513], dtype=torch.float64)
 

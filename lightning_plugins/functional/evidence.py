@@ -56,7 +56,9 @@ def log_evidence(eigenvalues: Tensor, projections: Tensor, target_squares: Tenso
     ratios = grid.exp()[:, None].expand(-1, projections.shape[1])
     best = evidence_at(eigenvalues, projections, target_squares, n, ratios).argmax(dim=0)
     low, high = grid[(best - 1).clamp_min(0)], grid[(best + 1).clamp_max(_POINTS - 1)]
-    for _ in range(_REFINEMENTS):  # of where the slope changes its sign: known far better than where the value is largest
+    for _ in range(
+        _REFINEMENTS
+    ):  # of where the slope changes its sign: known far better than where the value is largest
         middle = (low + high) / 2
         rising = _slope(eigenvalues, projections, target_squares, n, middle.exp()) > 0
         low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)

@@ -97,7 +97,8 @@ def group_normal(groups: Tensor, *, seed: int = 0) -> Tensor:
         (1.0, True)
     """
     uniform = (positive(hash_groups(groups, seed=seed)).double() + 0.5) * 2.0**-63
-    return torch.special.ndtri(uniform.clamp(1e-15, 1 - 1e-15))
+    draws: Tensor = torch.special.ndtri(uniform.clamp(1e-15, 1 - 1e-15))
+    return draws
 
 
 def positive(hashed: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class HeldOutSums(NamedTuple):
     """Sums over held-out rows of targets and predictions, each of shape ``(L, k)`` or of what broadcasts with it.
 
     Attributes:
-        count: Number of rows.
+        rows: Number of rows.
         target: Sum of the targets.
         target_squares: Sum of their squares.
         prediction: Sum of the predictions.
@@ -48,7 +48,7 @@ class HeldOutSums(NamedTuple):
         products: Sum of target times prediction.
     """
 
-    count: Tensor
+    rows: Tensor
     target: Tensor
     target_squares: Tensor
     prediction: Tensor
@@ -57,13 +57,13 @@ class HeldOutSums(NamedTuple):
 
     def moved(self, offset: Tensor) -> "HeldOutSums":
         """The sums of targets and predictions that are both larger by ``offset``, of shape ``(k,)``."""
-        n = self.count
+        n = self.rows
 
         def squares(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
             return product + offset * (a + b) + n * offset.square()
 
         return HeldOutSums(
-            count=n,
+            rows=n,
             target=self.target + n * offset,
             target_squares=squares(self.target, self.target, self.target_squares),
             prediction=self.prediction + n * offset,
@@ -182,7 +182,7 @@ def held_out_sums(weights: Tensor, moments: Tensor) -> HeldOutSums:
     d = weights.shape[1]
     x, y = slice(1, 1 + d), slice(1 + d, None)
     return HeldOutSums(
-        count=moments[0, 0],
+        rows=moments[0, 0],
         target=moments[0, y],
         target_squares=moments[y, y].diagonal(),
         prediction=moments[0, x] @ weights,
@@ -211,7 +211,7 @@ def probe_scores(sums: HeldOutSums) -> ProbeScores:
         V-information: Xu et al., ICLR 2020, https://arxiv.org/abs/2002.10689, for Gaussian predictions of constant
         variance; the variance without features is that of the held-out targets.
     """
-    n, error = sums.count, sums.squared_error
+    n, error = sums.rows, sums.squared_error
     target = (sums.target_squares - sums.target.square() / n).clamp_min(0.0)
     prediction = (sums.prediction_squares - sums.prediction.square() / n).clamp_min(0.0)
     covariance = sums.products - sums.target * sums.prediction / n

@@ -34,8 +34,8 @@ class LinearProbe(SumMetric):
     target of frequent words.
 
     Accuracies of a classification cannot be read from sums. They are measured on held-out rows that are kept, at most
-    ``reservoir`` of them, a random sample that does not depend on order or processes; what is fitted are the sums of all
-    rows (``"ridge"`` and ``"lda"``), or the kept rows (``"softmax"``).
+    ``reservoir`` of them, a random sample that does not depend on order or processes; what is fitted are the sums of
+    all rows (``"ridge"`` and ``"lda"``), or the kept rows (``"softmax"``).
 
     Args:
         num_features: Number of columns ``d`` of the features.
@@ -62,9 +62,9 @@ class LinearProbe(SumMetric):
         1.0
 
     Source:
-        Alain and Bengio, https://arxiv.org/abs/1610.01644 (linear probes); Hewitt and Liang, EMNLP 2019 (control tasks);
-        You et al., ICML 2021 (LogME); Voita and Titov, EMNLP 2020 (description length), of which blocks of equal size
-        and Gaussian codes are our reading. That all of it follows from sums is our own algebra.
+        Alain and Bengio, https://arxiv.org/abs/1610.01644 (linear probes); Hewitt and Liang, EMNLP 2019 (control
+        tasks); You et al., ICML 2021 (LogME); Voita and Titov, EMNLP 2020 (description length), of which blocks of
+        equal size and Gaussian codes are our reading. That all of it follows from sums is our own algebra.
     """
 
     higher_is_better = None

@@ -140,7 +140,9 @@ def sequences(count: int = 5, rows: int = 9, length: int = 7) -> list[dict[str, 
     ids = torch.randint(30, (count, rows, length), generator=generator)
     mask = torch.rand(count, rows, length, generator=generator) < 0.7
     mask[..., 0] = True
-    return [{"ids": i, "mask": m, "value": i.float().sin(), "text": i[:, 0].float()} for i, m in zip(ids, mask, strict=True)]
+    return [
+        {"ids": i, "mask": m, "value": i.float().sin(), "text": i[:, 0].float()} for i, m in zip(ids, mask, strict=True)
+    ]
 
 
 def as_rows(model: Tokens, batch: dict[str, Tensor], positions: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,12 +252,14 @@ def untrained(rank: int, world_size: int) -> dict[str, float]:
 
 
 def test_network_that_is_not_one_child_has_no_initial_copy():
-    with pytest.raises(MisconfigurationException, match="`controls`: 'initial' runs the child .* 'backbone', 'head'"):
+    with pytest.raises(MisconfigurationException, match=r"`controls`: 'initial' runs the child .* 'backbone', 'head'"):
         fit(make(), BATCHES, [watch(["backbone", "head"], controls="initial")])
 
 
 def test_initial_weights_must_be_known():
     settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(**settings, callbacks=[watch("net.0", stages="val", controls="initial")], enable_checkpointing=False)
+    trainer = Trainer(
+        **settings, callbacks=[watch("net.0", stages="val", controls="initial")], enable_checkpointing=False
+    )
     with pytest.raises(MisconfigurationException, match="`controls`: 'initial' needs the weights"):
         trainer.validate(Dropping(), Batches(HELD_OUT), verbose=False)

@@ -48,7 +48,7 @@ def test_normal_numbers_are_normal_and_one_per_group():
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match="`groups` must be an integer tensor, got torch.float32"):
+    with pytest.raises(TypeError, match=r"`groups` must be an integer tensor, got torch\.float32"):
         hash_groups(torch.ones(2))
     with pytest.raises(ValueError, match="`folds` must be at least 1, got 0"):
         assign_folds(torch.arange(3), 0)

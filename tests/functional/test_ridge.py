@@ -54,7 +54,9 @@ def test_scores_do_not_change_with_the_origin(seed, offset):
     generator = torch.Generator().manual_seed(seed)
     y, p = torch.randn(2, 9, 1, dtype=torch.float64, generator=generator)
     sums = HeldOutSums(torch.tensor(9), *(v.sum(0) for v in (y, y * y, p, p * p, y * p)))
-    torch.testing.assert_close(probe_scores(sums.moved(torch.tensor([offset]).double())), probe_scores(sums), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        probe_scores(sums.moved(torch.tensor([offset]).double())), probe_scores(sums), atol=1e-6, rtol=1e-6
+    )
     assert -1 <= probe_scores(sums).pearson <= 1
     assert probe_scores(sums).r2 <= 1
 
@@ -62,7 +64,9 @@ def test_scores_do_not_change_with_the_origin(seed, offset):
 def test_constant_target_and_prediction_have_no_score():
     y, p = torch.ones(4, 1).double(), torch.zeros(4, 1).double()
     scores = probe_scores(HeldOutSums(torch.tensor(4), *(v.sum(0) for v in (y, y * y, p, p * p, y * p))))
-    assert scores.r2.isnan() and scores.pearson.isnan() and scores.rmse == 1
+    assert scores.r2.isnan()
+    assert scores.pearson.isnan()
+    assert scores.rmse == 1
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_refusals(gram, cross, lambdas, message):
 
 def fixed_point(x, y, rounds=20_000):
     """LogME's iteration in both precisions, by another decomposition than ours."""
-    n, d = x.shape
+    n = len(x)
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     b, rest = u.T @ y, y @ y - ((u.T @ y) ** 2).sum()
     a, p = 1.0, 1.0

@@ -12,6 +12,13 @@ Entry = str | int | Callable[[Any], Tensor]
 def check_entry(name: str, entry: Entry) -> Entry:
     """Return the key or position that ``entry`` is, or the callable that it is or names.
 
+    Args:
+        name: The argument's name, for the message.
+        entry: Its value.
+
+    Returns:
+        What `read_entry` takes.
+
     Raises:
         TypeError: If it is none of them.
         ValueError: If an import path leads nowhere.
@@ -48,6 +55,14 @@ def entry_name(entry: object) -> str:
 def read_entry(name: str, entry: Entry, batch: Any) -> Tensor:
     """The entry's tensor in a batch.
 
+    Args:
+        name: The argument's name, for the message.
+        entry: What `check_entry` returned.
+        batch: The batch.
+
+    Returns:
+        The tensor.
+
     Raises:
         ValueError: If the batch has no such entry.
         TypeError: If it is no tensor.
@@ -75,6 +90,12 @@ def read_entry(name: str, entry: Entry, batch: Any) -> Tensor:
 
 def first_input(batch: Any) -> Tensor:
     """The first tensor of a batch: the network's input, by custom.
+
+    Args:
+        batch: A tensor, or a mapping or sequence whose first entry leads to one.
+
+    Returns:
+        The tensor itself.
 
     Raises:
         TypeError: If there is none at that place.

@@ -9,11 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_plugins._lightning import MisconfigurationException, isolate_rng
+from lightning_plugins._checks import check_choice
+from lightning_plugins._lightning import MisconfigurationException, ModelParallelStrategy, Trainer, isolate_rng
 from lightning_plugins.callbacks._probes.capture import CopyingCapture
 from lightning_plugins.functional.folds import group_normal
 
 CONTROLS = ("initial", "projection")
+
+
+def check_controls(controls: Sequence[str]) -> tuple[str, ...]:
+    """Return the controls, each once.
+
+    Raises:
+        TypeError: If they are no strings.
+        ValueError: If one is unknown.
+    """
+    names = (controls,) if isinstance(controls, str) else tuple(controls)
+    return tuple(dict.fromkeys(check_choice("controls", name, CONTROLS) for name in names))
+
+
+def require_whole_network(controls: Sequence[str], trainer: Trainer) -> None:
+    """Refuse a copy of a network that is split over processes.
+
+    Raises:
+        MisconfigurationException: If one is wanted.
+    """
+    if "initial" in controls and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise MisconfigurationException(
+            "`controls`: 'initial' copies the network, and ModelParallelStrategy has split it over processes; leave "
+            "'initial' out"
+        )
 
 
 class NetworkCalls:
@@ -128,7 +153,8 @@ def random_projection(inputs: Tensor, width: int, *, seed: int) -> Tensor:
     flat = inputs if inputs.ndim == 3 else inputs.flatten(start_dim=1)
     places = torch.arange(flat.shape[-1], device=inputs.device)[:, None] * width + columns
     matrix = group_normal(places, seed=seed).to(flat) / flat.shape[-1] ** 0.5
-    return flat @ matrix
+    projected: Tensor = flat @ matrix
+    return projected
 
 
 def _detached(value: Any) -> Any:

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_plugins._checks import check_choice
 from lightning_plugins._lightning import MisconfigurationException, rank_zero_warn
 from lightning_plugins.callbacks._probes.batches import first_input
 from lightning_plugins.callbacks._probes.capture import CopyingCapture
-from lightning_plugins.callbacks._probes.controls import CONTROLS, InitialNetwork, NetworkCalls, random_projection
+from lightning_plugins.callbacks._probes.controls import InitialNetwork, NetworkCalls, random_projection
 from lightning_plugins.callbacks._probes.probes import LayerProbes
 from lightning_plugins.callbacks._probes.rows import BatchRows, RowSelection
 from lightning_plugins.metrics import LinearProbe, ProbeResult
@@ -39,15 +39,17 @@ def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def check_controls(controls: Sequence[str]) -> tuple[str, ...]:
-    """Return the controls, each once.
+@dataclass(frozen=True)
+class ControlSettings:
+    """Which controls run beside the probes.
 
-    Raises:
-        TypeError: If they are no strings.
-        ValueError: If one is unknown.
+    Attributes:
+        names: Out of ``"initial"`` and ``"projection"``.
+        context: Makes the context in which the module's steps run, such as autocast.
     """
-    names = (controls,) if isinstance(controls, str) else tuple(controls)
-    return tuple(dict.fromkeys(check_choice("controls", name, CONTROLS) for name in names))
+
+    names: tuple[str, ...] = ()
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class ProbeSession:
@@ -59,8 +61,7 @@ class ProbeSession:
         rows: Which rows of a layer, with which targets and groups.
         options: Arguments of `LinearProbe`.
         stages: Names under which rows are summed.
-        controls: Out of ``"initial"`` and ``"projection"``.
-        context: Makes the context in which the module's steps run, such as autocast.
+        controls: Which controls, and how they run.
     """
 
     def __init__(
@@ -69,17 +70,15 @@ class ProbeSession:
         layers: Sequence[str],
         rows: RowSelection,
         options: Mapping[str, Any],
-        *,
         stages: Sequence[str],
-        controls: Sequence[str] = (),
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        controls: ControlSettings | None = None,
     ) -> None:
         self.batch: Any = None
         self._layers, self._rows, self._options = layers, rows, options
-        self._stages, self._controls, self._context = tuple(stages), controls, context
+        self._stages, self._controls = tuple(stages), controls or ControlSettings()
         self._capture = CopyingCapture(module, layers, needs_gradient=False)
         self._calls: NetworkCalls | None = None
-        if "initial" in controls:
+        if "initial" in self._controls.names:
             self._calls = NetworkCalls(module, self._capture.names)
         self._capture.attach()
         self._initial: InitialNetwork | None = None
@@ -132,7 +131,7 @@ class ProbeSession:
         of_batch = self._rows.of_batch(self.batch)
         probes = self._probes.setdefault(stage, LayerProbes(self._options))
         if self._initial is not None:
-            answers = self._initial.answer(calls, self._context)
+            answers = self._initial.answer(calls, self._controls.context)
             captured.update({f"{label}@initial": tensors for label, tensors in answers.items()})
         width = 0
         for label, tensors in captured.items():
@@ -140,7 +139,7 @@ class ProbeSession:
                 picked = self._pick(label, tensor, of_batch)
                 width = max(width, picked[0].shape[-1])
                 probes.update(label, *picked)
-        if "projection" in self._controls and width:
+        if "projection" in self._controls.names and width:
             projected = random_projection(first_input(self.batch), width, seed=0)
             probes.update("projection", *self._pick("projection", projected, of_batch))
         self.batch = None
@@ -194,8 +193,8 @@ class ProbeSession:
     def _labels(self) -> list[str]:
         """All that is probed, in the same order in every process."""
         layers = self._capture.labels
-        initial = [f"{label}@initial" for label in layers] if "initial" in self._controls else []
-        return [*layers, *initial, *(["projection"] if "projection" in self._controls else [])]
+        initial = [f"{label}@initial" for label in layers] if "initial" in self._controls.names else []
+        return [*layers, *initial, *(["projection"] if "projection" in self._controls.names else [])]
 
     def _pick(self, label: str, tensor: Tensor, of_batch: BatchRows) -> tuple[Tensor, Tensor, Tensor]:
         try:

@@ -109,8 +109,8 @@ def _fit_softmax(x: Tensor, y: Tensor, classes: int, decay: float) -> tuple[Tens
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = cross_entropy(x @ weight + bias, y) + 0.5 * decay * weight.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+            loss.backward()
             return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type]  # torch annotates a closure of floats, and wants tensors
+        optimizer.step(closure)
     return weight.detach(), bias.detach()

@@ -104,7 +104,7 @@ class CrossValidation:
         """Scores of the predictions of all folds together, each of shape ``(k,)``; correlations are within folds."""
         d = self.num_features
         pooled = [own.moved(training.mean[d:]) for own, training in zip(self.chosen_sums, self.outer, strict=True)]
-        within = [own.moved(-own.target / own.count) for own in self.chosen_sums]
+        within = [own.moved(-own.target / own.rows) for own in self.chosen_sums]
         # predictions about their own mean in each fold: means of folds are no part of a correlation within folds
         within = [own._replace(prediction=own.prediction * 0, prediction_squares=_about_mean(own)) for own in within]
         total = HeldOutSums(*(sum(values[1:], values[0]) for values in zip(*pooled, strict=True)))
@@ -115,7 +115,7 @@ class CrossValidation:
     @cached_property
     def final_choice(self) -> Tensor:
         """Number of the penalty with the smallest mean error over all folds, shape ``(k,)``: for the refit on all."""
-        errors = [sums.squared_error / sums.count for sums in self.outer_sums]
+        errors = [sums.squared_error / sums.rows for sums in self.outer_sums]
         return torch.stack(errors).mean(dim=0).argmin(dim=0)
 
     def weights(self, training: Training, choice: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,8 +140,8 @@ class CrossValidation:
 
     def _mean_squared_error(self, training: Training, fold: int) -> Tensor:
         sums = self._predict(training, fold)
-        return sums.squared_error / sums.count
+        return sums.squared_error / sums.rows
 
 
 def _about_mean(sums: HeldOutSums) -> Tensor:
-    return (sums.prediction_squares - sums.prediction.square() / sums.count).clamp_min(0.0)
+    return (sums.prediction_squares - sums.prediction.square() / sums.rows).clamp_min(0.0)

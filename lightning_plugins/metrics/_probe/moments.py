@@ -1,9 +1,9 @@
 """Sums of products of features and targets, by fold.
 
-The state is one tensor of shape ``(folds + 1, p, p)``. Slab ``f`` is ``Z.T @ Z`` over the rows ``Z = [1, x, y]`` of fold
-``f``, with a shift taken from all columns but the first. The last slab holds that shift in its first row and, in its
-first place, whether there is one: all in one tensor, so that a reduction over processes sees the shift together with
-the sums that depend on it.
+The state is one tensor of shape ``(folds + 1, p, p)``. Slab ``f`` is ``Z.T @ Z`` over the rows ``Z = [1, x, y]`` of
+fold ``f``, with a shift taken from all columns but the first. The last slab holds that shift in its first row and,
+in its first place, whether there is one: all in one tensor, so that a reduction over processes sees the shift together
+with the sums that depend on it.
 """
 
 import torch
@@ -34,10 +34,8 @@ def add_rows(moments: Tensor, rows: Tensor, fold_of_row: Tensor) -> Tensor:
     ones = torch.ones(len(rows), 1, dtype=rows.dtype, device=rows.device)
     augmented = torch.cat([ones, rows - shift], dim=1)
     for fold in range(len(moments) - 1):
-        if rows.is_cuda:  # to pick rows would wait for the device
-            own = augmented * (fold_of_row == fold)[:, None]
-        else:
-            own = augmented[fold_of_row == fold]
+        inside = fold_of_row == fold
+        own = augmented * inside[:, None] if rows.is_cuda else augmented[inside]  # to pick rows waits for a GPU
         moments[fold].addmm_(own.T, own)
     return moments
 

@@ -12,16 +12,18 @@ class ProbeResult(NamedTuple):
     Attributes:
         weight: ``"token"`` or ``"group"``: what counts as a row.
         rows: Number of rows that were probed: tokens, or groups.
-        r2: Coefficient of determination of the held-out predictions of all folds together, against the mean of all rows.
+        r2: Coefficient of determination of the held-out predictions of all folds together, against the mean of all
+            rows.
         r2_folds: By fold, against the mean of the fold, shape ``(F, k)``; NaN for a fold of one row.
         pearson: Correlation of held-out predictions and targets within folds.
         rmse: Root of the mean squared error of the held-out predictions, in the target's unit.
         v_information: Gaussian V-information in nats, ``-0.5 * log(1 - r2)``.
-        control_r2: Of targets that are one random number per group, mean over the controls; NaN without controls. Below 0
-            in the rule.
+        control_r2: Of targets that are one random number per group, mean over the controls; NaN without controls. Not
+            above 0 in the rule.
         selectivity: ``r2`` less ``control_r2``, the latter not below 0; for classification, accuracies in their place.
         evidence: Largest log evidence in nats per row, as LogME.
-        description_length: Nats per row of a prequential code of the standardised targets; 1.419 if features say nothing.
+        description_length: Nats per row of a prequential code of the standardised targets; 1.419 if features say
+            nothing.
         best_lambda: The penalty that the other folds chose, shape ``(F, k)``.
         weights: Of a refit on all rows, shape ``(d, k)``, for features as they are.
         intercept: Of the same, shape ``(k,)``.
@@ -52,7 +54,7 @@ class ProbeResult(NamedTuple):
 
     def headline(self) -> dict[str, Tensor]:
         """Scalars to log, means over targets; the score that layers are compared by comes first."""
-        names = (
+        names: tuple[str, ...] = (
             "r2",
             "selectivity",
             "pearson",
@@ -68,3 +70,8 @@ class ProbeResult(NamedTuple):
         return {
             name: value for name, value in values.items() if not name.startswith("control") or not torch.isnan(value)
         }
+
+    @property
+    def score(self) -> float:
+        """The number that layers are compared by: mean R² over targets, or accuracy."""
+        return float(next(iter(self.headline().values())))

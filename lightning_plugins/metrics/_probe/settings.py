@@ -46,7 +46,8 @@ class ProbeSettings:
         check_choice("weight", self.weight, WEIGHTS)
         if check_positive_int("folds", self.folds) < MIN_FOLDS:
             raise ValueError(
-                f"`folds` must be at least {MIN_FOLDS}, one to report and two to choose the penalty in, got {self.folds}"
+                f"`folds` must be at least {MIN_FOLDS}, one to report and two to choose the penalty in, got "
+                f"{self.folds}"
             )
         check_non_negative_int("controls", self.controls)
         check_choice("classifier", self.classifier, CLASSIFIERS)
