@@ -100,6 +100,7 @@ def main() -> None:
             seconds = (time.process_time() - started) / len(values)
             half = 2.78 * float(values.std()) / len(values) ** 0.5  # Student's t of five
             rows.append([name, method, f"{float(values.mean()):.4f} ± {half:.4f}", f"{seconds:.2f}"])
+            print(*rows[-1], sep=", ", flush=True)
     print(markdown_table(["features", "probe", "held-out accuracy", "CPU s"], rows))
 
 

@@ -40,10 +40,10 @@ class LayerProbe(Callback):
     change meanwhile.
 
     Logged through ``pl_module.log`` as ``probe/<train|val|test>/<layer>/<name>``, means over targets: ``r2``,
-    ``pearson``, ``rmse``, ``v_information``, ``selectivity``, ``control_r2``, ``evidence``, ``description_length``, or
-    for classes ``accuracy``, ``control_accuracy`` and ``selectivity``; and a figure ``probe/<stage>/profile``, the
-    score over the layers. `results` has all that was found, `profiles` the scores by stage, step and layer. Where rows allow no fit (too few groups in a short validation) a
-    warning says why and nothing is logged.
+    ``pearson``, ``rmse``, ``v_information``, ``selectivity``, ``control_r2``, ``evidence``, ``description_length``; for
+    classes ``accuracy``, ``control_accuracy`` and ``selectivity``; and a figure ``probe/<stage>/profile``, the score
+    over the layers. `results` has all that was found, `profiles` the scores by stage, step and layer. Where rows allow
+    no fit (too few groups in a short validation) a warning says why and nothing is logged.
 
     Controls beside the random targets of the probe: ``"initial"`` runs a copy of the network at the weights that the
     training began with on the same inputs (``<layer>@initial``), a second forward pass; these weights are saved with
