@@ -5,9 +5,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.functional.refusal import refuse_derivatives
 from lightning_plugins.functional.spectrum import at_least_float32, check_floating, finite_or_zero, full_precision
 
 Derivative = Literal["constant", "exact"]
@@ -122,18 +122,17 @@ class _Precondition(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool, bool], output: tuple[Tensor, ...]) -> None:
-        _, gains, ctx.turned, ctx.exact = inputs
+        matrix, gains, ctx.turned, ctx.exact = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gains, *output[1:])
+        ctx.save_for_backward(matrix, gains, *output[1:])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
-        gains, left, values, right = ctx.saved_tensors
-        with full_precision(left):
+        matrix, gains, left, values, right = ctx.saved_tensors
+        with torch.no_grad(), full_precision(left):
             inside = left.mT @ grad
             projected = inside @ right.mT
             if ctx.exact:  # as a change of the gradient: `left` need not be square
@@ -145,7 +144,8 @@ class _Precondition(Function):
                 grad_matrix = (grad @ right.mT) @ (gains[..., None] * right)
             else:
                 grad_matrix = grad + left @ ((gains - 1)[..., None] * inside)
-            return grad_matrix, projected.diagonal(dim1=-2, dim2=-1) * values, None, None
+            results = (grad_matrix, projected.diagonal(dim1=-2, dim2=-1) * values)
+        return *refuse_derivatives(results, (grad, matrix, gains), "`gap_precondition`: the gradient"), None, None
 
     @staticmethod
     def vmap(
