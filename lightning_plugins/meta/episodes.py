@@ -1,15 +1,19 @@
 """Episodes, that is batches of few-shot tasks: the same everywhere, shared out over ranks, resumable."""
 
 import hashlib
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
 from lightning_plugins.distributed import is_distributed, world_size
+from lightning_plugins.meta.loop.structure import tasks_together
 from lightning_plugins.meta.task_sets.base import Batch, TaskSet
 
 Key = tuple[int, int]  # the epoch, and the episode's number in it
@@ -77,10 +81,11 @@ class EpisodeLoader:
     """Loads batches of episodes ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, samples, ...)``.
 
     An episode follows from the seed, the epoch and its number in it: neither the size of the batches, nor the number of
-    ranks or of worker processes changes it. Under DDP the loader shares the tasks of a batch out by itself; Lightning
-    adds no sampler of its own, because this is no ``torch.utils.data.DataLoader``. In a loop of one's own, every pass
-    over the loader is the next epoch; Lightning sets the epoch. The state is a position: after it was loaded, the epoch
-    goes on behind the last batch that was handed out.
+    ranks or of worker processes changes it, and random transforms of the samples follow from them, too. Under DDP the
+    loader shares the tasks of a batch out by itself; Lightning adds no sampler of its own, because this is no
+    ``torch.utils.data.DataLoader``. In a loop of one's own, every pass over the loader is the next epoch, also behind a
+    pass that was left early; Lightning sets the epoch. The state is a position: after it was loaded, the epoch goes on
+    behind the last batch that was handed out. Tasks that differ in their number of samples come as lists.
 
     Args:
         tasks: What to draw from.
@@ -128,8 +133,10 @@ class EpisodeLoader:
             collate_fn=_joined,
             num_workers=workers,
             persistent_workers=workers > 0,
+            generator=torch.Generator().manual_seed(0),  # of the workers' seeds: the global one stays where it is
         )
         self._position = 0  # batches handed out in this epoch
+        self._begun = False  # whether a pass over this epoch has begun
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that begins next.
@@ -138,6 +145,7 @@ class EpisodeLoader:
             epoch: Its number, from 0.
         """
         self.sampler.set_epoch(epoch)
+        self._begun = False
 
     def __len__(self) -> int:
         """Number of this rank's batches in a whole epoch."""
@@ -145,11 +153,13 @@ class EpisodeLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one epoch, or what a loaded state left of it."""
-        self._position = self.sampler.start
+        if self._begun:  # the pass before was left early
+            self.sampler.set_epoch(self.sampler.epoch + 1)
+        self._begun, self._position = True, self.sampler.start
         for batch in self._loader:
             self._position += 1
             if self._position == len(self):  # before the last one is handed out: not everybody asks for one more
-                self._position = 0
+                self._begun, self._position = False, 0
                 self.sampler.set_epoch(self.sampler.epoch + 1)
             yield batch
 
@@ -168,15 +178,19 @@ class EpisodeLoader:
             state_dict: What `state_dict` returned.
 
         Raises:
-            ValueError: If the epoch has fewer batches than were handed out.
+            TypeError: If it does not hold two ints.
+            ValueError: If one is missing or negative, or the epoch has fewer batches than were handed out.
         """
-        if state_dict["batch"] >= len(self):
+        if missing := [name for name in ("epoch", "batch") if name not in state_dict]:
+            raise ValueError(f"`state_dict` must hold 'epoch' and 'batch', got no {missing[0]!r}")
+        epoch, batch = (check_non_negative_int(f"state_dict[{n!r}]", state_dict[n]) for n in ("epoch", "batch"))
+        if batch >= len(self):
             raise ValueError(
                 f"`state_dict` must be that of a loader with as many batches, {len(self)}, got one behind"
-                f" {state_dict['batch']} of them; keep `episodes` and `tasks_per_batch`, or load no state"
+                f" {batch} of them; keep `episodes` and `tasks_per_batch`, or load no state"
             )
-        self.sampler.set_epoch(state_dict["epoch"])
-        self.sampler.start = self._position = state_dict["batch"]
+        self.set_epoch(epoch)
+        self.sampler.start = self._position = batch
 
 
 class _Drawn(Dataset[Batch]):
@@ -186,15 +200,31 @@ class _Drawn(Dataset[Batch]):
         self.tasks, self.seed = tasks, seed
 
     def __getitem__(self, key: Key) -> Batch:
-        digest = hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=8).digest()
-        return self.tasks.sample(1, torch.Generator().manual_seed(int.from_bytes(digest)))
+        seed = int.from_bytes(hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=8).digest())
+        with _seeded(seed):
+            return self.tasks.sample(1, torch.Generator().manual_seed(seed))
 
 
-def _joined(episodes: list[Batch]) -> Batch:
-    (support_x, support_y), (query_x, query_y) = (
-        [torch.cat(tensors) for tensors in zip(*pairs, strict=True)] for pairs in zip(*episodes, strict=True)
+def _joined(episodes: list[Batch]) -> Any:
+    """Tensors with a dimension for the tasks; lists of tasks if they differ in their number of samples."""
+    return tuple(
+        tuple(tasks_together(parts) for parts in zip(*pairs, strict=True)) for pairs in zip(*episodes, strict=True)
     )
-    return (support_x, support_y), (query_x, query_y)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators, from which random transforms draw, and set them back."""
+    numpy_state, state = np.random.get_state(), random.getstate()  # noqa: NPY002 - what transforms draw from
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU, without those of the devices
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(state)
 
 
 def _rank() -> int:

@@ -1,15 +1,17 @@
 """Episodes: the same for every batch size, rank and worker; shared out without overlap; resumed."""
 
+import random
 from itertools import islice
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_plugins.meta import EpisodeLoader, EpisodeSampler, Sinusoid
+from lightning_plugins.meta import EpisodeLoader, EpisodeSampler, Sinusoid, TaskSet
 
 TASKS = Sinusoid(shots=2, queries=1)
 
@@ -121,7 +123,88 @@ def test_loaders_of_three_ranks_have_every_episode_once():
     torch.testing.assert_close(torch.cat([*map(torch.cat, zip(*shares, strict=False)), shares[0][2]]), whole)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_left_early_is_followed_by_the_next_epoch(workers):
+    loader = EpisodeLoader(TASKS, 9, 2, num_workers=workers)
+    head = list(islice(loader, 2))
+    torch.testing.assert_close(flat(head), flat(mock_epoch(0))[:4], rtol=0, atol=0)
+    torch.testing.assert_close(flat(loader), flat(mock_epoch(1)), rtol=0, atol=0)
+    if workers:
+        return
+    for epoch, taken in ((2, 1), (3, 4), (4, 1)):  # again and again, also one batch before the end
+        torch.testing.assert_close(
+            flat(list(islice(loader, taken))), flat(mock_epoch(epoch))[: 2 * taken], rtol=0, atol=0
+        )
+    state = loader.state_dict()
+    assert state == {"epoch": 4, "batch": 1}  # a position still: what was left early can be resumed
+    resumed = EpisodeLoader(TASKS, 9, 2)
+    resumed.load_state_dict(state)
+    torch.testing.assert_close(flat(resumed), flat(mock_epoch(4))[2:], rtol=0, atol=0)
+    torch.testing.assert_close(flat(resumed), flat(mock_epoch(5)), rtol=0, atol=0)
+
+
+def test_an_epoch_that_is_set_begins_again():
+    """Lightning sets it before every epoch, and again when it resumes."""
+    loader = EpisodeLoader(TASKS, 9, 2)
+    for _ in range(2):
+        loader.set_epoch(3)
+        torch.testing.assert_close(flat(list(islice(loader, 3))), flat(mock_epoch(3))[:6], rtol=0, atol=0)
+
+
+class Random(TaskSet):
+    """As a dataset whose transforms draw from the global generators."""
+
+    def sample(self, tasks, generator):
+        x = torch.stack([torch.rand(tasks, 2, 1), torch.tensor(np.random.rand(tasks, 2, 1))]).sum(0)  # noqa: NPY002
+        return (x + random.random(), x), (x, x)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_transforms_follow_from_the_episode(workers):
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    loader = EpisodeLoader(Random(), 4, 2, num_workers=workers)
+    first = flat(loader)
+    loader.set_epoch(0)
+    torch.rand(3)
+    torch.testing.assert_close(flat(loader), first, rtol=0, atol=0)
+    torch.testing.assert_close(flat(EpisodeLoader(Random(), 4, 1)), first, rtol=0, atol=0)
+    torch.set_rng_state(states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+    list(EpisodeLoader(Random(), 4, 2, num_workers=workers))
+    torch.testing.assert_close(torch.get_rng_state(), states[0], rtol=0, atol=0)
+
+
+class Unequal(TaskSet):
+    def sample(self, tasks, generator):
+        count = int(torch.randint(1, 4, (), generator=generator))
+        x = torch.randn(tasks, count, 1, generator=generator)
+        return ({"x": x}, x), (x[:, :1], x[:, :1])
+
+
+def test_tasks_of_different_sizes_come_as_lists():
+    (support_x, support_y), (query_x, _) = next(iter(EpisodeLoader(Unequal(), 8, 8)))
+    assert isinstance(support_x, list)
+    assert {len(task["x"]) for task in support_x} == {len(task) for task in support_y} == {1, 2, 3}
+    assert query_x.shape == (8, 1, 1)
+
+
 MISTAKES = {
+    "state without an epoch": (
+        lambda: EpisodeLoader(TASKS, 4).load_state_dict({"batch": 0}),
+        ValueError,
+        "got no 'epoch'",
+    ),
+    "state of negative batches": (
+        lambda: EpisodeLoader(TASKS, 4).load_state_dict({"epoch": 0, "batch": -3}),
+        ValueError,
+        "at least 0, got -3",
+    ),
+    "state of a fraction": (
+        lambda: EpisodeLoader(TASKS, 4).load_state_dict({"epoch": 0.5, "batch": 0}),
+        TypeError,
+        "must be an int",
+    ),
     "a dataset": (
         lambda: EpisodeLoader([(1.0, 2)], 3),
         TypeError,

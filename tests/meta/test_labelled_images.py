@@ -141,15 +141,42 @@ def write_devkit(root):
 
 def write_folders(root):
     for value, name in enumerate(CARS, start=1):
-        write_image(root / ("train" if value < 5 else "test") / f"{value} {name}" / "x.png", value)
+        write_image(root / ("train" if value < 5 else "test") / name / "x.png", value)
 
 
 @pytest.mark.parametrize("write", [write_cars, write_devkit, write_folders])
 def test_cars(tmp_path, write):
     write(tmp_path)
     found = {split: [value for value, _ in contents(Cars(tmp_path, split))] for split in ("train", "val", "test")}
-    assert found == {"train": [1, 3, 5], "val": [2, 6], "test": [4]}
-    assert Cars(tmp_path, "test").classes == ["4 Volvo" if write is write_folders else "Volvo"]
+    assert found == {"train": [2, 3, 6], "val": [1, 4], "test": [5]}  # by name, not by number
+    assert Cars(tmp_path, "test").classes == ["Ford"]
+
+
+NAMES = [  # as the devkit has them and in its order, which is not the alphabet's; and as folders of images have them
+    ("AM General Hummer SUV 2000", "AM General Hummer SUV 2000"),
+    ("Acura TSX Sedan 2012", "Acura_TSX_Sedan_2012"),
+    ("Acura Integra Type R 2001", "Acura Integra Type R 2001"),
+    ("Ram C/V Cargo Van Minivan 2012", "Ram C-V Cargo Van Minivan 2012"),
+    ("FIAT 500 Abarth 2012", "fiat 500 abarth 2012"),
+    ("Fisker Karma Sedan 2012", "Fisker Karma Sedan 2012"),
+    ("smart fortwo Convertible 2012", "smart fortwo Convertible 2012"),
+    ("Volvo 240 Sedan 1993", "Volvo 240 Sedan 1993"),
+]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_cars_have_one_split_in_all_layouts(tmp_path, split, monkeypatch):
+    devkit, folders, annotated = (tmp_path / name for name in ("devkit", "folders", "annotated"))
+    for root in (devkit, folders, annotated):
+        root.mkdir()
+    monkeypatch.setitem(globals(), "CARS", [name for name, _ in NAMES[:6]])
+    write_devkit(devkit)
+    write_cars(annotated)
+    monkeypatch.setitem(globals(), "CARS", [name for _, name in NAMES[:6]])
+    write_folders(folders)
+    found = [sorted(value for value, _ in contents(Cars(root, split))) for root in (devkit, annotated, folders)]
+    assert found[0] == found[1] == found[2]
+    assert found[0]
 
 
 def test_they_are_datasets_for_few_shot_tasks(tmp_path):

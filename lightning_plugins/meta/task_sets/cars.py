@@ -25,8 +25,9 @@ class Cars(LabelledImages):
     Three layouts are read, whose own division into training and test images is of no concern here: ``cars_annos.mat``
     beside the folder ``car_ims``; the folder ``devkit`` with ``cars_meta.mat``, ``cars_train_annos.mat`` and
     ``cars_test_annos_withlabels.mat`` beside ``cars_train`` and ``cars_test``; and folders ``train/<class>`` and
-    ``test/<class>`` of images. Every second class is of the training, and the others are in turn of validation and
-    test: our reading of the usual split.
+    ``test/<class>`` of images. Of the classes in alphabetical order, letters and digits alone, every second one is of
+    the training, and the others are in turn of validation and test. The layouts then have the same split, although
+    they number and spell classes differently; it is not that of splits by the devkit's numbers.
 
     Args:
         root: The folder.
@@ -61,9 +62,14 @@ class Cars(LabelledImages):
             images, classes = _in_folders(root)
         else:
             raise wrong_layout(root, "'cars_annos.mat'", "'devkit'", "the folders 'train' and 'test'")
-        chosen = set(of_split(classes, split))
+        chosen = set(of_split(sorted(classes, key=_letters), split))
         kept = [(file, name) for file, name in images if name in chosen]
         super().__init__(check_files(root, [file for file, _ in kept]), *numbered(name for _, name in kept), transform)
+
+
+def _letters(name: str) -> str:
+    """A class in a spelling that all layouts share: folders cannot have the slash of 'C/V', and may lack blanks."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _annotated(root: Path) -> tuple[Images, list[str]]:
