@@ -2,9 +2,10 @@
 
 from lightning_plugins.meta.batch_statistics import use_batch_statistics
 from lightning_plugins.meta.episodes import EpisodeLoader, EpisodeSampler
+from lightning_plugins.meta.gap import GAP, ApproximateGAP
 from lightning_plugins.meta.inner_loop import InnerLoop
 from lightning_plugins.meta.loop.episode import Episodes
-from lightning_plugins.meta.preconditioners import GAP, ApproximateGAP, Identity, MetaSGD, Preconditioner
+from lightning_plugins.meta.preconditioners import Identity, MetaSGD, Preconditioner
 from lightning_plugins.meta.running_statistics import PerStepBatchNorm, use_per_step_statistics
 from lightning_plugins.meta.task_sets.base import TaskSet
 from lightning_plugins.meta.task_sets.cars import Cars

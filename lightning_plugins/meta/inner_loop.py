@@ -1,8 +1,7 @@
 """The inner loop of gradient-based meta-learning: adapt a model to every task, and know how that depends on it."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,11 @@ from lightning_plugins._checks import check_choice, check_finite_number, check_n
 from lightning_plugins.meta.batch_statistics import check_no_running_statistics
 from lightning_plugins.meta.loop import arguments
 from lightning_plugins.meta.loop.episode import Episode, Episodes, start
-from lightning_plugins.meta.loop.measure import Loss, Parameters, check_used, outputs_of
-from lightning_plugins.meta.loop.tasks import Draws, Task, chunk_by_chunk, eagerly, over_tasks
+from lightning_plugins.meta.loop.form import Form, Plan, Vectorize, check_vectorize
+from lightning_plugins.meta.loop.measure import Loss, Measure, Parameters, check_used
+from lightning_plugins.meta.loop.replacements import replaced, with_autocast, without_fast_path
+from lightning_plugins.meta.loop.structure import Nested, TaskBatch, batch_of
+from lightning_plugins.meta.loop.tasks import eagerly
 from lightning_plugins.meta.loop.tensors import check_batch, check_batches, ordinary_tensors
 from lightning_plugins.meta.preconditioners import Preconditioner
 from lightning_plugins.meta.running_statistics import Statistics
@@ -20,6 +22,7 @@ from lightning_plugins.selection import TensorRef
 
 Rates = Literal["fixed", "learned", "learned_per_step"]
 Randomness = Literal["different", "same"]
+Part = Nested | list[Any]
 
 
 class InnerLoop(nn.Module):
@@ -27,20 +30,28 @@ class InnerLoop(nn.Module):
 
     Each step subtracts ``learning_rate * preconditioner(gradient)`` from the adapted parameters. The loss on the query
     samples is differentiable with respect to what is learned over tasks, through all steps: the initial parameters,
-    the preconditioner's and learned rates. The model itself is never changed.
+    the preconditioner's and learned rates. The model's parameters and buffers are never changed.
+
+    Inputs and targets are tensors of shapes ``(tasks, samples, ...)``, or tuples of them, which the model gets as
+    arguments, or mappings, which it gets as keyword arguments. Tasks of different sizes are lists with an entry of
+    shapes ``(samples, ...)`` for every task.
 
     Tasks are vectorised, looped over, or vectorised in chunks: the same loss and the same gradients. In chunks the
     gradient of a chunk is taken before the next one starts, which bounds the memory by one chunk. Dropout draws from
     the global random generators, so `torch.manual_seed` repeats it; a chunked or looped run draws in another order
     than a vectorised one unless ``randomness="same"``.
 
+    Second-order inner steps compute attention in elementary operations: fused kernels have no second derivative.
+
     Norms use the statistics of the batch at hand, or in evaluation mode the running statistics they have; a norm that
     would update them is refused (see `use_batch_statistics` and `use_per_step_statistics`). Works without gradients and
     in inference mode. Under float16 autocast the loop computes in float32: nothing scales the inner loss.
 
     Args:
-        model: Any module that maps a tensor to a tensor. It becomes a submodule.
-        loss: Maps outputs and targets of one task, ``(samples, ...)`` each, to a scalar.
+        model: Any module that maps inputs to a tensor. It becomes a submodule.
+        loss: Maps outputs and targets of one task, ``(samples, ...)`` each, to a scalar. If it has arguments of these
+            names it also gets ``parameters`` and ``initial``, the adapted parameters at this step and before the first
+            by dotted name, and ``step``, which is None for the query loss: for a proximal term or a weight decay.
         preconditioner: What is done to a gradient before it is followed; `Identity` (MAML) by default. A new one.
         steps: Number of inner steps, unless a call says otherwise.
         learning_rate: Of the inner steps; what learned rates start from.
@@ -49,7 +60,9 @@ class InnerLoop(nn.Module):
         first_order: Whether to take the inner gradients for constants in the gradient over tasks.
         layers: Which layers adapt: names or globs, as in `lightning_plugins.selection`. None takes all. The head alone
             is ANIL, all but the head BOIL. Parameters that require no gradient do not adapt.
-        vectorize: Whether to use ``torch.func.vmap``; else the tasks run one after the other.
+        vectorize: Whether to use ``torch.func.vmap``; else the tasks run one after the other. ``"auto"`` takes the
+            faster form, on a CPU the latter for convolutions of large images, and falls back on it with one warning
+            for models that ``vmap`` cannot run, such as recurrent ones.
         chunk_size: Number of tasks whose graph is in memory at a time; None for all.
         randomness: Whether dropout draws ``"different"`` or the ``"same"`` masks for the tasks.
 
@@ -85,7 +98,7 @@ class InnerLoop(nn.Module):
         rates: Rates = "fixed",
         first_order: bool = False,
         layers: str | Sequence[str] | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = "auto",
         chunk_size: int | None = None,
         randomness: Randomness = "different",
     ) -> None:
@@ -97,17 +110,17 @@ class InnerLoop(nn.Module):
         self.per_step = check_choice("rates", rates, get_args(Rates)) == "learned_per_step"
         self.chunk_size = None if chunk_size is None else check_positive_int("chunk_size", chunk_size)
         self.same_draws = check_choice("randomness", randomness, get_args(Randomness)) == "same"
-        self.first_order, self.vectorize, self.loss = first_order, vectorize, loss
+        self.first_order, self.vectorize, self.loss = first_order, check_vectorize(vectorize), loss
         adapted = arguments.adapted_parameters(model, layers)
         self.adapted, self.model = tuple(adapted), model
         self.preconditioner = arguments.initialised(preconditioner, adapted, steps)
         self.rates = arguments.learned_rates(adapted, rates, steps, learning_rate)
-        self._checked = False
+        self._form, self._checked = Form(), False
 
     def forward(
         self,
-        support: tuple[Tensor, Tensor],
-        query: tuple[Tensor, Tensor],
+        support: tuple[Part, Part],
+        query: tuple[Part, Part],
         *,
         steps: int | None = None,
         step_weights: Sequence[float] | None = None,
@@ -115,7 +128,7 @@ class InnerLoop(nn.Module):
         """Adapt to the support samples of every task, and measure on its query samples.
 
         Args:
-            support: Inputs and targets of shapes ``(tasks, samples, ...)``.
+            support: Inputs and targets of shapes ``(tasks, samples, ...)``; see the class for other forms.
             query: Likewise, of as many tasks.
             steps: Number of inner steps; 0 measures the model as it is.
             step_weights: One number per step, the weight of the query loss after it; by default only that after the
@@ -133,16 +146,14 @@ class InnerLoop(nn.Module):
 
     def with_features(
         self,
-        support: tuple[Tensor, Tensor],
-        query: tuple[Tensor, Tensor],
+        support: tuple[Part, Part],
+        query: tuple[Part, Part],
         layer: str,
         *,
         steps: int | None = None,
         step_weights: Sequence[float] | None = None,
     ) -> tuple[Episodes, Tensor]:
-        """Do what a call does, and return what a layer of the adapted models made of the query samples.
-
-        For terms of a loss on representations: it carries its gradient for all that is learned, through all steps.
+        """Do what a call does, and return what a layer of the adapted models made of the query, with its gradient.
 
         Args:
             support: As for a call.
@@ -161,16 +172,15 @@ class InnerLoop(nn.Module):
         """
         if self.chunk_size is not None:
             raise ValueError(f"`chunk_size` must be None where features are asked for, got {self.chunk_size}")
-        episodes, features = self._episodes(
-            support, query, arguments.check_layer(self.model, layer), steps, step_weights
-        )
+        reference = arguments.check_layer(self.model, layer)
+        episodes, features = self._episodes(support, query, reference, steps, step_weights)
         return episodes, features[0]
 
     @eagerly
     @torch.no_grad()
     def curve(
-        self, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor], *, steps: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, support: tuple[Part, Part], query: tuple[Part, Part], *, steps: int | None = None
+    ) -> tuple[Any, ...]:
         """Measure on the query samples after every inner step: for evaluation, without a gradient.
 
         Args:
@@ -179,56 +189,50 @@ class InnerLoop(nn.Module):
             steps: Number of inner steps.
 
         Returns:
-            The losses, shape ``(tasks, steps + 1)``: the first without adaptation; and the outputs, shape
+            The losses, shape ``(tasks, steps + 1)``, the first without adaptation, and the outputs, shape
             ``(tasks, steps + 1, samples, ...)``.
 
         Raises:
             TypeError: As for a call.
             ValueError: As for a call.
         """
-        steps = self._check_call(steps)
+        steps, batch = self._check_call(steps), check_batches(support, query)
         statistics = Statistics(self.model, collect=False)
 
-        def task(*batches: Tensor) -> tuple[Tensor, ...]:
-            episode = Episode(self, batches[:2], statistics)
-            measured = [episode.measure(batches[2:])]
-            measured += [episode.take(1).measure(batches[2:]) for _ in range(steps)]
+        def task(vectorize: bool, *parts: Any) -> tuple[Tensor, ...]:
+            episode = Episode(self, parts[:2], statistics, vectorize)
+            measured = [episode.measure(parts[2:])]
+            measured += [episode.take(1).measure(parts[2:]) for _ in range(steps)]
             losses, outputs = zip(*measured, strict=True)
             return torch.stack(losses), torch.stack(outputs)
 
-        with ordinary_tensors(check_batches(support, query)) as tensors:
-            self._check_used(tensors[:2])
-            losses, outputs = self._over_tasks(task, tensors)
-        return losses, outputs
+        return self._run(task, batch)
 
     @eagerly
-    def adapt(self, support: tuple[Tensor, Tensor], *, steps: int | None = None) -> Parameters:
+    def adapt(self, support: tuple[Part, Part], *, steps: int | None = None) -> Parameters:
         """Return the parameters adapted to every task, for `predict`.
 
         Args:
-            support: Inputs and targets of shapes ``(tasks, samples, ...)``.
+            support: As for a call.
             steps: Number of inner steps.
 
         Returns:
-            Every adapted parameter by dotted name, with a first dimension for the tasks. They carry their gradient, in
-            memory whatever ``chunk_size``.
+            Every adapted parameter by dotted name, with a first dimension for the tasks, and with their gradient.
 
         Raises:
             TypeError: As for a call.
             ValueError: As for a call.
         """
-        steps = self._check_call(steps)
+        steps, batch = self._check_call(steps), check_batch(support)
         statistics = Statistics(self.model, collect=False)
 
-        def task(*batch: Tensor) -> tuple[Tensor, ...]:
-            return tuple(Episode(self, batch, statistics).take(steps).parameters.values())
+        def task(vectorize: bool, *parts: Any) -> tuple[Tensor, ...]:
+            return tuple(Episode(self, parts, statistics, vectorize).take(steps).parameters.values())
 
-        with ordinary_tensors(check_batch("support", support)) as tensors:
-            self._check_used(tensors)
-            return dict(zip(self.adapted, self._over_tasks(task, tensors), strict=True))
+        return dict(zip(self.adapted, self._run(task, batch), strict=True))
 
     @eagerly
-    def predict(self, adapted: Mapping[str, Tensor], inputs: Tensor, *, steps: int | None = None) -> Tensor:
+    def predict(self, adapted: Mapping[str, Tensor], inputs: Part, *, steps: int | None = None) -> Any:
         """Return the outputs of adapted models.
 
         Args:
@@ -246,54 +250,50 @@ class InnerLoop(nn.Module):
         """
         arguments.check_adapted(adapted, self.adapted, inputs)
         row, statistics = self._check_call(steps), Statistics(self.model, collect=False)
+        measure = Measure(self.model, self.loss)
 
-        def task(inputs: Tensor, *parameters: Tensor) -> tuple[Tensor]:
-            with statistics.of_step(row):
-                return (outputs_of(self.model, dict(zip(self.adapted, parameters, strict=True)), inputs),)
+        def task(vectorize: bool, inputs: Any, *parameters: Tensor) -> tuple[Tensor]:
+            own = dict(zip(self.adapted, parameters, strict=True))
+            with statistics.of_step(row), replaced(vectorize, parameters[0].device):
+                return (with_autocast(lambda: measure.outputs(own, inputs)),)
 
-        with ordinary_tensors((inputs, *(adapted[name] for name in self.adapted))) as tensors:
-            return self._over_tasks(task, tensors)[0]
-
-    def _over_tasks(self, task: Task, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return over_tasks(task, tensors, self.vectorize, self.chunk_size, self.same_draws)
+        batch = batch_of(inputs, *(adapted[name] for name in self.adapted))
+        return self._run(task, batch, check=False)[0]
 
     @eagerly
     def _episodes(
         self,
-        support: tuple[Tensor, Tensor],
-        query: tuple[Tensor, Tensor],
+        support: tuple[Part, Part],
+        query: tuple[Part, Part],
         layer: TensorRef | None,
         steps: int | None,
         step_weights: Sequence[float] | None,
-    ) -> tuple[Episodes, Sequence[Tensor]]:
-        steps = self._check_call(steps)
+    ) -> tuple[Episodes, Sequence[Any]]:
+        steps, batch = self._check_call(steps), check_batches(support, query)
         weights = arguments.weights_of_steps(step_weights, steps)
         statistics = Statistics(self.model, collect=True)
 
-        def task(*batches: Tensor) -> tuple[Tensor, ...]:
-            episode = Episode(self, batches[:2], statistics)
-            return *episode.run(batches[2:], steps, weights, layer), *episode.seen
+        def task(vectorize: bool, *parts: Any) -> tuple[Tensor, ...]:
+            episode = Episode(self, parts[:2], statistics, vectorize)
+            return *episode.run(parts[2:], steps, weights, layer), *episode.seen
 
-        with ordinary_tensors(check_batches(support, query)) as tensors:
-            self._check_used(tensors[:2])
-            if self.chunk_size is None or not torch.is_grad_enabled():
-                weighted, losses, outputs, *rest = self._over_tasks(task, tensors)
-            else:
-                weighted, losses, outputs, *rest = self._chunk_by_chunk(task, tensors, self.chunk_size)
-            features = int(layer is not None)
-            statistics.update(rest[features:])
-            return Episodes(weighted.mean(), losses, outputs), rest[:features]
+        chunked = self.chunk_size is not None and torch.is_grad_enabled()
+        weighted, losses, outputs, *rest = self._run(task, batch, chunked=chunked)
+        features = int(layer is not None)
+        statistics.update(rest[features:])
+        return Episodes(weighted.mean(), losses, outputs), rest[:features]
 
-    def _chunk_by_chunk(self, task: Task, tensors: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
-        sources = [tensor for tensor in (*self.parameters(), *tensors) if tensor.requires_grad]
-        draws = Draws(tensors[0].device) if self.same_draws else None
-        return chunk_by_chunk(partial(self._over_tasks, task), tensors, size, sources, draws)
+    def _run(
+        self, task: Callable[..., tuple[Tensor, ...]], batch: TaskBatch, *, check: bool = True, chunked: bool = False
+    ) -> tuple[Any, ...]:
+        plan = Plan(self.vectorize, self.chunk_size, self.same_draws, chunked)
+        with ordinary_tensors(batch) as batch, without_fast_path():
+            if check and not self._checked:  # once: a forward and a backward pass of one task
+                with replaced(False, batch.first.device):
+                    check_used(Measure(self.model, self.loss), start(self), batch.of_first_task())
+                self._checked = True
+            return self._form.run(task, self.model, batch, plan)
 
     def _check_call(self, steps: int | None) -> int:
         check_no_running_statistics(self.model)
         return self.steps if steps is None else check_non_negative_int("steps", steps)
-
-    def _check_used(self, support: Sequence[Tensor]) -> None:
-        if not self._checked:  # once: a forward and a backward pass of one task
-            check_used(self.model, self.loss, start(self), support)
-        self._checked = True

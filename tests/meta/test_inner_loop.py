@@ -154,6 +154,67 @@ def test_first_order_is_another_gradient():
     assert max((second[name] - first[name]).abs().max() for name in second) > 1e-3
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("layers", ["4", "0", ["0", "4"]])
+def test_first_order_with_some_layers(layers, vectorize):
+    """The layers that do not adapt learn from the query loss alone: through no inner gradient, which is a constant."""
+    loop = InnerLoop(mlp(), F.mse_loss, layers=layers, learning_rate=0.3, first_order=True, vectorize=vectorize)
+    found = meta_gradient(loop, batch(), batch(seed=7))
+    adapted = loop.adapt(batch())
+    query_x, query_y = batch(seed=7)
+    free = {name: parameter.detach().requires_grad_() for name, parameter in loop.model.named_parameters()}
+    losses = []
+    for task in range(len(query_x)):
+        moved = {
+            name: parameters[task].detach() - loop.model.get_parameter(name) for name, parameters in adapted.items()
+        }
+        own = {
+            name: parameter + moved[name].detach() if name in moved else parameter for name, parameter in free.items()
+        }
+        losses.append(F.mse_loss(torch.func.functional_call(loop.model, own, query_x[task]), query_y[task]))
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(free.values()))
+    torch.testing.assert_close([found[f"model.{name}"] for name in free], list(expected))
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_every_step_has_the_rate_of_its_own(vectorize):
+    """Rates that differ between steps; steps beyond those of training use the last one."""
+    rates = [0.3, -0.1, 0.5]
+    loop = InnerLoop(mlp(), F.mse_loss, steps=3, rates="learned_per_step", vectorize=vectorize)
+    for rate in loop.rates.values():
+        rate.data = torch.tensor(rates, dtype=torch.float64)
+    (x, y), weights = batch(), dict(loop.model.named_parameters())
+    for task in range(len(x)):
+        own = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+        for steps in range(1, 6):
+            loss = F.mse_loss(torch.func.functional_call(loop.model, own, x[task]), y[task])
+            gradients = torch.autograd.grad(loss, list(own.values()))
+            rate = rates[min(steps - 1, 2)]
+            own = {
+                name: (weight - rate * gradient).detach().requires_grad_()
+                for (name, weight), gradient in zip(own.items(), gradients, strict=True)
+            }
+            adapted = loop.adapt((x, y), steps=steps)
+            torch.testing.assert_close({name: parameters[task] for name, parameters in adapted.items()}, own)
+
+
+def test_every_rate_learns_from_its_own_step():
+    loop = InnerLoop(mlp(), F.mse_loss, steps=3, learning_rate=0.3, rates="learned_per_step")
+    gradient = meta_gradient(loop, batch(), batch(seed=7))
+    for name, rate in loop.rates.items():
+        for step in range(3):
+            losses = []
+            for change in (1e-6, -2e-6):
+                with torch.no_grad():
+                    rate[step] += change
+                losses.append(loop(batch(), batch(seed=7)).loss.detach())
+            with torch.no_grad():
+                rate[step] += 1e-6
+            torch.testing.assert_close(
+                (losses[0] - losses[1]) / 2e-6, gradient[f"rates.{name}"][step], rtol=1e-5, atol=1e-8
+            )
+
+
 def test_only_chosen_layers_adapt_but_all_learn():
     """ANIL: the head adapts, the body learns from task to task alone."""
     loop = InnerLoop(mlp(), F.mse_loss, layers="4", learning_rate=0.3)
@@ -183,8 +244,8 @@ def test_adapt_and_predict_are_what_the_call_does():
     outputs = loop.predict(loop.adapt(support, steps=2), query[0])
     torch.testing.assert_close(outputs, episodes.outputs)
     torch.testing.assert_close((outputs - query[1]).square().mean((1, 2)), episodes.losses)
-    assert not episodes.outputs.requires_grad
-    assert not episodes.losses.requires_grad
+    assert episodes.outputs.requires_grad
+    assert episodes.losses.requires_grad
 
 
 def test_step_weights_add_up_the_losses_after_each_step():

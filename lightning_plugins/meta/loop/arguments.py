@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
+from lightning_plugins.meta.loop.structure import leaves
 from lightning_plugins.meta.preconditioners import Identity, Preconditioner, few, key
 from lightning_plugins.selection import TensorRef, select_modules, select_tensors
 
@@ -73,14 +74,14 @@ def check_layer(model: nn.Module, layer: str) -> TensorRef:
     return references[0]
 
 
-def check_adapted(adapted: Mapping[str, Tensor], names: Sequence[str], inputs: Tensor) -> None:
+def check_adapted(adapted: Mapping[str, Tensor], names: Sequence[str], inputs: object) -> None:
     """Refuse parameters that are not of these names and of the inputs' tasks."""
     if missing := [name for name in names if name not in adapted]:
         raise ValueError(f"`adapted` must be what `adapt` returned, got no {few(missing)}")
-    if any(len(adapted[name]) != len(inputs) for name in names):
-        raise ValueError(
-            f"`inputs` must have the {len(adapted[names[0]])} tasks of `adapted`, got {tuple(inputs.shape)}"
-        )
+    tasks = len(adapted[names[0]])
+    shapes = [tuple(leaf.shape) for leaf in leaves(inputs)] if not isinstance(inputs, list) else [(len(inputs),)]
+    if any(len(adapted[name]) != tasks for name in names) or any(shape[:1] != (tasks,) for shape in shapes):
+        raise ValueError(f"`inputs` must have the {tasks} tasks of `adapted`, got {' and '.join(map(str, shapes))}")
 
 
 def check_updates(updates: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from lightning_plugins.functional.refusal import refuse_derivatives
 from lightning_plugins.functional.spectrum import full_precision
 
 
@@ -69,10 +69,9 @@ class _Backward(Function):
         ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, x, weight, mean, rate, along, total = ctx.saved_tensors
-        with full_precision(x):
+        with torch.no_grad(), full_precision(x):
             count = _count(x)
             v, for_weight, for_bias = (
                 like.new_zeros(like.shape) if given is None else given
@@ -91,7 +90,9 @@ class _Backward(Function):
             constant = rate * (scale * (d * a + b * c) - for_weight * a) - by_z * rate * mean
             for_x = _combined(grad, by_grad, x, by_z * rate, constant)
             for_x.addcmul_(v, _spread(by_v))
-            return for_grad, for_x, rate * count * (e - a * c - b * d), None, None
+            results = (for_grad, for_x, rate * count * (e - a * c - b * d))
+        sources = (grad, x, weight, *(given for given in grads if given is not None))
+        return *refuse_derivatives(results, sources, "batch norm in an inner loop: the second derivative"), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:

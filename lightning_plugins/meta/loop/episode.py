@@ -1,15 +1,15 @@
 """The inner steps of one task; under ``vmap``, of all tasks at once."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.func import grad
 
 from lightning_plugins.meta.loop.arguments import check_updates
-from lightning_plugins.meta.loop.measure import Loss, Parameters, measure, plain_gradient
-from lightning_plugins.meta.loop.norms import PlainNorms
+from lightning_plugins.meta.loop.measure import Given, Loss, Measure, Parameters, named_arguments, plain_gradient
+from lightning_plugins.meta.loop.replacements import replaced, with_autocast
 from lightning_plugins.meta.preconditioners import Preconditioner, key
 from lightning_plugins.meta.running_statistics import Statistics
 from lightning_plugins.selection import TensorRef
@@ -18,15 +18,19 @@ from lightning_plugins.selection import TensorRef
 class Episodes(NamedTuple):
     """What became of a batch of tasks.
 
+    All carry their gradient for what is learned over tasks, unless the loop has a ``chunk_size``: then only the loss
+    does. Detach what is kept for longer than a step.
+
     Attributes:
-        loss: Mean over tasks of the query loss, with its gradient: a scalar.
-        losses: Query loss of every task after the last inner step, detached: shape ``(tasks,)``.
-        outputs: The adapted models' outputs on the query inputs, detached: shape ``(tasks, samples, ...)``.
+        loss: Mean over tasks of the query loss, with the weights of the steps: a scalar.
+        losses: Query loss of every task after the last inner step: shape ``(tasks,)``.
+        outputs: The adapted models' outputs on the query inputs: shape ``(tasks, samples, ...)``, or a list of tensors
+            of shape ``(samples, ...)`` if tasks differ in their number of query samples.
     """
 
     loss: Tensor
     losses: Tensor
-    outputs: Tensor
+    outputs: Any
 
 
 class Loop(Protocol):
@@ -40,44 +44,46 @@ class Loop(Protocol):
     rates: nn.ParameterDict
     per_step: bool
     first_order: bool
-    vectorize: bool
 
 
 class Episode:
     """One task's parameters, step after step, and what the norms saw on the way."""
 
-    def __init__(self, loop: Loop, support: Sequence[Tensor], statistics: Statistics) -> None:
-        self.loop, self.support, self.statistics = loop, support, statistics
-        self.parameters = start(loop)
+    def __init__(self, loop: Loop, support: Sequence[Any], statistics: Statistics, vectorize: bool) -> None:
+        self.loop, self.support, self.statistics, self.vectorize = loop, support, statistics, vectorize
+        self.measured = Measure(loop.model, loop.loss)
+        self.parameters = self.initial = start(loop)
+        self.device = next(iter(self.initial.values())).device
         self.taken = 0
         self.seen: list[Tensor] = []
         statistics.begin_task()
 
     def step(self) -> None:
         """Follow the gradient of the support loss once."""
-        loop, rest, followed = self.loop, Parameters(), self.parameters
+        loop, rest, followed, initial = self.loop, Parameters(), self.parameters, self.initial
         if loop.first_order:  # nothing then asks for the graph of the inner gradient
             rest = {name: parameter.detach() for name, parameter in loop.model.named_parameters()}
-            followed = {name: parameter.detach() for name, parameter in followed.items()}
+            followed, initial = _detached(followed), _detached(initial)
 
         def value(current: Parameters) -> tuple[Tensor, tuple[Tensor, ...]]:
+            given = Given(current, initial, self.taken)._asdict()
             with self.statistics.of_step(self.taken) as seen:
-                return measure(loop.model, loop.loss, {**rest, **current}, self.support)[0], tuple(seen)
+                return self.measured({**rest, **current}, self.support, given)[0], tuple(seen)
 
-        with nullcontext() if loop.first_order else PlainNorms(loop.vectorize):
-            if loop.vectorize:
+        with replaced(self.vectorize, self.device, twice=not loop.first_order):
+            if self.vectorize:
                 gradients, seen = grad(value, has_aux=True)(followed)
             else:
                 gradients, seen = plain_gradient(value, followed, differentiable=not loop.first_order)
         self.seen.extend(tensor.detach() for tensor in seen)
-        updates = check_updates(loop.preconditioner(gradients, self.taken), gradients)
+        updates = check_updates(self._preconditioned(gradients), gradients)
         self.parameters = {
             name: parameter - self._rate(name) * updates[name] for name, parameter in self.parameters.items()
         }
         self.taken += 1
 
     def run(
-        self, query: Sequence[Tensor], steps: int, weights: Sequence[float], layer: TensorRef | None
+        self, query: Sequence[Any], steps: int, weights: Sequence[float], layer: TensorRef | None
     ) -> tuple[Tensor, ...]:
         """The weighted query loss, that after the last step, the outputs, and the features if a layer is given."""
         earlier: Tensor | float = 0.0
@@ -85,9 +91,8 @@ class Episode:
             self.step()
             if step < steps - 1 and weights[step] != 0:
                 earlier = earlier + weights[step] * self.measure(query)[0]
-        with kept_features(layer) as features:
-            loss, outputs = self.measure(query)
-        return earlier + weights[-1] * loss, loss.detach(), outputs.detach(), *features
+        loss, *rest = self.measure(query, layer)
+        return earlier + weights[-1] * loss, loss, *rest
 
     def take(self, steps: int) -> "Episode":
         """Take several steps."""
@@ -95,18 +100,38 @@ class Episode:
             self.step()
         return self
 
-    def measure(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss and the outputs with the present parameters."""
-        with self.statistics.of_step(self.taken) as seen:
-            measured = measure(self.loop.model, self.loop.loss, self.parameters, batch)
+    def measure(self, batch: Sequence[Any], layer: TensorRef | None = None) -> tuple[Tensor, ...]:
+        """The loss, the outputs and perhaps the features with the present parameters."""
+        given = Given(self.parameters, self.initial, None)._asdict()
+
+        def measured() -> tuple[tuple[Tensor, ...], ...]:
+            with (
+                self.statistics.of_step(self.taken) as seen,
+                replaced(self.vectorize, self.device),
+                kept_features(layer) as kept,
+            ):
+                results = self.measured(self.parameters, batch, given)
+            return (*results, *kept), tuple(seen)
+
+        results, seen = with_autocast(measured) if self.vectorize else measured()
         self.seen.extend(tensor.detach() for tensor in seen)
-        return measured
+        return results
+
+    def _preconditioned(self, gradients: Parameters) -> Parameters:
+        given = Given(self.parameters, self.initial, None)._asdict()
+        names = named_arguments(self.loop.preconditioner, ("parameters", "initial"))
+        updates: Parameters = self.loop.preconditioner(gradients, self.taken, **{name: given[name] for name in names})
+        return updates
 
     def _rate(self, name: str) -> Tensor | float:
         if not self.loop.rates:
             return self.loop.learning_rate
         rate: Tensor = self.loop.rates[key(name)]
         return rate[min(self.taken, len(rate) - 1)] if self.loop.per_step else rate
+
+
+def _detached(parameters: Parameters) -> Parameters:
+    return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def start(loop: Loop) -> Parameters:

@@ -1,45 +1,80 @@
 """The model and the loss on one task's batch, with given parameters."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_plugins.meta.loop.structure import leaves
 from lightning_plugins.meta.preconditioners import few
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 Parameters = dict[str, Tensor]
 
 
-def outputs_of(model: nn.Module, parameters: Parameters, inputs: Tensor) -> Tensor:
-    """The model's outputs; parameters that are not given are its own."""
-    try:
-        outputs = functional_call(model, parameters, (inputs,))
-    except Exception as error:
-        error.add_note(f"`model` was given the inputs of one task, {_shown(inputs)}")
-        raise
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"`model` must return a tensor, got {type(outputs).__name__}")
-    return outputs
+class Measure:
+    """Calls the model and the loss.
+
+    Args:
+        model: The model.
+        loss: The loss; it also gets, by name, the ``parameters``, the ``initial`` ones and the ``step`` that it names.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        self.model, self.loss = model, loss
+        self.wanted = named_arguments(loss, ("parameters", "initial", "step"))
+
+    def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
+        """The model's outputs; parameters that are not given are its own, and so are buffers, as copies."""
+        # The model is not changed: what a forward pass writes into buffers, such as a counter, goes to copies.
+        copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+        kwargs = dict(inputs) if isinstance(inputs, Mapping) else None
+        try:
+            outputs = functional_call(self.model, {**copies, **parameters}, args, kwargs)
+        except Exception as error:
+            error.add_note(f"`model` was given the inputs of one task, {_shown(inputs)}")
+            raise
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"`model` must return a tensor, got {type(outputs).__name__}")
+        return outputs
+
+    def __call__(self, parameters: Parameters, batch: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss and the outputs; ``given`` has what a loss may ask for."""
+        outputs = self.outputs(parameters, batch[0])
+        try:
+            value = self.loss(outputs, batch[1], **{name: given[name] for name in self.wanted})
+        except Exception as error:
+            error.add_note(f"`loss` was given one task's outputs, {_shown(outputs)}, and targets, {_shown(batch[1])}")
+            raise
+        if not isinstance(value, Tensor):
+            raise TypeError(f"`loss` must return a scalar tensor, got {type(value).__name__}")
+        if value.ndim:
+            raise ValueError(
+                f"`loss` must return a scalar for the samples of one task, got shape {tuple(value.shape)};"
+                " reduce it, as `reduction='mean'` does"
+            )
+        return value, outputs
 
 
-def measure(model: nn.Module, loss: Loss, parameters: Parameters, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The loss and the outputs."""
-    outputs = outputs_of(model, parameters, batch[0])
+def named_arguments(function: Callable[..., Any], names: Sequence[str]) -> tuple[str, ...]:
+    """Which of these names are parameters of a function or of a module's forward pass."""
     try:
-        value = loss(outputs, batch[1])
-    except Exception as error:
-        error.add_note(f"`loss` was given one task's outputs, {_shown(outputs)}, and targets, {_shown(batch[1])}")
-        raise
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`loss` must return a scalar tensor, got {type(value).__name__}")
-    if value.ndim:
-        raise ValueError(
-            f"`loss` must return a scalar for the samples of one task, got shape {tuple(value.shape)};"
-            " reduce it, as `reduction='mean'` does"
-        )
-    return value, outputs
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return ()
+    return tuple(name for name in names if name in signature.parameters)
+
+
+class Given(NamedTuple):
+    """What a loss or a preconditioner may ask for by name."""
+
+    parameters: Parameters
+    initial: Parameters
+    step: int | None
 
 
 def plain_gradient(
@@ -48,32 +83,32 @@ def plain_gradient(
     """What ``torch.func.grad(value, has_aux=True)`` returns, without the time it takes to trace small operations."""
     differentiable = differentiable and torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = {
+        free = {
             name: parameter if differentiable and parameter.requires_grad else parameter.detach().requires_grad_()
             for name, parameter in parameters.items()
         }
-        loss, others = value(leaves)
+        loss, others = value(free)
         found = torch.autograd.grad(
-            loss, list(leaves.values()), create_graph=differentiable, allow_unused=True, materialize_grads=True
+            loss, list(free.values()), create_graph=differentiable, allow_unused=True, materialize_grads=True
         )
-    return dict(zip(leaves, found, strict=True)), others
+    return dict(zip(free, found, strict=True)), others
 
 
-def check_used(model: nn.Module, loss: Loss, parameters: Parameters, support: Sequence[Tensor]) -> None:
-    """Refuse adapted parameters without part in the first task's loss: they never adapt, and nothing else says so."""
-    devices = [support[0].device] if support[0].is_cuda else []
-    with torch.enable_grad(), torch.random.fork_rng(devices):
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
-        value, _ = measure(model, loss, leaves, [tensor[0].detach() for tensor in support])
-        found: Sequence[Tensor | None] = [None] * len(leaves)
+def check_used(measure: Measure, parameters: Parameters, support: Sequence[Any]) -> None:
+    """Refuse adapted parameters without part in a task's loss: they never adapt, and nothing else says so."""
+    device = leaves(support[0])[0].device
+    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        free = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+        value, _ = measure(free, support, Given(free, free, 0)._asdict())
+        found: Sequence[Tensor | None] = [None] * len(free)
         if value.requires_grad:
-            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    if unused := [name for name, gradient in zip(leaves, found, strict=True) if gradient is None]:
+            found = torch.autograd.grad(value, list(free.values()), allow_unused=True)
+    if unused := [name for name, gradient in zip(free, found, strict=True) if gradient is None]:
         raise ValueError(
             f"the support loss must depend on all adapted parameters, it does not on {few(unused)};"
             " name the layers that adapt with `layers`, or freeze these with `requires_grad_(False)`"
         )
 
 
-def _shown(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+def _shown(value: Any) -> str:
+    return " and ".join(f"{tensor.dtype} of shape {tuple(tensor.shape)}" for tensor in leaves(value))

@@ -1,40 +1,18 @@
-"""Norms whose second derivative is right under ``vmap``, or fast."""
+"""Norms whose second derivative is right under ``vmap``, or fast.
 
-from collections.abc import Callable, Mapping, Sequence
+Under ``vmap(grad(...))`` torch writes the backward of these norms in the mean and the deviation that the forward
+saved, as if they did not depend on the input: the value and the first derivative are right, the second is silently
+wrong. Group norm is not affected. Batch norm by the batch at hand is replaced for its speed, too.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lightning_plugins.meta.loop.batch_norm import batch_norm
-
-
-class PlainNorms(TorchFunctionMode):
-    """Computes norms in other ways than torch while it is entered.
-
-    Under ``vmap(grad(...))`` torch writes the backward of these norms in the mean and the deviation that the forward
-    saved, as if they did not depend on the input: the value and the first derivative are right, the second is
-    silently wrong. Group norm is not affected. Batch norm by the batch at hand is replaced for its speed, too.
-
-    Args:
-        vectorized: Whether this is for ``vmap``: if not, only batch norm is replaced.
-    """
-
-    def __init__(self, vectorized: bool) -> None:
-        super().__init__()
-        self.replacements = _REPLACEMENTS if vectorized else {F.batch_norm: _batch_norm}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call the replacement, if there is one."""
-        return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 def _normalized(x: Tensor, dims: list[int], eps: float, *, centred: bool = True) -> Tensor:
@@ -105,8 +83,9 @@ def _rms_norm(
     return _scaled(_normalized(input, dims, eps, centred=False), weight, None, input.dtype)
 
 
-_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.batch_norm: _batch_norm,
+LOOPED: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: _batch_norm}
+VECTORIZED: dict[Callable[..., Any], Callable[..., Any]] = {
+    **LOOPED,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,

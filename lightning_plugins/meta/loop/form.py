@@ -1,0 +1,106 @@
+"""How the tasks of a batch are computed: at once, one after the other, or chunk by chunk."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.meta.loop.structure import TaskBatch
+from lightning_plugins.meta.loop.tasks import Draws, chunk_by_chunk, over_tasks
+
+Vectorize = bool | Literal["auto"]
+
+_PIXELS = 64 * 64  # from which vectorised convolutions are slower on a CPU than those of one task after the other
+
+
+def check_vectorize(vectorize: object) -> Any:
+    """Refuse all but True, False and "auto"."""
+    if not isinstance(vectorize, bool) and vectorize != "auto":
+        kind = ValueError if isinstance(vectorize, str) else TypeError
+        raise kind(f'`vectorize` must be True, False or "auto", got {vectorize!r}')
+    return vectorize
+
+
+class Plan(NamedTuple):
+    """The settings of a call.
+
+    Attributes:
+        vectorize: ``"auto"`` vectorises where that is no slower.
+        chunk_size: Number of tasks whose graph is in memory at a time.
+        same_draws: Whether dropout draws the same masks for all tasks.
+        chunked: Whether a gradient is taken after every chunk.
+    """
+
+    vectorize: Vectorize
+    chunk_size: int | None
+    same_draws: bool
+    chunked: bool
+
+
+class Form:
+    """Computes tasks by a plan, and one after the other where ``"auto"`` has met a model that `vmap` cannot run."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def run(
+        self, task: Callable[..., tuple[Tensor, ...]], model: nn.Module, batch: TaskBatch, plan: Plan
+    ) -> tuple[Any, ...]:
+        """Call ``task`` with whether it is vectorised, and a task's parts."""
+
+        def call(vectorize: bool) -> tuple[Any, ...]:
+            return _computed(task, batch, plan._replace(vectorize=vectorize))
+
+        if plan.vectorize == "auto":
+            return call(False) if self._failed or looped_is_faster(model, batch) else self._tried(call, batch)
+        try:
+            return call(plan.vectorize)
+        except Exception as error:
+            if plan.vectorize and not isinstance(error, torch.OutOfMemoryError):
+                error.add_note(
+                    "`vectorize=True` computes all tasks at once by `torch.func.vmap`, which not every model can do;"
+                    ' `vectorize=False` or "auto" computes one task after the other'
+                )
+            raise
+
+    def _tried(self, call: Callable[[bool], tuple[Any, ...]], batch: TaskBatch) -> tuple[Any, ...]:
+        draws = Draws(batch.first.device)
+        try:
+            return call(True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the loop below raises again what is not vmap's
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        draws.restore()
+        result = call(False)
+        self._failed = True
+        warnings.warn(
+            f'`vectorize="auto"`: the tasks are computed one after the other, since vectorising them failed ({reason});'
+            " pass `vectorize=False` to do so from the start",
+            stacklevel=2,
+        )
+        return result
+
+
+def _computed(task: Callable[..., tuple[Tensor, ...]], batch: TaskBatch, plan: Plan) -> tuple[Any, ...]:
+    vectorize = bool(plan.vectorize)
+
+    def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return task(vectorize, *batch.unpacked(tensors))
+
+    def over(batch: TaskBatch) -> tuple[Any, ...]:
+        return over_tasks(of_tensors, batch, vectorize, plan.chunk_size, plan.same_draws)
+
+    if not plan.chunked or plan.chunk_size is None:
+        return over(batch)
+    draws = Draws(batch.first.device) if plan.same_draws else None
+    return chunk_by_chunk(over, batch, plan.chunk_size, draws)
+
+
+def looped_is_faster(model: nn.Module, batch: TaskBatch) -> bool:
+    """Whether to compute one task after the other: convolutions on a CPU, from images of some size on."""
+    if batch.first.device.type != "cpu" or not any(parameter.ndim >= 4 for parameter in model.parameters()):
+        return False
+    return any(tensor.ndim >= 5 and tensor.shape[-1] * tensor.shape[-2] >= _PIXELS for tensor in batch.groups[0])
