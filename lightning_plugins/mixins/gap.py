@@ -83,5 +83,6 @@ class GAPMixin(MAMLMixin):
 
 
 def _layer(name: str) -> str:
-    """The layer that a weight belongs to."""
-    return name.removesuffix("weight").removesuffix(".") or "network"
+    """The layer that a weight belongs to, and the part of attention's packed one."""
+    weight, colon, part = name.partition(":")
+    return (weight.removesuffix("weight").rstrip("._") or "network") + colon + part

@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
 from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
 from lightning_plugins._lightning import LightningModule
-from lightning_plugins.distributed import gather_row_counts
 from lightning_plugins.meta import Episodes, InnerLoop, Preconditioner
 from lightning_plugins.meta.inner_loop import Randomness, Rates
 from lightning_plugins.meta.loop.arguments import check_layer, weights_of_steps
+from lightning_plugins.meta.loop.form import Vectorize
+from lightning_plugins.meta.loop.tasks import cat_tasks
+from lightning_plugins.mixins._meta_measures import Measures, as_part_of_all, collection_of
+from lightning_plugins.mixins._meta_random import RandomStates
 from lightning_plugins.mixins._meta_requirements import (
     Samples,
     refuse_hooks,
@@ -42,7 +45,8 @@ class MAMLMixin(_Module):
     be replaced by your own: `adapt_and_measure` gives the loss, `parameter_groups` the optimizer's groups.
 
     Logs ``train/loss`` at every training step and ``val/loss`` and ``test/loss`` over an epoch, means over the tasks of
-    all ranks, and the ``metrics`` as ``val/<name>`` and ``test/<name>``.
+    all ranks, and the ``metrics`` as ``val/<name>`` and ``test/<name>``; with several loaders each has its own.
+    A checkpoint has the state of the random generators, so that a resumed training draws what dropout would have drawn.
 
     Several ranks give the loss and the gradient of one process that saw all tasks, also where their batches differ in
     the number of tasks. This is not Lightning's default, by which every rank's mean counts alike. Accumulated batches
@@ -50,7 +54,7 @@ class MAMLMixin(_Module):
 
     Args:
         network: Maps a task's inputs to outputs.
-        loss: Maps outputs and targets of one task, ``(samples, ...)`` each, to a scalar.
+        loss: As for `lightning_plugins.meta.InnerLoop`.
         preconditioner: What is done to an inner gradient; see `lightning_plugins.meta`. None follows it as it is.
         inner_steps: Number of inner steps in training.
         evaluation_steps: Number of inner steps in validation, test and prediction.
@@ -62,7 +66,7 @@ class MAMLMixin(_Module):
         rates: As for `lightning_plugins.meta.InnerLoop`, like the arguments down to ``randomness``.
         first_order: Whether to take the inner gradients for constants.
         layers: Which layers of the network adapt.
-        vectorize: Whether the tasks are vectorised.
+        vectorize: Whether the tasks are vectorised, or ``"auto"``.
         chunk_size: Number of tasks whose graph is in memory at a time.
         randomness: Whether dropout differs between tasks.
         features: A layer of the network whose outputs (``"name:input"``: inputs) on the training step's query samples
@@ -104,7 +108,7 @@ class MAMLMixin(_Module):
         rates: Rates = "fixed",
         first_order: bool = False,
         layers: str | list[str] | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = "auto",
         chunk_size: int | None = None,
         randomness: Randomness = "different",
         features: str | None = None,
@@ -127,10 +131,8 @@ class MAMLMixin(_Module):
         )
         self.evaluation_steps = check_non_negative_int("evaluation_steps", evaluation_steps)
         self.learning_rate = _check_rate("learning_rate", learning_rate)
-        self.preconditioner_learning_rate = _check_rate(
-            "preconditioner_learning_rate",
-            learning_rate if preconditioner_learning_rate is None else preconditioner_learning_rate,
-        )
+        second = learning_rate if preconditioner_learning_rate is None else preconditioner_learning_rate
+        self.preconditioner_learning_rate = _check_rate("preconditioner_learning_rate", second)
         self.step_weights = None if step_weights is None else weights_of_steps(step_weights, inner_steps)
         self.features = features
         if features is not None:
@@ -138,9 +140,9 @@ class MAMLMixin(_Module):
                 raise ValueError(f"`chunk_size` must be None where `features` is given, got {chunk_size}")
             check_layer(network, features)
             self.query_features = nn.Identity()
-        collection = _collection(metrics) if metrics else None
-        self.val_metrics = None if collection is None else collection.clone(prefix="val/")
-        self.test_metrics = None if collection is None else collection.clone(prefix="test/")
+        collection = collection_of(metrics)
+        self.val_measures, self.test_measures = Measures("val", collection), Measures("test", collection)
+        self._random_states = RandomStates()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse classes in which LightningModule's own steps would go before these."""
@@ -168,7 +170,8 @@ class MAMLMixin(_Module):
             Outputs of shape ``(tasks, samples, ...)``, with their gradient.
         """
         adapted = self.inner_loop.adapt(support, steps=self.evaluation_steps)
-        return self.inner_loop.predict(adapted, query_inputs, steps=self.evaluation_steps)
+        outputs: Tensor = self.inner_loop.predict(adapted, query_inputs, steps=self.evaluation_steps)
+        return outputs
 
     def adapt_and_measure(self, batch: tuple[Samples, Samples]) -> Episodes:
         """Adapt to the support samples of a batch's tasks and measure on their query samples.
@@ -181,7 +184,7 @@ class MAMLMixin(_Module):
             batch: ``((support_x, support_y), (query_x, query_y))``, tensors of shapes ``(tasks, samples, ...)``.
 
         Returns:
-            The differentiable loss, the losses of this rank's tasks, and the outputs.
+            The loss, the losses of this rank's tasks and the outputs, as from `lightning_plugins.meta.InnerLoop`.
 
         Raises:
             TypeError: If the batch is not two pairs of tensors, or network or loss return no tensor.
@@ -196,12 +199,11 @@ class MAMLMixin(_Module):
             batch: As for `adapt_and_measure`.
 
         Returns:
-            The episodes, and the features of the adapted networks in the shape ``(tasks * samples, ...)``, with their
-            gradient through all inner steps.
+            The episodes, and the adapted networks' features, ``(tasks * samples, ...)``, with their gradient.
 
         Raises:
             TypeError: As for `adapt_and_measure`.
-            ValueError: As for `adapt_and_measure`, or if the constructor was given no ``features``.
+            ValueError: Likewise, or if the constructor was given no ``features``.
         """
         episodes, features = self._episodes(batch)
         if features is None:
@@ -217,11 +219,11 @@ class MAMLMixin(_Module):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss and the metrics of a batch of tasks."""
-        self._evaluate("val", self.val_metrics, batch)
+        self._evaluate(self.val_measures, batch, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss and the metrics of a batch of tasks."""
-        self._evaluate("test", self.test_metrics, batch)
+        self._evaluate(self.test_measures, batch, dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the adapted networks' outputs on the query samples, ``(tasks, samples, ...)``."""
@@ -232,8 +234,7 @@ class MAMLMixin(_Module):
         """Return the groups of an optimizer: the weights, and what the inner loop learns besides.
 
         Returns:
-            Groups with ``params``, ``lr`` and ``name``, which is ``"weights"`` or ``"preconditioner"``; the second one
-            only if it is not empty. Parameters that your class has beside the network count as weights.
+            ``"weights"``, those of your class beside the network included, and ``"preconditioner"`` if there is any.
         """
         learned = [*self.inner_loop.preconditioner.parameters(), *self.inner_loop.rates.parameters()]
         known = set(map(id, learned))
@@ -247,6 +248,26 @@ class MAMLMixin(_Module):
         """Return Adam with the two learning rates."""
         return torch.optim.Adam(self.parameter_groups())
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the states of the random generators of all ranks."""
+        super().on_save_checkpoint(checkpoint)
+        self._random_states.save(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the states of this rank's random generators, for a training that is resumed."""
+        super().on_load_checkpoint(checkpoint)
+        self._random_states.load(self, checkpoint)
+
+    def on_fit_start(self) -> None:
+        """Set the random generators to where the training was left between epochs."""
+        super().on_fit_start()
+        self._random_states.restore(self, between_epochs=True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Set the random generators to where the training was left within an epoch."""
+        self._random_states.restore(self, between_epochs=False)
+        return super().on_train_batch_start(batch, batch_idx)
+
     def _episodes(self, batch: Any) -> tuple[Episodes, Tensor | None]:
         require_whole_parameters(self)
         refuse_hooks(self.network)
@@ -257,41 +278,23 @@ class MAMLMixin(_Module):
             episodes, features = self.inner_loop(*unpacked(batch), **settings), None
         else:
             episodes, kept = self.inner_loop.with_features(*unpacked(batch), self.features, **settings)
-            features = self.query_features(kept.flatten(0, 1))
+            features = self.query_features(cat_tasks(kept))
         if self.training:
-            episodes = episodes._replace(loss=_as_part_of_all(episodes.loss, len(episodes.losses)))
+            episodes = episodes._replace(loss=as_part_of_all(episodes.loss, len(episodes.losses)))
         return episodes, features
 
-    def _evaluate(self, stage: str, metrics: MetricCollection | None, batch: Any) -> None:
+    def _evaluate(self, measures: Measures, batch: Any, loader: int) -> None:
         episodes = self.adapt_and_measure(batch)
-        if metrics is not None:
-            metrics.update(episodes.outputs, unpacked(batch)[1][1])
+        found = measures.updated(episodes, unpacked(batch)[1][1], loader)
         if self._trainer is not None:
-            tasks = len(episodes.losses)
-            self.log(f"{stage}/loss", episodes.losses.mean(), batch_size=tasks, sync_dist=True)
-            if metrics is not None:
-                self.log_dict(metrics, batch_size=tasks)
+            self._metric_attributes = None  # Lightning looks metrics up once, and those of this loader may be new
+            self.log_dict(found, batch_size=len(episodes.losses))
 
     def _preconditioner(self, given: Preconditioner | None) -> Preconditioner | None:
         return given
-
-
-def _as_part_of_all(loss: Tensor, tasks: int) -> Tensor:
-    """The mean over this rank's tasks, weighted such that its mean over ranks is that over the tasks of all."""
-    counts = gather_row_counts(tasks)
-    return loss if len(counts) == 1 else loss * (tasks * len(counts) / sum(counts))
 
 
 def _check_rate(name: str, rate: float) -> float:
     if check_finite_number(name, rate) < 0:
         raise ValueError(f"`{name}` must be at least 0, got {rate}")
     return rate
-
-
-def _collection(metrics: dict[str, Metric]) -> MetricCollection:
-    if not isinstance(metrics, dict):
-        raise TypeError(f"`metrics` must be a dictionary of names and metrics, got {type(metrics).__name__}")
-    for name, metric in metrics.items():
-        if not isinstance(metric, Metric):
-            raise TypeError(f"`metrics[{name!r}]` must be a torchmetrics Metric, got {type(metric).__name__}")
-    return MetricCollection({**metrics})

@@ -105,7 +105,7 @@ def test_yaml_of_all_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert model.inner_loop.preconditioner.linear
     assert (model.inner_loop.steps, model.evaluation_steps, model.features) == (2, 3, "1")
     assert model.step_weights == [0.5, 1.0]
-    assert list(model.val_metrics) == ["val/mse"]
+    assert list(model.val_measures.metrics[0]) == ["val/mse"]
     assert len(model.inner_loop.rates) == 4
 
 
