@@ -1,7 +1,9 @@
 """What the benchmarks say of where they ran, and the tables they print."""
 
 import datetime
+import math
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
         for line in (header, rules, *rows)
     )
+
+
+# The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; 1.96 for more.
+_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_and_interval(values: Sequence[float], digits: int) -> str:
+    """The mean over training seeds with the half-width of its 95 % interval, by Student's t."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    quantile = _QUANTILES[len(values) - 2] if len(values) - 2 < len(_QUANTILES) else 1.96
+    return f"{mean} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 def _commit() -> str:
