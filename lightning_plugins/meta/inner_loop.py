@@ -77,7 +77,7 @@ class InnerLoop(nn.Module):
         >>> x = torch.ones(2, 3, 1)  # two tasks of three samples
         >>> y = torch.stack([torch.full((3, 1), 2.0), torch.full((3, 1), -2.0)])
         >>> episodes = loop((x, y), (x, y))
-        >>> episodes.losses  # the first task's weight went from 0 to 1, the second's to -1
+        >>> episodes.losses.detach()  # the first task's weight went from 0 to 1, the second's to -1
         tensor([1., 1.])
         >>> episodes.loss.backward()  # the gradient for the weight from which both started
         >>> loop.adapt((x, y))["weight"].flatten()
