@@ -1,0 +1,81 @@
+"""Maps and masks as rows of positions: channels summed, dimensions of space flattened."""
+
+import torch
+from torch import Tensor
+
+
+def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Check maps and masks against each other and flatten both.
+
+    Args:
+        attributions: ``(B, *spatial)``, or ``(B, C, *spatial)``, whose channels are summed.
+        masks: ``(B, *spatial)`` or ``(B, 1, *spatial)``; what is not zero belongs to the truth.
+
+    Returns:
+        The maps, at least in float32, and the masks as bools, of shape ``(B, L)`` each.
+
+    Raises:
+        TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
+        ValueError: If the shapes do not go together, or there is no position.
+    """
+    maps = checked_maps(attributions)
+    if not isinstance(masks, Tensor):
+        raise TypeError(f"`masks` must be a tensor, got {type(masks).__name__}; `spans_to_mask` makes one of spans")
+    if masks.shape != maps.shape and masks.ndim == maps.ndim and masks.ndim > 2 and masks.shape[1] == 1:
+        masks = masks[:, 0]
+    if maps.ndim == masks.ndim + 1:
+        maps = maps.sum(1)
+    if maps.shape != masks.shape:
+        raise ValueError(
+            "`masks` must have the shape (B, *spatial) of `attributions`, with or without channels, got"
+            f" {tuple(masks.shape)} for attributions of shape {tuple(attributions.shape)}"
+        )
+    if maps[:1].numel() == 0 and len(maps):
+        raise ValueError(f"`attributions` must have at least one position, got shape {tuple(attributions.shape)}")
+    return maps.reshape(len(maps), -1), masks.reshape(len(maps), -1).to(maps.device) != 0
+
+
+def checked_maps(attributions: Tensor) -> Tensor:
+    """Return ``attributions`` detached and at least in float32.
+
+    Raises:
+        TypeError: If it is not a floating tensor.
+        ValueError: If it has no dimension beside the samples.
+    """
+    if not isinstance(attributions, Tensor) or not attributions.is_floating_point():
+        kind = attributions.dtype if isinstance(attributions, Tensor) else type(attributions).__name__
+        raise TypeError(f"`attributions` must be a floating tensor, got {kind}")
+    if attributions.ndim < 2:
+        raise ValueError(f"`attributions` must have shape (B, [C,] *spatial), got {tuple(attributions.shape)}")
+    maps = attributions.detach()
+    return maps if maps.dtype in {torch.float32, torch.float64} else maps.float()
+
+
+def with_channels(inputs: Tensor) -> Tensor:
+    """``(B, L)`` as ``(B, 1, L)``; inputs of more dimensions have their channels already."""
+    return inputs.unsqueeze(1) if inputs.ndim == 2 else inputs
+
+
+def maps_of_inputs(attributions: Tensor, inputs: Tensor) -> Tensor:
+    """Sum the channels of maps that belong to inputs ``(B, [C,] *spatial)``.
+
+    Args:
+        attributions: The shape of ``inputs``, with any number of channels or without that dimension.
+        inputs: Inputs of the model.
+
+    Returns:
+        Maps of shape ``(B, *spatial)``.
+
+    Raises:
+        ValueError: If the shapes do not go together.
+    """
+    maps, wide = checked_maps(attributions), with_channels(inputs)
+    wanted = (wide.shape[0], *wide.shape[2:])
+    if maps.ndim == wide.ndim:
+        maps = maps.sum(1)
+    if maps.shape != wanted:
+        raise ValueError(
+            f"`attributions` must have the positions of `inputs`, of shape {tuple(inputs.shape)} with or without"
+            f" channels, got {tuple(attributions.shape)}"
+        )
+    return maps

@@ -1,0 +1,241 @@
+"""What a model's answer does as the positions that a map finds most, or least, relevant are taken away."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.functional.attribution._positions import maps_of_inputs, with_channels
+from lightning_plugins.functional.attribution.random import random_bits, sample_keys
+from lightning_plugins.functional.attribution.replacement import Patches, Perturbation, lines, replacements
+from lightning_plugins.functional.attribution.scoring import (
+    MAX_FORWARD_BATCH,
+    Forward,
+    Output,
+    checked_target,
+    class_scores,
+    score_copies,
+)
+
+Order = Literal["most", "least"]
+ORDERS: tuple[Order, ...] = ("most", "least")
+
+
+def perturbation_curve(
+    forward: Forward,
+    inputs: Tensor,
+    attributions: Tensor,
+    target: Tensor,
+    *,
+    perturbation: Perturbation | None = None,
+    order: Order = "most",
+    steps: int | None = None,
+    spread: bool = False,
+    output: Output = "probability",
+    max_forward_batch: int = MAX_FORWARD_BATCH,
+) -> Tensor:
+    """Score inputs of which more and more patches are replaced, in the order of their summed attribution.
+
+    All copies of all samples go through the model in as few passes as ``max_forward_batch`` allows; how they are cut
+    into passes, or samples into batches, changes nothing but rounding. Patches of equal sums follow each other in an
+    order drawn for each sample, the same for both orders.
+
+    Args:
+        forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
+        inputs: Shape ``(B, [C,] *spatial)``; two dimensions are ``(B, L)``.
+        attributions: The same shape, with any number of channels or without that dimension.
+        target: Class of each sample, integers of shape ``(B,)``.
+        perturbation: How patches are replaced; `Perturbation`'s defaults if None.
+        order: ``"most"`` takes the most relevant patches first (MoRF), ``"least"`` the least relevant (LeRF).
+        steps: Number of points after the first, one patch each; as many as there are patches if None. Of more steps
+            than patches, the last ones have all replaced.
+        spread: Whether the steps are spread evenly, so that the last one replaces all patches.
+        output: ``"probability"`` of the class, or its ``"logit"``.
+        max_forward_batch: The largest number of inputs in one forward pass.
+
+    Returns:
+        Scores of shape ``(B, steps + 1)``, beginning with the unchanged inputs; NaN for a sample whose map is not
+        finite.
+
+    Raises:
+        TypeError: If a tensor is of the wrong kind.
+        ValueError: If shapes do not go together or an argument is out of its range.
+
+    Example:
+        >>> def forward(x):  # the sum of the first half against that of the second
+        ...     return torch.stack([x[:, :2].sum(1), x[:, 2:].sum(1)], 1)
+        >>> x = torch.tensor([[1.0, 2.0, 0.0, 0.0]])
+        >>> perturbation_curve(forward, x, x, torch.tensor([0]), perturbation=Perturbation(1, "zero"), output="logit")
+        tensor([[3., 1., 0., 0., 0.]])
+
+    Source:
+        Samek et al., TNNLS 2017, https://arxiv.org/abs/1509.06321; Schulz et al., ICLR 2020; Suh et al., arXiv
+        2211.12702.
+    """
+    check_choice("order", order, ORDERS)
+    limit = check_positive_int("max_forward_batch", max_forward_batch)
+    how = perturbation or Perturbation()
+    maps, x = maps_of_inputs(attributions, inputs), with_channels(inputs.detach())
+    target = checked_target(target, len(x)).to(x.device)
+    patches, keys = Patches(tuple(x.shape[2:]), how.patch, x.device), sample_keys(x)
+    places = patch_places(patches.sums(maps), keys, order=order, seed=how.seed)
+    counts = steps_of(patches.count, steps, spread=spread)
+
+    def as_given(copies: Tensor) -> Tensor:
+        return copies[:, 0] if inputs.ndim == 2 else copies
+
+    if how.sequential:
+        curve = _sequential(lambda c: forward(as_given(c)), x, places, patches, counts.tolist(), target, limit, output)
+    else:
+        counts = counts.to(x.device)
+        replaced, place = replacements(x, how, patches, keys), places[:, patches.ids]
+
+        def make(samples: Tensor, points: Tensor) -> Tensor:
+            gone = place[samples] < counts[points].reshape(-1, *[1] * (place.ndim - 1))
+            return as_given(torch.where(gone[:, None], replaced[samples], x[samples]))
+
+        curve = score_copies(forward, make, target, len(counts), limit, output)
+    finite = torch.isfinite(maps).flatten(1).all(1)
+    return torch.where(finite[:, None], curve, torch.nan)
+
+
+def patch_places(sums: Tensor, keys: Tensor, *, order: Order = "most", seed: int = 0) -> Tensor:
+    """Number the patches of each sample in the order in which they are taken away.
+
+    Args:
+        sums: Attribution of each patch, shape ``(B, patches)``.
+        keys: int64 tensor of shape ``(B,)``, from which the order of equal patches is drawn.
+        order: ``"most"`` or ``"least"`` relevant first.
+        seed: Of that draw.
+
+    Returns:
+        Integers of shape ``(B, patches)``: 0 for the patch that goes first.
+
+    Example:
+        >>> patch_places(torch.tensor([[1.0, 5.0, 3.0]]), torch.tensor([0]))
+        tensor([[2, 0, 1]])
+    """
+    shuffled = random_bits(keys, sums.shape[1], seed=seed + 500).argsort(1)
+    drawn = sums.gather(1, shuffled).argsort(1, descending=order == "most", stable=True)
+    return shuffled.gather(1, drawn).argsort(1)
+
+
+def steps_of(patches: int, steps: int | None, *, spread: bool) -> Tensor:
+    """The number of patches that are replaced at each point of a curve.
+
+    Args:
+        patches: How many there are.
+        steps: Points after the first; as many as patches if None.
+        spread: Whether they are spread over all patches.
+
+    Returns:
+        Integers of shape ``(steps + 1,)``, rising from 0.
+
+    Raises:
+        TypeError: If ``steps`` is no int.
+        ValueError: If it is less than 1.
+
+    Example:
+        >>> steps_of(6, 4, spread=False), steps_of(6, 4, spread=True)
+        (tensor([0, 1, 2, 3, 4]), tensor([0, 2, 3, 5, 6]))
+    """
+    count = patches if steps is None else check_positive_int("steps", steps)
+    points = torch.arange(count + 1)
+    return (points * patches + count // 2) // count if spread else points.clamp_max(patches)
+
+
+def curve_area(curves: Tensor) -> Tensor:
+    """Mean height of a curve by the trapezoid rule: its area, the way from its first to its last point being 1.
+
+    Args:
+        curves: Shape ``(..., steps + 1)``, at least two points.
+
+    Returns:
+        Shape ``(...)``.
+
+    Example:
+        >>> curve_area(torch.tensor([1.0, 0.5, 0.0]))
+        tensor(0.5000)
+    """
+    return torch.trapezoid(curves, dim=-1) / (curves.shape[-1] - 1)
+
+
+def degradation_score(least: Tensor, most: Tensor, *, reduction: Literal["sum", "mean"] = "mean") -> Tensor:
+    """Area between the mean curves of a class, each scaled to fall from 1 to 0.
+
+    Args:
+        least: Mean probabilities as the least relevant patches go first (LeRF), shape ``(..., steps + 1)``.
+        most: The same with the most relevant ones first (MoRF).
+        reduction: ``"sum"`` over the points, as published, or their ``"mean"``.
+
+    Returns:
+        Shape ``(...)``; NaN where a curve ends as high as it began, since it cannot be scaled.
+
+    Raises:
+        ValueError: If the shapes differ or ``reduction`` is not known.
+
+    Example:
+        >>> degradation_score(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0]), reduction="sum")
+        tensor(1.)
+
+    Source:
+        Suh et al., arXiv 2211.12702; Schulz et al., ICLR 2020, https://arxiv.org/abs/2001.00396.
+    """
+    check_choice("reduction", reduction, ("sum", "mean"))
+    if least.shape != most.shape:
+        raise ValueError(f"`least` and `most` must have the same shape, got {tuple(least.shape)}, {tuple(most.shape)}")
+    gap = scaled_curve(least) - scaled_curve(most)
+    return gap.sum(-1) if reduction == "sum" else gap.mean(-1)
+
+
+def scaled_curve(curve: Tensor) -> Tensor:
+    """Scale a curve so that it begins at 1 and ends at 0.
+
+    Args:
+        curve: Shape ``(..., points)``.
+
+    Returns:
+        The same shape; NaN where first and last point are equal up to rounding.
+
+    Example:
+        >>> scaled_curve(torch.tensor([0.9, 0.7, 0.1]))
+        tensor([1.0000, 0.7500, 0.0000])
+    """
+    first, last = curve[..., :1], curve[..., -1:]
+    fall = first - last
+    flat = fall.abs() <= 8 * torch.finfo(curve.dtype).eps * first.abs().maximum(last.abs())
+    return torch.where(flat, torch.nan, (curve - last) / torch.where(flat, 1.0, fall))
+
+
+def _sequential(
+    forward: Forward,
+    x: Tensor,
+    places: Tensor,
+    patches: Patches,
+    counts: list[int],
+    target: Tensor,
+    limit: int,
+    output: Output,
+) -> Tensor:
+    """Replace one patch after the other by lines between what then stands beside it."""
+    columns: list[Tensor] = []
+    for samples in torch.arange(len(x), device=x.device).split(limit):
+        state, waiting, rows, done = x[samples], [], [], 0
+        for count in counts:
+            while done < count:
+                now = (places[samples][:, patches.ids] == done)[:, None]
+                state = torch.where(now, lines(state, patches, state), state)
+                done += 1
+            if waiting and (len(waiting) + 1) * len(samples) > limit:
+                rows.append(_score_states(forward, waiting, target[samples], output))
+                waiting = []
+            waiting.append(state)
+        rows.append(_score_states(forward, waiting, target[samples], output))
+        columns.append(torch.cat(rows).T)
+    return torch.cat(columns) if columns else torch.zeros(0, len(counts), device=x.device)
+
+
+def _score_states(forward: Forward, states: list[Tensor], target: Tensor, output: Output) -> Tensor:
+    scores = class_scores(forward, torch.cat(states), target.repeat(len(states)), output=output)
+    return scores.reshape(len(states), -1)

@@ -1,0 +1,240 @@
+"""How well an attribution map finds the positions that are known to matter, sample by sample.
+
+All functions take maps ``(B, [C,] *spatial)`` and masks ``(B, *spatial)`` or ``(B, 1, *spatial)`` with any number of
+dimensions of space; channels are summed first. Ties are broken by expectation: of positions that are equal in the map,
+each is taken in part, so no score depends on the order in which they stand. A sample whose mask is empty or whose map
+has a NaN or an infinity gives NaN.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_plugins._checks import check_non_negative_int, check_positive_int
+from lightning_plugins.functional.attribution._positions import flat_positions
+
+
+class LocalizationScores(NamedTuple):
+    """Scores of samples, and what a random map is expected to reach on the same masks.
+
+    Attributes:
+        score: Shape ``(B,)``; NaN where it is not defined.
+        random: Shape ``(B,)``; NaN where ``score`` is.
+    """
+
+    score: Tensor
+    random: Tensor
+
+
+def localization_iou(attributions: Tensor, masks: Tensor) -> LocalizationScores:
+    """Intersection over union of the mask and the ``N`` largest positions of the map, ``N`` the size of the mask.
+
+    With ``h`` hits among them it is ``h / (2 N - h)``. Ties enter through the expected number of hits; a constant map
+    has ``N**2 / L`` of them and gives ``q / (2 - q)``, the base rate ``q = N / L`` as an IoU, which is also the random
+    baseline.
+
+    Args:
+        attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
+        masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
+
+    Returns:
+        Scores in ``[0, 1]``.
+
+    Raises:
+        TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
+        ValueError: If the shapes do not go together.
+
+    Example:
+        >>> localization_iou(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[1, 0, 1, 0]])).score
+        tensor([0.3333])
+
+    Source:
+        Suh et al., arXiv 2211.12702. Our reading: the IoU of the expected hits, not the expected IoU, which differs by
+        the small variance of the hits among ties.
+    """
+    maps, truth = flat_positions(attributions, masks)
+    size = truth.sum(1)
+    hits, rate = _expected_hits(maps, truth, size), size / maps.shape[1]
+    return _defined(hits / (2 * size - hits), rate / (2 - rate), maps, truth)
+
+
+def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> LocalizationScores:
+    """Share of the ``N`` largest positions of the map that lie in the mask, ``N`` the size of the mask.
+
+    Args:
+        attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
+        masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
+
+    Returns:
+        Scores in ``[0, 1]``; a constant map gives the base rate ``N / L``, the random baseline.
+
+    Raises:
+        TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
+        ValueError: If the shapes do not go together.
+
+    Example:
+        >>> relevance_rank_accuracy(torch.zeros(1, 4), torch.tensor([[1, 0, 0, 0]]))  # all tied
+        LocalizationScores(score=tensor([0.2500]), random=tensor([0.2500]))
+
+    Source:
+        Arras et al., Information Fusion 2022, https://arxiv.org/abs/2003.07258.
+    """
+    maps, truth = flat_positions(attributions, masks)
+    size = truth.sum(1)
+    return _defined(_expected_hits(maps, truth, size) / size, size / maps.shape[1], maps, truth)
+
+
+def top_k_intersection(attributions: Tensor, masks: Tensor, k: int) -> LocalizationScores:
+    """Share of the ``k`` largest positions of the map that lie in the mask.
+
+    Args:
+        attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
+        masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
+        k: How many positions, at most as many as there are.
+
+    Returns:
+        Scores in ``[0, 1]``; a constant map gives the base rate ``N / L``, the random baseline.
+
+    Raises:
+        TypeError: If ``attributions`` is not a floating tensor, ``masks`` no tensor or ``k`` no int.
+        ValueError: If the shapes do not go together, or ``k`` is out of its range.
+
+    Example:
+        >>> top_k_intersection(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[1, 0, 1, 0]]), k=1).score
+        tensor([1.])
+
+    Source:
+        Theiner et al., WACV 2022, https://arxiv.org/abs/2104.14995.
+    """
+    maps, truth = flat_positions(attributions, masks)
+    if check_positive_int("k", k) > maps.shape[1]:
+        raise ValueError(f"`k` must be at most the number of positions, {maps.shape[1]}, got {k}")
+    hits = _expected_hits(maps, truth, torch.full((len(maps),), k, device=maps.device))
+    return _defined(hits / k, truth.sum(1) / maps.shape[1], maps, truth)
+
+
+def attribution_localization(attributions: Tensor, masks: Tensor, *, weighted: bool = False) -> LocalizationScores:
+    """Share of the positive attribution that lies in the mask.
+
+    Only positive parts count, so the share stays within ``[0, 1]`` for signed maps. A map without any is as good as a
+    constant one: it gives the base rate.
+
+    Args:
+        attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
+        masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
+        weighted: Whether to divide by the base rate ``N / L``: then 1 is what a constant map gives, whatever the size
+            of the mask, and the score is in ``[0, L / N]``.
+
+    Returns:
+        Scores; the random baseline is ``N / L``, or 1 if weighted.
+
+    Raises:
+        TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
+        ValueError: If the shapes do not go together.
+
+    Example:
+        >>> attribution_localization(torch.tensor([[3.0, 1.0, -4.0, 0.0]]), torch.tensor([[1, 0, 1, 0]])).score
+        tensor([0.7500])
+
+    Source:
+        Kohlbrenner et al., IJCNN 2020, https://arxiv.org/abs/1910.09840.
+    """
+    maps, truth = flat_positions(attributions, masks)
+    positive = maps.clamp_min(0)
+    positive = positive / positive.amax(1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # sums stay finite
+    total, rate = positive.sum(1), truth.sum(1) / maps.shape[1]
+    share = torch.where(total > 0, (positive * truth).sum(1) / total, rate.to(maps.dtype))
+    share = share.clamp_max(1.0)  # the two sums round apart
+    return _defined(share / rate if weighted else share, rate / rate if weighted else rate, maps, truth)
+
+
+def pointing_game(attributions: Tensor, masks: Tensor, *, tolerance: int = 0) -> LocalizationScores:
+    """Tell whether the largest position of the map lies in the mask, or no further from it than the tolerance.
+
+    Args:
+        attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
+        masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
+        tolerance: By how many positions the mask is widened to all sides, along every dimension of space.
+
+    Returns:
+        0 or 1, or the share of the mask among positions that are largest together; the random baseline is the share of
+        the widened mask.
+
+    Raises:
+        TypeError: If ``attributions`` is not a floating tensor, ``masks`` no tensor or ``tolerance`` no int.
+        ValueError: If the shapes do not go together, or ``tolerance`` is negative.
+
+    Example:
+        >>> pointing_game(torch.tensor([[1.0, 3.0, 0.0, 0.0]]), torch.tensor([[1, 0, 0, 0]]), tolerance=1)
+        LocalizationScores(score=tensor([1.]), random=tensor([0.5000]))
+
+    Source:
+        Zhang et al., IJCV 2018, https://arxiv.org/abs/1608.00507.
+    """
+    check_non_negative_int("tolerance", tolerance)
+    maps, truth = flat_positions(attributions, masks)
+    wide = truth
+    if tolerance:
+        wide = _dilated(truth.reshape(masks.shape), tolerance).reshape(truth.shape)  # a channel of one stays one
+    largest = maps == maps.amax(1, keepdim=True)
+    score = (largest & wide).sum(1) / largest.sum(1)
+    return _defined(score, wide.sum(1) / maps.shape[1], maps, truth)
+
+
+def attribution_auroc(attributions: Tensor, masks: Tensor) -> LocalizationScores:
+    """Area under the ROC curve of the map as a detector of the mask's positions, ties counting one half.
+
+    Args:
+        attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
+        masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
+
+    Returns:
+        Scores in ``[0, 1]``; 0.5 for a constant map, the random baseline; NaN for a mask of all positions too.
+
+    Raises:
+        TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
+        ValueError: If the shapes do not go together.
+
+    Example:
+        >>> attribution_auroc(torch.tensor([[3.0, 2.0, 2.0, 0.0]]), torch.tensor([[1, 0, 1, 0]])).score
+        tensor([0.8750])
+
+    Source:
+        Mann and Whitney, 1947.
+    """
+    maps, truth = flat_positions(attributions, masks)
+    sort = maps.sort(1)
+    left = torch.searchsorted(sort.values, sort.values)  # tied values share one rank, the mean of theirs
+    right = torch.searchsorted(sort.values, sort.values, right=True)
+    ranks = (left + right + 1).to(torch.promote_types(maps.dtype, torch.float32)) / 2
+    size = truth.sum(1).to(ranks.dtype)
+    won = (ranks * truth.gather(1, sort.indices)).sum(1) - size * (size + 1) / 2
+    score = won / (size * (maps.shape[1] - size))  # 0 / 0 for a full mask
+    return _defined(score, torch.full_like(score, 0.5).where(size < maps.shape[1], torch.nan), maps, truth)
+
+
+def _expected_hits(maps: Tensor, truth: Tensor, size: Tensor) -> Tensor:
+    """Positions of the truth among the ``size`` largest, where tied ones are drawn at random."""
+    ordered = maps.sort(1, descending=True).values
+    least = ordered.gather(1, (size - 1).clamp_min(0)[:, None])  # the value of the last that is taken
+    above, tied = maps > least, maps == least
+    wanted = size - above.sum(1)  # of the tied ones
+    return (above & truth).sum(1) + (tied & truth).sum(1) * wanted / tied.sum(1).clamp_min(1)
+
+
+def _defined(score: Tensor, random: Tensor, maps: Tensor, truth: Tensor) -> LocalizationScores:
+    usable = torch.isfinite(maps).all(1) & truth.any(1)
+    kept = (torch.where(usable, part.to(maps.dtype), torch.nan) for part in (score, random))
+    return LocalizationScores(*kept)
+
+
+def _dilated(masks: Tensor, radius: int) -> Tensor:
+    """Widen masks by ``radius`` along each dimension of space, one after the other."""
+    wide = masks.to(torch.float32)
+    for dim in range(1, masks.ndim):
+        rows = wide.movedim(dim, -1)
+        pooled = F.max_pool1d(rows.reshape(-1, 1, rows.shape[-1]), 2 * radius + 1, stride=1, padding=radius)
+        wide = pooled.reshape(rows.shape).movedim(-1, dim)
+    return wide > 0

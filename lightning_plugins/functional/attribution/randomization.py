@@ -1,0 +1,121 @@
+"""Whether a map depends on what the model has learned: its layers are made random, one after the other."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins._checks import check_choice, check_non_negative_int
+from lightning_plugins.functional.attribution._positions import checked_maps
+from lightning_plugins.functional.attribution.faithfulness import pearson
+
+
+def parameter_randomization(
+    model: nn.Module,
+    explain: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    target: Tensor,
+    *,
+    order: Literal["cascade", "independent"] = "cascade",
+    absolute: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Compare maps of a model with those of copies whose layers have lost what they learned.
+
+    Each parameter of a layer is replaced by normal numbers of its own mean and standard deviation. A method whose maps
+    stay the same (a rank correlation near 1) explains the inputs, not the model. The model has its weights back
+    afterwards, also after an error.
+
+    Args:
+        model: The network that ``explain`` explains, in evaluation mode.
+        explain: Maps inputs and their classes to attributions ``(B, ...)``.
+        inputs: Shape ``(B, ...)``.
+        target: Class of each sample, integers of shape ``(B,)``.
+        order: ``"cascade"`` makes the layers random from the last to the first and leaves them so, ``"independent"``
+            one at a time.
+        absolute: Whether absolute values of the maps are compared.
+        seed: Of the random parameters.
+
+    Returns:
+        By the name of each layer that has parameters of its own, in the order in which they became random, Spearman's
+        correlation of the two maps of each sample, shape ``(B,)``; NaN where one of them is constant.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        ValueError: If it has no parameters, or ``order`` is not known.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(6, 2))
+        >>> same = parameter_randomization(net, lambda x, target: x, torch.randn(2, 6), torch.tensor([0, 1]))
+        >>> same["0"]  # a map that does not ask the model
+        tensor([1., 1.])
+
+    Source:
+        Adebayo et al., NeurIPS 2018, https://arxiv.org/abs/1810.03292.
+    """
+    check_choice("order", order, ("cascade", "independent"))
+    check_non_negative_int("seed", seed)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a module, got {type(model).__name__}")
+    layers = [(name, layer) for name, layer in model.named_modules() if any(True for _ in layer.parameters(False))]
+    if not layers:
+        raise ValueError(f"`model` must have parameters to make random, got {type(model).__name__} without any")
+
+    def maps() -> Tensor:
+        found = checked_maps(explain(inputs, target)).flatten(1)
+        return found.abs() if absolute else found
+
+    original, generator, similar = maps(), torch.Generator().manual_seed(seed), {}
+    with _restored(model):
+        for name, layer in reversed(layers):
+            kept = [(parameter, parameter.detach().clone()) for parameter in layer.parameters(False)]
+            for parameter, value in kept:
+                parameter.data.copy_(_random_like(value, generator))
+            similar[name] = spearman(original, maps())
+            if order == "independent":
+                for parameter, value in kept:
+                    parameter.data.copy_(value)
+    return similar
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Correlate the ranks of the rows of two matrices; tied values share the mean of their ranks.
+
+    Args:
+        a: Shape ``(B, n)``.
+        b: Shape ``(B, n)``.
+
+    Returns:
+        Shape ``(B,)``, in ``[-1, 1]``; NaN where a row is constant or not finite.
+
+    Example:
+        >>> spearman(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[3.0, 5.0, 6.0]])).round(decimals=3)
+        tensor([1.])
+    """
+    finite = (torch.isfinite(a) & torch.isfinite(b)).all(1)
+    return torch.where(finite, pearson(_ranks(a), _ranks(b)), torch.nan)
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    ordered = rows.sort(1).values
+    return (torch.searchsorted(ordered, rows) + torch.searchsorted(ordered, rows, right=True)).to(rows) / 2
+
+
+def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Drawn on the CPU, so that devices agree; a constant parameter, such as a new bias, gets a little noise."""
+    spread = value.float().std(correction=0).cpu()
+    scale = torch.where(spread > 0, spread, 0.01)
+    return torch.randn(value.shape, generator=generator) * scale + value.float().mean().cpu()
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.data.copy_(value)

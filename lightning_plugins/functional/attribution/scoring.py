@@ -1,0 +1,123 @@
+"""The number that a model gives to a class, of many copies of inputs and few at a time."""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import check_choice
+
+Forward = Callable[[Tensor], Tensor]
+Output = Literal["probability", "logit"]
+OUTPUTS: tuple[Output, ...] = ("probability", "logit")
+MAX_FORWARD_BATCH = 256  # copies of a sample in one forward pass, unless a caller says otherwise
+
+
+def class_scores(forward: Forward, inputs: Tensor, target: Tensor, *, output: Output = "logit") -> Tensor:
+    """Run a model without gradients and pick one class for each row.
+
+    Args:
+        forward: Maps inputs to logits of shape ``(n, classes)``.
+        inputs: Tensor of shape ``(n, ...)``.
+        target: Class of each row, integers of shape ``(n,)``.
+        output: ``"logit"``, or ``"probability"`` for its softmax over the classes.
+
+    Returns:
+        Tensor of shape ``(n,)``, at least in float32.
+
+    Raises:
+        TypeError: If the model returns no tensor, or ``target`` is not of integers.
+        ValueError: If the logits have another shape, there are no two classes to give probabilities for, or a class is
+            none of them.
+
+    Example:
+        >>> class_scores(lambda x: x, torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 1]))
+        tensor([0., 3.])
+    """
+    check_choice("output", output, OUTPUTS)
+    with torch.no_grad():
+        logits = forward(inputs)
+    return pick(checked_logits(logits, len(inputs), output), checked_target(target, len(inputs)), output)
+
+
+def checked_logits(logits: object, rows: int, output: Output) -> Tensor:
+    """Return ``logits`` at least in float32 if a class can be picked from them.
+
+    Args:
+        logits: What a model has returned.
+        rows: The number of rows it was given.
+        output: What is to be made of them.
+
+    Returns:
+        The logits, of shape ``(rows, classes)``.
+
+    Raises:
+        TypeError: If it is no floating tensor.
+        ValueError: If it has another shape, or probabilities are wanted of a single class.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"`forward` must return a floating tensor of logits, got {type(logits).__name__}")
+    if logits.ndim != 2 or len(logits) != rows:
+        raise ValueError(f"`forward` must return logits of shape ({rows}, classes), got {tuple(logits.shape)}")
+    if output == "probability" and logits.shape[1] < 2:
+        raise ValueError(
+            "`forward` gives no probabilities: of one class the softmax is always 1; return logits of shape"
+            " (n, 2), such as `torch.cat([-z, z], 1) / 2`, or take `output='logit'`"
+        )
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def checked_target(target: object, rows: int) -> Tensor:
+    """Return ``target`` if it names one class for each row.
+
+    Raises:
+        TypeError: If it is no tensor of integers.
+        ValueError: If it has another shape.
+    """
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"`target` must be a tensor of class numbers, got {kind}")
+    if target.shape != (rows,):
+        raise ValueError(f"`target` must have shape ({rows},), one class for each sample, got {tuple(target.shape)}")
+    return target
+
+
+def pick(logits: Tensor, target: Tensor, output: Output) -> Tensor:
+    """The target's number in each row; a class that is not there raises on a CPU, and stops the kernel elsewhere."""
+    if (
+        target.device.type == "cpu"
+        and target.numel()
+        and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]
+    ):
+        raise ValueError(
+            f"`target` must be in 0 to {logits.shape[1] - 1}, the classes of the model, got {int(target.min())} to"
+            f" {int(target.max())}"
+        )
+    values = logits.softmax(1) if output == "probability" else logits
+    return values.gather(1, target.to(values.device)[:, None])[:, 0]
+
+
+def score_copies(
+    forward: Forward, make: Callable[[Tensor, Tensor], Tensor], target: Tensor, copies: int, limit: int, output: Output
+) -> Tensor:
+    """Score ``copies`` copies of each sample, at most ``limit`` of all together in a forward pass.
+
+    Args:
+        forward: Maps inputs to logits.
+        make: Builds, from the numbers of samples and of copies, both of shape ``(n,)``, ``n`` perturbed inputs.
+        target: Class of each sample, shape ``(B,)``.
+        copies: How many of each sample.
+        limit: The memory bound.
+        output: See `class_scores`.
+
+    Returns:
+        Scores of shape ``(B, copies)``.
+    """
+    pairs = torch.arange(len(target) * copies, device=target.device)
+    parts: Iterable[Tensor] = pairs.split(limit) if len(pairs) else ()
+    found = [
+        class_scores(forward, make(part // copies, part % copies), target[part // copies], output=output)
+        for part in parts
+    ]
+    return torch.cat(found).reshape(len(target), copies) if found else torch.zeros(0, copies, device=target.device)

@@ -1,0 +1,118 @@
+"""Truth as spans of a signal or boxes of an image, made into masks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import check_positive_int
+
+
+def beat_spans(r_peaks: Tensor, labels: Tensor, length: int) -> dict[int, Tensor]:
+    """Bound each beat of a signal by the midpoints between its R peak and the neighbours'.
+
+    Args:
+        r_peaks: Rising sample numbers of shape ``(n,)``, within the signal.
+        labels: Integers of shape ``(n,)``: the class of each beat.
+        length: Number of samples of the signal.
+
+    Returns:
+        For each label that occurs, in rising order, the spans of its beats, an integer tensor of shape ``(m, 2)``: the
+        first sample, and one beyond the last. The first span begins at 0 and the last ends at ``length``.
+
+    Raises:
+        TypeError: If a tensor is not of integers or ``length`` no int.
+        ValueError: If the shapes differ, the peaks do not rise or lie outside of the signal.
+
+    Example:
+        >>> beat_spans(torch.tensor([10, 31, 50]), torch.tensor([0, 1, 0]), length=60)
+        {0: tensor([[ 0, 20],
+                [40, 60]]), 1: tensor([[20, 40]])}
+
+    Source:
+        Suh et al., arXiv 2211.12702, whose code takes the integer midpoints.
+    """
+    check_positive_int("length", length)
+    for name, value in (("r_peaks", r_peaks), ("labels", labels)):
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            raise TypeError(f"`{name}` must be a tensor of integers, got {_kind(value)}")
+        if value.ndim != 1 or value.shape != r_peaks.shape:
+            raise ValueError(
+                f"`{name}` must have shape (n,), one number a beat, got {tuple(value.shape)} for {len(r_peaks)} R peaks"
+            )
+    if len(r_peaks) and (int(r_peaks.min()) < 0 or int(r_peaks.max()) >= length):
+        raise ValueError(
+            f"`r_peaks` must lie within the signal, 0 to {length - 1}, got {int(r_peaks.min())} to {int(r_peaks.max())}"
+        )
+    if bool((r_peaks.diff() <= 0).any()):
+        raise ValueError("`r_peaks` must rise; sort them, with their labels, and drop doubles")
+    middles = (r_peaks[:-1] + r_peaks[1:]) // 2
+    bounds = torch.cat([r_peaks.new_zeros(1), middles, r_peaks.new_full((1,), length)])
+    spans = torch.stack([bounds[:-1], bounds[1:]], 1)[: len(r_peaks)]
+    return {int(label): spans[labels == label] for label in labels.unique(sorted=True)}
+
+
+def spans_to_mask(spans: Tensor | Sequence[Sequence[int]], length: int) -> Tensor:
+    """Mark the samples of spans.
+
+    Args:
+        spans: Integers of shape ``(m, 2)``: first sample, one beyond the last; they may overlap. None marks nothing.
+        length: Number of samples of the signal.
+
+    Returns:
+        Bool tensor of shape ``(length,)``.
+
+    Raises:
+        TypeError: If ``length`` is no int, or a bound none.
+        ValueError: If a span is empty, lies outside of the signal, or has no two bounds.
+
+    Example:
+        >>> spans_to_mask([(0, 2), (3, 4)], length=5)
+        tensor([ True,  True, False,  True, False])
+    """
+    return boxes_to_mask(spans, (length,))
+
+
+def boxes_to_mask(boxes: Tensor | Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
+    """Mark the positions of boxes.
+
+    Args:
+        boxes: Integers of shape ``(m, 2 * len(shape))``: the first position along each dimension, then, along each, one
+            beyond the last; for an image ``(top, left, bottom, right)``.
+        shape: Size of the space, ``(length,)`` or ``(height, width)``, say.
+
+    Returns:
+        Bool tensor of the given shape.
+
+    Raises:
+        TypeError: If a size is no int, or a bound none.
+        ValueError: If a box is empty, lies outside, or has another number of bounds.
+
+    Example:
+        >>> boxes_to_mask([(0, 1, 2, 3)], (2, 4)).int()
+        tensor([[0, 1, 1, 0],
+                [0, 1, 1, 0]], dtype=torch.int32)
+    """
+    for size in shape:
+        check_positive_int("length" if len(shape) == 1 else "shape", size)
+    name = "spans" if len(shape) == 1 else "boxes"
+    table = torch.as_tensor(boxes)
+    if table.numel() == 0:
+        return torch.zeros(*shape, dtype=torch.bool)
+    if table.is_floating_point():
+        raise TypeError(f"`{name}` must be of integers, got {table.dtype}")
+    if table.ndim != 2 or table.shape[1] != 2 * len(shape):
+        raise ValueError(f"`{name}` must have shape (m, {2 * len(shape)}), got {tuple(table.shape)}")
+    mask = torch.zeros(*shape, dtype=torch.bool)
+    for box in table.tolist():
+        begins, ends = box[: len(shape)], box[len(shape) :]
+        if any(not 0 <= begin < end <= size for begin, end, size in zip(begins, ends, shape, strict=True)):
+            raise ValueError(
+                f"`{name}` must have 0 <= first < one beyond the last <= {tuple(shape)}, got {begins} to {ends}"
+            )
+        mask[tuple(slice(begin, end) for begin, end in zip(begins, ends, strict=True))] = True
+    return mask
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
