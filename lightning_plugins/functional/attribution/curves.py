@@ -117,7 +117,7 @@ def patch_places(sums: Tensor, keys: Tensor, *, order: Order = "most", seed: int
         tensor([[2, 0, 1]])
     """
     shuffled = random_bits(keys, sums.shape[1], seed=seed + 500).argsort(1)
-    drawn = sums.gather(1, shuffled).argsort(1, descending=order == "most", stable=True)
+    drawn = sums.gather(1, shuffled).argsort(dim=1, descending=order == "most", stable=True)
     return shuffled.gather(1, drawn).argsort(1)
 
 

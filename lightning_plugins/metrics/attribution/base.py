@@ -1,0 +1,131 @@
+"""What the metrics of attributions share: sums by class, a random baseline, and skill over it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import check_positive_int
+from lightning_plugins.metrics._sums import SumMetric
+
+
+class AttributionScore(NamedTuple):
+    """A mean score beside the one of random maps.
+
+    Attributes:
+        score: The mean over samples; NaN without any.
+        random: The mean that random maps reach, or are expected to reach, on the same samples.
+        skill: ``(score - random) / (best - random)``: 1 for the best possible score, 0 for a random one.
+        count: Number of samples with a score.
+        undefined: Number of samples that have none: an empty mask, a map that is not finite, a constant one.
+    """
+
+    score: Tensor
+    random: Tensor
+    skill: Tensor
+    count: Tensor
+    undefined: Tensor
+
+
+class AttributionMetric(SumMetric):
+    """Base of the metrics that are means over samples.
+
+    The states are sums in double precision, one for each class, so the result is exact however samples are split into
+    batches or over ranks, and the sums of the classes are those of all samples.
+
+    Args:
+        num_classes: Number of classes, for results by class.
+        per_class: Whether results have one entry for each class; needs ``num_classes``.
+
+    Raises:
+        TypeError: If ``num_classes`` is no int.
+        ValueError: If it is less than 1, or missing where results by class are wanted.
+    """
+
+    best = 1.0  # the best possible score
+    total: Tensor
+    baseline: Tensor
+    count: Tensor
+    undefined: Tensor
+
+    def __init__(self, *, num_classes: int | None = None, per_class: bool = False) -> None:
+        super().__init__()
+        self.num_classes, self.per_class = num_classes, per_class
+        size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
+        if per_class and num_classes is None:
+            raise ValueError("`per_class=True` needs `num_classes`, so that every rank has the same sums, got None")
+        for name in ("total", "baseline"):
+            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("count", "undefined"):
+            self.add_state(name, torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
+
+    def compute(self) -> AttributionScore:
+        """Mean over all samples of all batches and ranks.
+
+        Returns:
+            Scalars, or tensors of shape ``(num_classes,)`` with ``per_class``.
+        """
+        sums = (self.total, self.baseline, self.count, self.undefined)
+        total, baseline, count, undefined = sums if self.per_class else (part.sum() for part in sums)
+        score, random = total / count, baseline / count
+        return AttributionScore(score, random, skill_of(score, random, self.best), count, undefined)
+
+    def add(self, scores: Tensor, random: Tensor, classes: Tensor | None) -> None:
+        """Add samples to the sums of their classes.
+
+        Args:
+            scores: Shape ``(B,)``; NaN for a sample that has none.
+            random: The scores of random maps, shape ``(B,)``.
+            classes: Integers of shape ``(B,)``; needed where the metric has ``num_classes``.
+
+        Raises:
+            TypeError: If ``classes`` is not of integers.
+            ValueError: If classes are missing, or of another shape or range.
+        """
+        index = self.class_index(classes, len(scores)).to(self.count.device)
+        defined = (torch.isfinite(scores) & torch.isfinite(random)).to(index.device)
+        for name, values in (("total", scores), ("baseline", random)):
+            sums = getattr(self, name)
+            kept = torch.where(defined, values.detach().to(sums), 0.0)
+            setattr(self, name, sums.index_add(0, index, kept))
+        self.count = self.count.index_add(0, index, defined.long())
+        self.undefined = self.undefined.index_add(0, index, (~defined).long())
+
+    def class_index(self, classes: Tensor | None, rows: int) -> Tensor:
+        """The row of the sums that each sample belongs to.
+
+        Args:
+            classes: Integers of shape ``(rows,)``, or None for a metric without classes.
+            rows: Number of samples.
+
+        Returns:
+            Integers of shape ``(rows,)``.
+
+        Raises:
+            TypeError: If ``classes`` is not of integers.
+            ValueError: If classes are missing, or of another shape or range.
+        """
+        if self.num_classes is None:
+            return torch.zeros(rows, dtype=torch.long)
+        if classes is None:
+            raise ValueError(f"`classes` must be given to a metric with `num_classes={self.num_classes}`, got None")
+        if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dtype == torch.bool:
+            kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
+            raise TypeError(f"`classes` must be a tensor of integers, got {kind}")
+        if classes.shape != (rows,):
+            raise ValueError(f"`classes` must have shape ({rows},), got {tuple(classes.shape)}")
+        if (
+            classes.device.type == "cpu"
+            and rows
+            and not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes
+        ):
+            raise ValueError(
+                f"`classes` must be in 0 to {self.num_classes - 1}, got {int(classes.min())} to {int(classes.max())}"
+            )
+        return classes.long()
+
+
+def skill_of(score: Tensor, random: Tensor, best: float) -> Tensor:
+    """Place a score between that of random maps, 0, and the best possible one, 1; NaN where these are the same."""
+    room = best - random
+    return torch.where(room == 0, torch.nan, (score - random) / room)

@@ -1,0 +1,232 @@
+"""Whether attributions say what models do when inputs change, as metrics over many samples."""
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import check_finite_number, check_fraction, check_non_negative_int, check_positive_int
+from lightning_plugins.functional.attribution import (
+    Perturbation,
+    faithfulness_correlation,
+    infidelity,
+    random_attributions,
+    sensitivity,
+)
+from lightning_plugins.functional.attribution.faithfulness import Explain
+from lightning_plugins.functional.attribution.random import random_normal, sample_keys
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
+from lightning_plugins.metrics.attribution.base import AttributionMetric
+
+
+class FaithfulnessCorrelation(AttributionMetric):
+    """Mean correlation of attributions with drops of the score; see `faithfulness_correlation`.
+
+    The random baseline is 0, the expectation for maps that know nothing of the model.
+
+    Args:
+        draws: Number of random sets of positions of each sample.
+        share: Share of the positions in a set.
+        perturbation: How they are replaced; by zeros if None.
+        num_classes: Number of classes, for results by class.
+        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        max_forward_batch: The largest number of inputs in one forward pass.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of its range.
+
+    Example:
+        >>> forward = lambda x: torch.stack([x.sum(1), 0 * x.sum(1)], 1)
+        >>> x = torch.arange(1.0, 21.0).reshape(1, 20)
+        >>> metric = FaithfulnessCorrelation(draws=10)
+        >>> metric.update(forward, x, x, torch.tensor([0]))
+        >>> round(metric.compute().score.item(), 3)
+        1.0
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        *,
+        draws: int = 100,
+        share: float = 0.1,
+        perturbation: Perturbation | None = None,
+        num_classes: int | None = None,
+        per_class: bool = False,
+        max_forward_batch: int = MAX_FORWARD_BATCH,
+    ) -> None:
+        super().__init__(num_classes=num_classes, per_class=per_class)
+        self.draws, self.share = check_positive_int("draws", draws), check_fraction("share", share)
+        self.perturbation = perturbation
+        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
+
+    def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
+        """Add the samples of one batch; their class is ``target`` where the metric has classes.
+
+        Args:
+            forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
+            inputs: Shape ``(B, [C,] *spatial)``.
+            attributions: The same shape, with any number of channels or without that dimension.
+            target: Class of each sample, integers of shape ``(B,)``.
+
+        Raises:
+            TypeError: If a tensor is of the wrong kind.
+            ValueError: If shapes do not go together, or a class is out of range.
+        """
+        scores = faithfulness_correlation(
+            forward,
+            inputs,
+            attributions,
+            target,
+            draws=self.draws,
+            share=self.share,
+            perturbation=self.perturbation,
+            max_forward_batch=self.max_forward_batch,
+        )
+        self.add(scores, torch.zeros_like(scores), target)
+
+
+class Infidelity(AttributionMetric):
+    """Mean squared error of maps as predictions of what noise does; lower is better; see `infidelity`.
+
+    The baseline is that of random maps of the same size on the same samples.
+
+    Args:
+        draws: How often noise is drawn for each sample.
+        std: Its standard deviation.
+        normalize: Whether each map is first scaled by the factor that fits best.
+        seed: Of the noise.
+        num_classes: Number of classes, for results by class.
+        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        max_forward_batch: The largest number of inputs in one forward pass.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of its range.
+
+    Example:
+        >>> forward = lambda x: torch.stack([3 * x.sum(1), x.sum(1)], 1)
+        >>> metric = Infidelity()
+        >>> metric.update(forward, torch.ones(1, 4), torch.full((1, 4), 3.0), torch.tensor([0]))
+        >>> metric.compute().score.item() < 1e-9
+        True
+    """
+
+    higher_is_better = False
+    best = 0.0
+
+    def __init__(
+        self,
+        *,
+        draws: int = 10,
+        std: float = 0.1,
+        normalize: bool = True,
+        seed: int = 0,
+        num_classes: int | None = None,
+        per_class: bool = False,
+        max_forward_batch: int = MAX_FORWARD_BATCH,
+    ) -> None:
+        super().__init__(num_classes=num_classes, per_class=per_class)
+        self.draws, self.std = check_positive_int("draws", draws), check_finite_number("std", std)
+        self.normalize, self.seed = normalize, check_non_negative_int("seed", seed)
+        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
+
+    def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
+        """Add the samples of one batch; their class is ``target`` where the metric has classes.
+
+        Args:
+            forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
+            inputs: Shape ``(B, ...)``.
+            attributions: The same shape, or one channel.
+            target: Class of each sample, integers of shape ``(B,)``.
+
+        Raises:
+            TypeError: If a tensor is of the wrong kind.
+            ValueError: If shapes do not go together, or a class is out of range.
+        """
+        maps = random_normal(sample_keys(inputs), inputs[:1].numel(), seed=self.seed + 7).reshape(inputs.shape)
+        size = attributions.detach().flatten(1).float().norm(dim=1) / maps.flatten(1).norm(dim=1)
+        random = self._errors(forward, inputs, maps * size.reshape(-1, *[1] * (inputs.ndim - 1)), target)
+        self.add(self._errors(forward, inputs, attributions, target), random, target)
+
+    def _errors(self, forward: Forward, inputs: Tensor, maps: Tensor, target: Tensor) -> Tensor:
+        return infidelity(
+            forward,
+            inputs,
+            maps,
+            target,
+            draws=self.draws,
+            std=self.std,
+            normalize=self.normalize,
+            seed=self.seed,
+            max_forward_batch=self.max_forward_batch,
+        )
+
+
+class Sensitivity(AttributionMetric):
+    """Mean largest relative change of maps under small changes of inputs; lower is better; see `sensitivity`.
+
+    The baseline is that of maps drawn anew for every input.
+
+    Args:
+        draws: How often each input is moved.
+        radius: By how much at most.
+        seed: Of the moves.
+        num_classes: Number of classes, for results by class.
+        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        max_forward_batch: The largest number of inputs that are explained at once.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of its range.
+
+    Example:
+        >>> metric = Sensitivity(radius=0.1)
+        >>> metric.update(lambda x, target: x, torch.ones(2, 4), torch.tensor([0, 1]))
+        >>> bool(metric.compute().score < 0.1)
+        True
+    """
+
+    higher_is_better = False
+    best = 0.0
+
+    def __init__(
+        self,
+        *,
+        draws: int = 10,
+        radius: float = 0.02,
+        seed: int = 0,
+        num_classes: int | None = None,
+        per_class: bool = False,
+        max_forward_batch: int = MAX_FORWARD_BATCH,
+    ) -> None:
+        super().__init__(num_classes=num_classes, per_class=per_class)
+        self.draws, self.radius = check_positive_int("draws", draws), check_finite_number("radius", radius)
+        self.seed = check_non_negative_int("seed", seed)
+        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
+
+    def update(self, explain: Explain, inputs: Tensor, target: Tensor) -> None:
+        """Add the samples of one batch; their class is ``target`` where the metric has classes.
+
+        Args:
+            explain: Maps inputs and their classes to attributions.
+            inputs: Shape ``(B, ...)``.
+            target: Class of each sample, integers of shape ``(B,)``.
+
+        Raises:
+            TypeError: If a tensor is of the wrong kind.
+            ValueError: If shapes do not go together, or a class is out of range.
+        """
+        random = self._changes(lambda x, _: random_attributions(x, seed=self.seed), inputs, target)
+        self.add(self._changes(explain, inputs, target), random, target)
+
+    def _changes(self, explain: Explain, inputs: Tensor, target: Tensor) -> Tensor:
+        return sensitivity(
+            explain,
+            inputs,
+            target,
+            draws=self.draws,
+            radius=self.radius,
+            seed=self.seed,
+            max_forward_batch=self.max_forward_batch,
+        )

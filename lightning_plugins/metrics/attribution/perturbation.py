@@ -1,0 +1,263 @@
+"""What models do as the positions that maps name are taken away, as metrics over many samples."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.functional.attribution import (
+    Perturbation,
+    curve_area,
+    degradation_score,
+    perturbation_curve,
+    random_attributions,
+    scaled_curve,
+)
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
+from lightning_plugins.metrics._sums import SumMetric
+from lightning_plugins.metrics.attribution.base import AttributionMetric, AttributionScore, skill_of
+
+Reduction = Literal["sum", "mean"]
+Kind = Literal["aopc", "deletion", "insertion"]
+
+
+class DegradationScore(SumMetric):
+    """Area between the mean curves of least and of most relevant patches first, each scaled within its class.
+
+    For each class the probabilities of all its samples are averaged at every point, for both orders apart, and each
+    mean curve is scaled to fall from 1 to 0; the score is the area between the two. Sums of whole curves are kept, so
+    the result is exact over batches and ranks. A class whose mean curve ends where it began has no score: its samples
+    count as undefined.
+
+    Args:
+        num_classes: Number of classes; None takes all samples as of one class.
+        steps: Number of points after the first; the patches are spread over them, so that the last one has all
+            replaced. One patch at a time where it is their number.
+        perturbation: How patches are replaced; `Perturbation`'s defaults if None.
+        reduction: ``"mean"`` over the points, or their ``"sum"``, as published.
+        per_class: Whether results have one entry for each class; else they are means over the classes with a score.
+        baseline: Whether random maps are measured too; without, ``random`` is 0, which they have in expectation.
+        max_forward_batch: The largest number of inputs in one forward pass.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of its range.
+
+    Example:
+        >>> forward = lambda x: torch.stack([x.sum(1), 0 * x.sum(1)], 1)
+        >>> x = torch.tensor([[4.0, 2.0, 1.0, 1.0]])
+        >>> metric = DegradationScore(steps=4, perturbation=Perturbation(patch=1, replacement="zero"))
+        >>> metric.update(forward, x, x, torch.tensor([0]))
+        >>> bool(metric.compute().score > 0.2)
+        True
+
+    Source:
+        Suh et al., arXiv 2211.12702. Our reading: the mean over classes weighs each class alike.
+    """
+
+    higher_is_better = True
+    curves: Tensor
+    count: Tensor
+    undefined: Tensor
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        *,
+        steps: int = 64,
+        perturbation: Perturbation | None = None,
+        reduction: Reduction = "mean",
+        per_class: bool = False,
+        baseline: bool = True,
+        max_forward_batch: int = MAX_FORWARD_BATCH,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.per_class, self.baseline = num_classes, per_class, baseline
+        size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
+        self.steps = check_positive_int("steps", steps)
+        self.perturbation = perturbation or Perturbation()
+        self.reduction: Reduction = reduction
+        check_choice("reduction", reduction, ("sum", "mean"))
+        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
+        # by: own map or random one, least or most relevant first, class, point
+        self.add_state("curves", torch.zeros(2, 2, size, steps + 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("undefined", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
+        """Add the samples of one batch; their class is ``target`` where the metric has classes.
+
+        Args:
+            forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
+            inputs: Shape ``(B, [C,] *spatial)``.
+            attributions: The same shape, with any number of channels or without that dimension.
+            target: Class of each sample, integers of shape ``(B,)``.
+
+        Raises:
+            TypeError: If a tensor is of the wrong kind.
+            ValueError: If shapes do not go together, or a class is out of range.
+        """
+        index = target if self.num_classes is not None else torch.zeros_like(target)
+        if index.device.type == "cpu" and len(index) and int(index.max()) >= len(self.count):
+            raise ValueError(f"`target` must be in 0 to {len(self.count) - 1}, got {int(index.max())}")
+        maps = (attributions, random_attributions(inputs)) if self.baseline else (attributions,)
+        found = torch.stack(
+            [
+                torch.stack([self._curve(forward, inputs, own, target, order) for order in ("least", "most")])
+                for own in maps
+            ]
+        )
+        defined = torch.isfinite(found).all(-1).all(0).all(0)
+        kept = torch.where(defined[:, None], found, 0.0).to(self.curves)
+        index = index.to(self.count.device)
+        added = torch.zeros_like(self.curves)
+        added[: len(maps)].index_add_(2, index, kept)
+        self.curves = self.curves + added
+        self.count = self.count.index_add(0, index, defined.long().to(index.device))
+        self.undefined = self.undefined.index_add(0, index, (~defined).long().to(index.device))
+
+    def compute(self) -> AttributionScore:
+        """Score of all samples of all batches and ranks.
+
+        Returns:
+            Scalars, or tensors of shape ``(num_classes,)`` with ``per_class``.
+        """
+        means = self.curves / self.count[:, None]
+        own = degradation_score(means[0, 0], means[0, 1], reduction=self.reduction)
+        random = torch.where(self.count > 0, torch.zeros_like(own), torch.nan)
+        if self.baseline:
+            random = degradation_score(means[1, 0], means[1, 1], reduction=self.reduction)
+        best = (self.steps + 1.0) if self.reduction == "sum" else 1.0
+        flat = own.isnan()
+        count, undefined = torch.where(flat, 0, self.count), self.undefined + torch.where(flat, self.count, 0)
+        if not self.per_class:
+            own, random, count, undefined = own.nanmean(), random.nanmean(), count.sum(), undefined.sum()
+        return AttributionScore(own, random, skill_of(own, random, best), count, undefined)
+
+    def scaled_curves(self) -> Tensor:
+        """Mean curves of each class, scaled, for figures.
+
+        Returns:
+            Shape ``(2, classes, steps + 1)``: least, then most relevant first; NaN for classes without a score.
+        """
+        return scaled_curve(self.curves[0] / self.count[:, None])
+
+    def _curve(
+        self, forward: Forward, inputs: Tensor, maps: Tensor, target: Tensor, order: Literal["least", "most"]
+    ) -> Tensor:
+        return perturbation_curve(
+            forward,
+            inputs,
+            maps,
+            target,
+            perturbation=self.perturbation,
+            order=order,
+            steps=self.steps,
+            spread=True,
+            max_forward_batch=self.max_forward_batch,
+        )
+
+
+class RegionPerturbation(AttributionMetric):
+    """Area of the curve of a class's probability as patches are replaced one by one.
+
+    ``"aopc"`` is the area over it, the mean of ``y_0 - y_k``, with the most relevant patches first, higher is better;
+    ``"deletion"`` the area under it, lower is better. ``"insertion"`` reads the curve of the least relevant patches
+    first from its end: the most relevant ones come back first into an input that has none, higher is better; it needs
+    as many steps as patches.
+
+    Args:
+        kind: ``"aopc"``, ``"deletion"`` or ``"insertion"``.
+        order: ``"most"`` or ``"least"`` relevant first, for ``"aopc"``, of which the latter should be small.
+        steps: Number of points after the first, one patch each; the last ones repeat where there are fewer patches.
+        perturbation: How patches are replaced; by zeros in windows of 16 if None.
+        baseline: Whether random maps are measured too; without, ``random`` and ``skill`` are NaN.
+        num_classes: Number of classes, for results by class.
+        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        max_forward_batch: The largest number of inputs in one forward pass.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of its range.
+
+    Example:
+        >>> forward = lambda x: torch.stack([x.sum(1), 0 * x.sum(1)], 1)
+        >>> x = torch.tensor([[4.0, 2.0, 0.0, 0.0]])
+        >>> metric = RegionPerturbation(steps=4, perturbation=Perturbation(patch=1, replacement="zero"))
+        >>> metric.update(forward, x, x, torch.tensor([0]))
+        >>> result = metric.compute()
+        >>> bool(result.score > result.random)
+        True
+
+    Source:
+        Samek et al., TNNLS 2017, https://arxiv.org/abs/1509.06321; Petsiuk et al., BMVC 2018.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        kind: Kind = "aopc",
+        *,
+        order: Literal["most", "least"] = "most",
+        steps: int = 100,
+        perturbation: Perturbation | None = None,
+        baseline: bool = True,
+        num_classes: int | None = None,
+        per_class: bool = False,
+        max_forward_batch: int = MAX_FORWARD_BATCH,
+    ) -> None:
+        super().__init__(num_classes=num_classes, per_class=per_class)
+        self.kind = check_choice("kind", kind, ("aopc", "deletion", "insertion"))
+        self.order: Literal["most", "least"] = order
+        check_choice("order", order, ("most", "least"))
+        if kind != "aopc" and order != "most":
+            raise ValueError(f"`order='least'` is for `kind='aopc'`; {kind!r} has an order of its own")
+        self.steps = check_positive_int("steps", steps)
+        self.perturbation = perturbation or Perturbation(replacement="zero")
+        self.baseline = baseline
+        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
+        self.best = 0.0 if kind == "deletion" else 1.0
+
+    def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
+        """Add the samples of one batch; their class is ``target`` where the metric has classes.
+
+        Args:
+            forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
+            inputs: Shape ``(B, [C,] *spatial)``.
+            attributions: The same shape, with any number of channels or without that dimension.
+            target: Class of each sample, integers of shape ``(B,)``.
+
+        Raises:
+            TypeError: If a tensor is of the wrong kind.
+            ValueError: If shapes do not go together, or a class is out of range.
+        """
+        scores = self._areas(forward, inputs, attributions, target)
+        random = torch.zeros_like(scores)
+        if self.baseline:
+            random = self._areas(forward, inputs, random_attributions(inputs), target)
+        self.add(scores, random, target)
+
+    def compute(self) -> AttributionScore:
+        """Mean over all samples of all batches and ranks.
+
+        Returns:
+            Scalars, or tensors of shape ``(num_classes,)`` with ``per_class``.
+        """
+        result = super().compute()
+        unknown = torch.full_like(result.random, torch.nan)
+        return result if self.baseline else result._replace(random=unknown, skill=unknown)
+
+    def _areas(self, forward: Forward, inputs: Tensor, maps: Tensor, target: Tensor) -> Tensor:
+        curves = perturbation_curve(
+            forward,
+            inputs,
+            maps,
+            target,
+            perturbation=self.perturbation,
+            order="least" if self.kind == "insertion" else self.order,
+            steps=self.steps,
+            max_forward_batch=self.max_forward_batch,
+        )
+        return curve_area(curves[:, :1] - curves if self.kind == "aopc" else curves)
