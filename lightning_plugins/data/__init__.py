@@ -8,6 +8,27 @@ if TYPE_CHECKING:
     from lightning_plugins.data.episodes import EpisodicDataModule
 
 __all__ = ["DocumentFrequencies", "EpisodicDataModule"]
+from lightning_plugins.data.ecg import (
+    ECGRecord,
+    ECGWindows,
+    ecg_windows,
+    read_ecg,
+    read_ecg_folder,
+    synthetic_ecg,
+)
+from lightning_plugins.data.mosaic import Mosaics, mosaics
+
+__all__ = [
+    "ECGRecord",
+    "ECGWindows",
+    "EpisodicDataModule",
+    "Mosaics",
+    "ecg_windows",
+    "mosaics",
+    "read_ecg",
+    "read_ecg_folder",
+    "synthetic_ecg",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
 from lightning_plugins.functional.document_frequency import inverse_document_frequency
+from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -27,6 +28,7 @@ __all__ = [
     "assign_folds",
     "autocorrelation_eigenvalues",
     "cls_attention_correlation",
+    "beat_spans",
     "diagonal_entropy",
     "effective_rank",
     "gap_precondition",
@@ -46,6 +48,7 @@ __all__ = [
     "renyi_entropy",
     "ridge_path",
     "singular_value_threshold",
+    "spans_to_mask",
     "stable_rank",
     "straight_through",
     "top_singular_subspace",

@@ -9,6 +9,19 @@ from lightning_plugins.metrics._tasks import MeanWithInterval
 from lightning_plugins.metrics.adaptation import AdaptationCurve
 from lightning_plugins.metrics.alignment import Alignment
 from lightning_plugins.metrics.attention_correlation import AttentionCorrelation, CLSAttentionCorrelation
+from lightning_plugins.metrics.attribution import (
+    AttributionAUROC,
+    AttributionLocalization,
+    AttributionScore,
+    DegradationScore,
+    FaithfulnessCorrelation,
+    Infidelity,
+    LocalizationIoU,
+    PointingGame,
+    RegionPerturbation,
+    RelevanceRankAccuracy,
+    Sensitivity,
+)
 from lightning_plugins.metrics.correlation_gap import CorrelationGap
 from lightning_plugins.metrics.effective_rank import EffectiveRank
 from lightning_plugins.metrics.few_shot import FewShotAccuracy, FewShotAccuracyInterval
@@ -24,17 +37,29 @@ __all__ = [
     "Alignment",
     "AttentionCorrelation",
     "CLSAttentionCorrelation",
+    "AttributionAUROC",
+    "AttributionLocalization",
+    "AttributionScore",
     "CorrelationGap",
+    "DegradationScore",
     "EffectiveRank",
+    "FaithfulnessCorrelation",
     "FewShotAccuracy",
     "FewShotAccuracyInterval",
+    "Infidelity",
     "Isotropy",
     "LinearProbe",
     "MeanWithInterval",
     "NearestNeighbourProbe",
     "NearestNeighbourResult",
     "ProbeResult",
+    "LocalizationIoU",
+    "MeanWithInterval",
+    "PointingGame",
     "RankMe",
+    "RegionPerturbation",
+    "RelevanceRankAccuracy",
+    "Sensitivity",
     "Uniformity",
     "VonNeumannEntropy",
 ]

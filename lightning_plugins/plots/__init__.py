@@ -1,6 +1,7 @@
 """Figures of what training does to representations; matplotlib is an extra, imported where one is drawn."""
 
 from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
+from lightning_plugins.plots.attribution import attribution_figure, degradation_figure
 from lightning_plugins.plots.compression import compression_figure
 from lightning_plugins.plots.masks import choice_figure
 from lightning_plugins.plots.probes import attention_heat_map_figure, probe_profile_figure
@@ -15,8 +16,10 @@ __all__ = [
     "adaptation_figure",
     "arms_figure",
     "attention_heat_map_figure",
+    "attribution_figure",
     "choice_figure",
     "compression_figure",
+    "degradation_figure",
     "gains_figure",
     "layer_spectra_figure",
     "probe_profile_figure",

@@ -44,7 +44,7 @@ class AttributionMetric(SumMetric):
 
     best = 1.0  # the best possible score
     total: Tensor
-    baseline: Tensor
+    random_total: Tensor
     count: Tensor
     undefined: Tensor
 
@@ -54,7 +54,7 @@ class AttributionMetric(SumMetric):
         size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
         if per_class and num_classes is None:
             raise ValueError("`per_class=True` needs `num_classes`, so that every rank has the same sums, got None")
-        for name in ("total", "baseline"):
+        for name in ("total", "random_total"):
             self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("count", "undefined"):
             self.add_state(name, torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
@@ -65,7 +65,7 @@ class AttributionMetric(SumMetric):
         Returns:
             Scalars, or tensors of shape ``(num_classes,)`` with ``per_class``.
         """
-        sums = (self.total, self.baseline, self.count, self.undefined)
+        sums = (self.total, self.random_total, self.count, self.undefined)
         total, baseline, count, undefined = sums if self.per_class else (part.sum() for part in sums)
         score, random = total / count, baseline / count
         return AttributionScore(score, random, skill_of(score, random, self.best), count, undefined)
@@ -84,7 +84,7 @@ class AttributionMetric(SumMetric):
         """
         index = self.class_index(classes, len(scores)).to(self.count.device)
         defined = (torch.isfinite(scores) & torch.isfinite(random)).to(index.device)
-        for name, values in (("total", scores), ("baseline", random)):
+        for name, values in (("total", scores), ("random_total", random)):
             sums = getattr(self, name)
             kept = torch.where(defined, values.detach().to(sums), 0.0)
             setattr(self, name, sums.index_add(0, index, kept))

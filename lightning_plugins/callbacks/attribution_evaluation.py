@@ -1,0 +1,269 @@
+"""Evaluate attribution methods on the samples of a validation or test."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int
+from lightning_plugins._lightning import (
+    Callback,
+    DDPStrategy,
+    LightningModule,
+    MisconfigurationException,
+    SingleDeviceStrategy,
+    Trainer,
+    rank_zero_warn,
+)
+from lightning_plugins.callbacks._attribution.batches import Key, key_name, resolve_key, take
+from lightning_plugins.callbacks._attribution.examples import Examples
+from lightning_plugins.callbacks._attribution.methods import build_method, check_network
+from lightning_plugins.callbacks._attribution.report import AttributionReport
+from lightning_plugins.callbacks._attribution.scoreboard import DEFAULT_METRICS, RANDOM, Scoreboard, checked_metrics
+from lightning_plugins.callbacks._attribution.selection import Selection
+from lightning_plugins.callbacks._attribution.settings import Methods, check_methods, find_network, method_calls
+from lightning_plugins.callbacks._attribution.untouched import untouched
+from lightning_plugins.callbacks._monitors.figures import hand_to_loggers
+from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
+from lightning_plugins.distributed import is_distributed
+from lightning_plugins.functional.attribution.faithfulness import Explain
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, checked_logits, checked_target
+from lightning_plugins.metrics.attribution.localization import LocalizationMetric
+from lightning_plugins.plots import require_matplotlib
+
+if TYPE_CHECKING:
+    from lightning_plugins.plots.attribution import Curves
+
+Stage = Literal["validate", "test"]
+Absolute = Literal["raw", "abs", "both"]
+STAGES: tuple[Stage, ...] = ("validate", "test")
+FORMS: dict[str, tuple[str, ...]] = {"raw": ("raw",), "abs": ("abs",), "both": ("raw", "abs")}
+
+
+class AttributionEvaluation(Callback):
+    """Explain chosen samples of every batch by several methods and score the maps; the model stays as it was.
+
+    The scores of all ranks and batches are summed exactly. Logged through ``pl_module.log``:
+    ``attribution/<method>[/abs]/<metric>``, and ``attribution/random/<metric>`` for random maps; `report` has them
+    beside the random baseline and the skill, as a table and as JSON. Figures go to the logger, or to files without
+    one that takes images: ``attribution/degradation``, the curves, and ``attribution/example_<n>``, maps over inputs.
+    Gradients of inputs are taken outside of inference mode and within the Trainer's precision.
+
+    Args:
+        methods: Names of Captum's methods (extra ``attribution``), or a mapping from names to what they are made with:
+            the name of the layer for ``"gradcam"`` and ``"guided_gradcam"``; options of Captum's ``attribute``, a
+            mapping, in which ``"layer"`` names the layer and ``"method"`` Captum's where the name is one's own; or a
+            callable from inputs and classes to attributions.
+        inputs: Where the model's inputs ``(B, C, *spatial)`` are in the batch: a place in a tuple, a key of a mapping,
+            or a callable from the batch (or its import path).
+        target: Likewise, the true classes, integers of shape ``(B,)``.
+        mask: Likewise, the positions that matter, ``(B, *spatial)``; None if no metric needs them.
+        metrics: Names out of ``"iou"``, ``"rank_accuracy"``, ``"pointing_game"``, ``"attribution_localization"``,
+            ``"auroc"``, ``"degradation"``, ``"region_perturbation"``, ``"deletion"``, ``"insertion"``,
+            ``"faithfulness_correlation"``, ``"infidelity"`` and ``"sensitivity"``, or a mapping from names to metrics
+            out of `lightning_plugins.metrics`.
+        stage: ``"test"`` or ``"validate"``; sanity checks are left out.
+        network: Name of the submodule that maps inputs to logits; the LightningModule itself if None.
+        select: Which samples: those whose probability of the true class is above this number, or a callable from these
+            probabilities, shape ``(B,)``, to bools (or its import path); all if None.
+        classes: Only samples of these classes; of all if None.
+        max_samples: At most so many samples on each rank, in their order; all if None.
+        absolute: ``"raw"`` maps, ``"abs"`` for absolute values, or ``"both"``.
+        max_forward_batch: The largest number of inputs, copies of samples among them, in one forward pass.
+        examples: Number of samples of the first rank whose maps are drawn, beside the curves; 0 draws nothing, else
+            matplotlib is needed.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+        ImportError: If a method is named and Captum is missing, or ``examples`` are wanted without matplotlib.
+
+    Example:
+        >>> evaluation = AttributionEvaluation(["saliency"], mask="mask", inputs="x", target="y", examples=0)
+        >>> evaluation.forms
+        ('raw', 'abs')
+    """
+
+    def __init__(
+        self,
+        methods: Methods,
+        *,
+        inputs: int | str | Callable[[Any], Tensor] = 0,
+        target: int | str | Callable[[Any], Tensor] = 1,
+        mask: int | str | Callable[[Any], Tensor] | None = None,
+        metrics: Sequence[str] | Mapping[str, Metric] = DEFAULT_METRICS,
+        stage: Stage = "test",
+        network: str | None = None,
+        select: float | str | Callable[[Tensor], Tensor] | None = None,
+        classes: Sequence[int] | None = None,
+        max_samples: int | None = None,
+        absolute: Absolute = "both",
+        max_forward_batch: int = MAX_FORWARD_BATCH,
+        examples: int = 3,
+    ) -> None:
+        super().__init__()
+        self.methods = check_methods(methods)
+        self.keys: dict[str, Key] = {"inputs": resolve_key("inputs", inputs), "target": resolve_key("target", target)}
+        if mask is not None:
+            self.keys["mask"] = resolve_key("mask", mask)
+        self.stage = check_choice("stage", stage, STAGES)
+        self.network = network
+        self.selection = Selection(select, classes, max_samples)
+        self.forms = FORMS[check_choice("absolute", absolute, FORMS)]
+        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
+        self.metrics = checked_metrics(metrics, self.max_forward_batch)
+        if mask is None and any(isinstance(metric, LocalizationMetric) for metric in self.metrics.values()):
+            names = [name for name, metric in self.metrics.items() if isinstance(metric, LocalizationMetric)]
+            raise ValueError(f"`mask` must say where the truth is in the batch, for the metrics {names}, got None")
+        self.examples = check_non_negative_int("examples", examples)
+        if examples:
+            require_matplotlib()
+        self.report: AttributionReport | None = None
+        self._board = Scoreboard(list(self.methods), self.forms, self.metrics)
+        self._explain: dict[str, Explain] = {}
+        self._checked = False
+        self._kept = Examples(0)
+
+    @property
+    def state_key(self) -> str:
+        """Unique for every different instance, so that several keep their own entries in a checkpoint."""
+        return self._generate_state_key(
+            methods=tuple(self.methods), stage=self.stage, keys=tuple(key_name(key) for key in self.keys.values())
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the strategy, the network and the layers that methods need."""
+        require_lightning_module(type(self).__name__, pl_module)
+        strategy = trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise MisconfigurationException(
+                f"AttributionEvaluation supports a single device and DDP, got {type(strategy).__name__}: gradients of"
+                " inputs and hooks need whole parameters; evaluate the trained checkpoint with `strategy='ddp'`"
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a validation."""
+        if self.stage == "validate" and not trainer.sanity_checking:
+            self._begin(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a test."""
+        if self.stage == "test":
+            self._begin(pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Explain and score the chosen samples of a batch."""
+        if self.stage == "validate" and not trainer.sanity_checking:
+            self._evaluate(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Explain and score the chosen samples of a batch."""
+        if self.stage == "test":
+            self._evaluate(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the whole validation."""
+        if self.stage == "validate" and not trainer.sanity_checking:
+            self._summarize(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the whole test."""
+        if self.stage == "test":
+            self._summarize(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the network."""
+        self._explain = {}
+        self._kept = Examples(0)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the network: ``teardown`` does not run after an exception."""
+        self.teardown(trainer, pl_module, stage="test")
+
+    def _begin(self, pl_module: LightningModule) -> None:
+        network = find_network(pl_module, self.network)
+        with torch.inference_mode(False):  # sums made in inference mode could not be added to outside
+            self._board.to(pl_module.device)
+        calls = method_calls(self.methods, network, limit=self.max_forward_batch)
+        self._explain = {
+            name: call if not isinstance(call, tuple) else build_method(*call) for name, call in calls.items()
+        }
+        self._captum = {name: call[0] for name, call in calls.items() if isinstance(call, tuple)}
+        self._checked = False
+        self._kept = Examples(self.examples)
+        self.selection.begin()
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        network = find_network(pl_module, self.network)
+        with untouched(network), trainer.precision_plugin.forward_context():
+            taken = {name: take(name, key, batch).detach().clone() for name, key in self.keys.items()}
+            inputs, target, masks = taken["inputs"], taken["target"], taken.get("mask")
+            checked_target(target, len(inputs))
+            chosen = self.selection.choose(self._probabilities(network, inputs, target), target)
+            if not len(chosen):
+                return
+            inputs, target = inputs[chosen], target[chosen]
+            masks = masks[chosen] if masks is not None else None
+            self._check(network, inputs)
+            maps = {
+                name: self._board.update(name, network, explain, inputs, target, masks)
+                for name, explain in {**self._explain, RANDOM: _none}.items()
+            }
+            if trainer.is_global_zero:
+                self._kept.add(inputs, maps, masks)
+
+    def _check(self, network: nn.Module, inputs: Tensor) -> None:
+        if not self._checked:
+            for name in self._captum.values():
+                check_network(name, network, inputs[:1])
+            self._checked = True
+
+    def _probabilities(self, network: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
+        parts = []
+        for part in inputs.split(self.max_forward_batch):
+            with torch.no_grad():
+                parts.append(checked_logits(network(part), len(part), "probability").softmax(1))
+        return torch.cat(parts).gather(1, target[:, None])[:, 0]
+
+    def _summarize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counts = torch.tensor([self.selection.chosen, self.selection.seen], device=pl_module.device)
+        if is_distributed():
+            dist.all_reduce(counts)
+        samples, seen = counts.tolist()
+        with torch.inference_mode(False):
+            self.report = self._board.report(samples, seen)
+        if not samples:
+            rank_zero_warn(
+                f"AttributionEvaluation: none of {seen} samples was chosen by `classes={self.selection.classes}` and"
+                f" `select={self.selection.select}`, so there is no score; lower `select`, or train the model further"
+            )
+        for method, row in self.report.scores.items():
+            for name, cell in row.items():
+                # all ranks have the same value, and the largest of equal numbers is exactly that number
+                value = torch.tensor(cell["score"], device=pl_module.device)
+                pl_module.log(f"attribution/{method}/{name}", value, sync_dist=True, reduce_fx="max")
+        if self.examples and samples and trainer.is_global_zero:
+            self._draw(trainer, self.report)
+
+    def _draw(self, trainer: Trainer, report: AttributionReport) -> None:
+        from lightning_plugins.plots.attribution import attribution_figure, degradation_figure
+
+        curves: Curves = {
+            method: (torch.tensor(pair["least"]), torch.tensor(pair["most"])) for method, pair in report.curves.items()
+        }
+        if curves and any(bool(torch.isfinite(least).any()) for least, _ in curves.values()):
+            hand_to_loggers(trainer, "attribution/degradation", degradation_figure(curves))
+        for number, (signal, maps, mask) in enumerate(self._kept.kept):
+            figure = attribution_figure(signal, maps, mask=mask, title=f"Example {number + 1}")
+            hand_to_loggers(trainer, f"attribution/example_{number + 1}", figure)
+
+
+def _none(inputs: Tensor, target: Tensor) -> Tensor:
+    return inputs  # the scoreboard draws random maps itself
