@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_plugins.callbacks import (
     EarlyTermination,
     LayerProbe,
+    AttributionEvaluation,
     RepresentationMonitor,
     SpectrumMonitor,
     StableRankRegularization,
@@ -129,6 +130,7 @@ class Setting:
         model: Arguments of the model.
         logged: The names they log, all of them.
         yaml: The same callbacks as LightningCLI reads them.
+        sharded: Whether they work on sharded parameters; else `setup` refuses them.
     """
 
     callbacks: Callable[[], list[Callback]]
@@ -138,6 +140,7 @@ class Setting:
     model: dict[str, Any] = field(default_factory=dict)
     kind: type[Model] = ByHand
     tolerance: dict[str, float] = field(default_factory=dict)
+    sharded: bool = True
 
     def make(self, kind: type[Model] = Model, **arguments: Any) -> Model:
         """The model that the callbacks are put on."""
@@ -159,6 +162,11 @@ class Setting:
 def assert_close(case: str, found: Any, wanted: Any, **tolerance: float) -> None:
     """For tests that go through many cases: the message begins with the name of the case."""
     torch.testing.assert_close(found, wanted, **tolerance, msg=lambda text: f"{case}: {text}")
+
+
+def first_half(batch: Sequence[Tensor]) -> Tensor:
+    """A truth: the first half of the features."""
+    return torch.arange(batch[0].shape[1]).expand_as(batch[0]) < batch[0].shape[1] // 2
 
 
 def total(features: Tensor) -> Tensor:
@@ -431,6 +439,29 @@ SETTINGS = {
     stages: [train]
     controls: [projection]
     figures: false
+    "attribution evaluation": Setting(
+        lambda: [
+            AttributionEvaluation(["saliency"], mask=first_half, metrics=["iou"], stage="validate", examples=0),
+        ],
+        by_hand=None,
+        logged=(),  # in validation alone
+        sharded=False,
+        yaml="""
+- class_path: lightning_plugins.callbacks.AttributionEvaluation
+  init_args:
+    methods: {saliency: null}
+    inputs: 0
+    target: 1
+    mask: tests.contract_table.first_half
+    metrics: [iou]
+    stage: validate
+    network: null
+    select: 0.1
+    classes: [0, 1, 2]
+    max_samples: 20
+    absolute: both
+    max_forward_batch: 64
+    examples: 0
 """,
     ),
 }

@@ -115,7 +115,8 @@ def synthetic_ecg(
     signal = noise * torch.randn(length, generator=draw)
     time = torch.arange(length) / rate
     signal += 0.1 * torch.sin(2 * torch.pi * (0.25 * time + torch.rand(1, generator=draw)))
-    at, beats = 0.4, []
+    at = 0.4
+    beats: list[tuple[int, int]] = []
     period = 0.75 + 0.2 * float(torch.rand(1, generator=draw))
     while at < seconds - 0.4:
         chosen, which, jitter = torch.rand(3, generator=draw).tolist()
@@ -263,7 +264,7 @@ def _read_npz(path: Path) -> ECGRecord:
 
 def _read_wfdb(path: Path) -> ECGRecord:
     try:
-        import wfdb  # type: ignore[import-untyped]  # it carries no types
+        import wfdb
     except ImportError as error:
         raise ImportError("WFDB records need the package wfdb; run `pip install wfdb`") from error
     record, notes = wfdb.rdrecord(str(path), channels=[0]), wfdb.rdann(str(path), "atr")

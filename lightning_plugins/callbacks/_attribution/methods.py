@@ -97,15 +97,16 @@ def check_network(name: str, network: nn.Module, inputs: Tensor) -> None:
     """
     if name not in HOOKED:
         return
-    names = {module: path for path, module in network.named_modules() if isinstance(module, nn.ReLU)}
-    if inplace := [path for module, path in names.items() if module.inplace]:
+    relus = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.ReLU)]
+    names: dict[nn.Module, str] = {module: path for path, module in relus}
+    if inplace := [path for path, module in relus if module.inplace]:
         raise MisconfigurationException(
             f"{name} cannot hook ReLUs that write over their input, got {inplace}; build them with `inplace=False`"
         )
-    calls = dict.fromkeys(names, 0)
+    calls: dict[nn.Module, int] = dict.fromkeys(names, 0)
 
     def count(module: nn.Module, *_: Any) -> None:
-        calls[module] += 1  # type: ignore[index]  # only ReLUs are hooked
+        calls[module] += 1
 
     handles = [module.register_forward_hook(count) for module in names]
     try:
@@ -141,29 +142,29 @@ class _Relus(torch.overrides.TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-def _saliency(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _saliency(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     # Captum takes absolute values by default; here the caller says which of both is evaluated.
     return attr.Saliency(_logits(call)).attribute(x, target=target, **{"abs": False, **call.options})
 
 
-def _input_x_gradient(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _input_x_gradient(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     return attr.InputXGradient(_logits(call)).attribute(x, target=target, **call.options)
 
 
-def _integrated_gradients(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _integrated_gradients(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     options = {"n_steps": 50, "internal_batch_size": max(call.limit, len(x)), **call.options}
     return attr.IntegratedGradients(_logits(call)).attribute(x, target=target, **options)
 
 
-def _guided_backprop(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _guided_backprop(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     return attr.GuidedBackprop(call.network).attribute(x, target=target, **call.options)
 
 
-def _deeplift(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _deeplift(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     return attr.DeepLift(call.network).attribute(x, target=target, **call.options)
 
 
-def _deeplift_shap(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _deeplift_shap(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     options = dict(call.options)
     if "baselines" not in options:  # unit noise, for inputs that were standardised
         keys = torch.arange(_COPIES["deeplift_shap"], device=x.device)
@@ -172,7 +173,7 @@ def _deeplift_shap(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> T
     return attr.DeepLiftShap(call.network).attribute(x, target=target, **options)
 
 
-def _lrp(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _lrp(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     from captum.attr._core.lrp import SUPPORTED_LAYERS_WITH_RULES, SUPPORTED_NON_LINEAR_LAYERS
     from captum.attr._utils.lrp_rules import EpsilonRule
 
@@ -192,21 +193,21 @@ def _lrp(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
         raise MisconfigurationException(f"lrp has no rule for this network: {error}") from error
 
 
-def _lime(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _lime(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     return _sampled(attr.Lime(_logits(call)), call, x, target)
 
 
-def _kernel_shap(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _kernel_shap(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     return _sampled(attr.KernelShap(_logits(call)), call, x, target)
 
 
-def _gradcam(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _gradcam(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     options = {"relu_attributions": True, **call.options}
     maps = attr.LayerGradCam(_logits_of(call.network), call.layer).attribute(x, target=target, **options)
     return attr.LayerAttribution.interpolate(maps, tuple(x.shape[2:]), _interpolation(x))
 
 
-def _guided_gradcam(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _guided_gradcam(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
     options = {"interpolate_mode": _interpolation(x), **call.options}
     return attr.GuidedGradCam(call.network, call.layer).attribute(x, target=target, **options)
 
@@ -227,7 +228,8 @@ def _sampled(method: Any, call: Call, x: Tensor, target: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-METHODS: dict[str, Callable[[ModuleType, Call, Tensor, Tensor], Tensor]] = {
+# Captum carries no types: each returns a tensor
+METHODS: dict[str, Callable[[ModuleType, Call, Tensor, Tensor], Any]] = {
     "saliency": _saliency,
     "integrated_gradients": _integrated_gradients,
     "input_x_gradient": _input_x_gradient,

@@ -32,7 +32,7 @@ def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]
         )
     if maps[:1].numel() == 0 and len(maps):
         raise ValueError(f"`attributions` must have at least one position, got shape {tuple(attributions.shape)}")
-    return maps.reshape(len(maps), -1), masks.reshape(len(maps), -1).to(maps.device) != 0
+    return maps.flatten(1), masks.flatten(1).to(maps.device) != 0
 
 
 def checked_maps(attributions: Tensor) -> Tensor:

@@ -221,7 +221,9 @@ def _sequential(
     """Replace one patch after the other by lines between what then stands beside it."""
     columns: list[Tensor] = []
     for samples in torch.arange(len(x), device=x.device).split(limit):
-        state, waiting, rows, done = x[samples], [], [], 0
+        state, done = x[samples], 0
+        waiting: list[Tensor] = []
+        rows: list[Tensor] = []
         for count in counts:
             while done < count:
                 now = (places[samples][:, patches.ids] == done)[:, None]

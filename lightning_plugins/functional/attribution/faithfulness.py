@@ -1,5 +1,6 @@
 """Whether attributions say what the model does when its inputs change, sample by sample."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -87,7 +88,8 @@ def faithfulness_correlation(
         )
     maps, x = maps_of_inputs(attributions, inputs), with_channels(inputs.detach())
     target, keys = checked_target(target, len(x)).to(x.device), sample_keys(x)
-    flat, size = maps.flatten(1), max(1, round(share * maps[:1].numel()))
+    flat = maps.flatten(1)
+    size = max(1, round(share * flat.shape[1]))
     replaced = replacements(x, how, Patches(tuple(x.shape[2:]), how.patch, x.device), keys)
     sums = flat.new_zeros(len(x), draws + 1)
 
@@ -221,7 +223,7 @@ def sensitivity(
     # The unmoved copies come first, so that every later part finds its original.
     for part in pairs.split(limit) if len(pairs) else ():
         samples, points = part % len(x), part // len(x)
-        noise = (2 * random_uniform(split_keys(keys[samples], points), x[0].numel(), seed=seed) - 1) * radius
+        noise = (2 * random_uniform(split_keys(keys[samples], points), math.prod(x.shape[1:]), seed=seed) - 1) * radius
         moved = x[samples] + (noise * (points > 0)[:, None]).reshape(x[samples].shape).to(x)
         maps = checked_maps(explain(moved, target[samples])).flatten(1)
         own = maps[points == 0] if len(part) else maps
@@ -229,7 +231,8 @@ def sensitivity(
         found.append((maps - original[samples]).norm(dim=1))
     if original is None:
         return torch.zeros(0, device=x.device)
-    return torch.cat(found).reshape(draws + 1, len(x)).amax(0) / original.norm(dim=1)
+    largest: Tensor = torch.cat(found).reshape(draws + 1, len(x)).amax(0) / original.norm(dim=1)
+    return largest
 
 
 def noise_of(inputs: Tensor, keys: Tensor, samples: Tensor, draws: Tensor, std: float, seed: int) -> Tensor:
@@ -250,7 +253,7 @@ def noise_of(inputs: Tensor, keys: Tensor, samples: Tensor, draws: Tensor, std: 
         >>> noise_of(torch.ones(2, 3), torch.tensor([1, 2]), torch.tensor([0]), torch.tensor([5]), 0.1, seed=0).shape
         torch.Size([1, 3])
     """
-    flat = random_normal(split_keys(keys[samples], draws), inputs[0].numel(), seed=seed)
+    flat = random_normal(split_keys(keys[samples], draws), math.prod(inputs.shape[1:]), seed=seed)
     return std * flat.reshape(len(samples), *inputs.shape[1:])
 
 
@@ -275,7 +278,8 @@ def pearson(a: Tensor, b: Tensor) -> Tensor:
         rounding = 8 * torch.finfo(rows.dtype).eps * rows.abs().amax(1, keepdim=True)
         away = torch.where(away.abs().amax(1, keepdim=True) <= rounding, torch.nan, away)
         centred.append(away / away.norm(dim=1, keepdim=True))
-    return (centred[0] * centred[1]).sum(1).clamp(-1, 1)
+    correlation: Tensor = (centred[0] * centred[1]).sum(1).clamp(-1, 1)
+    return correlation
 
 
 def _sets(keys: Tensor, samples: Tensor, points: Tensor, count: int, size: int, seed: int) -> Tensor:

@@ -28,7 +28,7 @@ def sample_keys(inputs: Tensor) -> Tensor:
         >>> bool(keys[0] == keys[2]), bool(keys[0] == keys[1])
         (True, False)
     """
-    flat = inputs.detach().reshape(len(inputs), -1)
+    flat = inputs.detach().unsqueeze(-1).flatten(1)  # a row of numbers for each sample, of which there may be none
     bits = flat.float().contiguous().view(torch.int32).long() if flat.is_floating_point() else flat.long()
     weights = _mix(torch.arange(1, bits.shape[1] + 1, device=bits.device) * _GOLDEN) | 1
     return _mix((bits * weights).sum(1))

@@ -84,7 +84,7 @@ class Patches:
 
     def sums(self, maps: Tensor) -> Tensor:
         """Sum maps ``(..., *spatial)`` over each patch, shape ``(..., count)``."""
-        flat = maps.reshape(*maps.shape[: maps.ndim - len(self.spatial)], -1)
+        flat = maps.flatten(maps.ndim - len(self.spatial))
         out = flat.new_zeros(*flat.shape[:-1], self.count)
         return out.index_add_(-1, self.ids.flatten(), flat)
 
@@ -123,7 +123,7 @@ def replacements(inputs: Tensor, perturbation: Perturbation, patches: Patches, k
                 f"`replacement` must keep the shape {tuple(inputs.shape)} of its inputs, got {tuple(made.shape)}"
             )
         return made.to(inputs)
-    flat = inputs.reshape(len(inputs), -1)
+    flat = inputs.flatten(1)
     each = (-1, *[1] * (inputs.ndim - 1))
     if rule == "linear":
         return lines(inputs, patches, inputs)
@@ -133,7 +133,7 @@ def replacements(inputs: Tensor, perturbation: Perturbation, patches: Patches, k
         return flat.amin(1).reshape(each).expand_as(inputs)
     if rule == "blur":
         return blurred(inputs, perturbation.patch / 2)
-    count = inputs[0].numel() if len(inputs) else 0
+    count = math.prod(inputs.shape[1:])
     if rule == "uniform":
         noise = random_uniform(keys, count, seed=perturbation.seed).reshape(inputs.shape).to(inputs)
         low, high = flat.amin(1).reshape(each), flat.amax(1).reshape(each)

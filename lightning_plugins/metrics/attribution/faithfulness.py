@@ -1,5 +1,7 @@
 """Whether attributions say what models do when inputs change, as metrics over many samples."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -144,7 +146,7 @@ class Infidelity(AttributionMetric):
             TypeError: If a tensor is of the wrong kind.
             ValueError: If shapes do not go together, or a class is out of range.
         """
-        maps = random_normal(sample_keys(inputs), inputs[:1].numel(), seed=self.seed + 7).reshape(inputs.shape)
+        maps = random_normal(sample_keys(inputs), math.prod(inputs.shape[1:]), seed=self.seed + 7).reshape(inputs.shape)
         size = attributions.detach().flatten(1).float().norm(dim=1) / maps.flatten(1).norm(dim=1)
         random = self._errors(forward, inputs, maps * size.reshape(-1, *[1] * (inputs.ndim - 1)), target)
         self.add(self._errors(forward, inputs, attributions, target), random, target)

@@ -1,0 +1,394 @@
+"""Attributions evaluated inside a Trainer: right values, nothing left behind, one process or several."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_plugins.callbacks import AttributionEvaluation
+from lightning_plugins.functional.attribution import localization_iou, perturbation_curve, random_attributions
+from lightning_plugins.metrics import DegradationScore, LocalizationIoU
+from tests._processes import run_on_ranks
+from tests.contract_ranks import act_as_rank
+from tests.models import Batches, shard
+
+LENGTH = 32
+CAPTUM = {
+    "saliency": None,
+    "integrated_gradients": {"n_steps": 8},
+    "input_x_gradient": None,
+    "guided_backprop": None,
+    "lrp": None,
+    "lime": {"n_samples": 12, "patch": 8},
+    "kernel_shap": {"n_samples": 12, "patch": 8},
+    "deeplift": None,
+    "deeplift_shap": None,
+    "gradcam": "net.3",
+    "guided_gradcam": {"layer": "net.3"},
+}
+METRICS = {"iou": LocalizationIoU(), "degradation": DegradationScore(steps=4, baseline=False)}
+
+
+class Net(LightningModule):
+    def __init__(self, **_):
+        super().__init__()
+        torch.manual_seed(1)
+        layers = [nn.Conv1d(1, 4, 5, padding=2), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 6, 5, 2, 2), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 2))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def batches(count=3, rows=6):
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(count):
+        x = torch.randn(rows, 1, LENGTH, generator=generator)
+        y = torch.randint(2, (rows,), generator=generator)
+        made.append((x, y, torch.rand(rows, LENGTH, generator=generator) < 0.3))
+    return made
+
+
+def trainer(callbacks, **settings):
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{**quiet, **settings}, callbacks=callbacks)
+
+
+def evaluate(methods, model=None, data=None, run=None, **settings):
+    callback = AttributionEvaluation(methods, **{"mask": 2, "metrics": METRICS, "examples": 0, **settings})
+    runner = trainer([callback], **(run or {}))
+    runner.test(model or Net(), Batches(data or batches()), verbose=False)
+    return callback, runner
+
+
+def gradient(net):
+    def explain(x, target):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(net(x).gather(1, target[:, None]).sum(), x)[0]
+
+    return explain
+
+
+def test_scores_are_those_of_the_functions_over_all_samples():
+    model = Net()
+    callback, runner = evaluate(["saliency"], model)
+    x, y, masks = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    model.eval()
+    maps = gradient(model)(x, y)
+    scores = callback.report.scores
+    for row, own in (("saliency", maps), ("saliency/abs", maps.abs()), ("random", random_attributions(x))):
+        assert scores[row]["iou"]["score"] == pytest.approx(localization_iou(own, masks).score.mean().item(), abs=1e-6)
+        curves = [
+            perturbation_curve(model, x, own, y, order=order, steps=4, spread=True).mean(0)
+            for order in ("least", "most")
+        ]
+        scaled = [(curve - curve[-1]) / (curve[0] - curve[-1]) for curve in curves]
+        wanted = (scaled[0] - scaled[1]).mean().item()
+        assert scores[row]["degradation"]["score"] == pytest.approx(wanted, abs=1e-4)
+    assert set(runner.callback_metrics) == {
+        "loss",
+        *(f"attribution/{row}/{name}" for row in ("saliency", "saliency/abs", "random") for name in METRICS),
+    }
+    assert scores["saliency"]["degradation"]["random"] == scores["random"]["degradation"]["score"]
+
+
+def anatomy(model):
+    """All that could be left behind."""
+    seen = {}
+    for name, module in model.named_modules():
+        hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks") and value is not None}
+        seen[name] = (module.training, hooks, sorted(vars(module)) if name else None)  # a Trainer adds to the outermost
+    seen["grads"] = [(p.grad, p.requires_grad) for p in model.parameters()]
+    seen["weights"] = {name: value.clone() for name, value in model.state_dict().items()}
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["inference", "no_grad"])
+def test_all_eleven_methods_leave_the_model_as_it_was(mode):
+    model = Net()
+    before, (callback, _) = anatomy(model), evaluate(CAPTUM, model, run={"inference_mode": mode == "inference"})
+    after = anatomy(model)
+    torch.testing.assert_close(after.pop("weights"), before.pop("weights"), rtol=0, atol=0)
+    assert after == before
+    scores = callback.report.scores
+    assert set(scores) == {*CAPTUM, *(f"{name}/abs" for name in CAPTUM), "random"}
+    assert all(0 <= row["iou"]["score"] <= 1 for row in scores.values())
+    assert all(row["iou"]["count"] == 18 for row in scores.values())
+    raw = [scores[name]["iou"]["score"] for name in CAPTUM]
+    assert len({round(value, 6) for value in raw}) >= 8  # the methods do differ
+
+
+def test_methods_that_fail_take_their_hooks_off():
+    model = Net().eval()  # in which an error leaves it
+    before = anatomy(model)
+
+    def fails(x, target):
+        model.net[2].register_forward_hook(lambda *_: None)
+        model.net[0].strange = 1
+        raise KeyError("a method's own error")
+
+    with pytest.raises(KeyError, match="a method's own error"):
+        evaluate({"mine": fails}, model)
+    after = anatomy(model)
+    after.pop("weights"), before.pop("weights")
+    assert after == before
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(precision):
+    methods = {name: CAPTUM[name] for name in ("saliency", "gradcam", "guided_backprop", "deeplift", "lime")}
+    exact, _ = evaluate(methods)
+    half, _ = evaluate(methods, run={"precision": precision})
+    for row, own in exact.report.scores.items():
+        wanted = own["iou"]["score"]
+        assert half.report.scores[row]["iou"]["score"] == pytest.approx(
+            wanted, abs=0.05 if "bf16" in precision else 1e-4
+        )
+
+
+@pytest.mark.parametrize("limit", [1, 5, 1000])
+def test_the_bound_on_forward_passes_changes_nothing(limit):
+    seen = []
+
+    class Watched(Net):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    methods = {name: CAPTUM[name] for name in ("saliency", "integrated_gradients", "gradcam", "lime", "kernel_shap")}
+    metrics = ["iou", "degradation", "faithfulness_correlation", "infidelity", "sensitivity"]
+    callback, _ = evaluate(methods, Watched(), batches(1, 4), max_forward_batch=limit, metrics=metrics)
+    other, _ = evaluate(methods, Net(), batches(1, 4), max_forward_batch=37, metrics=metrics)
+    for row, own in other.report.scores.items():
+        for name, cell in own.items():
+            found = callback.report.scores[row][name]["score"]
+            assert found == pytest.approx(cell["score"], abs=2e-4, nan_ok=True), (row, name)
+    assert max(seen) <= max(limit, 4)  # 4: the batch of the user's own step
+
+
+def test_batches_change_nothing():
+    whole, _ = evaluate(CAPTUM, data=batches(1, 8))
+    (x, y, masks) = batches(1, 8)[0]
+    parts, _ = evaluate(CAPTUM, data=[(x[rows], y[rows], masks[rows]) for rows in (slice(0, 1), slice(1, 8))])
+    for row, own in whole.report.scores.items():
+        for name, cell in own.items():
+            assert parts.report.scores[row][name]["score"] == pytest.approx(cell["score"], abs=1e-4), (row, name)
+
+
+def test_selection_by_class_probability_and_number():
+    model = Net()
+    x, y, _ = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    with torch.no_grad():
+        p = model.eval()(x).softmax(1).gather(1, y[:, None])[:, 0]
+    least = float(p.median())
+    callback, _ = evaluate(["saliency"], model, select=least, classes=[1])
+    assert callback.report.samples == int(((p > least) & (y == 1)).sum())
+    assert callback.report.seen == 18
+    callback, _ = evaluate(["saliency"], model, select=lambda own: own < least, max_samples=4)
+    assert callback.report.samples == 4
+    with pytest.warns(UserWarning, match=r"none of 18 samples was chosen by `classes=\(7,\)`"):
+        callback, _ = evaluate(["saliency"], model, classes=[7])
+    assert math.isnan(callback.report.scores["saliency"]["iou"]["score"])
+    assert json.loads(callback.report.to_json())["scores"]["saliency"]["iou"]["score"] is None
+
+
+def test_table_json_and_figures(tmp_path):
+    methods = {"saliency": None, "mine": lambda x, target: x, "half": {"method": "gradcam", "layer": "net.3"}}
+    callback, _ = evaluate(methods, examples=2, run={"default_root_dir": tmp_path})
+    console = Console(width=140, record=True)
+    console.print(callback.report.table())
+    text = console.export_text()
+    assert "half/abs" in text
+    assert "18 of 18 samples" in text
+    assert set(json.loads(callback.report.to_json())["scores"]["mine"]) == set(METRICS)
+    assert {path.name for path in (tmp_path / "attribution").iterdir()} == {
+        "degradation.png",
+        "example_1.png",
+        "example_2.png",
+    }
+    logger = TensorBoardLogger(tmp_path / "board")
+    evaluate(methods, examples=1, run={"logger": logger})
+    assert list(Path(logger.log_dir).glob("events*"))
+
+
+def test_in_validation_of_a_training_without_touching_it():
+    callback = AttributionEvaluation(["saliency"], mask=2, stage="validate", metrics=["iou"], examples=0)
+    plain, watched = Net(), Net()
+    for model, callbacks in ((plain, []), (watched, [callback])):
+        runner = trainer(callbacks, max_epochs=2)
+        runner.fit(model, Batches(batches()), Batches(batches()))
+    torch.testing.assert_close(dict(watched.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+    assert "attribution/saliency/iou" in runner.callback_metrics
+    assert callback.report.samples == 18
+
+
+def rank_report(rank, bounds):
+    if len(bounds) > 2:
+        act_as_rank(rank, len(bounds) - 1)
+        mine = shard(batches(), bounds)
+        run = {"strategy": "ddp", "devices": len(bounds) - 1}
+    else:
+        mine, run = batches(), {}
+    methods = {name: CAPTUM[name] for name in ("saliency", "gradcam", "guided_backprop", "lime")}
+    metrics = ["iou", "attribution_localization", "degradation", "infidelity"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callback, _ = evaluate(methods, data=mine, metrics=metrics, run=run)
+    return json.loads(callback.report.to_json())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("bounds", [(0, 2, 6), (0, 3, 5, 6)], ids=["two", "three"])
+def test_unequal_ranks_equal_one_process(bounds, tmp_path):
+    expected = rank_report(0, (0, 6))
+    for found in run_on_ranks(rank_report, len(bounds) - 1, tmp_path, bounds):
+        assert (found["samples"], found["seen"]) == (18, 18)
+        for row, own in expected["scores"].items():
+            for name, cell in own.items():
+                assert found["scores"][row][name]["score"] == pytest.approx(cell["score"], abs=1e-4), (row, name)
+
+
+class Shared(Net):
+    def __init__(self):
+        super().__init__()
+        self.net[4] = self.net[2]
+
+
+class InPlace(Net):
+    def __init__(self):
+        super().__init__()
+        self.net[2] = nn.ReLU(inplace=True)
+
+
+class Functional(Net):
+    def forward(self, x):
+        return self.net[5:](F.relu(self.net[3](self.net[:3](x))))
+
+
+class Smooth(Net):
+    def __init__(self):
+        super().__init__()
+        self.net[2], self.net[4] = nn.Tanh(), nn.Tanh()
+
+
+class OneLogit(Net):
+    def __init__(self):
+        super().__init__()
+        self.net[7] = nn.Linear(6, 1)
+
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+def with_sigmoid():
+    model = Net()
+    model.net[2] = nn.Sigmoid()
+    return model
+
+
+# name: (network, arguments, what the message says)
+IN_TEST = {
+    "shared ReLU": (Shared, {"methods": ["guided_backprop"]}, r"a ReLU of its own at every place, got \['net.2'\]"),
+    "shared under DeepLIFT": (Shared, {"methods": ["deeplift"]}, "deeplift needs a ReLU of its own"),
+    "in-place ReLU": (InPlace, {"methods": ["guided_backprop"]}, r"\['net.2'\]; build them with `inplace=False`"),
+    "ReLU as a function": (Functional, {"methods": ["guided_backprop"]}, r"1 ReLU\(s\) called as functions"),
+    "no ReLU": (Smooth, {"methods": {"guided_gradcam": "net.3"}}, "changes the gradient of ReLUs, and Smooth has none"),
+    "no rule": (with_sigmoid, {"methods": ["lrp"]}, "lrp has no rule for this network: .*Sigmoid"),
+    "no such layer": (Net, {"methods": {"gradcam": "net.33"}}, "is no module of Net; did you mean 'net.3'"),
+    "no such network": (Net, {"network": "nett"}, "`network='nett'` is no module of Net; did you mean 'net'"),
+    "no mask in the batch": (Net, {"mask": 5}, "`mask=5` is not in the batch, a tuple of 3 parts"),
+    "a key for a tuple": (Net, {"mask": "mask"}, "`mask='mask'` is not in the batch"),
+    "no tensor": (Net, {"inputs": lambda batch: 3}, "`inputs` must give a tensor of the batch, got int"),
+    "select without bools": (Net, {"select": lambda p: p}, "`select` must return a bool for each of 6 samples, got"),
+}
+IN_TEST_VALUES = {
+    "no probabilities": (OneLogit, {}, ValueError, "`forward` gives no probabilities"),
+    "classes as floats": (Net, {"target": lambda batch: batch[1].float()}, TypeError, "`target` must be a tensor of"),
+    "mask of another length": (Net, {"mask": lambda batch: batch[2][:, :9]}, ValueError, "`masks` must have the sh"),
+}
+
+
+@pytest.mark.parametrize("name", IN_TEST)
+def test_wrong_combinations_are_named(name):
+    build, arguments, message = IN_TEST[name]
+    with pytest.raises(MisconfigurationException, match=message):
+        evaluate(**{"methods": ["saliency"], **arguments}, model=build())
+
+
+@pytest.mark.parametrize("name", IN_TEST_VALUES)
+def test_wrong_tensors_are_named(name):
+    build, arguments, error, message = IN_TEST_VALUES[name]
+    with pytest.raises(error, match=message):
+        evaluate(**{"methods": ["saliency"], **arguments}, model=build())
+
+
+def test_sharded_strategies_are_refused():
+    callback = AttributionEvaluation(["saliency"], mask=2, examples=0)
+    runner = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(MisconfigurationException, match="supports a single device and DDP, got FSDPStrategy"):
+        callback.setup(runner, Net(), "test")
+
+
+ARGUMENTS = {
+    "no method": ({"methods": []}, ValueError, "`methods` must have at least one method"),
+    "method misspelled": ({"methods": ["salincy"]}, ValueError, "`methods` must be .* did you mean 'saliency'"),
+    "a number as methods": ({"methods": 3}, TypeError, "`methods` must be names, or a mapping"),
+    "a method without its layer": ({"methods": ["gradcam"]}, ValueError, r"`methods\['gradcam'\]` needs the name of a"),
+    "a layer too many": ({"methods": {"saliency": "net.3"}}, ValueError, r"`methods\['saliency'\]` takes no layer"),
+    "a number as options": ({"methods": {"saliency": 3}}, TypeError, r"`methods\['saliency'\]` must be a layer's name"),
+    "no mask": ({"mask": None}, ValueError, "`mask` must say where the truth is"),
+    "mask is no key": ({"mask": 1.5}, TypeError, "`mask` must be a key of the batch"),
+    "mask of no module": ({"mask": "nowhere.f"}, ValueError, "`mask='nowhere.f'` cannot be imported"),
+    "metric misspelled": ({"metrics": ["iuo"]}, ValueError, "`metrics` must be .* did you mean 'iou'"),
+    "no metric": ({"metrics": []}, ValueError, "`metrics` must have at least one"),
+    "a strange metric": (
+        {"metrics": {"a": nn.ReLU()}},
+        TypeError,
+        r"`metrics\['a'\]` must be a metric of",
+    ),
+    "stage misspelled": ({"stage": "tset"}, ValueError, "`stage` must be .* did you mean 'test'"),
+    "absolute misspelled": ({"absolute": "bothe"}, ValueError, "`absolute` must be .* did you mean 'both'"),
+    "percent": ({"select": 90}, ValueError, "`select` must be in .* did you mean 0.9"),
+    "no positive class": ({"classes": []}, ValueError, r"`classes` must name at least one positive class, such as \[1"),
+    "negative class": ({"classes": [-1]}, ValueError, "`classes` must be at least 0"),
+    "no sample": ({"max_samples": 0}, ValueError, "`max_samples` must be at least 1"),
+    "no forward": ({"max_forward_batch": 0}, ValueError, "`max_forward_batch` must be at least 1"),
+    "negative examples": ({"examples": -1}, ValueError, "`examples` must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_wrong_arguments_fail_in_the_constructor(name):
+    arguments, error, message = ARGUMENTS[name]
+    with pytest.raises(error, match=message):
+        AttributionEvaluation(**{"methods": ["saliency"], "mask": 2, **arguments})

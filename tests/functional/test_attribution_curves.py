@@ -1,0 +1,337 @@
+"""Perturbation curves and faithfulness against NumPy, Quantus and Captum; passes, memory bound and chunks."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from captum.metrics import infidelity as captum_infidelity
+from captum.metrics import sensitivity_max
+from torch import nn
+
+from lightning_plugins.functional.attribution import (
+    Perturbation,
+    class_scores,
+    curve_area,
+    degradation_score,
+    faithfulness_correlation,
+    infidelity,
+    parameter_randomization,
+    perturbation_curve,
+    random_attributions,
+    scaled_curve,
+    sensitivity,
+)
+from lightning_plugins.functional.attribution.faithfulness import noise_of
+from lightning_plugins.functional.attribution.random import random_bits, random_uniform, sample_keys, split_keys
+from lightning_plugins.functional.attribution.replacement import REPLACEMENTS
+
+ORACLE = json.loads((Path(__file__).parent / "attribution_oracle.json").read_text(encoding="utf-8"))
+LENGTH, PATCH = 22, 4  # the last window is shorter
+
+
+def network(channels=1, length=LENGTH):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * length, 6), nn.ReLU(), nn.Linear(6, 3)).double().eval()
+
+
+def batch(rows=5, channels=1):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, channels, LENGTH, generator=generator, dtype=torch.float64)
+    maps = torch.randn(rows, channels, LENGTH, generator=generator, dtype=torch.float64)
+    return x, maps, torch.arange(rows) % 3
+
+
+def replaced_by_hand(x, window, rule, state, least):
+    """One window of one channel, in NumPy; lines read the neighbours from ``state``."""
+    a, b = window
+    if rule in {"zero", "constant"}:
+        return np.zeros(b - a) if rule == "zero" else np.full(b - a, 0.7)
+    if rule == "mean":
+        return np.full(b - a, x[a:b].mean())
+    if rule == "min":
+        return np.full(b - a, least)
+    left, right = (state[a - 1] if a else state[b]), (state[b] if b < len(x) else state[a - 1])
+    return left + (right - left) * np.arange(1, b - a + 1) / (b - a + 1)
+
+
+def curve_by_hand(model, x, a, target, rule, *, order, sequential):
+    windows = [(s, min(s + PATCH, LENGTH)) for s in range(0, LENGTH, PATCH)]
+    sums = np.array([a.sum(0)[s:e].sum() for s, e in windows])
+    places = np.argsort(-sums if order == "most" else sums, kind="stable")
+    state, original, points = x.copy(), x.copy(), []
+    for step in range(len(windows) + 1):
+        if step:
+            s, e = windows[places[step - 1]]
+            for channel in range(len(x)):
+                source = state if sequential else original
+                state[channel, s:e] = replaced_by_hand(original[channel], (s, e), rule, source[channel], original.min())
+        with torch.no_grad():
+            points.append(model(torch.tensor(state)[None]).softmax(1)[0, target].item())
+    return points
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("order", ["most", "least"])
+@pytest.mark.parametrize("rule", ["zero", "constant", "mean", "min", "linear", "sequential"])
+def test_curve_equals_numpy(rule, order, channels):
+    (x, maps, target), model = batch(channels=channels), network(channels)
+    kind, sequential = ("linear", True) if rule == "sequential" else (rule, False)
+    how = Perturbation(PATCH, kind, sequential=sequential, value=0.7 if kind == "constant" else 0.0)
+    found = perturbation_curve(model, x, maps, target, perturbation=how, order=order, max_forward_batch=7)
+    rows = zip(x.numpy(), maps.numpy(), target.tolist(), strict=True)
+    wanted = [curve_by_hand(model, a, b, t, kind, order=order, sequential=sequential) for a, b, t in rows]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_sequential_lines_differ_from_those_of_the_original():
+    (x, maps, target), model = batch(), network()
+    both = [
+        perturbation_curve(model, x, maps, target, perturbation=Perturbation(PATCH, "linear", sequential=s))
+        for s in (False, True)
+    ]
+    assert (both[0] - both[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rule", [*REPLACEMENTS, "callable", "sequential"])
+def test_neither_chunks_nor_batches_nor_order_change_a_curve(rule):
+    (x, maps, target), model = batch(rows=6), network()
+    replacement = (lambda inputs: 0.5 * inputs.flip(-1)) if rule == "callable" else rule
+    how = Perturbation(PATCH, "linear" if rule == "sequential" else replacement, sequential=rule == "sequential")
+    settings = {"perturbation": how, "steps": 5, "spread": True}
+    whole = perturbation_curve(model, x, maps, target, max_forward_batch=10_000, **settings)
+    for limit in (1, 4, 13):
+        parts = perturbation_curve(model, x, maps, target, max_forward_batch=limit, **settings)
+        torch.testing.assert_close(parts, whole)
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    mixed = [
+        perturbation_curve(model, x[rows], maps[rows], target[rows], **settings) for rows in order.split([1, 3, 2])
+    ]
+    torch.testing.assert_close(torch.cat(mixed), whole[order])
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(100, 1), (7, 5), (35, 1), (34, 2)])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_as_few_passes_as_the_bound_allows(limit, passes, sequential):
+    (x, maps, target), model, seen = batch(), network(), []
+
+    def forward(inputs):
+        seen.append(len(inputs))
+        return model(inputs)
+
+    how = Perturbation(PATCH, "linear", sequential=sequential)
+    perturbation_curve(forward, x, maps, target, perturbation=how, max_forward_batch=limit)
+    assert max(seen) <= limit
+    assert sum(seen) == 35  # 5 samples, 7 points
+    assert len(seen) == passes or sequential  # whole states at a time: at most one more per pass
+    assert len(seen) <= 2 * passes
+
+
+def test_region_perturbation_equals_quantus():
+    from tools.attribution_oracle import data, network
+
+    x, maps, _ = (torch.from_numpy(part) for part in data())
+    for name, order in (("morf", "most"), ("lerf", "least")):
+        curve = perturbation_curve(
+            network(), x, maps, torch.tensor([0, 1, 1, 0]), perturbation=Perturbation(8, "min"), order=order
+        )
+        wanted = torch.tensor(ORACLE[f"region_perturbation_{name}"])
+        torch.testing.assert_close((curve[:, :1] - curve)[:, 1:], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_patches_go_in_an_order_of_the_sample_and_a_constant_map_degrades_nothing():
+    (x, _, target), model = batch(), network()
+    flat = torch.zeros(5, LENGTH, dtype=torch.float64)
+    most, least = (
+        perturbation_curve(model, x, flat, target, perturbation=Perturbation(PATCH), order=order)
+        for order in ("most", "least")
+    )
+    torch.testing.assert_close(most, least, rtol=0, atol=0)
+    other = perturbation_curve(model, x, flat, target, perturbation=Perturbation(PATCH, seed=1))
+    assert (other - most).abs().max() > 1e-3
+
+
+def test_maps_that_are_not_finite_give_nan_and_steps_beyond_the_patches_repeat():
+    (x, maps, target), model = batch(), network()
+    maps[2, 0, 3] = math.nan
+    curve = perturbation_curve(model, x, maps, target, perturbation=Perturbation(PATCH), steps=9)
+    assert curve.isnan().all(1).tolist() == [False, False, True, False, False]
+    torch.testing.assert_close(curve[0, 6:], curve[0, 6].expand(4))
+
+
+def test_images_of_any_size():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2 * 5 * 7, 2)).eval()
+    x, maps = torch.randn(3, 2, 5, 7), torch.randn(3, 5, 7)
+    for rule in ("zero", "mean", "blur", "uniform", "gaussian"):
+        curve = perturbation_curve(model, x, maps, torch.zeros(3).long(), perturbation=Perturbation(3, rule))
+        assert curve.shape == (3, 7)
+        assert curve.isfinite().all()
+
+
+def test_scaled_curves_and_flat_ones():
+    most, least = torch.tensor([0.9, 0.3, 0.1]).double(), torch.tensor([0.9, 0.8, 0.1]).double()
+    wanted = ((least - 0.1) / 0.8 - (most - 0.1) / 0.8).sum()
+    torch.testing.assert_close(degradation_score(least, most, reduction="sum"), wanted)
+    torch.testing.assert_close(degradation_score(least, most), wanted / 3)
+    assert scaled_curve(torch.tensor([0.5, 0.2, 0.5])).isnan().all()
+    torch.testing.assert_close(curve_area(torch.tensor([1.0, 0.5, 0.0, 0.0])), torch.tensor(1.0 / 3))
+
+
+def test_faithfulness_correlation_equals_numpy():
+    (x, maps, target), model = batch(), network()
+    found = faithfulness_correlation(model, x, maps, target, draws=15, share=0.2, max_forward_batch=11)
+    keys = sample_keys(x)
+    for row in range(5):
+        sums, drops = [], []
+        with torch.no_grad():
+            whole = model(x[row : row + 1])[0, target[row]].item()
+            for draw in range(1, 16):
+                chosen = random_bits(split_keys(keys[row : row + 1], draw), LENGTH, seed=0)[0].topk(4).indices
+                copy = x[row].clone()
+                copy[:, chosen] = 0
+                sums.append(maps[row, 0, chosen].sum().item())
+                drops.append(whole - model(copy[None])[0, target[row]].item())
+        assert found[row].item() == pytest.approx(np.corrcoef(sums, drops)[0, 1], abs=1e-8)
+
+
+def test_faithfulness_of_a_linear_model_is_perfect_and_of_constants_undefined():
+    x = torch.randn(3, 1, LENGTH)
+    weight = torch.randn(LENGTH)
+
+    def forward(inputs):
+        return torch.stack([inputs[:, 0] @ weight, -(inputs[:, 0] @ weight)], 1)
+
+    target = torch.zeros(3).long()
+    torch.testing.assert_close(
+        faithfulness_correlation(forward, x, x * weight, target), torch.ones(3), rtol=0, atol=1e-4
+    )
+    assert faithfulness_correlation(forward, x, torch.zeros_like(x), target).isnan().all()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_infidelity_equals_captum(normalize):
+    (x, maps, target), model = batch(), network()
+    found = infidelity(model, x, maps, target, draws=8, std=0.2, normalize=normalize, max_forward_batch=9)
+    keys = sample_keys(x)
+
+    def noise(inputs):  # Captum repeats each sample for all its draws
+        samples = torch.arange(len(x)).repeat_interleave(8)
+        made = noise_of(x, keys, samples, torch.arange(1, 9).repeat(len(x)), 0.2, 0).to(inputs)
+        return made, inputs - made
+
+    wanted = captum_infidelity(model, noise, x, maps, target=target, n_perturb_samples=8, normalize=normalize)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_sensitivity_equals_captum():
+    (x, _, target), model = batch(), network()
+
+    @torch.enable_grad()  # Captum explains without
+    def explain(inputs, target):
+        inputs = (inputs[0] if isinstance(inputs, tuple) else inputs).detach().requires_grad_()
+        picked = model(inputs).gather(1, target[:, None]).sum()
+        return torch.autograd.grad(picked, inputs)[0] * inputs.detach()
+
+    found = sensitivity(explain, x, target, draws=6, radius=0.05, max_forward_batch=4)
+    keys = sample_keys(x)
+
+    def moved(inputs):
+        inputs = inputs[0] if isinstance(inputs, tuple) else inputs
+        samples, draws = torch.arange(len(x)).repeat_interleave(6), torch.arange(1, 7).repeat(len(x))
+        noise = 2 * random_uniform(split_keys(keys[samples], draws), LENGTH, seed=0) - 1
+        return inputs + 0.05 * noise.reshape(inputs.shape).to(inputs)
+
+    wanted = sensitivity_max(
+        lambda inputs, target: (explain(inputs, target),), x, moved, n_perturb_samples=6, target=target
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_random_numbers_belong_to_samples():
+    x = torch.randn(4, 2, 9)
+    maps = random_attributions(x)
+    torch.testing.assert_close(random_attributions(x[[2, 0]]), maps[[2, 0]], rtol=0, atol=0)
+    assert maps.shape == (4, 9)
+    assert not torch.equal(maps, random_attributions(x, seed=1))
+    uniform = random_uniform(torch.arange(500), 40, seed=4)
+    assert 0 < uniform.min() < uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.01
+    assert abs(uniform.var() - 1 / 12) < 0.003
+    assert abs(torch.corrcoef(uniform[:, :2].T)[0, 1]) < 0.15
+
+
+def test_randomized_parameters_are_put_back():
+    model = network()
+    x, _, target = batch()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def explain(inputs, target):
+        inputs = inputs.detach().requires_grad_()
+        return torch.autograd.grad(model(inputs).gather(1, target[:, None]).sum(), inputs)[0]
+
+    found = parameter_randomization(model, explain, x, target)
+    assert list(found) == ["3", "1"]
+    assert found["1"].abs().max() < 0.9
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    alone = parameter_randomization(model, explain, x, target, order="independent", absolute=True)
+    assert alone["1"].shape == (5,)
+    with pytest.raises(KeyError):
+        parameter_randomization(model, lambda a, b: {}[len(before)], x, target)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+X, MAPS, Y = torch.rand(2, 1, 8), torch.rand(2, 1, 8), torch.tensor([0, 1])
+
+
+def flat_forward(inputs):
+    return inputs.flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Perturbation(patch=0), ValueError, "`patch` must be at least 1"),
+        (lambda: Perturbation(replacement="maen"), ValueError, "`replacement` must be .*did you mean 'mean'"),
+        (lambda: Perturbation(sequential=True), ValueError, "`sequential` is for `replacement='linear'`"),
+        (
+            lambda: perturbation_curve(flat_forward, X, MAPS[:, :, :7], Y),
+            ValueError,
+            "`attributions` must have the pos",
+        ),
+        (lambda: perturbation_curve(flat_forward, X, MAPS, Y.float()), TypeError, "`target` must be a tensor of class"),
+        (lambda: perturbation_curve(flat_forward, X, MAPS, Y[:1]), ValueError, r"`target` must have shape \(2,\)"),
+        (lambda: perturbation_curve(flat_forward, X, MAPS, Y + 1), ValueError, "`target` must be in 0 to 1, the cla"),
+        (lambda: perturbation_curve(flat_forward, X, MAPS, Y, order="morf"), ValueError, "`order` must be 'most' or"),
+        (lambda: perturbation_curve(flat_forward, X, MAPS, Y, steps=0), ValueError, "`steps` must be at least 1"),
+        (lambda: perturbation_curve(flat_forward, X, MAPS, Y, max_forward_batch=0), ValueError, "`max_forward_batch`"),
+        (lambda: perturbation_curve(lambda x: x[:, 0, :1], X, MAPS, Y), ValueError, "`forward` gives no probabilities"),
+        (lambda: perturbation_curve(lambda x: x, X, MAPS, Y), ValueError, r"`forward` must return logits of shape"),
+        (
+            lambda: class_scores(lambda x: 3, X, Y),
+            TypeError,
+            "`forward` must return a floating tensor of logits, got i",
+        ),
+        (
+            lambda: perturbation_curve(flat_forward, X, MAPS, Y, perturbation=Perturbation(8, "linear")),
+            ValueError,
+            "`replacement='linear'` draws lines between windows",
+        ),
+        (
+            lambda: perturbation_curve(flat_forward, X, MAPS, Y, perturbation=Perturbation(2, lambda x: x[:, :, :3])),
+            ValueError,
+            "`replacement` must keep the shape",
+        ),
+        (lambda: faithfulness_correlation(flat_forward, X, MAPS, Y, share=0), ValueError, "`share` must be above 0"),
+        (lambda: faithfulness_correlation(flat_forward, X, MAPS, Y, share=10), ValueError, "did you mean 0.1"),
+        (lambda: infidelity(flat_forward, X, MAPS[:, :, :5], Y), ValueError, "`attributions` must have the shape"),
+        (lambda: infidelity(flat_forward, X, MAPS, Y, std=0.0), ValueError, "`std` must be above 0"),
+        (lambda: sensitivity(lambda x, y: x, X, Y, radius=-1.0), ValueError, "`radius` must be above 0"),
+        (lambda: degradation_score(torch.ones(3), torch.ones(4)), ValueError, "`least` and `most` must have the same"),
+        (lambda: parameter_randomization(nn.ReLU(), lambda x, y: x, X, Y), ValueError, "`model` must have parameters"),
+    ],
+)
+def test_bad_inputs_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
