@@ -103,7 +103,6 @@ def perturbation(rounds: int) -> None:
         normalise=False,
         disable_warnings=True,
         display_progressbar=False,
-        softmax=True,
     )
     arrays = {"x_batch": x.numpy(), "a_batch": maps.numpy(), "y_batch": target.numpy()}
     how = Perturbation(patch=16, replacement="min")

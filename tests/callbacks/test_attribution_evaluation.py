@@ -143,7 +143,7 @@ def test_all_eleven_methods_leave_the_model_as_it_was(mode):
     scores = callback.report.scores
     assert set(scores) == {*CAPTUM, *(f"{name}/abs" for name in CAPTUM), "random"}
     assert all(0 <= row["iou"]["score"] <= 1 for row in scores.values())
-    assert all(row["iou"]["count"] == 18 for row in scores.values())
+    assert all(row["iou"]["samples"] == 18 for row in scores.values())
     raw = [scores[name]["iou"]["score"] for name in CAPTUM]
     assert len({round(value, 6) for value in raw}) >= 8  # the methods do differ
 

@@ -91,7 +91,7 @@ def test_no_split_into_batches_changes_the_value_and_classes_add_up(name):
     torch.testing.assert_close(parts.compute(), whole.compute())
     by_class = whole.compute()
     assert by_class.score.shape == (CLASSES,)
-    assert int(by_class.count.sum()) == 11
+    assert int(by_class.samples.sum()) == 11
     target = data()[3]
     for number in range(CLASSES):
         own = update(name, EVERY[name](num_classes=CLASSES), (target == number).nonzero()[:, 0]).compute()
@@ -100,7 +100,7 @@ def test_no_split_into_batches_changes_the_value_and_classes_add_up(name):
     if "degradation" in name:
         torch.testing.assert_close(together.score, by_class.score.mean())
     else:
-        mean = (by_class.score * by_class.count).sum() / by_class.count.sum()
+        mean = (by_class.score * by_class.samples).sum() / by_class.samples.sum()
         torch.testing.assert_close(together.score, mean)
         torch.testing.assert_close(update(name, EVERY[name](), slice(0, 11)).compute().score, mean)
 
@@ -173,7 +173,7 @@ def test_a_flat_class_has_no_degradation_and_is_counted():
     metric.update(forward, x, x, target)
     result = metric.compute()
     assert result.score.isnan().tolist() == [False, True]
-    assert result.count.tolist() == [2, 0]
+    assert result.samples.tolist() == [2, 0]
     assert result.undefined.tolist() == [0, 3]
 
 
@@ -183,7 +183,7 @@ def test_samples_without_a_score_are_counted_apart():
     metric = LocalizationIoU()
     metric.update(maps, masks)
     result = metric.compute()
-    assert (int(result.count), int(result.undefined)) == (2, 2)
+    assert (int(result.samples), int(result.undefined)) == (2, 2)
     torch.testing.assert_close(result.score, localization_iou(maps[2:], masks[2:]).score.mean().double())
     empty = LocalizationIoU(num_classes=2, per_class=True)
     empty.update(maps[2:], masks[2:], torch.zeros(2).long())

@@ -15,7 +15,7 @@ class AttributionReport:
 
     Attributes:
         scores: By method (``"gradcam"``, or ``"gradcam/abs"`` for absolute values) and metric: ``score``, ``random``,
-            ``skill``, and ``count``, the number of samples with a score. Random maps have a row of their own.
+            ``skill``, and ``samples``, the number of samples with a score. Random maps have a row of their own.
         samples: Number of samples that were chosen.
         seen: Number of samples they were chosen from.
         curves: By method, the scaled mean degradation curves, ``least`` and ``most`` relevant first, of each class.

@@ -111,4 +111,5 @@ def _find(root: nn.Module, argument: str, name: str) -> nn.Module:
         near = nearest(name, filter(None, known), limit=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise MisconfigurationException(f"`{argument}={name!r}` is no module of {type(root).__name__}{hint}")
-    return known[name]
+    found: nn.Module = known[name]
+    return found

@@ -111,7 +111,7 @@ def top_k_intersection(attributions: Tensor, masks: Tensor, k: int) -> Localizat
     maps, truth = flat_positions(attributions, masks)
     if check_positive_int("k", k) > maps.shape[1]:
         raise ValueError(f"`k` must be at most the number of positions, {maps.shape[1]}, got {k}")
-    hits = _expected_hits(maps, truth, torch.full((len(maps),), k, device=maps.device))
+    hits = _hits_above(maps, truth, maps.topk(k, dim=1).values[:, -1:], k)
     return _defined(hits / k, truth.sum(1) / maps.shape[1], maps, truth)
 
 
@@ -206,9 +206,7 @@ def attribution_auroc(attributions: Tensor, masks: Tensor) -> LocalizationScores
     """
     maps, truth = flat_positions(attributions, masks)
     sort = maps.sort(1)
-    left = torch.searchsorted(sort.values, sort.values)  # tied values share one rank, the mean of theirs
-    right = torch.searchsorted(sort.values, sort.values, right=True)
-    ranks = (left + right + 1).to(torch.promote_types(maps.dtype, torch.float32)) / 2
+    ranks = (_first_of_ties(sort.values) + _last_of_ties(sort.values)).to(maps.dtype) / 2 + 1
     size = truth.sum(1).to(ranks.dtype)
     won = (ranks * truth.gather(1, sort.indices)).sum(1) - size * (size + 1) / 2
     score = won / (size * (maps.shape[1] - size))  # 0 / 0 for a full mask
@@ -219,9 +217,25 @@ def _expected_hits(maps: Tensor, truth: Tensor, size: Tensor) -> Tensor:
     """Positions of the truth among the ``size`` largest, where tied ones are drawn at random."""
     ordered = maps.sort(1, descending=True).values
     least = ordered.gather(1, (size - 1).clamp_min(0)[:, None])  # the value of the last that is taken
+    return _hits_above(maps, truth, least, size)
+
+
+def _hits_above(maps: Tensor, truth: Tensor, least: Tensor, size: Tensor | int) -> Tensor:
     above, tied = maps > least, maps == least
     wanted = size - above.sum(1)  # of the tied ones
     return (above & truth).sum(1) + (tied & truth).sum(1) * wanted / tied.sum(1).clamp_min(1)
+
+
+def _first_of_ties(ordered: Tensor) -> Tensor:
+    """In sorted rows, the number of the first position that has the value of each."""
+    at = torch.arange(ordered.shape[1], device=ordered.device)
+    begins = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    return torch.where(begins, at, 0).cummax(1).values
+
+
+def _last_of_ties(ordered: Tensor) -> Tensor:
+    """In sorted rows, the number of the last position that has the value of each."""
+    return ordered.shape[1] - 1 - _first_of_ties(ordered.flip(1)).flip(1)
 
 
 def _defined(score: Tensor, random: Tensor, maps: Tensor, truth: Tensor) -> LocalizationScores:

@@ -16,14 +16,14 @@ class AttributionScore(NamedTuple):
         score: The mean over samples; NaN without any.
         random: The mean that random maps reach, or are expected to reach, on the same samples.
         skill: ``(score - random) / (best - random)``: 1 for the best possible score, 0 for a random one.
-        count: Number of samples with a score.
+        samples: Number of samples with a score.
         undefined: Number of samples that have none: an empty mask, a map that is not finite, a constant one.
     """
 
     score: Tensor
     random: Tensor
     skill: Tensor
-    count: Tensor
+    samples: Tensor
     undefined: Tensor
 
 
