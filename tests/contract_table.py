@@ -12,9 +12,9 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks import (
+    AttributionEvaluation,
     EarlyTermination,
     LayerProbe,
-    AttributionEvaluation,
     RepresentationMonitor,
     SpectrumMonitor,
     StableRankRegularization,
@@ -439,6 +439,8 @@ SETTINGS = {
     stages: [train]
     controls: [projection]
     figures: false
+""",
+    ),
     "attribution evaluation": Setting(
         lambda: [
             AttributionEvaluation(["saliency"], mask=first_half, metrics=["iou"], stage="validate", examples=0),

@@ -1,7 +1,7 @@
 """Lightning callbacks: they decide when, and call what stands in the other folders."""
 
-from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
+from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
 from lightning_plugins.callbacks.layer_probe import LayerProbe
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
@@ -14,8 +14,8 @@ from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.callbacks.von_neumann import VNERegularization
 
 __all__ = [
-    "EarlyTermination",
     "AttributionEvaluation",
+    "EarlyTermination",
     "HybridCompression",
     "LayerProbe",
     "LowRankCompression",

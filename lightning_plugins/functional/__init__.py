@@ -1,8 +1,8 @@
 """The mathematics alone: tensors in, tensors out, no state and no Lightning."""
 
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
-from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
+from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -27,8 +27,8 @@ __all__ = [
     "annealed_sigmoid",
     "assign_folds",
     "autocorrelation_eigenvalues",
-    "cls_attention_correlation",
     "beat_spans",
+    "cls_attention_correlation",
     "diagonal_entropy",
     "effective_rank",
     "gap_precondition",
