@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_plugins.compression import dense_weight, low_rank_layer, truncated
-from lightning_plugins.compression.low_rank.layers import decompose, full_rank, matrix_shape
+from lightning_plugins.compression.low_rank.decomposition import decompose
+from lightning_plugins.compression.low_rank.layers import full_rank, matrix_shape
 
 F64 = torch.float64
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_plugins._checks import check_choice
 from lightning_plugins.compression.low_rank.layers import full_rank, matrix_shape
 from lightning_plugins.compression.low_rank.splittable import Layer, select_layers
-from lightning_plugins.compression.networks.evaluation import evaluation
+from lightning_plugins.compression.low_rank.transposed import as_linear
+from lightning_plugins.compression.networks.evaluation import evaluation, layer_by_layer, uncompiled
 from lightning_plugins.weights import Scheme
 
 Cost = Literal["params", "flops"]
@@ -87,7 +88,7 @@ def layer_costs(
         {'0': LayerCost(dense=8640, per_rank=1400, full_rank=8)}
     """
     check_choice("cost", cost, COSTS)
-    found = select_layers(model, layers, scheme=scheme)
+    found = select_layers(model, layers, scheme=scheme, transposed=True)
     if cost == "params":
         if inputs is not None:
             raise ValueError("`inputs` must be left out with cost='params', for which nothing is run")
@@ -135,7 +136,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
             "`inputs` must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
             f"{type(inputs).__name__}" + ("; did you mean a tuple?" if isinstance(inputs, list) else "")
         )
-    with evaluation(model), _uncompiled(), _layer_by_layer(), _constants(model), warnings.catch_warnings():
+    with evaluation(model), uncompiled(), layer_by_layer(), _constants(model), warnings.catch_warnings():
         # torch's counter of operations sets hooks on all modules; compiled ones warn of that, and run uncompiled here.
         warnings.filterwarnings("ignore", message="Using `torch.compile")
         if isinstance(inputs, Mapping):
@@ -156,22 +157,6 @@ def _constants(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def _layer_by_layer() -> Iterator[None]:
-    """Without the fast path of torch's attention: one fused operation that calls no layer and counts as nothing."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    stance = getattr(torch.compiler, "set_stance", None)  # torch 2.5 has none
-    return nullcontext() if stance is None else stance("force_eager")
-
-
 def _parameters(layer: Layer, scheme: Scheme) -> LayerCost:
     return LayerCost(layer.weight.numel(), sum(matrix_shape(layer, scheme=scheme)), full_rank(layer, scheme=scheme))
 
@@ -179,7 +164,7 @@ def _parameters(layer: Layer, scheme: Scheme) -> LayerCost:
 def _flops(layer: Layer, given: Tensor, output: Tensor, scheme: Scheme) -> tuple[int, int]:
     """The operations of one call: of the layer as one, and per rank of its low-rank form."""
     rows, columns = matrix_shape(layer, scheme=scheme)
-    places = output.numel() // (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+    places = output.numel() // len(as_linear(layer).weight)
     dense = 2 * places * layer.weight.numel()
     if scheme == 2 and isinstance(layer, nn.Conv2d) and layer.kernel_size[0] > 1:
         # The first kernel moves along the width only: it keeps the rows of its input, whatever the stride.

@@ -6,6 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.layers import full_rank, low_rank_layer, matrix_shape
 from lightning_plugins.compression.low_rank.splittable import Layer, replace_modules, select_layers
 from lightning_plugins.selection import select_modules
@@ -22,6 +23,7 @@ def factorize(
     only_if_smaller: bool = True,
     *,
     scheme: Scheme = 1,
+    calibration: InputMoments | None = None,
 ) -> M:
     """Replace layers by low-rank forms of themselves, in place: plain sequences of two layers.
 
@@ -42,14 +44,16 @@ def factorize(
         layers: A dotted name, a glob over dotted names, or a sequence of them.
         only_if_smaller: Whether a layer stays as it is where its low-rank form would have no fewer weights.
         scheme: How a kernel becomes a matrix; see `low_rank_layer`.
+        calibration: What the layers receive, such as a `Calibration` of this model: the error of each layer's output is
+            minimised then, and not that of its weight.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: If ranks are of another kind.
-        ValueError: If a rank is out of its range, no layer can be split, a layer that is named cannot be split, or a
-            weight is not finite.
+        ValueError: If a rank is out of its range, no layer can be split, a layer that is named cannot be split, a
+            weight is not finite, or ``calibration`` knows nothing of a layer.
 
     Example:
         >>> factorize(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)), 0.25)
@@ -66,8 +70,9 @@ def factorize(
     for name, (layer, rank) in _chosen(model, ranks, layers, scheme).items():
         smaller = rank * sum(matrix_shape(layer, scheme=scheme)) < layer.weight.numel()
         if smaller or not only_if_smaller:
+            moment = None if calibration is None else calibration.moment(name)
             try:
-                replacements[layer] = low_rank_layer(layer, rank, scheme=scheme)
+                replacements[layer] = low_rank_layer(layer, rank, scheme=scheme, moment=moment)
             except ValueError as error:
                 raise ValueError(f"`layers`: {name!r} cannot be split: {error}") from error
     replace_modules(model, replacements)
@@ -91,7 +96,7 @@ def _chosen(
         hint = f"; did you mean the int {int(ranks)}?" if ranks > 1 and ranks == int(ranks) else ""
         raise ValueError(f"`ranks` must be in (0, 1] as a fraction of the full rank, got {ranks!r}{hint}")
     chosen = {}
-    for name, layer in select_layers(model, layers, scheme=scheme).items():
+    for name, layer in select_layers(model, layers, scheme=scheme, transposed=True).items():
         full = full_rank(layer, scheme=scheme)
         rank = min(ranks, full) if isinstance(ranks, int) else max(1, int(ranks * full + 0.5))
         chosen[name] = (layer, rank)
@@ -104,8 +109,8 @@ def _by_name(
     _check_mapping(ranks)
     if not ranks:
         return {}
-    found = {id(layer): (name, layer) for name, layer in select_layers(model, list(ranks), scheme=scheme).items()}
-    allowed = set(found) if layers == "*" else {id(at) for at in select_layers(model, layers, scheme=scheme).values()}
+    found = {id(layer): (name, layer) for name, layer in select_layers(model, list(ranks), scheme=scheme, transposed=True).items()}
+    allowed = set(found) if layers == "*" else {id(at) for at in select_layers(model, layers, scheme=scheme, transposed=True).values()}
     chosen: dict[str, tuple[Layer, int]] = {}
     for name, rank in ranks.items():
         ((_, module),) = select_modules(model, name).items()

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.compression.low_rank.decomposition import Decomposition, InputMoment, decompose
 from lightning_plugins.compression.low_rank.splittable import Layer, reason_against
-from lightning_plugins.weights import Scheme, matrix_to_weight, weight_to_matrix
+from lightning_plugins.compression.low_rank.transposed import as_linear, is_transposed, stored_weight
+from lightning_plugins.weights import Scheme, weight_to_matrix
 
 
-def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.Sequential:
+def low_rank_layer(
+    layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment | None = None
+) -> nn.Sequential:
     """Split a layer in two, of which the first has ``rank`` outputs: the best approximation of that rank.
 
     - A linear layer becomes ``in -> rank`` and ``rank -> out``.
     - A convolution becomes under scheme 1 a ``k x k`` kernel ``in -> rank`` and a ``1 x 1`` kernel ``rank -> out``.
     - Under scheme 2 it becomes a ``1 x k`` kernel ``in -> rank`` and a ``k x 1`` kernel ``rank -> out``.
+    - The transposed ``Conv1D`` of Hugging Face's transformers becomes two linear layers.
 
     Stride, padding, padding mode and dilation go to the kernel they belong to, so at full rank the sequence computes
     what the layer computes, up to rounding.
@@ -29,6 +34,8 @@ def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.Sequent
         rank: The rank, from 1 to the smaller side of the weight's matrix (see `full_rank`).
         scheme: How a kernel becomes a matrix: 1 for ``out x (in * k * k)``, 2 for ``(out * k) x (in * k)``, which needs
             two dimensions.
+        moment: The second moment of what the layer receives: the best approximation is then that of its outputs and
+            not of its weight.
 
     Returns:
         A sequence of two layers on the layer's device, in its dtype, mode and ``requires_grad``, with parameters of
@@ -37,7 +44,7 @@ def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.Sequent
     Raises:
         TypeError: If ``layer`` is of another kind, or ``rank`` no int.
         ValueError: If the layer cannot be split (groups, a forward pass of its own, a computed or lazy weight), its
-            weight is not finite, or the rank is out of its range.
+            weight is not finite, the rank is out of its range, or the moment of another size.
 
     Example:
         >>> low_rank_layer(nn.Conv2d(16, 32, 3, stride=2, padding=1), 4)
@@ -50,7 +57,7 @@ def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.Sequent
         Schemes: Idelbayev and Carreira-Perpinan, CVPR 2020. The even split is the usual one; our reading for BSR (Eo et
         al., 2023, https://arxiv.org/abs/2111.15179).
     """
-    values = [*factors(layer, rank, scheme=scheme), *([] if layer.bias is None else [layer.bias])]
+    values = [*factors(layer, rank, scheme=scheme, moment=moment), *([] if layer.bias is None else [layer.bias])]
     sequence = empty_low_rank_layer(layer, rank, scheme=scheme)
     with torch.no_grad():
         for parameter, value in zip(sequence.parameters(), values, strict=True):
@@ -58,13 +65,16 @@ def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1) -> nn.Sequent
     return sequence
 
 
-def factors(layer: Layer, rank: int, *, scheme: Scheme = 1) -> tuple[Tensor, Tensor]:
+def factors(
+    layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment | None = None
+) -> tuple[Tensor, Tensor]:
     """The weights of the two layers that `low_rank_layer` makes.
 
     Args:
         layer: As for `low_rank_layer`.
         rank: As for `low_rank_layer`.
         scheme: As for `low_rank_layer`.
+        moment: As for `low_rank_layer`.
 
     Returns:
         The first and the second weight, in float32, or float64 for a weight in float64; no gradient flows.
@@ -78,40 +88,13 @@ def factors(layer: Layer, rank: int, *, scheme: Scheme = 1) -> tuple[Tensor, Ten
         [(2, 4, 1, 3), (8, 2, 3, 1)]
     """
     _check(layer, rank, scheme)
-    U, S, Vh = decompose(layer.weight, scheme=scheme)
-    root = S[:rank].sqrt()
-    V, U = root[:, None] * Vh[:rank], U[:, :rank] * root
-    shape = layer.weight.shape
+    weight = as_linear(layer).weight
+    U, V = Decomposition(weight, moment, scheme=scheme).factors(rank)
+    shape = weight.shape
     if scheme == 2 and len(shape) == 4:
         outputs, inputs, high, wide = shape
         return V.reshape(rank, inputs, 1, wide), U.reshape(outputs, high, rank, 1).transpose(1, 2)
     return V.reshape(rank, *shape[1:]), U.reshape(-1, rank, *(1 for _ in shape[2:]))
-
-
-def decompose(weight: Tensor, *, scheme: Scheme = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin singular value decomposition of a kernel's matrix.
-
-    Args:
-        weight: Finite tensor of shape ``(O, I, *k)``.
-        scheme: As for `low_rank_layer`.
-
-    Returns:
-        ``U`` of shape ``(m, r)``, the singular values ``(r,)``, largest first, and ``V^T`` of shape ``(r, n)``, with
-        ``r = min(m, n)``; float32, or float64 for a weight in float64; no gradient flows.
-
-    Example:
-        >>> decompose(torch.diag(torch.tensor([1.0, 3.0])))[1]
-        tensor([3., 1.])
-    """
-    with torch.autocast(weight.device.type, enabled=False):
-        matrix = weight_to_matrix(weight.detach(), scheme=scheme)
-        matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-        try:
-            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # documented, but not in its `__all__`
-            # It did not converge, which is not known to happen in float64.
-            U, S, Vh = (part.to(matrix.dtype) for part in torch.linalg.svd(matrix.double(), full_matrices=False))
-    return U, S, Vh
 
 
 def dense_weight(first: nn.Module, second: nn.Module) -> Tensor:
@@ -165,10 +148,10 @@ def truncated(layer: Layer, rank: int, scheme: Scheme = 1) -> Tensor:
         2
     """
     _check(layer, rank, scheme)
-    U, S, Vh = decompose(layer.weight, scheme=scheme)
+    U, S, Vh = decompose(as_linear(layer).weight, scheme=scheme)
     with torch.autocast(U.device.type, enabled=False):
         matrix = (U[:, :rank] * S[:rank]) @ Vh[:rank]
-    return matrix_to_weight(matrix, layer.weight.shape, scheme=scheme).to(layer.weight.dtype).contiguous()
+    return stored_weight(layer, matrix, scheme=scheme).to(layer.weight.dtype).contiguous()
 
 
 def full_rank(layer: Layer, *, scheme: Scheme = 1) -> int:
@@ -202,7 +185,8 @@ def matrix_shape(layer: Layer, *, scheme: Scheme = 1) -> tuple[int, int]:
         >>> matrix_shape(nn.Conv2d(3, 64, 7), scheme=2)
         (448, 21)
     """
-    rows, columns = weight_to_matrix(torch.empty(layer.weight.shape, device="meta"), scheme=scheme).shape
+    shape = as_linear(layer).weight.shape
+    rows, columns = weight_to_matrix(torch.empty(shape, device="meta"), scheme=scheme).shape
     return rows, columns
 
 
@@ -225,6 +209,7 @@ def empty_low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, bias: b
           (1): Linear(in_features=2, out_features=5, bias=True)
         )
     """
+    layer = as_linear(layer)
     # On the meta device first: no time and no random numbers go into an initialisation.
     one: dict[str, Any] = {"bias": False, "device": "meta"}
     other: dict[str, Any] = {"bias": layer.bias is not None if bias is None else bias, "device": "meta"}
@@ -263,7 +248,7 @@ def _split_settings(layer: nn.Conv1d | nn.Conv2d, scheme: Scheme) -> tuple[dict[
 def _check(layer: Layer, rank: int, scheme: Scheme) -> None:
     if scheme not in {1, 2}:
         raise ValueError(f"`scheme` must be 1 or 2, got {scheme!r}")
-    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and not is_transposed(layer):
         raise TypeError(f"`layer` must be a Linear, Conv1d or Conv2d, but it {reason_against(layer)}")
     if reason := reason_against(layer, scheme=scheme):
         raise ValueError(f"`layer` must be one that can be split, but it {reason}")

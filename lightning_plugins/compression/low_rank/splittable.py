@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_plugins.compression.low_rank.transposed import is_transposed
 from lightning_plugins.compression.low_rank.weight_readers import readers
 from lightning_plugins.selection import select_modules
 from lightning_plugins.weights import Scheme
@@ -19,13 +21,16 @@ _SAME = {("timm.layers.linear", "Linear")}  # its own forward pass differs from 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def select_layers(model: nn.Module, layers: str | Sequence[str], *, scheme: Scheme = 1) -> dict[str, Layer]:
+def select_layers(
+    model: nn.Module, layers: str | Sequence[str], *, scheme: Scheme = 1, transposed: bool = False
+) -> dict[str, Layer]:
     """Find the layers that can be split in two.
 
     Args:
         model: The model.
         layers: A dotted name, a glob over dotted names, or a sequence of them. Globs pass over what cannot be split.
         scheme: How a kernel becomes a matrix; scheme 2 needs convolutions in two dimensions.
+        transposed: Whether the ``Conv1D`` of transformers counts as a linear layer.
 
     Returns:
         Layers by clean dotted name, in the model's order; a shared layer is there once, under its first name.
@@ -44,9 +49,9 @@ def select_layers(model: nn.Module, layers: str | Sequence[str], *, scheme: Sche
     named = {id(model.get_submodule(pattern)) for pattern in patterns if _has(model, pattern)}  # the others are globs
     standing, found, passed = _reasons_in(model), {}, []
     for name, module in matched.items():
-        reason = reason_against(module, scheme=scheme) or standing.get(module)
-        if reason is None and isinstance(module, _PLAIN):
-            found[name] = module
+        reason = reason_against(module, scheme=scheme, transposed=transposed) or standing.get(module)
+        if reason is None:
+            found[name] = cast("Layer", module)
         elif id(module) in named or name in patterns:  # by name; a wrapped layer answers to its wrapper's
             raise ValueError(f"`layers`: {name!r} must be a layer that can be split in two, but it {reason}")
         else:
@@ -59,12 +64,13 @@ def select_layers(model: nn.Module, layers: str | Sequence[str], *, scheme: Sche
     return found
 
 
-def reason_against(module: nn.Module, *, scheme: Scheme = 1) -> str | None:
+def reason_against(module: nn.Module, *, scheme: Scheme = 1, transposed: bool = True) -> str | None:
     """Why a module cannot be split in two, whatever stands around it.
 
     Args:
         module: Any module.
         scheme: How a kernel becomes a matrix.
+        transposed: As for `select_layers`.
 
     Returns:
         The reason, as the end of a sentence, or None.
@@ -74,6 +80,8 @@ def reason_against(module: nn.Module, *, scheme: Scheme = 1) -> str | None:
         'has 2 groups, and only convolutions with `groups=1` can be; leave it dense'
     """
     kind = type(module).__name__
+    if transposed and is_transposed(module):
+        return _reason_of_parameter(module) or _reason_of_weight(cast("Layer", module))
     if not isinstance(module, _PLAIN):
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             return f"is a {kind}; name a layer in it, or take all of them with a glob such as 'name.*'"
@@ -84,16 +92,22 @@ def reason_against(module: nn.Module, *, scheme: Scheme = 1) -> str | None:
     if _overrides(module, own):
         whose = f"{type(module).__module__}.{kind}"  # it may be called as torch's class is
         return f"is a {whose}, which may compute in its own way what a {own.__name__} computes; leave it dense"
-    if "weight" not in module._parameters or nn.utils.parametrize.is_parametrized(module):
-        return (
-            "has a weight that is computed from others (a parametrization, weight or spectral norm, pruning); "
-            "make it a parameter first, as with `torch.nn.utils.parametrize.remove_parametrizations`"
-        )
+    if reason := _reason_of_parameter(module):
+        return reason
     if not isinstance(module, nn.Linear) and module.groups > 1:
         return f"has {module.groups} groups, and only convolutions with `groups=1` can be; leave it dense"
     if scheme == 2 and isinstance(module, nn.Conv1d):
         return "is a Conv1d, and `scheme=2` needs two dimensions; pass `scheme=1`"
     return _reason_of_weight(module)
+
+
+def _reason_of_parameter(module: nn.Module) -> str | None:
+    if "weight" in module._parameters and not nn.utils.parametrize.is_parametrized(module):
+        return None
+    return (
+        "has a weight that is computed from others (a parametrization, weight or spectral norm, pruning); "
+        "make it a parameter first, as with `torch.nn.utils.parametrize.remove_parametrizations`"
+    )
 
 
 def _reason_of_weight(module: Layer) -> str | None:
