@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, check_positive_int
 from lightning_plugins.compression.costs.layer_costs import Cost
+from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.networks.evaluation import evaluation
 from lightning_plugins.compression.rank_search.levels import Beam, discarded_energies, rank_steps
 from lightning_plugins.compression.rank_search.prefix_reuse import PrefixReuse
@@ -34,6 +35,7 @@ def beam_search(
     bounds: tuple[float, float] | None = None,
     reuse_activations: bool = True,
     state_file: str | Path | None = None,
+    calibration: InputMoments | None = None,
     progress: Callable[[SearchLevel], None] | None = None,
 ) -> RankSearch:
     """Find ranks that remove the wanted fraction of the layers' cost and keep the score high.
@@ -76,6 +78,8 @@ def beam_search(
             time. False for models that keep a state of their own in the forward pass, or to save memory.
         state_file: A JSON file that is replaced after every level. If it exists, and belongs to the same search of the
             same weights, the search goes on from it.
+        calibration: What the layers receive, such as a `Calibration`: weights are then truncated as `factorize` with it
+            truncates them.
         progress: Called with every new `SearchLevel`, on every rank; see `rich_progress`.
 
     Returns:
@@ -119,9 +123,11 @@ def beam_search(
     path = None if state_file is None else Path(state_file)
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
-        weights = stack.enter_context(TruncatedWeights(problem.modules, scheme))
+        weights = stack.enter_context(TruncatedWeights(problem.modules, scheme, calibration))
         reuse = stack.enter_context(PrefixReuse(model, problem.modules, enabled=reuse_activations))
         description = {"weights": weights.fingerprint(), "layers": list(problem.names), "ratio": ratio}
+        if calibration is not None:  # three digits: sums of a resumed process may differ in the last ones
+            description["calibration"] = [f"{float(energy.sum()):.2e}" for energy in weights.energies]
         description |= {"costs": [list(one) for one in problem.costs], "scheme": scheme, "width": width, "steps": steps}
         state = SearchState() if path is None else SearchState.load(path, description, device)
         scores = CandidateScores(model, batches, score, weights, reuse, bounds)

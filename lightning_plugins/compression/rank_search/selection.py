@@ -1,6 +1,6 @@
-"""Ranks for many layers at once from their weights alone, and the score of any choice of ranks.
+"""Ranks for many layers at once from their weights or second moments, and the score of any choice of ranks.
 
-What `beam_search` finds is compared with these: they look at no data, take seconds, and have the same result type.
+What `beam_search` finds is compared with these: they run no network, take seconds, and have the same result type.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.compression.costs.layer_costs import Cost
+from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.layers import full_rank
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.networks.evaluation import evaluation
@@ -80,10 +81,11 @@ def energy_threshold(
     cost: Cost = "params",
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     scheme: Scheme = 1,
+    calibration: InputMoments | None = None,
 ) -> RankSearch:
     """Keep the same fraction of every weight's energy, the largest that removes enough.
 
-    The energy is the sum of the squared singular values; a layer's rank is the smallest that keeps the fraction. A
+    The energy is the sum of the squared singular values of the weight, or of what it puts out; a layer's rank is the smallest that keeps the fraction. A
     layer that this would not make cheaper stays dense.
 
     Args:
@@ -93,12 +95,13 @@ def energy_threshold(
         cost: As for `equal_ratio`.
         inputs: As for `equal_ratio`.
         scheme: As for `equal_ratio`.
+        calibration: What the layers receive, such as a `Calibration`: the energy is then that of their outputs.
 
     Returns:
         As `equal_ratio`.
 
     Raises:
-        ValueError: As `equal_ratio`, or if a weight is not finite.
+        ValueError: As `equal_ratio`, or if a weight is not finite or ``calibration`` knows nothing of a layer.
         TypeError: As `equal_ratio`.
 
     Example:
@@ -111,7 +114,7 @@ def energy_threshold(
     """
     problem = state_problem(model, ratio, layers, cost, inputs, scheme)
     kept = []
-    for energy in energies(problem.modules, scheme):
+    for energy in energies(problem.modules, scheme, calibration):
         total = energy.cumsum(0)
         kept.append(total / total[-1] if total[-1] > 0 else torch.ones_like(total))
 
@@ -129,6 +132,7 @@ def trade_off(
     cost: Cost = "params",
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     scheme: Scheme = 1,
+    calibration: InputMoments | None = None,
 ) -> RankSearch:
     """Minimise error energy plus a price times the cost, in every layer, at the lowest price that removes enough.
 
@@ -143,12 +147,13 @@ def trade_off(
         cost: As for `equal_ratio`.
         inputs: As for `equal_ratio`.
         scheme: As for `equal_ratio`.
+        calibration: What the layers receive, such as a `Calibration`: the energy is then that of their outputs.
 
     Returns:
         As `equal_ratio`.
 
     Raises:
-        ValueError: As `equal_ratio`, or if a weight is not finite.
+        ValueError: As `equal_ratio`, or if a weight is not finite or ``calibration`` knows nothing of a layer.
         TypeError: As `equal_ratio`.
 
     Example:
@@ -162,7 +167,7 @@ def trade_off(
         reading; its alternation with training is not part of this function.
     """
     problem = state_problem(model, ratio, layers, cost, inputs, scheme)
-    corners = [_corners(problem, layer, energy) for layer, energy in enumerate(energies(problem.modules, scheme))]
+    corners = [_corners(problem, layer, energy) for layer, energy in enumerate(energies(problem.modules, scheme, calibration))]
 
     def ranks_at(negative_price: float) -> Ranks:  # the higher the price the fewer ranks
         return tuple(
@@ -180,6 +185,7 @@ def score_ranks(
     score: Score,
     *,
     scheme: Scheme = 1,
+    calibration: InputMoments | None = None,
 ) -> float:
     """Score a network with weights truncated to given ranks, as `beam_search` scores, and put the weights back.
 
@@ -189,6 +195,7 @@ def score_ranks(
         batches: As for `beam_search`.
         score: As for `beam_search`.
         scheme: As for `beam_search`.
+        calibration: As for `beam_search`.
 
     Returns:
         The mean score.
@@ -209,11 +216,11 @@ def score_ranks(
     for name, rank in ranks.items():
         check_positive_int(f"ranks[{name!r}]", rank)
     check_batches(batches)
-    modules = select_layers(model, list(ranks), scheme=scheme)
+    modules = select_layers(model, list(ranks), scheme=scheme, transposed=True)
     wanted = tuple(min(ranks[name], full_rank(module, scheme=scheme)) for name, module in modules.items())
     with (
         evaluation(model),
-        TruncatedWeights(modules, scheme) as weights,
+        TruncatedWeights(modules, scheme, calibration) as weights,
         PrefixReuse(model, modules, enabled=False) as reuse,
     ):
         return CandidateScores(model, batches, score, weights, reuse, bounds=None).first(wanted)

@@ -8,14 +8,21 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.compression.low_rank.layers import decompose
-from lightning_plugins.weights import Scheme, matrix_to_weight
+from lightning_plugins.compression.low_rank.decomposition import Decomposition, InputMoments
+from lightning_plugins.compression.low_rank.transposed import as_linear, stored_weight
+from lightning_plugins.weights import Scheme
 
 
-def energies(modules: Mapping[str, nn.Module], scheme: Scheme) -> list[Tensor]:
-    """The squared singular values of every layer's weight, descending, as float64 on the CPU."""
+def energies(
+    modules: Mapping[str, nn.Module], scheme: Scheme, calibration: InputMoments | None = None
+) -> list[Tensor]:
+    """The squared singular values of every layer, descending, as float64 on the CPU.
+
+    They are those of its weight or, with a calibration, of its outputs.
+    """
     return [
-        decompose(_finite(name, module), scheme=scheme)[1].cpu().double().square() for name, module in modules.items()
+        _decomposed(name, module, scheme, calibration).values.cpu().double().square()
+        for name, module in modules.items()
     ]
 
 
@@ -27,13 +34,21 @@ class TruncatedWeights:
 
     Attributes:
         energies: The squared singular values of every layer, descending, as float64 on the CPU.
+
+    Args:
+        modules: The layers by name.
+        scheme: How a kernel becomes a matrix.
+        calibration: What the layers receive; None to truncate the weights by themselves.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], scheme: Scheme) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], scheme: Scheme, calibration: InputMoments | None = None
+    ) -> None:
+        self._layers = list(modules.values())
         self._weights = [_finite(name, module) for name, module in modules.items()]
         self._scheme: Scheme = scheme
-        self._factors = [decompose(weight, scheme=scheme) for weight in self._weights]
-        self.energies = [values.cpu().double().square() for _, values, _ in self._factors]
+        self._factors = [_decomposed(name, module, scheme, calibration) for name, module in modules.items()]
+        self.energies = [one.values.cpu().double().square() for one in self._factors]
         self._dense = [weight.data for weight in self._weights]
         self._made: dict[tuple[int, int], Tensor] = {}
         self._now = [self._full_rank(layer) for layer in range(len(self._weights))]
@@ -68,19 +83,25 @@ class TruncatedWeights:
         return digest.hexdigest()
 
     def _full_rank(self, layer: int) -> int:
-        return len(self._factors[layer][1])
+        return len(self._factors[layer].values)
 
     def _at(self, layer: int, rank: int) -> Tensor:
         if rank >= self._full_rank(layer):
             return self._dense[layer]
         if (layer, rank) not in self._made:
-            left, values, right = self._factors[layer]
-            dense = self._dense[layer]
-            matrix = (left[:, :rank] * values[:rank]) @ right[:rank]
-            whole = torch.empty_like(dense)  # in the weight's own memory format
-            whole.copy_(matrix_to_weight(matrix, dense.shape, scheme=self._scheme))
+            left, right = self._factors[layer].factors(rank)
+            whole = torch.empty_like(self._dense[layer])  # in the weight's own memory format
+            whole.copy_(stored_weight(self._layers[layer], left @ right, scheme=self._scheme))
             self._made[layer, rank] = whole
         return self._made[layer, rank]
+
+
+def _decomposed(
+    name: str, module: nn.Module, scheme: Scheme, calibration: InputMoments | None
+) -> Decomposition:
+    _finite(name, module)
+    moment = None if calibration is None else calibration.moment(name)
+    return Decomposition(as_linear(module).weight, moment, scheme=scheme)
 
 
 def _finite(name: str, module: nn.Module) -> nn.Parameter:
