@@ -7,36 +7,33 @@ import ast
 import importlib.util
 import random
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-TRAINING = ("numpy", "pandas", "networkx", "sympy", "torch", "sklearn", "transformers", "torchmetrics", "mpmath")
-TEST = ("scipy", "matplotlib", "sqlalchemy", "docutils", "setuptools", "click", "werkzeug", "IPython", "pydantic")
+TRAINING = ("numpy", "pandas", "networkx", "sklearn")
+TEST = ("scipy", "matplotlib", "sqlalchemy", "setuptools", "docutils", "click")
 
 
 class Paragraph(NamedTuple):
-    """A docstring's first sentence, and the paragraph that follows it."""
+    """The first sentence of a docstring's paragraph, and what follows it."""
 
     sentence: str
     rest: str
 
 
-def paragraphs(packages: tuple[str, ...], *, least: int = 80) -> list[Paragraph]:
-    """All docstrings with a summary and a paragraph of prose behind it; no summary or paragraph twice."""
-    found, seen = [], set()
+@cache
+def paragraphs(packages: tuple[str, ...], least: int = 60) -> list[Paragraph]:
+    """All paragraphs of prose in docstrings whose first sentence ``least`` characters or more follow; each once."""
+    found: dict[str, Paragraph] = {}
     for package in packages:
         for file in sorted(_folder(package).rglob("*.py")):
-            if "tests" in file.parts or "test" in file.parts:
-                continue
-            for text in _docstrings(file):
-                blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", text)]
-                prose = [block for block in blocks if _is_prose(block)]
-                if len(prose) < 2 or prose[0] != blocks[0] or len(prose[1]) < least:
-                    continue
-                if prose[0] not in seen and prose[1] not in seen:
-                    seen.update(prose[:2])
-                    found.append(Paragraph(prose[0], prose[1]))
-    return found
+            if {"tests", "test"}.isdisjoint(file.parts):
+                for block in _blocks(file):
+                    sentence, _, rest = block.partition(". ")
+                    if len(sentence) >= 15 and len(rest) >= least:
+                        found.setdefault(sentence, Paragraph(f"{sentence}.", rest))
+    return list(found.values())
 
 
 def retrieval_set(count: int, seed: int, packages: tuple[str, ...] = TEST) -> list[Paragraph]:
@@ -44,12 +41,13 @@ def retrieval_set(count: int, seed: int, packages: tuple[str, ...] = TEST) -> li
     return random.Random(seed).sample(paragraphs(packages), count)
 
 
-def training_texts(count: int, seed: int, packages: tuple[str, ...] = TRAINING) -> list[str]:
-    """Summaries and paragraphs of the packages for training, as single texts."""
-    drawn = random.Random(seed)
-    texts = [text for pair in paragraphs(packages, least=30) for text in pair]
-    drawn.shuffle(texts)
-    return texts[:count]
+@cache
+def training_texts(packages: tuple[str, ...] = TRAINING) -> list[str]:
+    """All paragraphs of the packages for training, in an order that is always the same."""
+    texts = {block: None for package in packages for file in sorted(_folder(package).rglob("*.py")) for block in _blocks(file)}
+    shuffled = list(texts)
+    random.Random(0).shuffle(shuffled)
+    return shuffled
 
 
 def _folder(package: str) -> Path:
@@ -59,14 +57,16 @@ def _folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _docstrings(file: Path) -> list[str]:
+def _blocks(file: Path) -> list[str]:
+    """The paragraphs of prose in a file's docstrings, each on one line."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # templates of code, and files for other versions
         return []
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Module, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return [text for text in found if text]
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    blocks = [" ".join(block.split()) for text in texts if text for block in re.split(r"\n\s*\n", text)]
+    return [block for block in blocks if _is_prose(block)]
 
 
 def _is_prose(block: str) -> bool:

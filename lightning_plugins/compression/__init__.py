@@ -2,6 +2,8 @@
 
 from lightning_plugins.compression.budget.budget import Budget, Multiplier, Projection
 from lightning_plugins.compression.budget.projection import project
+from lightning_plugins.compression.calibration.calibration import Calibration
+from lightning_plugins.compression.calibration.sensitivity import output_sensitivity
 from lightning_plugins.compression.channels.find import (
     channel_groups,
     find_channel_groups,
@@ -20,9 +22,12 @@ from lightning_plugins.compression.gates.thresholds import (
     remove_thresholds,
     thresholds_of,
 )
+from lightning_plugins.compression.low_rank.decomposition import InputMoment
 from lightning_plugins.compression.low_rank.factorize import factorize
 from lightning_plugins.compression.low_rank.layers import dense_weight, low_rank_layer, truncated
+from lightning_plugins.compression.quantization.int8 import load_quantized, quantize
 from lightning_plugins.compression.rank_search.beam_search import beam_search, rich_progress
+from lightning_plugins.compression.rank_search.output_energy import output_energy
 from lightning_plugins.compression.rank_search.problem import RankSearch, ScoredRanks, SearchLevel
 from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, score_ranks, trade_off
 from lightning_plugins.compression.reports.report import CompressionReport, LayerChange, UnitsKept, compression_report
@@ -30,11 +35,13 @@ from lightning_plugins.compression.structure.restore_structure import restore_st
 
 __all__ = [
     "Budget",
+    "Calibration",
     "ChannelGroup",
     "ChannelMasks",
     "ChannelSearch",
     "CompressionReport",
     "Latency",
+    "InputMoment",
     "LayerChange",
     "LayerCost",
     "LayerSize",
@@ -62,10 +69,14 @@ __all__ = [
     "groups_from_state",
     "groups_to_state",
     "layer_costs",
+    "load_quantized",
     "low_rank_layer",
     "masks_of",
     "measure_network",
+    "output_energy",
+    "output_sensitivity",
     "project",
+    "quantize",
     "remove_masks",
     "remove_thresholds",
     "restore_structure",

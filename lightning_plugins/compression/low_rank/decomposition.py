@@ -34,8 +34,9 @@ class Decomposition:
     """The factors of a kernel's matrix ``W`` at every rank.
 
     Without a moment they are those of the truncated singular value decomposition. With one, ``W L`` is truncated, where
-    ``L Lᵀ`` is the damped second moment ``M`` of the inputs, and the second factor gets ``L⁻¹``: no other weight of
-    this rank has a smaller error ``tr((W - Ŵ) M (W - Ŵ)ᵀ)`` of the outputs.
+    ``L Lᵀ`` is the damped second moment ``M`` of the inputs: no other weight of this rank has a smaller error
+    ``tr((W - Ŵ) M (W - Ŵ)ᵀ)`` of the outputs. With ``U`` the leading eigenvectors of ``W M Wᵀ`` that is
+    ``Ŵ = U Uᵀ W``, for which ``L`` need be neither known nor inverted, so a moment may have any rank.
 
     Under scheme 2 an output sums what several rows of an image give, and no closed form minimises its error. The first
     kernel then comes from the moment of the ``1 x k`` strips that it sees, the second is the least-squares solution
@@ -74,12 +75,15 @@ class Decomposition:
             # Of a kernel with one row both schemes are the same, and both are in closed form.
             strips = scheme == 2 and weight.ndim == 4 and weight.shape[2] > 1
             self._outputs = metric if strips else None  # the metric of whole patches, where it is another one
-            self._candidates = []
-            if metric is not None:
-                self._candidates.append(self._whiten(_of_strips(metric, self._shape) if strips else metric))
-            if metric is None or strips:
-                self._candidates.append(_svd(self._matrix))
-        self.values: Tensor = self._candidates[0][1]
+            self.values: Tensor
+            if metric is None:
+                self._candidates = [_svd(self._matrix)]
+                self.values = self._candidates[0][1]
+            else:
+                first = _of_strips(metric, self._shape) if strips else metric
+                self.values, *candidate = _in_metric(self._matrix, first)
+                self._candidates = [(candidate[0], candidate[1], candidate[2])]
+                self._candidates += [_svd(self._matrix)] if strips else []
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """The two factors of a rank.
@@ -98,13 +102,6 @@ class Decomposition:
                 pairs = [refitted[int(errors.argmin())][:2]]
             left, right = pairs[0]
             return left.to(self._matrix.dtype), right.to(self._matrix.dtype)
-
-    def _whiten(self, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The decomposition of ``W L``, with ``L⁻¹`` multiplied into its right vectors."""
-        values, vectors = torch.linalg.eigh(metric)
-        root = values.clamp_min(values[-1] * torch.finfo(values.dtype).eps).sqrt()
-        U, S, Vh = _svd((self._matrix.double() @ vectors) * root)
-        return U, S, (Vh / root) @ vectors.T
 
     def _refit(self, right: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best second kernel for a first one, by least squares on the outputs, and the error that is left."""
@@ -148,9 +145,22 @@ def _of_strips(metric: Tensor, shape: torch.Size) -> Tensor:
     return torch.einsum("ayxbyz->axbz", blocks).reshape(inputs * wide, inputs * wide)
 
 
+def _in_metric(matrix: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The singular values of ``W L``; and its left vectors, with ``W`` in their coordinates as lengths and unit rows."""
+    matrix = matrix.double()
+    tall = matrix.shape[0] > matrix.shape[1]
+    basis, matrix = torch.linalg.qr(matrix) if tall else (None, matrix)
+    energies, vectors = torch.linalg.eigh(matrix @ metric @ matrix.T)
+    energies, vectors = energies.flip(0).clamp_min(0), vectors.flip(1)
+    rows = vectors.T @ matrix
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    rows = rows / torch.where(lengths > 0, lengths, 1)[:, None]
+    return energies.sqrt(), vectors if basis is None else basis @ vectors, lengths, rows
+
+
 def _split(decomposed: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    left, values, right = decomposed
-    root = values[:rank].sqrt()
+    left, lengths, right = decomposed
+    root = lengths[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 

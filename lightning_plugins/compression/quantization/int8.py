@@ -1,0 +1,103 @@
+"""Weights in eight bits, of any network and after any compression."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_plugins.compression.networks.quantized import is_quantized
+from lightning_plugins.compression.structure.restore_structure import restore_structure
+from lightning_plugins.selection import select_modules
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
+    """Store the weights of linear layers as int8 with one scale for each output, in place, through torchao.
+
+    It comes last: first train, compress (`factorize`, `shrink`, the callbacks) and fine-tune, then quantise. What is
+    quantised takes no gradient and is refused by everything here that makes a network smaller. The halves of low-rank
+    layers are linear layers like others. Convolutions, embeddings and norms stay as they are, as does what
+    `nn.MultiheadAttention` reads without calling it. Activations stay floating: weights are multiplied out as a layer
+    runs, so memory and files shrink, and time only with `torch.compile` or on devices with such kernels.
+
+    Args:
+        model: The network; a module that holds the layers.
+        layers: Dotted name of a layer, a glob over names, or several of them.
+
+    Returns:
+        ``model``, whose state dict `load_quantized` loads.
+
+    Raises:
+        ImportError: If torchao is not installed.
+        TypeError: If ``model`` is not a module.
+        ValueError: If no linear layer is found, one is quantised already, or has a weight that is not finite.
+
+    Example:
+        >>> net = quantize(nn.Sequential(nn.Linear(32, 16)))
+        >>> net(torch.ones(2, 32)).shape
+        torch.Size([2, 16])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    functions = _torchao()
+    chosen: set[nn.Module] = set()
+    unread = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    for name, layer in select_modules(model, layers, types=[nn.Linear]).items():
+        weight = layer._parameters.get("weight")
+        if is_quantized(weight):
+            raise ValueError(f"`model` must not be quantised twice, but {name!r} is; quantise once, as the last step")
+        if weight is None or layer in unread or type(layer) is not nn.Linear:
+            continue
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"`model`: the weight of {name!r} must be finite, got NaN or infinite entries")
+        chosen.add(layer)
+    if not chosen:
+        raise ValueError(f"`layers`: {layers!r} must match linear layers of torch whose weights are parameters")
+    functions.quantize_(
+        model, functions.Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda layer, _: layer in chosen
+    )
+    return model
+
+
+def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
+    """Load the state dict of a network that was compressed, quantised, or both.
+
+    Args:
+        model: The network as its constructor makes it: dense and not quantised.
+        state_dict: What ``state_dict()`` of the small network returned. From a file: ``torch.load(path)``, behind
+            ``import torchao``, which tells torch that its tensors are safe.
+
+    Returns:
+        ``model``, with the structure and the very tensors of the small network.
+
+    Raises:
+        ImportError: If torchao is not installed.
+        TypeError: If ``state_dict`` is no mapping.
+        ValueError: If it is not one of this network.
+
+    Example:
+        >>> small = quantize(nn.Sequential(nn.Linear(32, 16)))
+        >>> again = load_quantized(nn.Sequential(nn.Linear(32, 16)), small.state_dict())
+        >>> torch.equal(again(torch.ones(2, 32)), small(torch.ones(2, 32)))
+        True
+    """
+    _torchao()
+    restore_structure(model, state_dict)
+    inner = state_dict.get("state_dict")
+    model.load_state_dict(inner if isinstance(inner, Mapping) else state_dict, assign=True)
+    for parameter in model.parameters():
+        if is_quantized(parameter):
+            parameter.requires_grad_(False)
+    return model
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.quantization
+    except ImportError as error:
+        raise ImportError(
+            "weights in eight bits need torchao: `pip install 'lightning-plugins[quantization]'`"
+        ) from error
+    return torchao.quantization
