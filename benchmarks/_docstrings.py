@@ -44,7 +44,12 @@ def retrieval_set(count: int, seed: int, packages: tuple[str, ...] = TEST) -> li
 @cache
 def training_texts(packages: tuple[str, ...] = TRAINING) -> list[str]:
     """All paragraphs of the packages for training, in an order that is always the same."""
-    texts = {block: None for package in packages for file in sorted(_folder(package).rglob("*.py")) for block in _blocks(file)}
+    texts = {
+        block: None
+        for package in packages
+        for file in sorted(_folder(package).rglob("*.py"))
+        for block in _blocks(file)
+    }
     shuffled = list(texts)
     random.Random(0).shuffle(shuffled)
     return shuffled

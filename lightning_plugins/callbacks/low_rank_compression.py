@@ -49,10 +49,10 @@ class LowRankCompression(Callback):
         ratio: The fraction of the layers' cost to remove, between 0 and 1; without meaning where ``ranks`` are given.
         weight: Strength of the regularisation, at least 0. Watch ``stable_rank/<layer>`` in the log: it must have
             fallen to near 0 by ``factorize_at``, or the split costs accuracy. If it has not, raise ``weight``.
-        search: ``"beam"``: a beam search over the score of the truncated network. ``"equal_ratio"``, ``"energy"`` and
-            ``"trade_off"`` look at the weights alone; see `lightning_plugins.compression`.
+        search: ``"beam"``: a beam search over the score of the truncated network. ``"equal_ratio"``, ``"energy"``,
+            ``"trade_off"`` and ``"output_energy"`` look at weights, or with ``calibration`` at what layers put out.
         search_options: Keyword arguments of the beam search: ``width``, ``step``, ``bounds``, ``reuse_activations``,
-            ``state_file``, with which a search that was killed goes on from its last level.
+            ``state_file``, with which a killed search goes on; of ``"output_energy"``: ``relative``.
         score: What the beam search raises: the name of a method of the module that takes a batch, or a function of
             module and batch. It returns the mean over the batch, or a sum and a count, and depends on nothing else. By
             default the negative loss of the module's training step, whose logging is silenced meanwhile.
@@ -61,6 +61,7 @@ class LowRankCompression(Callback):
             ranks must have the same.
         search_batches: How many batches are scored at the most.
         ranks: Ranks by layer name, instead of a search.
+        calibration: Whether layers are truncated by what they put out on ``search_data``; or options of `Calibration`.
         cost: What ``ratio`` is a fraction of: ``"params"``, or ``"flops"`` of the module's ``example_input_array``.
         p: 1 drives the singular values beyond the rank to zero, 2 lowers them.
         scheme: How a convolution is split: 1 into ``k x k`` and ``1 x 1``, 2 into ``1 x k`` and ``k x 1``.
@@ -100,12 +101,13 @@ class LowRankCompression(Callback):
         ratio: float = 0.6,
         weight: float = 1.0,
         *,
-        search: Literal["beam", "equal_ratio", "energy", "trade_off"] = "beam",
+        search: Literal["beam", "equal_ratio", "energy", "trade_off", "output_energy"] = "beam",
         search_options: dict[str, Any] | None = None,
         score: str | Callable[[Any, Any], Any] | None = None,
         search_data: Any = None,
         search_batches: int = 8,
         ranks: dict[str, int] | None = None,
+        calibration: bool | dict[str, Any] = False,
         cost: Literal["params", "flops"] = "params",
         p: Literal[1, 2] = 1,
         scheme: Literal[1, 2] = 1,
@@ -136,6 +138,7 @@ class LowRankCompression(Callback):
             ranks=ranks,
             cost=cost,
             scheme=scheme,
+            calibration=calibration,
         )
         check_phases(unit, search_at=search_at, factorize_at=factorize_at)
         self.search_at, self.factorize_at, self.unit = search_at, factorize_at, unit
@@ -161,6 +164,8 @@ class LowRankCompression(Callback):
         settings = {**self._settings, "schedule": repr(self._settings["schedule"])}
         phases = {"search_at": self.search_at, "factorize_at": self.factorize_at, "unit": self.unit}
         source = {name: getattr(self._source, name) for name in ("search", "options", "ranks", "cost")}
+        if self._source.calibration is not None:
+            source["calibration"] = self._source.calibration
         return self._generate_state_key(layers=self.layers, ratio=self.ratio, **settings, **phases, **source)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -288,7 +293,8 @@ class LowRankCompression(Callback):
     def _split(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = self._source.smaller(trainer, pl_module, self.found or {})
         before = network_costs(trainer, pl_module)
-        operate(trainer, pl_module, lambda: split_layers(pl_module, ranks, scheme=self.scheme))
+        settings: Any = {"scheme": self.scheme, "calibration": self._source.calibrated(trainer, pl_module)}
+        operate(trainer, pl_module, lambda: split_layers(pl_module, ranks, **settings))
         self.report = CompressionReport(before, network_costs(trainer, pl_module))
         self._compressed, self._penalty, self._penalty_state = weakref.ref(pl_module), None, None
 

@@ -1,6 +1,7 @@
 """``lightning-plugins compress``: a checkpoint of a smaller network from a checkpoint."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,20 +11,29 @@ from torch import Tensor, nn
 
 from lightning_plugins.cli._files import build_model, import_object, load_into, read_checkpoint
 from lightning_plugins.compression import (
+    Calibration,
     RankSearch,
     beam_search,
     compression_report,
     energy_threshold,
     equal_ratio,
     factorize,
+    output_energy,
     rich_progress,
     trade_off,
 )
+from lightning_plugins.compression import quantize as int8
+from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.compression.reports.export import export_onnx
 from lightning_plugins.plots import compression_figure, require_matplotlib
 
-Method = Literal["equal_ratio", "energy_threshold", "trade_off", "beam_search"]
-_BY_WEIGHTS = {"equal_ratio": equal_ratio, "energy_threshold": energy_threshold, "trade_off": trade_off}
+Method = Literal["equal_ratio", "energy_threshold", "trade_off", "output_energy", "beam_search"]
+_WITHOUT_SCORE: dict[str, Callable[..., RankSearch]] = {
+    "equal_ratio": equal_ratio,
+    "energy_threshold": energy_threshold,
+    "trade_off": trade_off,
+    "output_energy": output_energy,
+}
 
 
 def compress(
@@ -38,11 +48,17 @@ def compress(
     model_args: dict[str, Any] | None = None,
     input_shape: list[int] | None = None,
     data: str | None = None,
+    calibration: str | None = None,
+    quantize: Literal["int8"] | None = None,
     latency: bool = True,
     output: str | None = None,
     export: str | None = None,
 ) -> None:
     """Replace the layers of a trained network by low-rank ones, and write the smaller network's checkpoint.
+
+    With a calibration the error of what the layers put out is minimised instead of that of their weights. Integers
+    come last: what quantize writes cannot be compressed further, and lightning_plugins.compression.load_quantized
+    loads it.
 
     Beside the checkpoint stand a report of parameters, operations and time before and after, and its figure. To load
     it, build the dense network, and call lightning_plugins.compression.restore_structure before load_state_dict.
@@ -58,6 +74,8 @@ def compress(
         model_args: What to call the model's callable with, such as '{num_classes: 10}'.
         input_shape: Shape of the network's input, such as '[1,3,224,224]'; where the network does not say it itself.
         data: For beam_search: 'package.module:callable', which takes the network and returns batches and a score.
+        calibration: 'package.module:callable', which takes the network and returns batches for it, or a Calibration.
+        quantize: int8 stores the weights of linear layers, low-rank ones too, as integers; needs torchao.
         latency: Whether to measure the time of a forward pass before and after.
         output: The new checkpoint; <checkpoint>-compressed beside the old one if not given.
         export: Writes the smaller network as an ONNX file too, and checks it.
@@ -71,13 +89,21 @@ def compress(
     console = Console()
     old = read_checkpoint(checkpoint)
     dense = build_model(model, model_args or {}, old)
+    if any(is_quantized(value) for value in old.state.values()):
+        raise ValueError(f"`checkpoint`: {checkpoint!r} is quantised; compress the floating one and quantise last")
     prefix = load_into(dense, old.state)
     inputs = _inputs(dense, input_shape)
     small = copy.deepcopy(dense)
-    search = _search(small, method, data, ratio=ratio, layers=layers, cost=cost, scheme=scheme, inputs=inputs)
-    factorize(small, search.ranks, layers, scheme=scheme)
+    moments = _calibrated(small, layers, calibration)
+    search = _search(small, method, data, moments, ratio=ratio, layers=layers, cost=cost, scheme=scheme, inputs=inputs)
+    factorize(small, search.ranks, layers, scheme=scheme, calibration=moments)
     report = compression_report(dense, small, inputs, latency=latency)
     console.print(report.table())
+    if export is not None:
+        Path(export).parent.mkdir(parents=True, exist_ok=True)
+        difference = export_onnx(small, inputs, export)  # of floating weights: integers have no export
+    if quantize is not None:
+        int8(small)
     source = Path(checkpoint)
     target = source.with_name(f"{source.stem}-compressed{source.suffix}") if output is None else Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +114,30 @@ def compress(
     compression_figure(report, title=target.name).savefig(target.with_suffix(".png"))
     console.print(f"wrote {target}, {target.with_suffix('.json')} and {target.with_suffix('.png')}", soft_wrap=True)
     if export is not None:
-        Path(export).parent.mkdir(parents=True, exist_ok=True)
-        difference = export_onnx(small, inputs, export)
         console.print(f"wrote {export}, whose outputs differ by {difference:.1e} at most", soft_wrap=True)
 
 
+def _calibrated(model: nn.Module, layers: str | list[str], path: str | None) -> Calibration | None:
+    if path is None:
+        return None
+    made = import_object("calibration", path)(model)
+    return made if isinstance(made, Calibration) else Calibration(model, layers).record(made)
+
+
 def _search(
-    model: nn.Module, method: Method, data: str | None, *, inputs: Tensor | tuple[Any, ...], **settings: Any
+    model: nn.Module,
+    method: Method,
+    data: str | None,
+    moments: Calibration | None,
+    *,
+    inputs: Tensor | tuple[Any, ...],
+    **settings: Any,
 ) -> RankSearch:
     wanted = inputs if settings["cost"] == "flops" else None
+    if moments is not None and method != "equal_ratio":
+        settings["calibration"] = moments
     if data is None:
-        return _BY_WEIGHTS[method](model, inputs=wanted, **settings)
+        return _WITHOUT_SCORE[method](model, inputs=wanted, **settings)
     made = import_object("data", data)(model)
     if not isinstance(made, tuple) or len(made) != 2:
         raise ValueError(f"`data={data!r}` must return batches and a score function, got {type(made).__name__}")

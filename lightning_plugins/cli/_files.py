@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def read_checkpoint(path: str) -> Checkpoint:
         kind = "is a folder; consolidate a sharded checkpoint first" if Path(path).is_dir() else "does not exist"
         raise ValueError(f"`checkpoint` must be a file, and {path!r} {kind}")
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        whole = _load(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError, TypeError) as error:
         reason = str(error).partition(".")[0].partition("\n")[0]  # for text and other files it is any of these
         raise ValueError(
@@ -79,6 +80,17 @@ def read_checkpoint(path: str) -> Checkpoint:
             return Checkpoint(dict(whole), place, dict(found))
     what = ", ".join(map(repr, list(whole)[:5])) if isinstance(whole, Mapping) else type(whole).__name__
     raise ValueError(f"`checkpoint` must be a state dict or hold one under {' or '.join(_PLACES)}, got {what}")
+
+
+def _load(path: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "torchao" not in str(error) or find_spec("torchao") is None:
+            raise
+    import torchao.quantization  # noqa: F401  # which tells torch that its tensors are safe
+
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def import_object(name: str, path: str) -> Any:

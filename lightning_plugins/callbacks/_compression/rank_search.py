@@ -16,13 +16,19 @@ from torchmetrics import Metric
 from lightning_plugins._checks import nearest
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, isolate_rng
 from lightning_plugins.compression.rank_search.beam_search import beam_search
+from lightning_plugins.compression.rank_search.output_energy import output_energy
 from lightning_plugins.compression.rank_search.problem import RankSearch, SearchLevel
 from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, trade_off
 from lightning_plugins.distributed import is_distributed
 
 Score = Callable[[Any, Any], Any]
 
-_METHODS = {"equal_ratio": equal_ratio, "energy": energy_threshold, "trade_off": trade_off}
+_METHODS: dict[str, Callable[..., RankSearch]] = {
+    "equal_ratio": equal_ratio,
+    "energy": energy_threshold,
+    "trade_off": trade_off,
+    "output_energy": output_energy,
+}
 SEARCHES = ("beam", *_METHODS)
 BEAM_OPTIONS = ("width", "step", "bounds", "reuse_activations", "state_file")
 
@@ -36,7 +42,7 @@ def check_search_options(search: str, options: dict[str, Any] | None) -> dict[st
     """
     if options is not None and not isinstance(options, dict):
         raise TypeError(f"`search_options` must be a dict, got {options!r}")
-    known = BEAM_OPTIONS if search == "beam" else ()
+    known = {"beam": BEAM_OPTIONS, "output_energy": ("relative",)}.get(search, ())
     for name in options or {}:
         if name not in known:
             near = "".join(f"; did you mean {other!r}?" for other in nearest(str(name), known, limit=1))
@@ -63,8 +69,15 @@ def search_ranks(
     """
     if search != "beam":
         return _METHODS[search](pl_module, **options)
-    with isolate_rng(), same_buffers(pl_module), kept_metrics(pl_module), trainer.precision_plugin.forward_context():
+    with unnoticed(trainer, pl_module):
         return beam_search(pl_module, batches, score, progress=_show(trainer), **options)
+
+
+@contextmanager
+def unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Run the module in the precision of the training, of which the training notices nothing."""
+    with isolate_rng(), same_buffers(pl_module), kept_metrics(pl_module), trainer.precision_plugin.forward_context():
+        yield
 
 
 def search_data(trainer: Trainer, pl_module: LightningModule, source: Any) -> Iterable[Any]:

@@ -3,21 +3,26 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
+from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, nearest
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.callbacks._compression.costs import costs_of, example_inputs
 from lightning_plugins.callbacks._compression.rank_search import (
     SEARCHES,
+    Score,
     check_search_options,
     load_batches,
     score_function,
     search_data,
     search_ranks,
+    unnoticed,
 )
+from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.costs.layer_costs import COSTS
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.rank_search.problem import state_problem
 from lightning_plugins.weights import Scheme
+
+_CALIBRATION = ("mask", "damping", "effort", "memory")
 
 
 class RankSource:
@@ -41,6 +46,7 @@ class RankSource:
         ranks: dict[str, int] | None,
         cost: Literal["params", "flops"],
         scheme: Scheme,
+        calibration: bool | dict[str, Any] = False,
     ) -> None:
         self.layers, self.scheme = tuple(layers), scheme
         self.ratio = _check_ratio(ratio)
@@ -53,11 +59,17 @@ class RankSource:
         self.ranks = _check_ranks(ranks)
         check_choice("cost", cost, COSTS)
         self.cost = cost
+        self.calibration = _check_calibration(calibration)
 
     @property
     def scores(self) -> bool:
         """Whether there is a search that looks at data."""
         return self.ranks is None and self.search == "beam"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether there is a search or a calibration that looks at data."""
+        return self.scores or self.calibration is not None
 
     def require(self, name: str, pl_module: LightningModule) -> None:
         """Check what a module offers; for ``setup``.
@@ -65,7 +77,7 @@ class RankSource:
         Raises:
             MisconfigurationException: If there is nothing to score, or to count operations with.
         """
-        if self.scores:
+        if self.needs_data:
             score_function(pl_module, self.score)
         if self.cost == "flops" and pl_module.example_input_array is None:
             raise MisconfigurationException(
@@ -84,7 +96,7 @@ class RankSource:
             with trainer.precision_plugin.forward_context():
                 state_problem(pl_module, self.ratio, self.layers, self.cost, inputs, self.scheme)
             return
-        allowed = select_layers(pl_module, self.layers, scheme=self.scheme)
+        allowed = select_layers(pl_module, self.layers, scheme=self.scheme, transposed=True)
         costs = costs_of(trainer, pl_module, list(self.ranks), "params", self.scheme)
         for name, cost in costs.items():
             if name not in allowed:
@@ -97,7 +109,7 @@ class RankSource:
 
     def check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to search with; for ``on_train_start``."""
-        if self.scores:
+        if self.needs_data:
             search_data(trainer, pl_module, self.data)
 
     def find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, int], float]:
@@ -112,6 +124,19 @@ class RankSource:
         costs = costs_of(trainer, pl_module, list(found), "params", self.scheme)
         return {name: rank for name, rank in found.items() if rank <= costs[name].break_even}
 
+    def calibrated(self, trainer: Trainer, pl_module: LightningModule) -> Calibration | None:
+        """What the layers receive at this moment, where the calibration is wanted; all ranks call."""
+        if self.calibration is None:
+            return None
+        batches, score = self._data(trainer, pl_module)
+        names = list(self.layers if self.ranks is None else self.ranks)
+        with unnoticed(trainer, pl_module):
+            return Calibration(pl_module, names, **self.calibration).record(batches, forward=score)
+
+    def _data(self, trainer: Trainer, pl_module: LightningModule) -> tuple[list[Any], Score]:
+        source = search_data(trainer, pl_module, self.data)
+        return load_batches(trainer, pl_module, source, self.batches), score_function(pl_module, self.score)
+
     def _search(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
         options = {"ratio": self.ratio, "layers": self.layers, "cost": self.cost, "scheme": self.scheme}
         if self.cost == "flops":
@@ -119,10 +144,24 @@ class RankSource:
         batches: list[Any] = []
         score: Any = None
         if self.scores:
-            source = search_data(trainer, pl_module, self.data)
-            batches = load_batches(trainer, pl_module, source, self.batches)
-            score = score_function(pl_module, self.score)
+            batches, score = self._data(trainer, pl_module)
+        if self.calibration is not None and self.search != "equal_ratio":
+            options["calibration"] = self.calibrated(trainer, pl_module)
         return search_ranks(trainer, pl_module, self.search, batches, score, **options, **self.options).ranks
+
+
+def _check_calibration(calibration: bool | dict[str, Any]) -> dict[str, Any] | None:
+    if isinstance(calibration, bool):
+        return {} if calibration else None
+    if not isinstance(calibration, dict):
+        raise TypeError(
+            f"`calibration` must be a bool, or a dict of the options {', '.join(_CALIBRATION)}, got {calibration!r}"
+        )
+    for name in calibration:
+        if name not in _CALIBRATION:
+            near = "".join(f"; did you mean {other!r}?" for other in nearest(str(name), _CALIBRATION, limit=1))
+            raise ValueError(f"`calibration` takes the options {', '.join(_CALIBRATION)}, got {name!r}{near}")
+    return calibration
 
 
 def _check_ratio(ratio: float) -> float:

@@ -4,26 +4,31 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.factorize import factorize
 from lightning_plugins.compression.low_rank.splittable import select_layers
+from lightning_plugins.compression.low_rank.transposed import is_transposed
 from lightning_plugins.compression.networks.replacements import Heir, Heirs
 from lightning_plugins.weights import Scheme, matrix_to_weight, weight_to_matrix
 
 
-def split_layers(model: nn.Module, ranks: Mapping[str, int], *, scheme: Scheme) -> Heirs:
+def split_layers(
+    model: nn.Module, ranks: Mapping[str, int], *, scheme: Scheme, calibration: InputMoments | None = None
+) -> Heirs:
     """Factorise layers of a model that is being trained, in place.
 
     Args:
         model: The model.
         ranks: Ranks by layer name; a layer that would not become smaller stays as it is.
         scheme: How a kernel is unfolded.
+        calibration: As for `factorize`.
 
     Returns:
         The heirs of the parameters of the layers that were taken out.
     """
-    chosen = {id(layer) for layer in select_layers(model, list(ranks), scheme=scheme).values()}
+    chosen = {id(layer) for layer in select_layers(model, list(ranks), scheme=scheme, transposed=True).values()}
     places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in chosen]
-    factorize(model, ranks, scheme=scheme)
+    factorize(model, ranks, scheme=scheme, calibration=calibration)
     heirs: dict[nn.Parameter, Sequence[Heir]] = {}
     for name, dense in places:
         factors = model.get_submodule(name)
@@ -52,13 +57,16 @@ def low_rank_heirs(dense: nn.Module, factors: nn.Sequential, *, scheme: Scheme) 
     def unfold(weight: Tensor) -> Tensor:
         return weight_to_matrix(weight, scheme=scheme)
 
+    def of_dense(state: Tensor) -> Tensor:
+        return state.T if is_transposed(dense) else unfold(state)
+
     def for_first(state: Tensor, squared: bool) -> Tensor:
         other = unfold(second.detach()).to(state.dtype)
-        return matrix_to_weight(_power(other, squared).mT @ unfold(state), first.shape, scheme=scheme)
+        return matrix_to_weight(_power(other, squared).mT @ of_dense(state), first.shape, scheme=scheme)
 
     def for_second(state: Tensor, squared: bool) -> Tensor:
         other = unfold(first.detach()).to(state.dtype)
-        return matrix_to_weight(unfold(state) @ _power(other, squared).mT, second.shape, scheme=scheme)
+        return matrix_to_weight(of_dense(state) @ _power(other, squared).mT, second.shape, scheme=scheme)
 
     heirs = {dense.get_parameter("weight"): [Heir(first, for_first), Heir(second, for_second)]}
     for name, bias in factors[1].named_parameters():

@@ -1,6 +1,5 @@
 """Second moments of what each layer receives, over the batches of a data set."""
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,11 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_fraction, check_positive_int, nearest
+from lightning_plugins._checks import nearest
 from lightning_plugins.compression.calibration.masking import Mask, RowIndex, check_mask, mask_of
 from lightning_plugins.compression.calibration.moment_sums import MomentSums
 from lightning_plugins.compression.calibration.passes import Forward, check_forward, model_pass, placed
-from lightning_plugins.compression.calibration.rows import width
+from lightning_plugins.compression.calibration.storage import (
+    Files,
+    check_options,
+    loaded,
+    moment_bytes,
+    over_processes,
+    parts_within,
+)
 from lightning_plugins.compression.low_rank.decomposition import InputMoment
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.networks.evaluation import evaluation, layer_by_layer, uncompiled
@@ -34,8 +40,8 @@ class Calibration:
         model: The model; it is not changed.
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what `factorize` can split.
         mask: Leaves padded tokens out: the name of a batch's entry such as ``"attention_mask"``, or a function from a
-            batch to a tensor. It is 0 where a token does not count, and has the shape ``(N, T)`` of the layers' rows, or
-            ``(N,)`` for whole samples.
+            batch to a tensor. It is 0 where a token does not count, and has the shape ``(N, T)`` of the layers' rows,
+            or ``(N,)`` for whole samples.
         damping: What is added to the diagonal of a moment before it is used, as a fraction of the diagonal's mean; in
             (0, 1]. Rank-deficient moments need some, and the fewer rows were recorded, the more helps.
         effort: What the moments may cost, as a fraction of the layers' own multiplications: where all rows would cost
@@ -55,6 +61,7 @@ class Calibration:
         >>> calibration = Calibration(net).record([torch.randn(32, 8) for _ in range(4)])
         >>> calibration.moment("0").rows, tuple(calibration.moment("2").total.shape)
         (128, (6, 6))
+        >>> from lightning_plugins.compression import factorize
         >>> small = factorize(net, 0.5, calibration=calibration)
     """
 
@@ -70,17 +77,14 @@ class Calibration:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-        if check_fraction("damping", damping) == 0:
-            raise ValueError("`damping` must be more than 0, got 0; 1e-6 is next to none")
-        if effort is not None and check_fraction("effort", effort) == 0:
-            raise ValueError("`effort` must be more than 0, or None to use all rows, got 0")
+        check_options(damping, effort)
         self._model, self._mask, self.damping, self.effort = model, check_mask(mask), damping, effort
         self._layers = select_layers(model, layers, transposed=True)
-        self._sizes = {name: _bytes(layer) for name, layer in self._layers.items()}
-        self._parts = [list(self._layers)] if memory is None else _parts(self._sizes, memory)
+        self._sizes = {name: moment_bytes(layer) for name, layer in self._layers.items()}
+        self._parts = [list(self._layers)] if memory is None else parts_within(self._sizes, memory)
         self._generator = torch.Generator().manual_seed(0)
         self._found: dict[str, tuple[Tensor | Path, int]] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = Files()
         self._open: MomentSums | None = None
         self._summed = True  # every process holds the sums over all; else their own, which are still to be added up
         self.batches = 0
@@ -146,7 +150,7 @@ class Calibration:
         if len(self._parts) > 1:
             raise ValueError(
                 f"`memory` must hold the moments of all layers at a time in a loop of one's own, "
-                f"{sum(self._sizes.values())} bytes, or pass fewer `layers`; `record` goes over the batches several times"
+                f"{sum(self._sizes.values())} bytes, or pass fewer `layers`; `record` makes several passes"
             )
         if self._open is None:
             self._open = self._sums(self._parts[0])
@@ -193,12 +197,12 @@ class Calibration:
             raise ValueError(
                 f"`calibration`: {name!r} was never called in {self.batches} batches; leave it out of `layers`"
             )
-        return InputMoment(_loaded(total), rows, self.damping)
+        return InputMoment(loaded(total), rows, self.damping)
 
     def state_dict(self) -> dict[str, Any]:
         """All sums, as tensors and primitives; in a process group all processes call."""
         self.gather()
-        found = {name: {"total": _loaded(total), "rows": rows} for name, (total, rows) in self._found.items()}
+        found = {name: {"total": loaded(total), "rows": rows} for name, (total, rows) in self._found.items()}
         return {"found": found, "batches": self.batches, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -237,33 +241,24 @@ class Calibration:
         for name in part if first else ():
             if name in self._found:
                 total, rows = self._found.pop(name)
-                sums.start(name, _loaded(total).clone(), rows)
+                sums.start(name, loaded(total).clone(), rows)
         return sums
 
     def _close(self, part: Sequence[str], sums: MomentSums, batches: int) -> int:
         """Keep the sums over all processes."""
         found = sums.result()
         if is_distributed():
-            found = {name: _over_processes(total, rows) for name, (total, rows) in found.items()}
+            found = {name: over_processes(total, rows) for name, (total, rows) in found.items()}
             device = next(iter(found.values()))[0].device
             batches = int(sum_over_ranks(torch.tensor(float(batches), device=device)))
         bad = [name for name, (total, _) in found.items() if not bool(total.isfinite().all())]
         if bad:
-            raise ValueError(f"`batches` must give layers finite inputs, but {bad[0]!r} received NaN or infinite values")
-        self._found |= found if len(self._parts) == 1 else self._spilled(found)
+            raise ValueError(
+                f"`batches` must give layers finite inputs, but {bad[0]!r} received NaN or infinite values"
+            )
+        self._found |= found if len(self._parts) == 1 else self._files.keep(found)
         self._summed = True
         return batches
-
-    def _spilled(self, found: Mapping[str, tuple[Tensor, int]]) -> dict[str, tuple[Tensor | Path, int]]:
-        """The sums in files."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="calibration-")
-        kept: dict[str, tuple[Tensor | Path, int]] = {}
-        for name, (total, rows) in found.items():
-            path = Path(self._folder.name, f"{list(self._layers).index(name)}.pt")
-            torch.save(total, path)
-            kept[name] = path, rows
-        return kept
 
     @contextmanager
     def _hooked(self, sums: MomentSums, batch: Any) -> Iterator[None]:
@@ -276,47 +271,10 @@ class Calibration:
 
             return add
 
-        handles = [
-            layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in sums.layers.items()
-        ]
+        handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in sums.layers.items()]
         try:
             yield
             sums.flush()
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _bytes(layer: Any) -> int:
-    return width(layer) ** 2 * (8 if layer.weight.dtype == torch.float64 else 4)
-
-
-def _parts(sizes: Mapping[str, int], memory: int) -> list[list[str]]:
-    """The layers in order, some at a time, none with more than ``memory``."""
-    check_positive_int("memory", memory)
-    largest = max(sizes, key=lambda name: sizes[name])
-    if sizes[largest] > memory:
-        raise ValueError(
-            f"`memory` must hold the moment of {largest!r}, which takes {sizes[largest]} bytes, got {memory}"
-        )
-    parts: list[list[str]] = [[]]
-    left = memory
-    for name, size in sizes.items():
-        if size > left:
-            parts.append([])
-            left = memory
-        parts[-1].append(name)
-        left -= size
-    return parts
-
-
-def _loaded(total: Tensor | Path) -> Tensor:
-    if isinstance(total, Tensor):
-        return total
-    loaded: Tensor = torch.load(total, weights_only=True)
-    return loaded
-
-
-def _over_processes(total: Tensor, rows: int) -> tuple[Tensor, int]:
-    count = torch.tensor(float(rows), dtype=torch.float64, device=total.device)  # exact up to 2 ** 53
-    return sum_over_ranks(total), int(sum_over_ranks(count))

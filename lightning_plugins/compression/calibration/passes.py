@@ -63,8 +63,8 @@ def model_pass(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
         return model(*batch) if isinstance(batch, tuple | list) else model(batch)
     except TypeError as error:
         raise TypeError(
-            f"`batches`: {type(model).__name__} does not take a {type(batch).__name__} as its arguments ({error}); pass "
-            "`forward`, such as `forward=lambda model, batch: model(batch[0])`"
+            f"`batches`: {type(model).__name__} does not take a {type(batch).__name__} as its arguments ({error}); "
+            "pass `forward`, such as `forward=lambda model, batch: model(batch[0])`"
         ) from error
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice

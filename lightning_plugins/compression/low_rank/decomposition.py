@@ -146,7 +146,7 @@ def _of_strips(metric: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _in_metric(matrix: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The singular values of ``W L``; and its left vectors, with ``W`` in their coordinates as lengths and unit rows."""
+    """The singular values of ``W L``, its left vectors, and ``W`` in their coordinates as lengths and unit rows."""
     matrix = matrix.double()
     tall = matrix.shape[0] > matrix.shape[1]
     basis, matrix = torch.linalg.qr(matrix) if tall else (None, matrix)

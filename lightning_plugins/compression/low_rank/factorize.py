@@ -109,8 +109,15 @@ def _by_name(
     _check_mapping(ranks)
     if not ranks:
         return {}
-    found = {id(layer): (name, layer) for name, layer in select_layers(model, list(ranks), scheme=scheme, transposed=True).items()}
-    allowed = set(found) if layers == "*" else {id(at) for at in select_layers(model, layers, scheme=scheme, transposed=True).values()}
+    found = {
+        id(layer): (name, layer)
+        for name, layer in select_layers(model, list(ranks), scheme=scheme, transposed=True).items()
+    }
+    allowed = (
+        set(found)
+        if layers == "*"
+        else {id(at) for at in select_layers(model, layers, scheme=scheme, transposed=True).values()}
+    )
     chosen: dict[str, tuple[Layer, int]] = {}
     for name, rank in ranks.items():
         ((_, module),) = select_modules(model, name).items()

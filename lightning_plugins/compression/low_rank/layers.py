@@ -16,9 +16,7 @@ from lightning_plugins.compression.low_rank.transposed import as_linear, is_tran
 from lightning_plugins.weights import Scheme, weight_to_matrix
 
 
-def low_rank_layer(
-    layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment | None = None
-) -> nn.Sequential:
+def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment | None = None) -> nn.Sequential:
     """Split a layer in two, of which the first has ``rank`` outputs: the best approximation of that rank.
 
     - A linear layer becomes ``in -> rank`` and ``rank -> out``.
@@ -65,9 +63,7 @@ def low_rank_layer(
     return sequence
 
 
-def factors(
-    layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment | None = None
-) -> tuple[Tensor, Tensor]:
+def factors(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment | None = None) -> tuple[Tensor, Tensor]:
     """The weights of the two layers that `low_rank_layer` makes.
 
     Args:

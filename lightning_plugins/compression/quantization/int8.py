@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from lightning_plugins.compression.networks.quantized import is_quantized
@@ -35,6 +34,7 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
         ValueError: If no linear layer is found, one is quantised already, or has a weight that is not finite.
 
     Example:
+        >>> import torch
         >>> net = quantize(nn.Sequential(nn.Linear(32, 16)))
         >>> net(torch.ones(2, 32)).shape
         torch.Size([2, 16])
@@ -78,6 +78,7 @@ def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
         ValueError: If it is not one of this network.
 
     Example:
+        >>> import torch
         >>> small = quantize(nn.Sequential(nn.Linear(32, 16)))
         >>> again = load_quantized(nn.Sequential(nn.Linear(32, 16)), small.state_dict())
         >>> torch.equal(again(torch.ones(2, 32)), small(torch.ones(2, 32)))

@@ -56,6 +56,7 @@ def output_energy(
     Example:
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
+        >>> from lightning_plugins.compression import Calibration
         >>> calibration = Calibration(net).record([torch.randn(64, 30)])
         >>> output_energy(net, calibration, ratio=0.5).ratio >= 0.5
         True

@@ -136,7 +136,9 @@ def state_problem(
     if check_fraction("ratio", ratio) in {0, 1}:
         raise ValueError(f"`ratio` must be more than 0 and less than 1, got {ratio!r}; it is the removed fraction")
     costs = layer_costs(model, layers, cost=cost, inputs=inputs, scheme=scheme)
-    problem = RankProblem(select_layers(model, list(costs), scheme=scheme, transposed=True), tuple(costs.values()), ratio)
+    problem = RankProblem(
+        select_layers(model, list(costs), scheme=scheme, transposed=True), tuple(costs.values()), ratio
+    )
     if problem.dense_cost == 0:
         raise ValueError(f"`inputs` must reach a layer of `layers`, but {layers!r} cost no {cost} in a pass of them")
     if not problem.meets([1] * len(costs)):

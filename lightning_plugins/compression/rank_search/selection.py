@@ -85,8 +85,8 @@ def energy_threshold(
 ) -> RankSearch:
     """Keep the same fraction of every weight's energy, the largest that removes enough.
 
-    The energy is the sum of the squared singular values of the weight, or of what it puts out; a layer's rank is the smallest that keeps the fraction. A
-    layer that this would not make cheaper stays dense.
+    The energy is the sum of the squared singular values of the weight, or of what the layer puts out; a layer's rank is
+    the smallest that keeps the fraction. A layer that this would not make cheaper stays dense.
 
     Args:
         model: As for `equal_ratio`.
@@ -167,7 +167,9 @@ def trade_off(
         reading; its alternation with training is not part of this function.
     """
     problem = state_problem(model, ratio, layers, cost, inputs, scheme)
-    corners = [_corners(problem, layer, energy) for layer, energy in enumerate(energies(problem.modules, scheme, calibration))]
+    corners = [
+        _corners(problem, layer, energy) for layer, energy in enumerate(energies(problem.modules, scheme, calibration))
+    ]
 
     def ranks_at(negative_price: float) -> Ranks:  # the higher the price the fewer ranks
         return tuple(

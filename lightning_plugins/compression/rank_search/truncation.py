@@ -13,13 +13,8 @@ from lightning_plugins.compression.low_rank.transposed import as_linear, stored_
 from lightning_plugins.weights import Scheme
 
 
-def energies(
-    modules: Mapping[str, nn.Module], scheme: Scheme, calibration: InputMoments | None = None
-) -> list[Tensor]:
-    """The squared singular values of every layer, descending, as float64 on the CPU.
-
-    They are those of its weight or, with a calibration, of its outputs.
-    """
+def energies(modules: Mapping[str, nn.Module], scheme: Scheme, calibration: InputMoments | None = None) -> list[Tensor]:
+    """The squared singular values of every layer's weight or outputs, descending, as float64 on the CPU."""
     return [
         _decomposed(name, module, scheme, calibration).values.cpu().double().square()
         for name, module in modules.items()
@@ -96,9 +91,7 @@ class TruncatedWeights:
         return self._made[layer, rank]
 
 
-def _decomposed(
-    name: str, module: nn.Module, scheme: Scheme, calibration: InputMoments | None
-) -> Decomposition:
+def _decomposed(name: str, module: nn.Module, scheme: Scheme, calibration: InputMoments | None) -> Decomposition:
     _finite(name, module)
     moment = None if calibration is None else calibration.moment(name)
     return Decomposition(as_linear(module).weight, moment, scheme=scheme)
