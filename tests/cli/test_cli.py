@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.cli import main
-from lightning_plugins.compression import CompressionReport, beam_search, factorize, restore_structure, trade_off
+from lightning_plugins.compression import (
+    Calibration,
+    CompressionReport,
+    beam_search,
+    factorize,
+    load_quantized,
+    output_energy,
+    quantize,
+    restore_structure,
+    trade_off,
+)
 from tests.models import Classifier, fit, make_batches
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +118,24 @@ def test_searches_with_data(saved: Path):
     found = beam_search(expected, batches, score, ratio=0.4)
     small = loaded(saved.with_name("net-compressed.pt"), Net())
     torch.testing.assert_close(dict(small.state_dict()), dict(factorize(expected, found.ranks).state_dict()))
+
+
+def calibration_data(model: nn.Module) -> Any:
+    return data(model)[0]
+
+
+def test_calibrates_and_quantises(saved: Path, capsys: Any):
+    arguments = ["--method", "output_energy", "--calibration", f"{HERE}:calibration_data", "--ratio", "0.4"]
+    assert main(["compress", str(saved), *OPTIONS, *arguments, "--quantize", "int8"]) == 0
+    expected = loaded(saved, Net())
+    calibration = Calibration(expected).record(calibration_data(expected))
+    factorize(expected, output_energy(expected, calibration, ratio=0.4).ranks, calibration=calibration)
+    target = saved.with_name("net-compressed.pt")
+    small = load_quantized(Net(), torch.load(target, weights_only=True)).eval()
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(small(x), quantize(expected)(x))
+    assert main(["compress", str(target), *OPTIONS]) == 1
+    assert "is quantised; compress the floating one and quantise last" in capsys.readouterr().err
 
 
 def test_compresses_what_is_compressed_already(saved: Path):
