@@ -7,8 +7,19 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins.callbacks import CalibrationRecorder, LowRankCompression
 from lightning_plugins.compression import Calibration, factorize, output_energy
-from tests.callbacks.low_rank import BATCHES, Model, assert_same, in_steps, seeded
-from tests.models import Batches, fit
+from tests.callbacks.low_rank import Model as Base
+from tests.callbacks.low_rank import assert_same, in_steps, seeded
+from tests.models import Batches, fit, make_batches
+
+BATCHES = [(x.double(), y) for x, y in make_batches(6)]
+
+
+class Model(Base):
+    """In float64 from the start: Lightning restores weights before it converts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
 
 
 def moments_by_hand(every: int = 1) -> Calibration:
@@ -46,7 +57,7 @@ def test_records_from_a_step_on():
 
 
 def test_the_training_does_not_notice():
-    plain, recorded = seeded(), seeded()
+    plain, recorded = seeded(Model), seeded(Model)
     fit(plain, BATCHES, max_epochs=1)
     fit(recorded, BATCHES, [CalibrationRecorder()], max_epochs=1)
     assert_same(recorded, plain, rtol=0, atol=0)
@@ -64,11 +75,11 @@ def test_recomputation_in_the_backward_pass_is_not_seen():
 
 def test_resumes_with_the_moments_it_had(tmp_path: Any):
     whole = CalibrationRecorder()
-    fit(seeded(), Batches(BATCHES), [whole], max_epochs=2)
-    first = fit(seeded(), Batches(BATCHES), [CalibrationRecorder()], max_epochs=1)
+    fit(seeded(Model), Batches(BATCHES), [whole], max_epochs=2)
+    first = fit(seeded(Model), Batches(BATCHES), [CalibrationRecorder()], max_epochs=1)
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = CalibrationRecorder()
-    fit(seeded(), Batches(BATCHES), [resumed], max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    fit(seeded(Model), Batches(BATCHES), [resumed], max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
     assert resumed.calibration is not None
     assert whole.calibration is not None
     for name in whole.calibration.layers:
@@ -96,7 +107,7 @@ def test_low_rank_compression_truncates_by_the_outputs(search: str):
     )
     model = seeded(Still)
     fit(model, BATCHES, [compression], max_epochs=2)
-    expected = seeded()
+    expected = seeded(Model)
     calibration = moments_by_hand()
     if search == "output_energy":
         assert compression.found == output_energy(expected, calibration, ratio=0.3).ranks

@@ -86,7 +86,7 @@ class Calibration:
         self._found: dict[str, tuple[Tensor | Path, int]] = {}
         self._files = Files()
         self._open: MomentSums | None = None
-        self._summed = True  # every process holds the sums over all; else their own, which are still to be added up
+        self._own = 0  # batches of this process that are still to be added up
         self.batches = 0
 
     @property
@@ -111,6 +111,8 @@ class Calibration:
             ValueError: If there are no batches, they can be had only once and more passes are needed, a mask has
                 another shape than the rows, or a layer received NaN or infinite values.
         """
+        if self._open is not None:
+            raise ValueError("`record` must follow `gather()` where a loop of one's own has recorded before")
         check_forward(batches, forward, passes=len(self._parts))
         with ExitStack() as stack:
             for context in (evaluation(self._model), layer_by_layer(), uncompiled()):
@@ -154,10 +156,9 @@ class Calibration:
             )
         if self._open is None:
             self._open = self._sums(self._parts[0])
-            self._summed = False
         with self._hooked(self._open, batch):
             yield
-        self.batches += 1
+        self._own += 1
 
     def gather(self) -> Self:
         """Add up what processes recorded in loops of their own; all of them call.
@@ -168,9 +169,10 @@ class Calibration:
         Raises:
             ValueError: If a layer received NaN or infinite values.
         """
-        if not self._summed:
+        if len(self._parts) == 1 and (self._open is not None or is_distributed()):  # others may have recorded
             sums, self._open = self._open, None
-            self.batches = self._close(self._parts[0], sums or self._sums(self._parts[0]), self.batches)
+            own, self._own = self._own, 0
+            self.batches += self._close(self._parts[0], sums or self._sums(self._parts[0]), own)
         return self
 
     def moment(self, name: str) -> InputMoment:
@@ -185,10 +187,10 @@ class Calibration:
         Raises:
             ValueError: If there is none.
         """
-        if self.batches == 0:
-            raise ValueError("`calibration` must have recorded batches; call `record(batches)` first")
         if self._open is not None:
             raise ValueError("`calibration` must be gathered before it is used; call `gather()` behind the last batch")
+        if self.batches == 0:
+            raise ValueError("`calibration` must have recorded batches; call `record(batches)` first")
         if name not in self._found:
             near = "".join(f"; did you mean {other!r}?" for other in nearest(name, list(self._layers), limit=1))
             raise ValueError(f"`calibration` must be of all layers that are split, but has no layer {name!r}{near}")
@@ -218,7 +220,7 @@ class Calibration:
         if found and set(found) != set(self._layers):
             strange = sorted(set(found) ^ set(self._layers))
             raise ValueError(f"`state_dict` must be of the layers {list(self._layers)}, but differs in {strange}")
-        self._open, self._summed, self.batches = None, True, state_dict["batches"]
+        self._open, self._own, self.batches = None, 0, state_dict["batches"]
         self._found = {
             name: (one["total"].to(self._layers[name].weight.device), one["rows"]) for name, one in found.items()
         }
@@ -257,7 +259,6 @@ class Calibration:
                 f"`batches` must give layers finite inputs, but {bad[0]!r} received NaN or infinite values"
             )
         self._found |= found if len(self._parts) == 1 else self._files.keep(found)
-        self._summed = True
         return batches
 
     @contextmanager

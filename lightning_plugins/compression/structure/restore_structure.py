@@ -1,7 +1,7 @@
 """The structure that a state dict was saved with, rebuilt from its keys and shapes alone."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from lightning_plugins._checks import nearest
 from lightning_plugins.compression.channels.resize import heads_of, projections_of, resize_heads, resize_layer, why_not
 from lightning_plugins.compression.low_rank.layers import empty_low_rank_layer
 from lightning_plugins.compression.low_rank.splittable import Layer, is_low_rank_pair, reason_against, replace_modules
+from lightning_plugins.compression.low_rank.transposed import as_linear
 from lightning_plugins.compression.structure.state_keys import (
     Shape,
     align,
@@ -105,18 +106,20 @@ class _Plan:
         if layer in self.pairs:
             return
         shapes = [self.incoming.get(f"{name}.{half}.weight") for half in (0, 1)]
-        if (reason := reason_against(layer)) or not isinstance(layer, Layer):
+        if reason := reason_against(layer):
             self.problems.append(f"{name!r} comes in two and {reason}")
             return
         first, second = shapes
-        scheme = None if first is None or second is None else _scheme(self.known[f"{name}.weight"], first, second)
+        dense = tuple(as_linear(layer).weight.shape)
+        scheme = None if first is None or second is None else _scheme(dense, first, second)
         if scheme is None or first is None or second is None:
             self.problems.append(
                 f"{name!r} comes in two with weights {first} and {second}, which are no low-rank form of "
                 f"{self.known[f'{name}.weight']}"
             )
             return
-        pair = empty_low_rank_layer(layer, first[0], scheme=scheme, bias=f"{name}.1.bias" in self.incoming)
+        bias = f"{name}.1.bias" in self.incoming
+        pair = empty_low_rank_layer(cast("Layer", layer), first[0], scheme=scheme, bias=bias)
         for half, part in enumerate(pair):
             sizes = {key: self.incoming.get(f"{name}.{half}.{key}") for key in dict(part.named_parameters())}
             resize_layer(part, {key: _zeros(part, key, size) for key, size in sizes.items() if size is not None})
