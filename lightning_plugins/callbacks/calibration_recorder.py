@@ -9,8 +9,9 @@ from torch import Tensor
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, Trainer
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
-from lightning_plugins.compression.calibration.calibration import Calibration, check_options
+from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.calibration.masking import check_mask
+from lightning_plugins.compression.calibration.storage import check_options
 from lightning_plugins.selection import check_layers
 
 

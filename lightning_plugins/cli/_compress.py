@@ -99,9 +99,7 @@ def compress(
     factorize(small, search.ranks, layers, scheme=scheme, calibration=moments)
     report = compression_report(dense, small, inputs, latency=latency)
     console.print(report.table())
-    if export is not None:
-        Path(export).parent.mkdir(parents=True, exist_ok=True)
-        difference = export_onnx(small, inputs, export)  # of floating weights: integers have no export
+    difference = None if export is None else _exported(small, inputs, export)  # integers have no export
     if quantize is not None:
         int8(small)
     source = Path(checkpoint)
@@ -113,8 +111,13 @@ def compress(
     target.with_suffix(".json").write_text(report.to_json())
     compression_figure(report, title=target.name).savefig(target.with_suffix(".png"))
     console.print(f"wrote {target}, {target.with_suffix('.json')} and {target.with_suffix('.png')}", soft_wrap=True)
-    if export is not None:
+    if difference is not None:
         console.print(f"wrote {export}, whose outputs differ by {difference:.1e} at most", soft_wrap=True)
+
+
+def _exported(model: nn.Module, inputs: Tensor | tuple[Any, ...], path: str) -> float:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return export_onnx(model, inputs, path)
 
 
 def _calibrated(model: nn.Module, layers: str | list[str], path: str | None) -> Calibration | None:

@@ -54,6 +54,20 @@ def test_bytes_fall_to_about_a_quarter(tmp_path: Path):
     assert (tmp_path / "int8").stat().st_size < 0.3 * (tmp_path / "float").stat().st_size
 
 
+def test_a_layer_of_rank_1_keeps_its_second_half():
+    net = quantize(factorize(make_net(), 1))
+    assert [type(half.weight.data) is torch.Tensor for half in net[0]] == [False, True]
+    assert net(X).shape == (32, 4)
+
+
+def test_tied_weights_stay_tied():
+    net = nn.ModuleDict({"embedding": nn.Embedding(9, 8), "body": nn.Linear(8, 8), "head": nn.Linear(8, 9, bias=False)})
+    net["head"].weight = net["embedding"].weight
+    quantize(net)
+    assert net["head"].weight is net["embedding"].weight
+    assert type(net["body"].weight.data) is not torch.Tensor
+
+
 def test_only_layers_that_are_called_as_such_are_quantised():
     class Own(nn.Linear):
         pass

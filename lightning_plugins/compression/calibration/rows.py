@@ -1,7 +1,7 @@
 """The rows that a layer multiplies its weight with: tokens of a linear layer, patches of a convolution."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ def width(layer: Layer) -> int:
         >>> width(nn.Conv2d(3, 8, 5))
         75
     """
-    return as_linear(layer).weight[0].numel()
+    size: int = as_linear(layer).weight[0].numel()
+    return size
 
 
 def rows_of(layer: Layer, given: Tensor) -> Rows:
@@ -97,5 +98,6 @@ def _patches(rows: Rows, layer: nn.Conv1d | nn.Conv2d, index: Tensor) -> Tensor:
         shape = [len(index), *(-1 if other == number else 1 for other in range(len(places)))]
         at.append((place[:, None] * layer.stride[number] + steps).reshape(shape))
     sample = sample.reshape(-1, *(1 for _ in places))
-    found = rows.given[(sample, slice(None), *at)]  # rows, places of the kernel, channels
+    where: Any = (sample, slice(None), *at)
+    found = rows.given[where]  # rows, places of the kernel, channels
     return found.movedim(-1, 1).flatten(1)

@@ -1,5 +1,6 @@
 """Weights in eight bits, of any network and after any compression."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,9 +18,10 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
 
     It comes last: first train, compress (`factorize`, `shrink`, the callbacks) and fine-tune, then quantise. What is
     quantised takes no gradient and is refused by everything here that makes a network smaller. The halves of low-rank
-    layers are linear layers like others. Convolutions, embeddings and norms stay as they are, as does what
-    `nn.MultiheadAttention` reads without calling it. Activations stay floating: weights are multiplied out as a layer
-    runs, so memory and files shrink, and time only with `torch.compile` or on devices with such kernels.
+    layers are linear layers like others. Convolutions, embeddings and norms stay as they are, as do layers with a single
+    input, weights that are tied to others, and what `nn.MultiheadAttention` reads without calling it. Activations stay
+    floating: weights are multiplied out as a layer runs, so memory and files shrink, and time only with `torch.compile`
+    or on devices with such kernels.
 
     Args:
         model: The network; a module that holds the layers.
@@ -43,12 +45,16 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     functions = _torchao()
     chosen: set[nn.Module] = set()
-    unread = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    kept = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for name, layer in select_modules(model, layers, types=[nn.Linear]).items():
         weight = layer._parameters.get("weight")
         if is_quantized(weight):
             raise ValueError(f"`model` must not be quantised twice, but {name!r} is; quantise once, as the last step")
-        if weight is None or layer in unread or type(layer) is not nn.Linear:
+        # Of a single input a weight and its scale would take more than the weight alone.
+        if weight is None or layer in kept or type(layer) is not nn.Linear or weight.shape[1] == 1:
+            continue
+        if uses[id(weight)] > 1:  # in integers it would no longer be the one of the embedding
             continue
         if not bool(weight.isfinite().all()):
             raise ValueError(f"`model`: the weight of {name!r} must be finite, got NaN or infinite entries")
@@ -96,7 +102,7 @@ def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
 
 def _torchao() -> Any:
     try:
-        import torchao.quantization
+        import torchao.quantization  # type: ignore[import-untyped]  # it ships no types
     except ImportError as error:
         raise ImportError(
             "weights in eight bits need torchao: `pip install 'lightning-plugins[quantization]'`"
