@@ -88,7 +88,7 @@ def _load(path: str) -> Any:
     except pickle.UnpicklingError as error:
         if "torchao" not in str(error) or find_spec("torchao") is None:
             raise
-    import torchao.quantization  # type: ignore[import-untyped]  # noqa: F401  # which tells torch that its tensors are safe
+    import torchao.quantization  # noqa: F401  # which tells torch that its tensors are safe
 
     return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -102,7 +102,7 @@ def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
 
 def _torchao() -> Any:
     try:
-        import torchao.quantization  # type: ignore[import-untyped]  # it ships no types
+        import torchao.quantization
     except ImportError as error:
         raise ImportError(
             "weights in eight bits need torchao: `pip install 'lightning-plugins[quantization]'`"
