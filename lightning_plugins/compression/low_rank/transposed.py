@@ -61,6 +61,7 @@ def stored_weight(layer: nn.Module, matrix: Tensor, *, scheme: Scheme = 1) -> Te
         Tensor of the shape of the layer's weight.
 
     Example:
+        >>> import torch
         >>> stored_weight(nn.Conv2d(2, 3, 3), torch.zeros(3, 18)).shape
         torch.Size([3, 2, 3, 3])
     """
