@@ -103,6 +103,22 @@ class Decomposition:
             left, right = pairs[0]
             return left.to(self._matrix.dtype), right.to(self._matrix.dtype)
 
+    def product(self, rank: int) -> Tensor:
+        """The product of the factors of a rank.
+
+        Args:
+            rank: As for `factors`.
+
+        Returns:
+            Matrix of shape ``(m, n)``, in the dtype of the factors.
+        """
+        if self._outputs is not None:
+            left, right = self.factors(rank)
+            return left @ right
+        with torch.autocast(self._matrix.device.type, enabled=False):
+            left, lengths, right = self._candidates[0]  # without the roots, which would cost a digit
+            return ((left[:, :rank] * lengths[:rank]) @ right[:rank]).to(self._matrix.dtype)
+
     def _refit(self, right: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best second kernel for a first one, by least squares on the outputs, and the error that is left."""
         kernel, first = self._kernels(right)

@@ -84,9 +84,9 @@ class TruncatedWeights:
         if rank >= self._full_rank(layer):
             return self._dense[layer]
         if (layer, rank) not in self._made:
-            left, right = self._factors[layer].factors(rank)
+            matrix = self._factors[layer].product(rank)
             whole = torch.empty_like(self._dense[layer])  # in the weight's own memory format
-            whole.copy_(stored_weight(self._layers[layer], left @ right, scheme=self._scheme))
+            whole.copy_(stored_weight(self._layers[layer], matrix, scheme=self._scheme))
             self._made[layer, rank] = whole
         return self._made[layer, rank]
 
