@@ -5,7 +5,7 @@ installed packages, split by package: some to calibrate with, others for retriev
 of 150 paragraphs is to find the rest of it. The measure is the mean reciprocal rank (MRR), and Spearman's correlation
 of all cosines with those of the dense model. Results are added to a JSON file; a run goes on where the last one ended.
 
-    python benchmarks/minilm.py                       # the whole table, then docs/methods/minilm.md and its figure
+    python benchmarks/minilm.py                       # the whole table, then docs/benchmarks/minilm.md and its figure
     python benchmarks/minilm.py --ratios 0.2 --sets 1  # short
 """
 
@@ -205,7 +205,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
             (key, row) for key, row in results["rows"].items() if key.startswith(f"{name} | ") and "int8" not in key
         ]
         points = sorted((row["bytes"] / 1e6, sum(row["mrr"]) / len(row["mrr"])) for _, row in rows)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.plot([size for size, _ in points], [found for _, found in points], marker="o", label=name)
     dense = results["rows"]["dense"]["mrr"]
     axes.axhline(sum(dense) / len(dense), color="black", linestyle=":", label="dense")
     axes.set(xlabel="state dict in MB (float32)", ylabel="mean reciprocal rank")
@@ -219,13 +219,19 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=5, help="how many sets of paragraphs")
     parser.add_argument("--texts", type=int, default=1024, help="paragraphs to calibrate with")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/minilm.json")
+    parser.add_argument("--report", action="store_true", help="write table and figure of what was measured before")
     settings = parser.parse_args()
-    results = run(Encoder(), settings)
-    passes = results["calibration"]["forward passes"]
+    results = json.loads(settings.output.read_text()) if settings.report else run(Encoder(), settings)
+    measured = results["calibration"]
     text = (
-        f"Calibration on {settings.texts} paragraphs took {passes:.2f} forward passes over them.\n\n{table(results)}\n"
+        f"{PARAGRAPHS} paragraphs, {len(results['rows']['dense']['mrr'])} sets of them. Calibration on "
+        f"{measured['texts']} other paragraphs took {measured['forward passes']:.2f} forward passes over them. "
+        f"Milliseconds are CPU time for 8 paragraphs, bytes those of the state dict, embeddings included.\n\n"
+        f"{table(results)}\n\n![MRR over size](../images/minilm.png)\n"
     )
-    settings.output.with_suffix(".md").write_text(f"# MiniLM\n\n{results['machine']}\n\n{text}")
+    title = "# A sentence encoder made smaller without training"
+    origin = f"`python benchmarks/minilm.py`: {results['machine']}."
+    settings.output.with_suffix(".md").write_text(f"{title}\n\n{origin}\n\n{text}")
     figure(results, ROOT / "docs/images/minilm.png")
     print(text)
 
