@@ -32,7 +32,14 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from lightning_plugins.compression import Calibration, equal_ratio, factorize, output_energy, quantize
+from lightning_plugins.compression import (
+    Calibration,
+    equal_ratio,
+    factorize,
+    output_energy,
+    output_sensitivity,
+    quantize,
+)
 
 ROOT = Path(__file__).parents[1]
 LAYERS = "encoder.*"
@@ -146,6 +153,20 @@ def chosen_relative(encoder: Encoder, calibration: Calibration, ratio: float) ->
     return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
 
 
+def ranks_by_sensitivity(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
+    """The error of each layer counts by what it does to the embedding: the derivative of a random projection of it."""
+    generator = torch.Generator().manual_seed(0)
+    batches = list(encoder.batches(sorted(training_texts()[:128], key=len)))
+
+    def projected(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        found = pooled(model, batch)
+        return (found * torch.randn(found.shape, generator=generator)).sum()
+
+    weights = output_sensitivity(encoder.dense, batches, projected, LAYERS, mask="attention_mask")
+    ranks = output_energy(encoder.dense, calibration, ratio=ratio, layers=LAYERS, sensitivity=weights).ranks
+    return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
+
+
 # Without training. Methods that train (BSR and DF with distillation, Torch-Pruning) take their places here, each a
 # function of the same arguments.
 METHODS: dict[str, Callable[[Encoder, Calibration, float], nn.Module]] = {
@@ -153,6 +174,7 @@ METHODS: dict[str, Callable[[Encoder, Calibration, float], nn.Module]] = {
     "whitened": whitened,
     "whitened, chosen ranks": chosen_ranks,
     "whitened, chosen ranks (relative)": chosen_relative,
+    "whitened, chosen ranks (sensitivity)": ranks_by_sensitivity,
 }
 
 
