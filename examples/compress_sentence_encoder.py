@@ -134,7 +134,7 @@ print(f"{calibration.batches} batches, {calibration.moment('encoder.layer.0.outp
 
 # %%
 equal = equal_ratio(model, ratio=0.5, layers="encoder.*").ranks
-chosen = output_energy(model, calibration, ratio=0.5, layers="encoder.*").ranks
+chosen = output_energy(model, calibration, ratio=0.5, layers="encoder.*", relative=True).ranks
 small = {
     "equal ranks, weights alone": factorize(copy.deepcopy(model), equal),
     "equal ranks, calibrated": factorize(copy.deepcopy(model), equal, calibration=calibration),
