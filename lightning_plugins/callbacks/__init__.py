@@ -3,6 +3,7 @@
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
+from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
 from lightning_plugins.callbacks.layer_probe import LayerProbe
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
@@ -18,6 +19,7 @@ __all__ = [
     "AttributionEvaluation",
     "EarlyTermination",
     "CalibrationRecorder",
+    "EarlyTermination",
     "HybridCompression",
     "LayerProbe",
     "LowRankCompression",

@@ -164,8 +164,7 @@ class LowRankCompression(Callback):
         settings = {**self._settings, "schedule": repr(self._settings["schedule"])}
         phases = {"search_at": self.search_at, "factorize_at": self.factorize_at, "unit": self.unit}
         source = {name: getattr(self._source, name) for name in ("search", "options", "ranks", "cost")}
-        if self._source.calibration is not None:
-            source["calibration"] = self._source.calibration
+        source |= {} if self._source.calibration is None else {"calibration": self._source.calibration}
         return self._generate_state_key(layers=self.layers, ratio=self.ratio, **settings, **phases, **source)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
