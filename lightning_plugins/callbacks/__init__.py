@@ -1,7 +1,6 @@
 """Lightning callbacks: they decide when, and call what stands in the other folders."""
 
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
-from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
@@ -17,7 +16,6 @@ from lightning_plugins.callbacks.von_neumann import VNERegularization
 
 __all__ = [
     "AttributionEvaluation",
-    "EarlyTermination",
     "CalibrationRecorder",
     "EarlyTermination",
     "HybridCompression",
