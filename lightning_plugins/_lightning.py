@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.model_helpers import is_overridden
-    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
     PACKAGE: str
 
@@ -54,8 +55,9 @@ _FROM = {
     ".trainer.states": ("TrainerFn",),
     ".utilities.exceptions": ("MisconfigurationException",),
     ".utilities.model_helpers": ("is_overridden",),
-    ".utilities.rank_zero": ("rank_zero_warn",),
+    ".utilities.rank_zero": ("rank_zero_info", "rank_zero_warn"),
     ".utilities.seed": ("isolate_rng",),
+    ".utilities.signature_utils": ("is_param_in_hook_signature",),
 }
 
 if not TYPE_CHECKING:
@@ -85,8 +87,10 @@ __all__ = [
     "WandbLogger",
     "callbacks",
     "is_overridden",
+    "is_param_in_hook_signature",
     "isolate_rng",
     "move_data_to_device",
+    "rank_zero_info",
     "rank_zero_warn",
     "seed_everything",
 ]

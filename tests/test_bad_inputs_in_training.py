@@ -136,10 +136,10 @@ FITS: dict[str, Fit] = {
     ),
     "cls of a feature map": (
         odd(lambda x: x[:, :, None, None]),
-        vne(pool="cls"),
+        vne(pool="cls", layout="NCHW"),
         {},
         ValueError,
-        "`pool='cls'` takes the first token of a .* sequence, got shape .*; use 'mean' or 'flatten' for feature maps",
+        "`pool='cls'` takes one token of a sequence, got shape .*; use 'mean' or 'flatten' for feature maps",
     ),
     "a pool that gives no matrix": (
         Classifier,

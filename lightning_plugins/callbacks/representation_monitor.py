@@ -1,6 +1,6 @@
 """Watch the spectra of layers' representations during training and validation."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,8 +12,12 @@ from lightning_plugins._lightning import Callback, LightningModule, Trainer, Tra
 from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
 from lightning_plugins.callbacks._monitors.statistics import METRICS, LayerStatistics
-from lightning_plugins.callbacks._terms.pool import pool_name, resolve_pool
-from lightning_plugins.callbacks._terms.pooled_capture import PooledCapture
+from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
+from lightning_plugins.callbacks._terms.masks import Mask
+from lightning_plugins.callbacks._terms.pool import Pool
+from lightning_plugins.callbacks._terms.pooled_capture import ObservedRows
+from lightning_plugins.callbacks._terms.rows import Rows
+from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
@@ -48,9 +52,10 @@ class RepresentationMonitor(Callback):
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
             layer receives, ``"backbone.fc"`` what it returns. A layer that a stage never calls is left out there.
-        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"mean_last"`` (where
-            channels are last), ``"cls"``, ``"tokens"``, ``"flatten"``, or a callable (or its import path) from the
-            layer's tensor to a tensor of shape ``(N, d)``.
+        pool: As for `VNERegularization`, and the same for the three arguments that follow.
+        select: Which tensor of a nested output.
+        mask: Which positions are no padding.
+        layout: What the dimensions of the tensor are, where the module does not tell.
         every_n_steps: In training, the batches of every n-th optimizer step are measured.
         metrics: Out of ``"entropy"``, ``"effective_rank"``, ``"isotropy"``, ``"correlation_gap"``, ``"rankme"`` and
             ``"uniformity"``; see `lightning_plugins.metrics`. The last one keeps all rows and compares all pairs.
@@ -75,7 +80,10 @@ class RepresentationMonitor(Callback):
         self,
         layers: str | list[str],
         *,
-        pool: str | Callable[[Tensor], Tensor] = "mean",
+        pool: Pool = "mean",
+        select: Select = None,
+        mask: Mask | dict[str, Any] = None,
+        layout: str | None = None,
         every_n_steps: int = 50,
         metrics: Sequence[str] = ("entropy", "effective_rank", "isotropy", "correlation_gap", "rankme"),
         figures: bool = True,
@@ -83,8 +91,8 @@ class RepresentationMonitor(Callback):
     ) -> None:
         super().__init__()
         self.layers = check_layers(layers, sides=True)
+        self.rows = Rows(pool, select, mask, layout)
         self.pool = pool
-        self._pool = resolve_pool(pool)
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         self.metrics = tuple(dict.fromkeys(check_choice("metrics", name, METRICS) for name in names))
@@ -96,7 +104,8 @@ class RepresentationMonitor(Callback):
         self._statistics = {stage: LayerStatistics(self.metrics) for stage in STAGES}
         self._epoch: int | None = None  # of the training sums
         self._restored: dict[str, Any] | None = None  # sums from a checkpoint, until the devices are known
-        self._capture: PooledCapture | None = None
+        self._capture: ObservedRows | None = None
+        self._names: dict[str, str] = {}  # by layer, what it is logged as
         self._step: WrappedStep | None = None
         self._recording = ExitStack()  # of the validation batch under way
         self._drawing = PendingFigures(self._figure if figures else None)
@@ -113,7 +122,7 @@ class RepresentationMonitor(Callback):
     def state_key(self) -> str:
         """Unique for every different instance, so that several keep their own entries in a checkpoint."""
         return self._generate_state_key(
-            layers=self.layers, pool=pool_name(self.pool), every_n_steps=self.every_n_steps, metrics=self.metrics
+            layers=self.layers, **self.rows.key(), every_n_steps=self.every_n_steps, metrics=self.metrics
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -163,7 +172,7 @@ class RepresentationMonitor(Callback):
         if self._capture is None or pl_module.global_step % self.every_n_steps:
             yield
             return
-        with self._capture.recording():
+        with self._capture.recording(self._step.batch if self._step is not None else None):
             yield
         self._add("train")
 
@@ -183,10 +192,12 @@ class RepresentationMonitor(Callback):
         if self._capture is None:
             self._attach(pl_module)
 
-    def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Record the layers' tensors, except in a sanity check."""
         if self._capture is not None and not trainer.sanity_checking:
-            self._recording.enter_context(self._capture.recording())
+            self._recording.enter_context(self._capture.recording(batch))
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Add this batch's rows to the sums."""
@@ -212,6 +223,7 @@ class RepresentationMonitor(Callback):
         if self._step is not None:
             self._step.leave(self)
         self._capture = self._step = None
+        release_names(pl_module, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module as it was: ``teardown`` does not run after an exception."""
@@ -238,8 +250,11 @@ class RepresentationMonitor(Callback):
         return {"spectra": self._history.state(), "sums": dict(sums), "epoch": self._epoch}
 
     def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = PooledCapture(pl_module, self.layers, self._pool)
+        self._capture = ObservedRows(pl_module, self.layers, self.rows)
         self._capture.attach()
+        names = [tuple(f"representation/{name}" for name in pair) for pair in self._capture.names]
+        claimed = claim_names(pl_module, self, [(wanted, other) for wanted, other in names])
+        self._names = dict(zip(self._capture.labels, (n.removeprefix("representation/") for n in claimed), strict=True))
 
     @torch.no_grad()
     def _add(self, stage: Stage) -> None:
@@ -248,7 +263,10 @@ class RepresentationMonitor(Callback):
         with torch.inference_mode(False):  # sums made in validation's inference mode could not be saved and added to
             for label, embeddings in self._capture.take().items():
                 for rows in embeddings:
-                    self._statistics[stage].update(label, rows)
+                    try:
+                        self._statistics[stage].update(label, rows)
+                    except (TypeError, ValueError) as error:
+                        self._capture.leave_out(label, error)
 
     @torch.no_grad()
     def _summarize(self, stage: Stage, trainer: Trainer, pl_module: LightningModule, *, log: bool = True) -> None:
@@ -257,10 +275,13 @@ class RepresentationMonitor(Callback):
         with torch.inference_mode(False):
             summaries = self._statistics[stage].summaries(self._capture.labels, pl_module.device)
         self._statistics[stage].reset()
+        for label in self._capture.left_out if log else ():
+            log_value(pl_module, f"representation/{stage}/{self._names[label]}/left_out", 1.0)
         for label, (values, spectrum) in summaries.items():
             for name, value in values.items() if log else ():
                 # all ranks have the same value, and the largest of equal numbers is exactly that number
-                pl_module.log(f"representation/{stage}/{label}/{name}", value, sync_dist=True, reduce_fx="max")
+                shown = f"representation/{stage}/{self._names[label]}/{name}"
+                log_value(pl_module, shown, value, sync_dist=True, reduce_fx="max")
             if torch.isfinite(spectrum).all():
                 self._history.remember(stage, label, trainer.global_step, spectrum.float().cpu())
                 self._drawing.add((stage, label))
@@ -270,4 +291,4 @@ class RepresentationMonitor(Callback):
         stage, label = key
         steps, spectra = self._history.sorted_by_step(stage, label)
         title = f"{label} in {'training' if stage == 'train' else 'validation'}"
-        return f"representation/{stage}/{label}/spectrum", spectrum_figure(spectra, steps, title=title)
+        return f"representation/{stage}/{self._names[label]}/spectrum", spectrum_figure(spectra, steps, title=title)

@@ -1,6 +1,5 @@
 """The von Neumann entropy term as a callback for training loops that already exist."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -14,9 +13,13 @@ from lightning_plugins._checks import (
     check_positive_int,
 )
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
-from lightning_plugins.callbacks._terms.capture import LayerCapture
+from lightning_plugins.callbacks._terms.capture import LayerRows
+from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
+from lightning_plugins.callbacks._terms.masks import Mask
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
-from lightning_plugins.callbacks._terms.pool import pool_name, resolve_pool
+from lightning_plugins.callbacks._terms.pool import Pool
+from lightning_plugins.callbacks._terms.rows import Rows
+from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.progress import training_progress
 from lightning_plugins.callbacks._trainer.requirements import (
@@ -26,7 +29,6 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_lightning_module,
     require_supported_strategy,
 )
-from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
@@ -47,9 +49,20 @@ class VNERegularization(Callback):
             layer receives, ``"backbone.fc"`` what it returns. The authors use the input of the last linear layer.
         weight: Positive to raise the entropy, negative to lower it; the authors advise an absolute value far
             below 0.5.
-        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"mean_last"`` (where
-            channels are last), ``"cls"``, ``"tokens"``, ``"flatten"``, or a callable (or its import path) from the
-            layer's tensor to a tensor of shape ``(N, d)``.
+        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"`` or ``"max"`` over the valid
+            positions, ``"first"`` or ``"last"`` of them, ``"cls"`` (the first position), ``"tokens"`` (every valid
+            position is a row), ``"flatten"``, or a callable from the layer's tensor (and the mask, if one is named) to
+            a tensor of shape ``(N, d)``; also its import path, or its ``class_path`` and ``init_args``.
+        select: Which tensor of a nested output (or input): an index, a key, an attribute, or a list of them from the
+            outside in, as ``["hidden_states", -1]``. By default the first one, of a transformers output
+            ``last_hidden_state``.
+        mask: Which positions are no padding: the name of an argument that the layer, or a module around it, receives in
+            the same call, or of an entry of the batch (an int: its position), or a callable from the
+            `lightning_plugins.callbacks.LayerCall` to the mask; see `lightning_plugins.functional.pool_embeddings`. A
+            name that ends in ``padding_mask`` is, as in torch, true at the padding. Packed and nested sequences need
+            none.
+        layout: What the dimensions of the tensor are, one letter each, as ``"NLC"``; needed where the module does not
+            tell.
         scope: ``"global"``: the entropy of the batch of all ranks together; ``"local"``: of each rank's own rows.
         queue_size: This many rows of earlier batches are remembered and join the spectrum, for batches too small to
             show it (fewer than about 32 rows). No gradient flows through them; they are saved in checkpoints.
@@ -88,7 +101,10 @@ class VNERegularization(Callback):
         layers: str | list[str],
         weight: float,
         *,
-        pool: str | Callable[[Tensor], Tensor] = "mean",
+        pool: Pool = "mean",
+        select: Select = None,
+        mask: Mask | dict[str, Any] = None,
+        layout: str | None = None,
         scope: Literal["global", "local"] = "global",
         queue_size: int = 0,
         schedule: Schedule | None = None,
@@ -99,6 +115,7 @@ class VNERegularization(Callback):
         super().__init__()
         self.layers = check_layers(layers)
         self.weight = check_finite_number("weight", weight)
+        self.rows = Rows(pool, select, mask, layout)
         self.pool = pool
         self.queue_size = check_non_negative_int("queue_size", queue_size)
         self.schedule = schedule
@@ -114,12 +131,12 @@ class VNERegularization(Callback):
                 f"`schedule` must be a Schedule, got {schedule!r} ({type(schedule).__name__}); take one out of "
                 "`lightning_plugins.schedules`, where a number is `Constant(number)`, or subclass Schedule"
             )
-        self._pool = resolve_pool(pool)
         self._term = VonNeumannEntropy(weight, scope=scope, method=method)
         self._guard = NonfiniteGuard(self.method, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._queues: dict[str, Tensor] = {}  # per layer, unit rows, the newest last
         self._constant: set[str] = set()  # layers that a warning was given for
-        self._capture: LayerCapture | None = None
+        self._capture: LayerRows | None = None
+        self._names: dict[str, str] = {}  # by layer, what its entropy is logged under
         self._step: WrappedStep | None = None
 
     @property
@@ -128,7 +145,7 @@ class VNERegularization(Callback):
         return self._generate_state_key(
             layers=self.layers,
             weight=self.weight,
-            pool=pool_name(self.pool),
+            **self.rows.key(),
             scope=self.scope,
             queue_size=self.queue_size,
             schedule=repr(self.schedule),
@@ -163,6 +180,7 @@ class VNERegularization(Callback):
         if self._step is not None:
             self._step.leave(self)
         self._capture = self._step = None
+        release_names(pl_module, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module as it was: ``teardown`` does not run after an exception."""
@@ -172,7 +190,7 @@ class VNERegularization(Callback):
         """Record the layers' tensors if this step carries the term (for the wrapper of the training step)."""
         if self._capture is None or pl_module.global_step % self.every_n_steps:
             return nullcontext()
-        return self._capture.recording()
+        return self._capture.recording(self._step.batch if self._step is not None else None)
 
     def penalty(self, pl_module: LightningModule) -> Tensor | None:
         """The sum of the layers' terms at this step (for the wrapper of the training step)."""
@@ -183,7 +201,7 @@ class VNERegularization(Callback):
         for label, tensors in self._capture.take().items():
             entropies = [self._entropy(tensor, label) for tensor in tensors]
             self._warn_if_constant(label, tensors)
-            pl_module.log(f"vne/{label}/entropy", torch.stack(entropies).detach().mean())
+            log_value(pl_module, self._names[label], torch.stack(entropies).detach().mean())
             kept = [self._guard.leave(entropy, label) for entropy in entropies]
             penalties.append(-weight * torch.stack(kept).mean())
         return torch.stack(penalties).sum()
@@ -211,8 +229,10 @@ class VNERegularization(Callback):
         self._guard.restore(state_dict["skipped"])
 
     def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = LayerCapture(pl_module, self.layers, needs_gradient=True)
+        self._capture = LayerRows(pl_module, self.layers, self.rows)
         self._capture.attach()
+        wanted = [(f"vne/{label}/entropy", f"vne/{other}/entropy") for label, other in self._capture.names]
+        self._names = dict(zip(self._capture.labels, claim_names(pl_module, self, wanted), strict=True))
 
     def _factor(self, trainer: Trainer) -> float:
         if self.schedule is None:
@@ -228,9 +248,9 @@ class VNERegularization(Callback):
                 "name a layer behind one that is trained, if nothing will be thawed"
             )
 
-    def _entropy(self, tensor: Tensor, label: str) -> Tensor:
+    def _entropy(self, embeddings: Tensor, label: str) -> Tensor:
         try:
-            embeddings = self._guard.enter(pool_embeddings(tensor, self._pool))
+            embeddings = self._guard.enter(embeddings)
             if not self.queue_size:
                 return self._term.entropy(embeddings)
             entropy, rows = self._term.entropy_with_rows(embeddings, self._queues.get(label))

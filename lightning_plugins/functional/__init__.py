@@ -13,6 +13,7 @@ from lightning_plugins.functional.entropy import (
 from lightning_plugins.functional.evidence import Evidence, log_evidence
 from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
+from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.functional.preconditioning import gap_precondition
 from lightning_plugins.functional.ridge import HeldOutSums, ProbeScores, probe_scores, ridge_path
 from lightning_plugins.functional.singular_values import polar_factor, singular_value_threshold
@@ -45,6 +46,7 @@ __all__ = [
     "nuclear_norm",
     "polar_factor",
     "probe_scores",
+    "pool_embeddings",
     "renyi_entropy",
     "ridge_path",
     "singular_value_threshold",

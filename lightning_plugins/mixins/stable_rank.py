@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
 from lightning_plugins._lightning import LightningModule
+from lightning_plugins.callbacks._terms.logged import log_sum, log_value
 from lightning_plugins.distributed import full_tensor
 from lightning_plugins.functional.stable_rank import check_power, modified_stable_rank, stable_rank
 from lightning_plugins.weights import check_rank, check_scheme, select_targets
@@ -79,6 +80,6 @@ class StableRankMixin:
         penalty: Tensor = weight * torch.stack(list(values.values())).sum()
         if log and isinstance(self, LightningModule) and self._trainer is not None:
             for label, value in values.items():
-                self.log(f"stable_rank/{label}", value.detach())
-            self.log("stable_rank/penalty", penalty.detach())
+                log_value(self, f"stable_rank/{label}", value.detach())
+            log_sum(self, "stable_rank/penalty", penalty)
         return penalty

@@ -1,14 +1,14 @@
 """The von Neumann entropy term for modules that put their loss together themselves."""
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
 
 from lightning_plugins._checks import check_finite_number
 from lightning_plugins._lightning import LightningModule
-from lightning_plugins.callbacks._terms.pool import resolve_pool
-from lightning_plugins.functional.pooling import pool_embeddings
+from lightning_plugins.callbacks._terms.logged import log_mean, log_sum
+from lightning_plugins.callbacks._terms.pool import Pool, resolve_pool
+from lightning_plugins.functional.pooling import check_layout, pool_embeddings
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 
 
@@ -43,20 +43,24 @@ class VNEMixin:
         features: Tensor,
         weight: float,
         *,
-        pool: str | Callable[[Tensor], Tensor] = "mean",
+        pool: Pool = "mean",
+        mask: Tensor | None = None,
+        layout: str | None = None,
         scope: Literal["global", "local"] = "global",
         name: str | None = None,
     ) -> Tensor:
         """The term ``-weight * S`` of a batch of representations.
 
         Args:
-            features: Floating tensor of shape ``(N, d)``, a token sequence ``(N, L, d)`` or a feature map
-                ``(N, d, H, W, ...)``.
+            features: Floating tensor of shape ``(N, d)`` or of the ``layout``; or packed or nested sequences.
             weight: Positive to raise the entropy, negative to lower it.
             pool: How higher tensors become a matrix; see `lightning_plugins.callbacks.VNERegularization`.
+            mask: Which positions are no padding; see `lightning_plugins.functional.pool_embeddings`.
+            layout: What the dimensions of a higher tensor are, such as ``"NLC"`` or ``"NCHW"``.
             scope: ``"global"``: the entropy of the batch of all ranks together (every rank must then call this);
                 ``"local"``: of this rank's own rows.
-            name: If given, and a Trainer runs this module, logs ``vne/<name>/entropy`` (nats) and ``vne/penalty``.
+            name: If given, and a Trainer runs this module, logs ``vne/<name>/entropy`` (nats, the mean of the calls of
+                this name in a batch) and ``vne/penalty`` (the sum of all terms of a batch).
 
         Returns:
             Scalar, in float32 for half-precision features, else in their dtype.
@@ -66,9 +70,9 @@ class VNEMixin:
             TypeError: If ``features`` is not a floating tensor.
         """
         term = VonNeumannEntropy(check_finite_number("weight", weight), scope=scope)
-        entropy = term.entropy(pool_embeddings(features, resolve_pool(pool)))
+        entropy = term.entropy(pool_embeddings(features, resolve_pool(pool), layout=check_layout(layout), mask=mask))
         penalty = -weight * entropy
         if name is not None and isinstance(self, LightningModule) and self._trainer is not None:
-            self.log(f"vne/{name}/entropy", entropy.detach())
-            self.log("vne/penalty", penalty.detach())
+            log_mean(self, f"vne/{name}/entropy", entropy)
+            log_sum(self, "vne/penalty", penalty)
         return penalty

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_plugins.functional.pooling import POOLS, pool_embeddings
 
+LAYOUTS = {3: "NLC", 4: "NCHW", 5: "NCDHW"}
 MATRIX, TOKENS, IMAGE, VIDEO = (torch.randn(shape) for shape in [(4, 3), (4, 5, 3), (4, 3, 2, 6), (4, 3, 2, 2, 3)])
 
 
@@ -32,7 +33,9 @@ def rows_one_by_one(features: Tensor, pool: str) -> Tensor:
 @pytest.mark.parametrize("pool", ["mean", "tokens"])
 @pytest.mark.parametrize("features", [TOKENS, IMAGE, VIDEO], ids=["tokens", "image", "video"])
 def test_mean_and_tokens(features: Tensor, pool: str):
-    torch.testing.assert_close(pool_embeddings(features, pool), rows_one_by_one(features, pool))
+    torch.testing.assert_close(
+        pool_embeddings(features, pool, layout=LAYOUTS[features.ndim]), rows_one_by_one(features, pool)
+    )
 
 
 @pytest.mark.parametrize("features", [TOKENS, IMAGE, VIDEO], ids=["tokens", "image", "video"])
@@ -41,36 +44,40 @@ def test_flatten(features: Tensor):
 
 
 def test_cls():
-    torch.testing.assert_close(pool_embeddings(TOKENS, "cls"), torch.stack([sample[0] for sample in TOKENS]))
+    torch.testing.assert_close(
+        pool_embeddings(TOKENS, "cls", layout="NLC"), torch.stack([sample[0] for sample in TOKENS])
+    )
 
 
 @pytest.mark.parametrize("features", [IMAGE, VIDEO], ids=["image", "video"])
 def test_cls_of_a_feature_map_is_refused(features: Tensor):
-    with pytest.raises(ValueError, match=r"takes the first token of a .*; use 'mean' or 'flatten' for feature maps"):
-        pool_embeddings(features, "cls")
+    with pytest.raises(
+        ValueError, match=r"takes one token of a sequence, .*; use 'mean' or 'flatten' for feature maps"
+    ):
+        pool_embeddings(features, "cls", layout=LAYOUTS[features.ndim])
 
 
 @pytest.mark.parametrize("features", [IMAGE, VIDEO], ids=["image", "video"])
 def test_mean_with_channels_last(features: Tensor):
     pooled = pool_embeddings(features.movedim(1, -1), "mean_last")
-    torch.testing.assert_close(pooled, pool_embeddings(features, "mean"))
+    torch.testing.assert_close(pooled, pool_embeddings(features, "mean", layout=LAYOUTS[features.ndim]))
 
 
 def test_mean_of_tokens_has_channels_last_anyway():
-    torch.testing.assert_close(pool_embeddings(TOKENS, "mean_last"), pool_embeddings(TOKENS, "mean"))
+    torch.testing.assert_close(pool_embeddings(TOKENS, "mean_last"), pool_embeddings(TOKENS, "mean", layout="NLC"))
 
 
 def test_a_callable_sees_the_whole_tensor():
     channels_last = IMAGE.movedim(1, -1)
     pooled = pool_embeddings(channels_last, lambda x: x.mean(dim=(1, 2)))
-    torch.testing.assert_close(pooled, pool_embeddings(IMAGE, "mean"))
+    torch.testing.assert_close(pooled, pool_embeddings(IMAGE, "mean", layout="NCHW"))
 
 
 @pytest.mark.parametrize("pool", ["mean", "tokens", "flatten"])
 def test_the_gradient_reaches_every_entry(pool: str):
     features = VIDEO.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: pool_embeddings(x, pool), features)
-    assert bool((torch.autograd.grad(pool_embeddings(features, pool).sum(), features)[0] > 0).all())
+    assert torch.autograd.gradcheck(lambda x: pool_embeddings(x, pool, layout="NCDHW"), features)
+    assert bool((torch.autograd.grad(pool_embeddings(features, pool, layout="NCDHW").sum(), features)[0] > 0).all())
 
 
 @pytest.mark.parametrize("pool", POOLS)

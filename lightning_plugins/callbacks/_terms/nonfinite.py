@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_plugins.callbacks._terms.logged import log_value
 
 
 class _ZeroUndefinedGradient(torch.autograd.Function):
@@ -95,4 +96,4 @@ class NonfiniteGuard:
         if every and trainer.global_step % every == 0:
             skipped = self.warn_once()
             if skipped:
-                pl_module.log(f"{self._method}/skipped", float(skipped))
+                log_value(pl_module, f"{self._method}/skipped", float(skipped))

@@ -1,46 +1,66 @@
 """Forward hooks that remember embeddings, for callbacks that only look at them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks._terms.capture import LayerCapture, first_tensor
-from lightning_plugins.functional.pooling import pool_embeddings
+from lightning_plugins._lightning import MisconfigurationException, rank_zero_warn
+from lightning_plugins.callbacks._terms.capture import LayerRows
+from lightning_plugins.callbacks._terms.masks import LayerCall
+from lightning_plugins.callbacks._terms.rows import Rows
 
 
-class PooledCapture(LayerCapture):
-    """The embeddings in what named layers received or returned, without a gradient, while `recording`.
+class ObservedRows(LayerRows):
+    """The rows of named layers, without a gradient, while `recording`.
 
     They are pooled and copied in the hook: a later operation of the step may change the layer's tensor in place, as
     ``ReLU(inplace=True)`` does. Without a gradient such work saves nothing for the backward, so activation
-    checkpointing does not mind it. A layer that does not run is left out.
+    checkpointing does not mind it. A layer that does not run is left out, and so is, with one warning, a layer whose
+    rows can't be read: looking on never ends a training.
+
+    Args:
+        model: The model.
+        layers: As for `select_tensors`.
+        rows: How tensors become rows.
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[str], pool: str | Callable[[Tensor], Tensor]) -> None:
-        super().__init__(model, layers, needs_gradient=False)
-        self._pool = pool
-
-    @property
-    def labels(self) -> list[str]:
-        """All layers, whether they run or not, in the same order on every rank."""
-        return list(self._references)
+    def __init__(self, model: nn.Module, layers: str | Sequence[str], rows: Rows) -> None:
+        super().__init__(model, layers, rows, needs_gradient=False)
+        self._kept: dict[str, list[Tensor]] = {label: [] for label in self.labels}
+        self.left_out: dict[str, str] = {}  # layers that could not be read, and why
 
     def take(self) -> dict[str, list[Tensor]]:
         """Hand over what was recorded.
 
         Returns:
-            One tensor of shape ``(N, d)`` for each call, of the layers that were called.
+            One tensor of shape ``(N, d)`` for each call, of the layers that were called and can be read.
         """
-        taken = {label: list(tensors) for label, tensors in self._tensors.items() if tensors}
+        taken = {label: list(kept) for label, kept in self._kept.items() if kept and label not in self.left_out}
         self._clear()
         return taken
 
-    def _remember(self, label: str, value: Any) -> None:
-        features = first_tensor(value, label).detach()
+    def leave_out(self, label: str, error: Exception) -> None:
+        """Look at a layer no more, and say why, once."""
+        if label not in self.left_out:
+            self.left_out[label] = str(error)
+            rank_zero_warn(f"a layer is not watched from here on: {error}")
+
+    def _clear(self) -> None:
+        super()._clear()
+        for kept in self._kept.values():
+            kept.clear()
+
+    def _see(self, label: str, value: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if label in self.left_out:
+            return
+        try:
+            super()._see(label, value, module, args, kwargs)
+        except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+            self.leave_out(label, error)
+
+    def _remember(self, label: str, call: LayerCall) -> None:
         with torch.no_grad():
-            try:
-                self._tensors[label].append(pool_embeddings(features, self._pool).clone())
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"`layers`: {label!r}: {error}") from error
+            embeddings = self._rows.of(call, self._layouts[label], label)
+            self._kept[label].append(embeddings.detach().clone())

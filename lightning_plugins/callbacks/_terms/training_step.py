@@ -7,13 +7,15 @@ parameters. A term that is part of what ``training_step`` returns is right in al
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
+from torch import Tensor
 
-from lightning_plugins._lightning import LightningModule
+from lightning_plugins._lightning import LightningModule, is_param_in_hook_signature
+from lightning_plugins.callbacks._terms.compiled import is_compiled
+from lightning_plugins.callbacks._terms.logged import log_sum
 
 
 class StepListener(Protocol):
@@ -29,24 +31,46 @@ class StepListener(Protocol):
 
 
 class WrappedStep:
-    """The wrapper of one module's ``training_step`` and the callbacks that take part in it."""
+    """The wrapper of one module's ``training_step`` and the callbacks that take part in it.
+
+    It stands on the module, so a copy or a pickle of the module comes to hold its own ``training_step`` there instead.
+
+    Attributes:
+        batch: What the step under way was called with; None where it fetches its batch itself.
+    """
 
     def __init__(self, pl_module: LightningModule) -> None:
         self.listeners: list[StepListener] = []
+        self.batch: Any = None
         self._pl_module = pl_module
         self._own_entry = vars(pl_module).get("training_step")  # a compiled module has one
         self._step: Callable[..., Any] = pl_module.training_step
-
-        def training_step(*args: Any, **kwargs: Any) -> Any:  # a plain function: Lightning looks at its code
-            return self._run(*args, **kwargs)
-
         # Lightning reads the step's signature (does it take `batch_idx`, `dataloader_iter`?) behind `__wrapped__`.
-        vars(training_step).update(__wrapped__=getattr(self._step, "__wrapped__", self._step), wrapped_step=self)
-        self.training_step = training_step
+        self.__wrapped__ = getattr(self._step, "__wrapped__", self._step)
+        self._fetches = is_param_in_hook_signature(self._step, "dataloader_iter", explicit=True)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._pl_module.trainer.training:  # a validation_step may call training_step: no penalty there
             return self._step(*args, **kwargs)
+        if not self._fetches:
+            self.batch = args[0] if args else next(iter(kwargs.values()), None)
+        try:
+            return self._run(*args, **kwargs)
+        finally:
+            self.batch = None
+
+    @property
+    def __code__(self) -> Any:
+        """The code of the module's own step, at which Lightning looks where the wrapper itself was wrapped."""
+        return self.__wrapped__.__code__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return MethodType(type(self._pl_module).training_step, memo.get(id(self._pl_module), self._pl_module))
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._pl_module, "training_step")  # of the module in the pickle, which has no wrapper then
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as contexts:
             for listener in self.listeners:
                 contexts.enter_context(listener.recording(self._pl_module))
@@ -60,14 +84,14 @@ class WrappedStep:
                 output = _add_to_loss(output, penalty)
                 penalties[listener.method] = penalties.get(listener.method, 0) + penalty.detach()
         for method, total in penalties.items():  # several callbacks of one method log their sum
-            self._pl_module.log(f"{method}/penalty", total)
+            log_sum(self._pl_module, f"{method}/penalty", total)
         return output
 
     def leave(self, listener: StepListener) -> None:
         """End the listener's part; the last one takes the wrapper off."""
         if listener in self.listeners:
             self.listeners.remove(listener)
-        if self.listeners or vars(self._pl_module).get("training_step") is not self.training_step:
+        if self.listeners or vars(self._pl_module).get("training_step") is not self:
             return  # someone wrapped the step after us: without listeners we only pass it on
         del self._pl_module.training_step
         if self._own_entry is not None:
@@ -76,11 +100,11 @@ class WrappedStep:
 
 def join_training_step(pl_module: LightningModule, listener: StepListener) -> WrappedStep:
     """Let ``listener`` take part in the module's training steps; the first one puts the wrapper on."""
-    step: WrappedStep | None = getattr(vars(pl_module).get("training_step"), "wrapped_step", None)
-    if step is None:
+    step = vars(pl_module).get("training_step")
+    if not isinstance(step, WrappedStep):
         step = WrappedStep(pl_module)
-        pl_module.training_step = step.training_step  # type: ignore[method-assign]  # this is the mechanism
-        if _is_compiled(pl_module):
+        pl_module.training_step = step
+        if is_compiled(pl_module):
             torch.compiler.reset()  # graphs traced in an earlier fit would go past hooks registered since
     step.listeners.append(listener)
     return step
@@ -92,10 +116,3 @@ def _add_to_loss(output: Any, penalty: Tensor) -> Any:
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
         return {**output, "loss": output["loss"] + penalty}
     return output  # no loss in it: Lightning's own message names what it wants
-
-
-def _is_compiled(pl_module: LightningModule) -> bool:
-    def compiled(module: nn.Module) -> bool:
-        return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
-
-    return pl_module._compiler_ctx is not None or any(map(compiled, pl_module.modules()))

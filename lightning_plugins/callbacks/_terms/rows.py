@@ -1,0 +1,119 @@
+"""The rows of a layer: which tensor of what it gives, which dimensions it has, which positions count, how to pool."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_plugins.callbacks._terms.layouts import LayerLayout, UnknownLayoutError
+from lightning_plugins.callbacks._terms.masks import LayerCall, Mask, find_mask
+from lightning_plugins.callbacks._terms.pool import Pool, callable_name, resolve_callable, resolve_pool
+from lightning_plugins.callbacks._terms.select import Select, Step, check_select
+from lightning_plugins.functional.pooling import check_layout, pool_embeddings
+from lightning_plugins.selection import TensorRef
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How tensors of layers become rows; everything is checked when it is made.
+
+    Args:
+        pool: A name out of `lightning_plugins.functional.pooling.POOLS`, a callable, its import path, or a mapping with
+            ``class_path`` and ``init_args``.
+        select: Where in what the layer gives the tensor is: an index, a key, an attribute, or a list of them.
+        mask: The name of an argument or entry of the batch, the position of an entry, or a callable or its import path.
+        layout: As for `pool_embeddings`; None takes it from the module.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+    """
+
+    pool: Pool = "mean"
+    select: Select = None
+    mask: Mask | Mapping[str, Any] = None
+    layout: str | None = None
+    path: tuple[Step, ...] | None = field(init=False, repr=False)
+    _pool: Any = field(init=False, repr=False)
+    _mask: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", check_select(self.select))
+        object.__setattr__(self, "_pool", resolve_pool(self.pool))
+        object.__setattr__(self, "_mask", _check_mask(self.mask))
+        check_layout(self.layout)
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask to look for."""
+        return self._mask is not None
+
+    def key(self) -> dict[str, str]:
+        """The settings for a state key: the pool, and what else is not as by default."""
+        others = {"select": self.path, "mask": self.mask, "layout": self.layout}
+        named = {
+            name: callable_name(value) if callable(value) or isinstance(value, Mapping) else str(value)
+            for name, value in others.items()
+            if value is not None
+        }
+        return {"pool": callable_name(self.pool), **named}
+
+    def layout_of(self, model: nn.Module, reference: TensorRef) -> LayerLayout:
+        """What the model tells of the layout of one layer's tensor."""
+        return LayerLayout(model, reference.module, reference.side, self.path[0] if self.path else None)
+
+    def of(self, call: LayerCall, known: LayerLayout | None, label: str) -> Tensor:
+        """The embeddings of one call of a layer.
+
+        Args:
+            call: The call.
+            known: What the model tells of the layout; None if there is no model.
+            label: The layer, for the message.
+
+        Returns:
+            Tensor of shape ``(N, d)``.
+
+        Raises:
+            ValueError: If the layout is not known, or anything does not fit; naming the layer.
+            TypeError: If something is no tensor.
+        """
+        try:
+            features, layout = call.features, self.layout
+            framed = isinstance(features, Tensor) and not features.is_nested
+            if isinstance(self._pool, str) and framed and layout is None and known is not None and features.ndim > 1:
+                layout = self._known_layout(features, known)
+            mask = find_mask(call, self._mask, label) if self._mask is not None else None
+            if not framed and isinstance(self._pool, str):
+                mask = None  # such sequences hold no padding
+            return pool_embeddings(features, self._pool, layout=layout, mask=mask)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`layers`: {label!r}: {error}") from error
+
+    def _known_layout(self, features: Tensor | PackedSequence, known: LayerLayout) -> str | None:
+        shape = tuple(features.shape)  # type: ignore[union-attr]  # a tensor
+        layout = known.of(shape)
+        if len(shape) == 2:
+            return None
+        if layout is None and (self._pool not in {"mean_last", "flatten"} or not known.samples_first):
+            raise UnknownLayoutError(
+                f"what the dimensions of its tensor of shape {shape} are is not known from the module; say it with "
+                "`layout`, such as 'NLC' (tokens), 'NCL', 'LNC' (tokens before samples), 'NCHW' or 'NHWC'"
+            )
+        return layout
+
+
+def _check_mask(mask: Mask | Mapping[str, Any]) -> Mask:
+    if mask is None or (isinstance(mask, int) and not isinstance(mask, bool)):
+        return mask
+    if isinstance(mask, str) and "." not in mask:
+        if not mask:
+            raise ValueError("`mask` must be the name of an argument or entry of the batch, got ''")
+        return mask
+    if isinstance(mask, bool | Tensor):
+        raise TypeError(
+            f"`mask` must be the name of an argument or entry of the batch, its position, or a callable, got "
+            f"{type(mask).__name__}"
+        )
+    return resolve_callable("mask", mask, "the name of an argument or entry of the batch, its position")
