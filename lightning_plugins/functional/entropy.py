@@ -14,9 +14,11 @@ from lightning_plugins.functional.spectrum import (
     at_least_float32,
     check_embeddings,
     check_floating,
+    exact,
     full_precision,
     normalize_rows,
     smaller_gram,
+    widened,
 )
 
 Method = Literal["auto", "eigh", "products"]
@@ -57,8 +59,10 @@ def von_neumann_entropy(embeddings: Tensor, *, method: Method = "auto") -> Tenso
     check_embeddings(embeddings)
     check_choice("method", method, get_args(Method))
     with full_precision(embeddings):
-        wide = at_least_float32(embeddings)
-        return embedding_entropy(wide, products=_use_products(wide, min(wide.shape[-2:]), method))
+        wide = widened(embeddings)
+        if uses_products(wide, min(wide.shape[-2:]), method):
+            return embedding_entropy(wide, products=True)
+        return embedding_entropy(exact(wide), products=False).to(wide.dtype)
 
 
 def matrix_entropy(matrix: Tensor, *, method: Method = "auto") -> Tensor:
@@ -97,7 +101,7 @@ def matrix_entropy(matrix: Tensor, *, method: Method = "auto") -> Tensor:
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
         raise ValueError(f"`matrix` must have shape (..., n, n) with n of at least 1, got {shape}")
     wide = at_least_float32(matrix)
-    return product_entropy(wide) if _use_products(wide, shape[-1], method) else -spectral_sum(wide, logarithm=True)
+    return product_entropy(wide) if uses_products(wide, shape[-1], method) else -spectral_sum(wide, logarithm=True)
 
 
 def renyi_entropy(embeddings: Tensor, order: float = 2.0) -> Tensor:
@@ -135,10 +139,12 @@ def renyi_entropy(embeddings: Tensor, order: float = 2.0) -> Tensor:
     if order == 1:
         return von_neumann_entropy(embeddings)
     with full_precision(embeddings):
-        gram = smaller_gram(normalize_rows(embeddings))
+        wide = widened(embeddings)
+        gram = smaller_gram(normalize_rows(exact(wide)))
         moment = gram.square().sum((-2, -1)) if order == 2 else spectral_sum(gram, power=order)
         # All-zero embeddings: the logarithm of 1 has the value 0, and the mask a gradient of 0.
-        return moment.masked_fill(moment == 0, 1).log() / (1 - order)
+        entropy: Tensor = moment.masked_fill(moment == 0, 1).log() / (1 - order)
+        return entropy.to(wide.dtype)
 
 
 def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
@@ -182,9 +188,9 @@ def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
     with full_precision(embeddings):
         wide = at_least_float32(embeddings)
         # Float64: a singular value is the square root of an eigenvalue, whose rounding errors the root magnifies.
-        exact = wide.double()
-        largest = torch.linalg.vector_norm(exact.detach(), ord=torch.inf, dim=(-2, -1), keepdim=True)
-        gram = smaller_gram(exact / largest.masked_fill(largest < torch.finfo(wide.dtype).tiny, torch.inf))
+        precise = wide.double()
+        largest = torch.linalg.vector_norm(precise.detach(), ord=torch.inf, dim=(-2, -1), keepdim=True)
+        gram = smaller_gram(precise / largest.masked_fill(largest < torch.finfo(embeddings.dtype).tiny, torch.inf))
         total = spectral_sum(gram, power=0.5)
         total = total.masked_fill(total == 0, 1)
         # With s the singular values: entropy = log(sum(s)) - sum(s * log(s)) / sum(s), and log(s) = log(s ** 2) / 2.
@@ -218,11 +224,13 @@ def diagonal_entropy(embeddings: Tensor) -> Tensor:
     """
     check_embeddings(embeddings)
     with full_precision(embeddings):
-        shares = normalize_rows(embeddings).square().mean(-2)
-        return -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(-1)
+        wide = widened(embeddings)
+        shares = normalize_rows(exact(wide)).square().mean(-2)
+        entropy: Tensor = -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(-1)
+        return entropy.to(wide.dtype)
 
 
-def _use_products(tensor: Tensor, n: int, method: Method) -> bool:
+def uses_products(tensor: Tensor, n: int, method: Method) -> bool:
     """Whether to take matrix products for matrices of ``n`` columns."""
     if method == "auto":
         return tensor.is_cuda and tensor.dtype == torch.float32 and n >= _FEWEST_COLUMNS_FOR_PRODUCTS

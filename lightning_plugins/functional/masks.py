@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from lightning_plugins._checks import check_finite_number
 from lightning_plugins.functional.spectrum import check_floating
@@ -166,7 +165,6 @@ class _Step(Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         scores, beta = ctx.saved_tensors
         soft = torch.sigmoid(beta * scores)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from lightning_plugins.functional.derivatives import last_derivative
 from lightning_plugins.functional.spectrum import full_precision, keep_signature
 
 # On [0, 1], log(x) = CONSTANT + sum(LINEAR[j] * r[j]) + sum(BILINEAR[j] * r[j] * r[j + 1]) + error(x) with r[0] = x and
@@ -117,7 +117,7 @@ class _KnownLog(Function):
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (matrix,) = ctx.saved_tensors
         with full_precision(matrix):

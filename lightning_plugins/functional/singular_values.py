@@ -5,15 +5,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from lightning_plugins._checks import check_choice, check_finite_number
+from lightning_plugins.functional.derivatives import last_derivative
 from lightning_plugins.functional.spectrum import (
     at_least_float32,
     check_floating,
     decompose,
     finite_or_zero,
     full_precision,
+    widened_matrices,
 )
 
 PolarMethod = Literal["auto", "eigh", "products"]
@@ -98,7 +99,7 @@ def polar_factor(weight: Tensor, *, method: PolarMethod = "auto") -> Tensor:
     check_matrices("weight", weight)
     check_choice("method", method, get_args(PolarMethod))
     with full_precision(weight):
-        wide, turned = _wide(at_least_float32(weight))
+        wide, turned = _wide(widened_matrices(weight))
         if method == "auto":
             method = "products" if wide.is_cuda and wide.shape[-2] >= _PRODUCTS_FROM else "eigh"
         factor: Tensor = _Polar.apply(wide, method == "products")
@@ -197,14 +198,14 @@ class _Threshold(Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[1], *output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None]:
         if grad is None:
             return None, None
-        threshold, left, values, right = ctx.saved_tensors
+        _, threshold, left, values, right = ctx.saved_tensors
         with full_precision(left):
             lowered = (values - threshold[..., None]).clamp_min(0)
             kept = (lowered > 0).to(values.dtype)
@@ -228,7 +229,7 @@ class _Polar(Function):
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (matrix,) = ctx.saved_tensors
         with full_precision(matrix):

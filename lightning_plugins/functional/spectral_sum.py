@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from lightning_plugins.functional.derivatives import last_derivative
 from lightning_plugins.functional.spectrum import (
     decompose,
     finite_or_zero,
@@ -117,13 +117,13 @@ class _Slope(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, bool], output: Tensor) -> None:
-        _, eigenvalues, eigenvectors, ctx.power, ctx.logarithm = inputs
-        ctx.save_for_backward(eigenvalues, eigenvectors)
+        *tensors, ctx.power, ctx.logarithm = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable  # eigenvalues and eigenvectors carry no graph: a third derivative would be silently wrong
+    @last_derivative  # eigenvalues and eigenvectors carry no graph: a third derivative would be silently wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        eigenvalues, eigenvectors = ctx.saved_tensors
+        _, eigenvalues, eigenvectors = ctx.saved_tensors
         with full_precision(eigenvectors):
             inside = eigenvectors.mT @ ((grad + grad.mT) / 2) @ eigenvectors
             inside = inside * _divided_differences(eigenvalues, ctx.power, ctx.logarithm)

@@ -17,7 +17,8 @@ def normalize_rows(embeddings: Tensor) -> Tensor:
     """Scale every row to unit length, whatever its scale; a row without length stays a zero row.
 
     Unlike ``x / x.norm().clamp_min(eps)``, no row overflows or underflows, and an all-zero row has a gradient of
-    exactly zero instead of ``1 / eps``. A row whose largest entry is subnormal counts as all-zero.
+    exactly zero instead of ``1 / eps``. A row whose largest entry is subnormal in its own dtype counts as all-zero: its
+    gradient would be infinite in that dtype.
 
     Args:
         embeddings: Floating tensor of shape ``(..., d)``.
@@ -36,7 +37,7 @@ def normalize_rows(embeddings: Tensor) -> Tensor:
     """
     check_floating("embeddings", embeddings)
     with full_precision(embeddings):
-        return differentiable_rows(at_least_float32(embeddings))[0]
+        return differentiable_rows(widened(embeddings))[0]
 
 
 def autocorrelation_eigenvalues(embeddings: Tensor) -> Tensor:
@@ -62,9 +63,10 @@ def autocorrelation_eigenvalues(embeddings: Tensor) -> Tensor:
     """
     check_embeddings(embeddings)
     with torch.no_grad(), full_precision(embeddings):
-        safe, poison = finite_or_zero(smaller_gram(normalize_rows(embeddings)))
+        wide = widened(embeddings)
+        safe, poison = finite_or_zero(smaller_gram(normalize_rows(exact(wide))))
         eigenvalues: Tensor = decompose(safe, vectors=False)[0].clamp_min(0).flip(-1) + poison[..., None]
-    return eigenvalues
+    return eigenvalues.to(wide.dtype)
 
 
 def smaller_gram(rows: Tensor) -> Tensor:
@@ -166,6 +168,36 @@ def check_embeddings(embeddings: Tensor) -> None:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Float16 and bfloat16 to float32; float32 and float64 stay."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def widened(embeddings: Tensor) -> Tensor:
+    """Rows in float32 at least; one whose largest entry is subnormal in float16 becomes a row of zeros.
+
+    Its length divides the gradient, which would not be finite when it is cast back.
+    """
+    wide = at_least_float32(embeddings)
+    if embeddings.dtype != torch.float16:
+        return wide
+    small = wide.detach().abs().amax(-1, keepdim=True) < torch.finfo(torch.float16).tiny
+    return wide.masked_fill(small, 0)
+
+
+def widened_matrices(matrices: Tensor) -> Tensor:
+    """Matrices in float32 at least; one whose largest entry is subnormal in float16 becomes zero, as of `widened`."""
+    wide = at_least_float32(matrices)
+    if matrices.dtype != torch.float16:
+        return wide
+    small = wide.detach().abs().amax((-2, -1), keepdim=True) < torch.finfo(torch.float16).tiny
+    return wide.masked_fill(small, 0)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """The tensor in float64 where the device has it.
+
+    A spectrum is computed from products of rows. Where these are nearly parallel, as when a representation collapses,
+    one eigenvalue is near 1 and all others are below the rounding errors of float32.
+    """
+    return at_least_float32(tensor) if tensor.device.type == "mps" else tensor.double()
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from lightning_plugins.functional.derivatives import last_derivative
 from lightning_plugins.functional.spectrum import decompose, finite_or_zero, full_precision
 
 
@@ -98,13 +98,13 @@ class _Slopes(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *tensors, ctx.rank, ctx.p = inputs
+        *tensors, ctx.rank, ctx.p = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable  # eigenvalues and eigenvectors carry no graph: a third derivative would be silently wrong
+    @last_derivative  # eigenvalues and eigenvectors carry no graph: a third derivative would be silently wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_head, grad_tail, x, vectors = ctx.saved_tensors
+        _, grad_head, grad_tail, x, vectors = ctx.saved_tensors
         of_head, of_tail = head_masks(x, ctx.rank)
         with full_precision(vectors):
             inside = vectors.mT @ ((grad + grad.mT) / 2) @ vectors

@@ -14,6 +14,7 @@ from lightning_plugins.functional.spectrum import (
     finite_or_zero,
     full_precision,
     smaller_gram,
+    widened_matrices,
 )
 from lightning_plugins.functional.split_spectrum import head_and_tail, head_masks, root_powers
 from lightning_plugins.functional.subspace import top_singular_subspace
@@ -81,7 +82,7 @@ def modified_stable_rank(weight: Tensor, rank: int, p: Power = 1) -> Tensor:
     check_matrices("weight", weight)
     _check_target(rank, p)
     with full_precision(weight):
-        head, tail = head_and_tail(smaller_gram(unit_scale(at_least_float32(weight))[0]), rank, p)
+        head, tail = head_and_tail(smaller_gram(unit_scale(widened_matrices(weight))[0]), rank, p)
         return tail / head.masked_fill(head == 0, 1)
 
 

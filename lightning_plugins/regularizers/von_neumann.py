@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number
 from lightning_plugins.distributed import gather_row_counts, gather_rows, is_distributed, share_gradient, sum_over_ranks
-from lightning_plugins.functional.entropy import Method, matrix_entropy
-from lightning_plugins.functional.spectrum import check_floating, full_precision, normalize_rows, smaller_gram
+from lightning_plugins.functional.entropy import Method, matrix_entropy, uses_products
+from lightning_plugins.functional.spectrum import check_floating, exact, full_precision, normalize_rows, smaller_gram
 
 Scope = Literal["global", "local"]
 
@@ -170,20 +170,21 @@ def entropy_over_ranks(rows: Tensor, counts: Sequence[int], *, memory: Tensor, m
     """
     if len(counts) == 1:
         return _entropy_of_rows([rows], memory, method)
-    if exchange_form(sum(counts), rows.shape[1]) == "rows":
+    if exchange_form(sum(counts), rows.shape[1], rows.element_size()) == "rows":
         return _entropy_of_rows(gather_rows(rows, counts), memory, method)
     return _entropy_of_matrix(rows, sum(counts), memory, method)
 
 
-def exchange_form(rows: int, dim: int) -> Literal["rows", "matrix"]:
+def exchange_form(rows: int, dim: int, size: int = 8) -> Literal["rows", "matrix"]:
     """Choose what to exchange between ranks: the one of which fewer bytes move.
 
     On each of ``W`` ranks, gathering the rows in a ring moves ``rows * dim * (W - 1) / W`` elements, and reducing the
-    matrix to the sum over ranks ``2 * dim * dim * (W - 1) / W``, since every part goes round twice.
+    matrix, in float64, to the sum over ranks ``2 * dim * dim * (W - 1) / W``, since every part goes round twice.
 
     Args:
         rows: Number of rows of all ranks.
         dim: Number of columns.
+        size: Bytes of an element of the rows.
 
     Returns:
         ``"rows"`` or ``"matrix"``.
@@ -192,7 +193,7 @@ def exchange_form(rows: int, dim: int) -> Literal["rows", "matrix"]:
         >>> exchange_form(rows=256, dim=512), exchange_form(rows=4096, dim=512)
         ('rows', 'matrix')
     """
-    return "rows" if rows <= 2 * dim else "matrix"
+    return "rows" if rows * size <= 2 * dim * 8 else "matrix"
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:
@@ -212,8 +213,14 @@ def check_matrix(name: str, tensor: Tensor) -> None:
 
 def _entropy_of_rows(blocks: Sequence[Tensor], memory: Tensor, method: Method) -> Tensor:
     with full_precision(memory):
-        entropy = matrix_entropy(smaller_gram(torch.cat([*blocks, memory])), method=method)
+        rows = torch.cat([*blocks, memory])
+        entropy = matrix_entropy(smaller_gram(_for_method(rows, method)), method=method).to(rows.dtype)
     return share_gradient(entropy) if len(blocks) > 1 else entropy
+
+
+def _for_method(rows: Tensor, method: Method) -> Tensor:
+    """The rows in the precision that the spectrum is computed in: products of float32 are near enough for products."""
+    return rows if uses_products(rows, min(rows.shape), method) else normalize_rows(exact(rows))
 
 
 def _entropy_of_matrix(rows: Tensor, count: int, memory: Tensor, method: Method) -> Tensor:
@@ -221,9 +228,13 @@ def _entropy_of_matrix(rows: Tensor, count: int, memory: Tensor, method: Method)
         # The entropy's gradient is symmetric, so the derivative through one factor is half of the whole one, and the
         # backward takes one product instead of two. The difference is zero and only carries that derivative: the value
         # is the exchanged total, the same on all ranks.
-        own = rows.detach().mT @ rows
-        total = sum_over_ranks(own.detach()) + memory.mT @ memory + 2 * (own - own.detach())
-        entropy = matrix_entropy(total / (count + len(memory)), method=method)
+        precise = normalize_rows(exact(rows))
+        own = precise.detach().mT @ precise
+        total = sum_over_ranks(own.detach()) + exact(memory).mT @ exact(memory) + 2 * (own - own.detach())
+        total = total / (count + len(memory))
+        if uses_products(rows, rows.shape[1], method):
+            total = total.to(rows.dtype)
+        entropy = matrix_entropy(total, method=method).to(rows.dtype)
     # Rank r's rows now have the derivative g_r * dS/dZ_r of their own rank's loss alone, but S stands in the loss of
     # every rank k, with gradient g_k. Sharing makes it sum(g_k) * dS/dZ_r. Where data parallelism then averages the
     # gradients of the weights w over the W ranks, and all g_k are g, sum_r(W * g * dS/dZ_r * dZ_r/dw) / W is the

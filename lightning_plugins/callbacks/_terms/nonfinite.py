@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_plugins._lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._terms.logged import log_value
+from lightning_plugins.functional.spectrum import widened
 
 
 class _ZeroUndefinedGradient(torch.autograd.Function):
@@ -46,9 +47,7 @@ class NonfiniteGuard:
         Returns:
             The embeddings, for the term to be computed from.
         """
-        if embeddings.dtype in (torch.float16, torch.bfloat16):
-            embeddings = embeddings.float()
-        return cast(Tensor, _ZeroUndefinedGradient.apply(embeddings))
+        return cast(Tensor, _ZeroUndefinedGradient.apply(widened(embeddings)))
 
     def leave(self, value: Tensor, label: str) -> Tensor:
         """Let a term's value out.

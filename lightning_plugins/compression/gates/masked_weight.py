@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 
 class Masked(nn.Module):
@@ -77,12 +76,14 @@ class _Scaled(Function):
         return weight * _along(scale, weight.ndim, dim)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         weight, scale = ctx.saved_tensors
         along = _along(scale, grad.ndim, ctx.dim)
         if not ctx.needs_input_grad[1]:  # hard masks
             return grad * along, None, None
+        if torch.is_grad_enabled():  # differentiated again: nothing may be written into a tensor of the graph
+            of_scale = (grad * weight).sum([i for i in range(grad.ndim) if i != ctx.dim]) if grad.ndim > 1 else grad * weight
+            return grad * along, of_scale, None
         product = grad * weight
         of_scale = product.sum([i for i in range(grad.ndim) if i != ctx.dim]) if grad.ndim > 1 else product.clone()
         return torch.mul(grad, along, out=product), of_scale, None

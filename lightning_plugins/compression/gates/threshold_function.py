@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv1d
 from torch.nn.grad import conv1d_weight
 
+from lightning_plugins.functional.derivatives import last_derivative
 from lightning_plugins.functional.spectrum import decompose, finite_or_zero, full_precision
 
 _BY_CONVOLUTION_FROM = 128
@@ -118,7 +118,7 @@ class Lower(Function):
         return _product(matrix if scale is None else matrix * scale, wide)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``wide``, ``scale`` and ``tau``."""
         wide, scale, tau = ctx.saved_tensors
@@ -151,7 +151,7 @@ class Values(Function):
         return values.clone()
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of ``wide``."""
         wide, scale, vectors, values = ctx.saved_tensors
