@@ -22,16 +22,18 @@ class Progress(NamedTuple):
     """How far a training has come.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Optimizer steps done; under manual optimization, where several optimizers may step, batches done.
         epoch: Epochs done, the current one as a fraction.
-        total_steps: Optimizer steps in the whole training, None if unknown.
+        total_steps: As many in the whole training, None if unknown.
         total_epochs: Epochs in the whole training, None if unknown.
+        fraction: The part of the training that is done, where it is not ``step / total_steps``.
     """
 
     step: int
     epoch: float
     total_steps: int | None = None
     total_epochs: int | None = None
+    fraction: float | None = None
 
 
 class Schedule(ABC):
@@ -289,6 +291,8 @@ def _position(progress: Progress, unit: Unit) -> float:
         return progress.step
     if unit == "epochs":
         return progress.epoch
+    if progress.fraction is not None:
+        return progress.fraction
     if progress.total_steps is not None:
         return progress.step / max(progress.total_steps, 1)
     if progress.total_epochs is not None:

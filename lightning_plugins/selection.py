@@ -237,10 +237,20 @@ def _match(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
     glob = re.compile(translate(pattern))
     matches = [name for name in modules if glob.match(name)]
     if not matches:
-        near = nearest(pattern.replace("*", ""), modules)
+        near = _meant(pattern, modules) or nearest(pattern.replace("*", ""), modules)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"`layers`: no module is called {pattern!r}{hint}; it has {_few(list(modules), 'module')}")
     return matches
+
+
+def _meant(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
+    """Names that differ by the name of the module around them, or by a dot before the side."""
+    name, _, side = pattern.rpartition(".")
+    if side in SIDES and name in modules:
+        return [f"{name}:{side}"]
+    within = [known for known in modules if known.endswith(f".{pattern}")]
+    outside = [known for known in modules if pattern.endswith(f".{known}")]
+    return sorted(outside, key=len, reverse=True)[:1] or within[:3]
 
 
 def _is_called(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_plugins._checks import check_finite_number, check_positive_int, nearest
+from lightning_plugins.computed_weights import current_weight
 from lightning_plugins.selection import check_layers, select_modules
 
 Scheme = Literal[1, 2]
@@ -38,8 +39,21 @@ class WeightMatrix(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """The whole parameter, as the module holds it at this moment, or computes it."""
-        tensor: Tensor = getattr(self.module, self.parameter)
-        return tensor
+        return current_weight(self.module, self.parameter)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether a parametrization, norm or pruning computes it from other parameters at this moment."""
+        return self.parameter not in self.module._parameters
+
+    @property
+    def sources(self) -> list[nn.Parameter]:
+        """The parameter itself, or those that it is computed from."""
+        own = self.module._parameters.get(self.parameter)
+        if own is not None:
+            return [own]
+        prefixes = (f"{self.parameter}_", f"parametrizations.{self.parameter}.")
+        return [parameter for name, parameter in self.module.named_parameters() if name.startswith(prefixes)]
 
     def take(self, whole: Tensor) -> Tensor:
         """The matrices ``(m, n)``, or ``(groups, m, n)``, in a tensor of the parameter's shape; a view if possible."""

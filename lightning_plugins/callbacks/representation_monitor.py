@@ -19,6 +19,7 @@ from lightning_plugins.callbacks._terms.pooled_capture import ObservedRows
 from lightning_plugins.callbacks._terms.rows import Rows
 from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
+from lightning_plugins.callbacks._trainer.progress import steps_done
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_lightning_module,
@@ -169,7 +170,7 @@ class RepresentationMonitor(Callback):
     @contextmanager
     def recording(self, pl_module: LightningModule) -> Iterator[None]:
         """Measure this training step if it is its turn (for the wrapper of the training step)."""
-        if self._capture is None or pl_module.global_step % self.every_n_steps:
+        if self._capture is None or steps_done(pl_module.trainer) % self.every_n_steps:
             yield
             return
         with self._capture.recording(self._step.batch if self._step is not None else None):
@@ -283,7 +284,7 @@ class RepresentationMonitor(Callback):
                 shown = f"representation/{stage}/{self._names[label]}/{name}"
                 log_value(pl_module, shown, value, sync_dist=True, reduce_fx="max")
             if torch.isfinite(spectrum).all():
-                self._history.remember(stage, label, trainer.global_step, spectrum.float().cpu())
+                self._history.remember(stage, label, steps_done(trainer), spectrum.float().cpu())
                 self._drawing.add((stage, label))
         self._drawing.draw_if_time(trainer)
 

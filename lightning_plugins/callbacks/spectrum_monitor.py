@@ -1,23 +1,25 @@
 """Watch the singular values of weights during training."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, Trainer
 from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
+from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
 from lightning_plugins.callbacks._terms.weight_gradients import shared_out
+from lightning_plugins.callbacks._terms.weights_in_use import WeightsInUse
+from lightning_plugins.callbacks._trainer.progress import steps_done
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_lightning_module,
     require_supported_strategy,
 )
+from lightning_plugins.computed_weights import parametrizations_at_rest
 from lightning_plugins.functional.weight_spectrum import spectrum_dtype, summarize_spectrum, weight_singular_values
 from lightning_plugins.plots import require_matplotlib, weight_spectrum_figure
 from lightning_plugins.selection import check_layers
@@ -93,7 +95,8 @@ class SpectrumMonitor(Callback):
             require_matplotlib()
         self._history = SpectrumHistory(self.max_spectra, (_KEPT,))
         self._next_look = 0  # optimizer steps
-        self._weights: list[WeightMatrix] = []
+        self._in_use = WeightsInUse(type(self).__name__, self.layers, self._select, lambda weight: weight)
+        self._names: dict[str, str] = {}  # by layer, what it is logged as
         self._drawing = PendingFigures(self._figure if figures else None)
 
     @property
@@ -123,7 +126,7 @@ class SpectrumMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights where the module has only now made them."""
-        if not self._weights:
+        if not self._in_use:
             self._find(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -146,11 +149,12 @@ class SpectrumMonitor(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module, to which nothing was done."""
-        self._weights = []
+        self._in_use.forget()
+        release_names(pl_module, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module: ``teardown`` does not run after an exception."""
-        self._weights = []
+        self.teardown(trainer, pl_module, stage="fit")
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered spectra, and the step of the next look."""
@@ -161,48 +165,42 @@ class SpectrumMonitor(Callback):
         self._history.load_state(state_dict["spectra"])
         self._next_look = state_dict["next_look"]
 
-    def _find(self, pl_module: LightningModule, layers: tuple[str, ...] | None = None) -> None:
-        with _parametrizations_at_rest(pl_module):
-            chosen = self.layers if layers is None else layers
-            self._weights = select_weight_matrices(pl_module, chosen, scheme=self.scheme, computed=True)
+    def _find(self, pl_module: LightningModule) -> None:
+        self._in_use.find(pl_module)
+        self._in_use.tell(pl_module)
 
-    def _find_replaced(self, pl_module: LightningModule) -> None:
-        """Find the weights anew if a callback has put other layers in the place of some."""
-        present = set(pl_module.modules())
-        if all(weight.module in present for weight in self._weights):
-            return
-        modules = dict(pl_module.named_modules())
-        layers = tuple(f"{name}.*" if isinstance(modules.get(name), nn.Sequential) else name for name in self.layers)
-        try:
-            self._find(pl_module, layers)
-        except ValueError:  # a layer of rank one became two vectors, which have no spectrum
-            self._weights = []
+    def _select(self, model: nn.Module, layers: Sequence[str]) -> list[WeightMatrix]:
+        with parametrizations_at_rest(model):
+            return select_weight_matrices(model, layers, scheme=self.scheme, computed=True)
 
     def _look_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step  # counts the steps of all optimizers
+        step = steps_done(trainer)
         if step < self._next_look:
             return
         self._next_look = (step // self.every_n_steps + 1) * self.every_n_steps
-        self._find_replaced(pl_module)
-        if not self._weights:
+        weights = self._in_use.now(pl_module)
+        if not weights:
             return
+        names = claim_names(pl_module, self, [(f"spectrum/{weight.label}",) * 2 for weight in weights])
+        self._names = {weight.label: name for weight, name in zip(weights, names, strict=True)}
         logged: dict[str, float] = {}
-        for label, values in self._singular_values(pl_module).items():
+        for label, values in self._singular_values(pl_module, weights).items():
             for name, number in summarize_spectrum(values)._asdict().items():
-                logged[f"spectrum/{label}/{name}"] = number
+                logged[f"{self._names[label]}/{name}"] = number
             if torch.isfinite(values).all():
                 self._history.remember(_KEPT, label, step, values.float())
                 self._drawing.add(label)
-        pl_module.log_dict(logged, logger=False)  # which would leave out all but each `log_every_n_steps`-th step
+        for name, number in logged.items():  # a logger would leave out all but each `log_every_n_steps`-th step
+            log_value(pl_module, name, number, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
 
     @torch.no_grad()
-    def _singular_values(self, pl_module: LightningModule) -> dict[str, Tensor]:
+    def _singular_values(self, pl_module: LightningModule, weights: list[WeightMatrix]) -> dict[str, Tensor]:
         """The singular values of each layer, on the CPU, from one wait for the device."""
-        with _parametrizations_at_rest(pl_module), torch.inference_mode(False):
+        with parametrizations_at_rest(pl_module), torch.inference_mode(False):
             found = shared_out(
-                self._weights,
+                weights,
                 lambda _, matrix: (weight_singular_values(matrix),),
                 lambda _, matrix: (
                     matrix.new_empty((*matrix.shape[:-2], min(matrix.shape[-2:])), dtype=spectrum_dtype(matrix)),
@@ -210,27 +208,8 @@ class SpectrumMonitor(Callback):
             )
         flat = [values.flatten().sort(descending=True).values for (values,) in found]  # of all groups
         parts = torch.cat(flat).cpu().split([len(values) for values in flat])
-        return {weight.label: values for weight, values in zip(self._weights, parts, strict=True)}
+        return {weight.label: values for weight, values in zip(weights, parts, strict=True)}
 
     def _figure(self, label: str) -> "tuple[str, Figure]":
         steps, spectra = self._history.sorted_by_step(_KEPT, label)
-        return f"spectrum/{label}", weight_spectrum_figure(spectra, steps, title=label)
-
-
-@contextmanager
-def _parametrizations_at_rest(module: nn.Module) -> Iterator[None]:
-    """Compute weights as in evaluation: in training some, as `spectral_norm`, change a buffer at each computation."""
-    busy = [
-        part
-        for parametrizations in module.modules()
-        if isinstance(parametrizations, ParametrizationList)
-        for part in parametrizations.modules()
-        if part.training
-    ]
-    for part in busy:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in busy:
-            part.training = True
+        return self._names.get(label, f"spectrum/{label}"), weight_spectrum_figure(spectra, steps, title=label)

@@ -1,21 +1,27 @@
 """The stable rank of weights as a callback for training loops that already exist."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
-from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, is_overridden
+from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
+from lightning_plugins.callbacks._terms.logged import claim_names, log_sum, log_value, release_names
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
 from lightning_plugins.callbacks._terms.weight_gradients import add_gradient, scaler_of_fused, shared_out
+from lightning_plugins.callbacks._terms.weights_in_use import WeightsInUse
 from lightning_plugins.callbacks._trainer.progress import training_progress
 from lightning_plugins.callbacks._trainer.requirements import (
+    makes_layers_late,
     require_known_total,
     require_lightning_module,
     require_supported_strategy,
 )
+from lightning_plugins.computed_weights import parametrizations_at_rest
 from lightning_plugins.functional.stable_rank import (
     check_power,
     exact_gradient,
@@ -44,7 +50,8 @@ class StableRankRegularization(Callback):
     The gradient is a closed form that is added once an optimizer step, however many batches are accumulated: after the
     ranks' gradients were averaged and an fp16 scaler undone, before clipping. The layers are shared out over the ranks
     and the gradients exchanged. It works for manual optimization too. The loss that is logged is without the term. A
-    weight that has no gradient at a step (frozen, or not used) gets none from the term either.
+    weight that has no gradient at a step (frozen, or not used) gets none from the term either. One that is computed from
+    parameters, by a parametrization, a norm or pruning, passes the gradient on to these.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Among the matches of a glob the linear
@@ -69,8 +76,9 @@ class StableRankRegularization(Callback):
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
 
-    Logs ``stable_rank/<layer>``, the ``SR`` or ``mSR`` of each layer, and ``stable_rank/penalty``, the sum of this
-    callback's terms, at every step that carries them, and ``stable_rank/skipped`` once a term had to be left out.
+    Logs ``stable_rank/<layer>``, the ``SR`` or ``mSR`` of each layer, and ``stable_rank/penalty``, the sum of the terms
+    of all such callbacks in a batch, at every step that carries them, and ``stable_rank/skipped`` once a term had to be
+    left out. Which weights are taken, and which are passed over, is said at the start.
 
     Example:
         >>> callback = StableRankRegularization(layers="backbone.*", weight=0.01, rank=0.25)
@@ -104,7 +112,8 @@ class StableRankRegularization(Callback):
         self._guard = NonfiniteGuard("stable_rank", check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._starts: dict[str, Tensor] = {}  # per matrix, the vectors that the next step goes on from
         self._steps: dict[int, int] = {}  # per optimizer, the steps seen
-        self._targets: list[Target] = []
+        self._in_use = WeightsInUse(type(self).__name__, self.layers, self._select, lambda target: target.weight)
+        self._frozen = False  # whether a warning was given that nothing is trained
 
     @property
     def state_key(self) -> str:
@@ -130,16 +139,15 @@ class StableRankRegularization(Callback):
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
             self._starts.clear()
             self._steps.clear()
-        if not (is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)):
-            self._find(pl_module)
+        self._frozen = False
+        if not makes_layers_late(pl_module):
+            self._in_use.find(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the weights where the module has only now made them, and check that an optimizer trains some."""
-        self._find(pl_module)
-        optimized = {id(parameter) for optimizer in trainer.optimizers for parameter in _parameters(optimizer)}
-        if not any(id(weight.tensor) in optimized for weight, _ in self._targets):
-            labels = ", ".join(weight.label for weight, _ in self._targets[:5])
-            raise MisconfigurationException(f"`layers`: an optimizer must train at least one of {labels}; none does")
+        """Find weights that were made only now, and check that an optimizer trains some."""
+        targets = self._in_use.find(pl_module)
+        self._in_use.tell(pl_module)
+        self._check_trained(trainer, targets)
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 f"{type(self).__name__} adds a gradient without a loss, and LBFGS compares losses; use another "
@@ -148,11 +156,12 @@ class StableRankRegularization(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module, to which nothing was done."""
-        self._targets = []
+        self._in_use.forget()
+        release_names(pl_module, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module: ``teardown`` does not run after an exception."""
-        self._targets = []
+        self.teardown(trainer, pl_module, stage="fit")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the terms' gradients to those of the weights that this optimizer trains."""
@@ -160,7 +169,8 @@ class StableRankRegularization(Callback):
         step = self._steps.get(index, 0)
         self._steps[index] = step + 1
         trained = {id(parameter) for parameter in _parameters(optimizer) if parameter.requires_grad}
-        targets = [target for target in self._targets if id(target.weight.tensor) in trained]
+        present = self._in_use.now(pl_module)
+        targets = [t for t in present if any(id(source) in trained for source in t.weight.sources)]
         if not targets or step % self.every_n_steps:
             return
         factor = self.weight * self.every_n_steps * self._factor(trainer)
@@ -168,7 +178,8 @@ class StableRankRegularization(Callback):
             for weight, _ in targets:  # vectors that nobody follows fall behind: start afresh afterwards
                 self._starts.pop(weight.label, None)
             return
-        with torch.no_grad():
+        resting = any(target.weight.is_computed for target in targets)
+        with torch.no_grad()(pl_module) if resting else nullcontext():
             self._add(pl_module, targets, factor, scaler_of_fused(trainer, optimizer))
 
     def on_train_batch_end(
@@ -195,8 +206,23 @@ class StableRankRegularization(Callback):
         self._steps = dict(state_dict["steps"])
         self._guard.restore(state_dict["skipped"])
 
-    def _find(self, pl_module: LightningModule) -> None:
-        self._targets = select_targets(pl_module, self.layers, rank=self.rank, scheme=self.scheme)
+    def _select(self, model: nn.Module, layers: Sequence[str]) -> list[Target]:
+        with parametrizations_at_rest(model):
+            return select_targets(model, layers, rank=self.rank, scheme=self.scheme, computed=True)
+
+    def _check_trained(self, trainer: Trainer, targets: list[Target]) -> None:
+        """Refuse weights that no optimizer trains; frozen ones may be thawed by another callback."""
+        sources = [source for target in targets for source in target.weight.sources]
+        optimized = {id(parameter) for optimizer in trainer.optimizers for parameter in _parameters(optimizer)}
+        if any(id(source) in optimized and source.requires_grad for source in sources):
+            return
+        labels = ", ".join(target.weight.label for target in targets[:5])
+        rule = f"`layers`: an optimizer must train at least one of {labels}; none does"
+        if all(source.requires_grad for source in sources):
+            raise MisconfigurationException(rule)
+        if not self._frozen:
+            self._frozen = True
+            rank_zero_warn(f"{rule} so far, and the term has no effect until one is thawed")
 
     def _factor(self, trainer: Trainer) -> float:
         if self.schedule is None:
@@ -210,14 +236,16 @@ class StableRankRegularization(Callback):
             lambda index, matrix: self._empty(targets[index], matrix),
         )
         total = torch.zeros((), device=found[0][0].device)
+        wanted = [(f"stable_rank/{target.weight.label}",) * 2 for target in targets]
+        names = dict(zip((t.weight.label for t in targets), claim_names(pl_module, self, wanted), strict=True))
         for (weight, rank), parts in zip(targets, found, strict=True):
             value = parts[0].sum() + (rank is None) * parts[0].numel()  # of all groups; a stable rank is 1 more
-            pl_module.log(f"stable_rank/{weight.label}", value)
+            log_value(pl_module, names[weight.label], value)
             total = total + factor * self._guard.leave(value, weight.label)
             if len(parts) > 2:
                 parts, self._starts[weight.label] = parts[:-1], parts[-1]
             add_gradient(weight, parts[1:], factor, scaler, wanted=value.isfinite())
-        pl_module.log("stable_rank/penalty", total)
+        log_sum(pl_module, "stable_rank/penalty", total)
 
     def _term(self, target: Target, matrix: Tensor) -> tuple[Tensor, ...]:
         """Value and gradient, whole or in parts, and the vectors to go on from where they are followed."""

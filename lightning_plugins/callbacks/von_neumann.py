@@ -21,7 +21,7 @@ from lightning_plugins.callbacks._terms.pool import Pool
 from lightning_plugins.callbacks._terms.rows import Rows
 from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
-from lightning_plugins.callbacks._trainer.progress import training_progress
+from lightning_plugins.callbacks._trainer.progress import steps_done, training_progress
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_automatic_optimization,
@@ -29,6 +29,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_lightning_module,
     require_supported_strategy,
 )
+from lightning_plugins.distributed import is_distributed
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
@@ -133,8 +134,14 @@ class VNERegularization(Callback):
             )
         self._term = VonNeumannEntropy(weight, scope=scope, method=method)
         self._guard = NonfiniteGuard(self.method, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
+        if abs(self.weight) >= 1:
+            rank_zero_warn(
+                f"`weight={self.weight}` is large: the authors advise an absolute value far below 0.5, beyond which "
+                "the term flattens the spectrum of whatever the batch holds; start at 0.05 to 0.1"
+            )
         self._queues: dict[str, Tensor] = {}  # per layer, unit rows, the newest last
         self._constant: set[str] = set()  # layers that a warning was given for
+        self._single: set[str] = set()  # layers that a warning of single rows was given for
         self._capture: LayerRows | None = None
         self._names: dict[str, str] = {}  # by layer, what its entropy is logged under
         self._step: WrappedStep | None = None
@@ -188,13 +195,13 @@ class VNERegularization(Callback):
 
     def recording(self, pl_module: LightningModule) -> AbstractContextManager[None]:
         """Record the layers' tensors if this step carries the term (for the wrapper of the training step)."""
-        if self._capture is None or pl_module.global_step % self.every_n_steps:
+        if self._capture is None or steps_done(pl_module.trainer) % self.every_n_steps:
             return nullcontext()
         return self._capture.recording(self._step.batch if self._step is not None else None)
 
     def penalty(self, pl_module: LightningModule) -> Tensor | None:
         """The sum of the layers' terms at this step (for the wrapper of the training step)."""
-        if self._capture is None or pl_module.global_step % self.every_n_steps:
+        if self._capture is None or steps_done(pl_module.trainer) % self.every_n_steps:
             return None
         weight = self.weight * self.every_n_steps * self._factor(pl_module.trainer)
         penalties = []
@@ -248,8 +255,18 @@ class VNERegularization(Callback):
                 "name a layer behind one that is trained, if nothing will be thawed"
             )
 
+    def _warn_if_single(self, label: str, embeddings: Tensor) -> None:
+        alone = len(embeddings) == 1 and (self.scope == "local" or not is_distributed())
+        if alone and not self.queue_size and label not in self._single:
+            self._single.add(label)
+            rank_zero_warn(
+                f"`layers`: {label!r} gave one row, whose entropy is 0 whatever it is, so the term does nothing at "
+                "such a step; make batches of about 32 rows or more, or remember earlier ones with `queue_size`"
+            )
+
     def _entropy(self, embeddings: Tensor, label: str) -> Tensor:
         try:
+            self._warn_if_single(label, embeddings)
             embeddings = self._guard.enter(embeddings)
             if not self.queue_size:
                 return self._term.entropy(embeddings)

@@ -174,6 +174,9 @@ def widened(embeddings: Tensor) -> Tensor:
     """Rows in float32 at least; one whose largest entry is subnormal in float16 becomes a row of zeros.
 
     Its length divides the gradient, which would not be finite when it is cast back.
+
+    Returns:
+        The rows, of the same shape.
     """
     wide = at_least_float32(embeddings)
     if embeddings.dtype != torch.float16:
@@ -196,6 +199,9 @@ def exact(tensor: Tensor) -> Tensor:
 
     A spectrum is computed from products of rows. Where these are nearly parallel, as when a representation collapses,
     one eigenvalue is near 1 and all others are below the rounding errors of float32.
+
+    Returns:
+        A float64 tensor of the same shape.
     """
     return at_least_float32(tensor) if tensor.device.type == "mps" else tensor.double()
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.functional.spectrum import normalize_rows
-from lightning_plugins.metrics._embeddings import check_embeddings
+from lightning_plugins.metrics._embeddings import check_embeddings, valid_rows
 from lightning_plugins.metrics._sums import SumMetric
 
 
@@ -36,27 +36,32 @@ class Alignment(SumMetric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, first: Tensor, second: Tensor) -> None:
+    def update(self, first: Tensor, second: Tensor, mask: Tensor | None = None) -> None:
         """Add the pairs of one batch.
 
         Args:
             first: Floating tensor of shape ``(N, d)``, embeddings of one view.
             second: Floating tensor of the same shape, embeddings of the other view, row by row of the same samples.
+            mask: Bool or integer tensor of the shape of ``first`` without its last dimension, true where a pair counts.
+                With one, the embeddings may be of shape ``(N, L, d)``.
 
         Raises:
-            TypeError: If one of them is not a floating tensor.
+            TypeError: If one of them is not a floating tensor, or ``mask`` neither bool nor integer.
             ValueError: If they are not matrices of the same shape.
         """
-        check_embeddings("first", first)
-        check_embeddings("second", second)
+        if mask is None:
+            check_embeddings("first", first)
+            check_embeddings("second", second)
         if first.shape != second.shape:
             raise ValueError(
                 f"`second` must have the shape of `first`, {tuple(first.shape)}, got {tuple(second.shape)}; "
                 "its rows are the same samples in the same order"
             )
-        one, other = (normalize_rows(view.detach().to(self.total.dtype)) for view in (first, second))
-        self.total = self.total + (one - other).square().sum()
-        self.count = self.count + len(first)
+        one, count = valid_rows("first", first, None, mask)
+        other, _ = valid_rows("second", second, None, mask)
+        distances = normalize_rows(one.to(self.total.dtype)) - normalize_rows(other.to(self.total.dtype))
+        self.total = self.total + distances.square().sum()
+        self.count = self.count + count
 
     def compute(self) -> Tensor:
         """Mean over all pairs of all batches and ranks.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.functional.spectrum import full_precision, normalize_rows
-from lightning_plugins.metrics._embeddings import check_embeddings
+from lightning_plugins.metrics._embeddings import valid_rows
 from lightning_plugins.metrics._sums import SumMetric
 
 
@@ -57,31 +57,43 @@ class GramMetric(SumMetric):
     """
 
     unit_rows = True  # whether rows are scaled to unit length before they are summed
-    gram: Tensor
     count: Tensor
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = check_positive_int("num_features", num_features)
-        self.add_state("gram", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
+        # A collection lets metrics with equal states of equal names share them: other sums need another name.
+        self._sums = "gram" if self.unit_rows else "raw_gram"
+        self.add_state(self._sums, torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, embeddings: Tensor) -> None:
+    @property
+    def summed(self) -> Tensor:
+        """The sum of the batches' Gram matrices."""
+        summed: Tensor = getattr(self, self._sums)
+        return summed
+
+    def update(self, embeddings: Tensor, mask: Tensor | None = None) -> None:
         """Add the rows of one batch.
 
         Args:
-            embeddings: Floating tensor of shape ``(N, num_features)``; half precision is cast up, no gradient flows.
+            embeddings: Floating tensor of shape ``(N, num_features)``, or with a mask also ``(N, L, num_features)``;
+                half precision is cast up, no gradient flows.
+            mask: Bool or integer tensor of the shape of ``embeddings`` without its last dimension, true where a row
+                counts; None for all.
 
         Raises:
-            TypeError: If ``embeddings`` is not a floating tensor.
-            ValueError: If it has another shape.
+            TypeError: If ``embeddings`` is not a floating tensor, or ``mask`` neither bool nor integer.
+            ValueError: If one has another shape.
         """
-        rows = check_embeddings("embeddings", embeddings, self.num_features).detach().to(self.gram.dtype)
+        rows, count = valid_rows("embeddings", embeddings, self.num_features, mask)
+        rows = rows.to(self.summed.dtype)
         if self.unit_rows:
             rows = normalize_rows(rows)
         with full_precision(rows):  # float32 sums, where there is no float64, are not for autocast
-            self.gram = torch.addmm(self.gram, rows.T, rows)  # not in place: the old sum may be an inference tensor
-        self.count = self.count + len(rows)
+            # not in place: the old sum may be an inference tensor
+            setattr(self, self._sums, torch.addmm(self.summed, rows.T, rows))
+        self.count = self.count + count
 
     def compute(self) -> Tensor:
         """Value over all rows of all batches and ranks.
@@ -89,7 +101,7 @@ class GramMetric(SumMetric):
         Returns:
             Scalar in the dtype of the sums; NaN if there was no row, or one that was not finite.
         """
-        statistics = GramStatistics(self.gram, self.count)
+        statistics = GramStatistics(self.summed, self.count)
         return statistics.or_nan(self.from_statistics(statistics))
 
     def statistics(self) -> GramStatistics:
@@ -99,7 +111,7 @@ class GramMetric(SumMetric):
             The summed statistics; this metric goes on from the sums of its own rank.
         """
         with self.sync_context():
-            return GramStatistics(self.gram, self.count)
+            return GramStatistics(self.summed, self.count)
 
     @staticmethod
     @abstractmethod

@@ -6,7 +6,7 @@ from torchmetrics import Metric
 
 from lightning_plugins._checks import check_finite_number, check_positive_int
 from lightning_plugins.functional.spectrum import full_precision, normalize_rows
-from lightning_plugins.metrics._embeddings import check_embeddings
+from lightning_plugins.metrics._embeddings import check_embeddings, check_mask
 
 _CHUNK = 1024  # rows compared with all others at a time
 
@@ -53,16 +53,19 @@ class Uniformity(Metric):
         # rows are kept flat: a rank without any sends an empty tensor of one dimension, whatever the others have
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, embeddings: Tensor) -> None:
+    def update(self, embeddings: Tensor, mask: Tensor | None = None) -> None:
         """Keep the rows of one batch.
 
         Args:
-            embeddings: Floating tensor of shape ``(N, num_features)``.
+            embeddings: Floating tensor of shape ``(N, num_features)``, or with a mask also ``(N, L, num_features)``.
+            mask: As for the other metrics; which rows it selects is read from the device.
 
         Raises:
-            TypeError: If ``embeddings`` is not a floating tensor.
-            ValueError: If it has another shape.
+            TypeError: If ``embeddings`` is not a floating tensor, or ``mask`` neither bool nor integer.
+            ValueError: If one has another shape.
         """
+        if mask is not None:
+            embeddings = embeddings.flatten(end_dim=-2)[check_mask("embeddings", embeddings, mask)]
         rows = check_embeddings("embeddings", embeddings, self.num_features).detach()
         self.rows.append(normalize_rows(rows.to(self.dtype)).flatten())
 

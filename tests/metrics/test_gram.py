@@ -145,13 +145,13 @@ def test_sums_survive_inference_mode_and_carry_no_gradient(kind):
     with torch.inference_mode():
         metric.update(rows[:3])
     metric.update(rows[3:])
-    assert not metric.gram.requires_grad
+    assert not metric.summed.requires_grad
     torch.testing.assert_close(metric.compute(), _value(kind, rows))
 
 
 def test_casting_a_model_leaves_the_sums_in_double_precision():
     model = torch.nn.ModuleDict({"metric": RankMe(4)}).half()
-    assert model["metric"].gram.dtype == torch.float64
+    assert model["metric"].summed.dtype == torch.float64
 
 
 @every_metric
@@ -163,10 +163,10 @@ def test_devices_without_float64_get_float32_sums(kind):
 
     metric = kind(4)._apply(to_device)
     metric.update(_rows(9, 4))
-    assert (metric.gram.dtype, metric.count.dtype) == (torch.float32, torch.int64)
+    assert (metric.summed.dtype, metric.count.dtype) == (torch.float32, torch.int64)
     torch.testing.assert_close(metric.compute(), _value(kind, _rows(9, 4)).float(), rtol=1e-3, atol=1e-4)
     metric.reset()
-    assert metric.gram.dtype == torch.float32
+    assert metric.summed.dtype == torch.float32
 
 
 @every_metric
@@ -205,9 +205,9 @@ def _ranks(rank, shards):
         metric = kind(4)
         for batch in shards[rank]:
             metric.update(batch)
-        own = metric.gram.clone()
+        own = metric.summed.clone()
         values[kind.__name__] = metric.compute()
-        torch.testing.assert_close(metric.gram, own, rtol=0, atol=0)  # each rank goes on from its own sums
+        torch.testing.assert_close(metric.summed, own, rtol=0, atol=0)  # each rank goes on from its own sums
     return values
 
 

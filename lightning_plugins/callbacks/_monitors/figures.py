@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import fsspec  # type: ignore[import-untyped]  # it carries no types; a dependency of lightning
 
 from lightning_plugins._lightning import TensorBoardLogger, Trainer, WandbLogger
+from lightning_plugins.callbacks._trainer.progress import steps_done
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,11 +79,11 @@ def hand_to_loggers(trainer: Trainer, tag: str, figure: "Figure") -> None:
         _write(trainer.default_root_dir, tag, figure)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(tag, figure, global_step=trainer.global_step)
+            logger.experiment.add_figure(tag, figure, global_step=steps_done(trainer))
         elif isinstance(logger, WandbLogger):
             from PIL import Image  # comes with matplotlib
 
-            logger.log_image(tag, [Image.open(_png(figure))], step=trainer.global_step)
+            logger.log_image(tag, [Image.open(_png(figure))], step=steps_done(trainer))
         else:
             _write(logger.log_dir or logger.save_dir or trainer.default_root_dir, tag, figure)
 

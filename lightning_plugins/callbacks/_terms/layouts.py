@@ -153,6 +153,9 @@ def _of_inside(module: nn.Module, shape: tuple[int, ...]) -> Order | None:
 
     A module may turn its tensor, so types alone prove nothing: where one of the two candidates has as many entries as a
     layer inside has features, and the other has not, it must be the one that the types name too.
+
+    Returns:
+        A layout; None where types and widths do not agree on one.
     """
     kinds: set[str] = set()
     widths: set[int] = set()

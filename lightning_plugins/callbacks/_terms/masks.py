@@ -1,4 +1,4 @@
-"""The mask that belongs to one call of a layer: from the layer's arguments, those of the calls around it, or the batch."""
+"""The mask that belongs to one call of a layer: from its arguments, those of the calls around it, or the batch."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +42,9 @@ class LayerCall:
 
     def __getitem__(self, name: str | int) -> Any:
         """The argument or entry of the batch of that name, the nearest call's first; None where it is None everywhere.
+
+        Returns:
+            The value.
 
         Raises:
             KeyError: If nothing has that name.

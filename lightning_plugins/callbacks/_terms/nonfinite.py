@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_plugins._lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._terms.logged import log_value
+from lightning_plugins.callbacks._trainer.progress import steps_done
 from lightning_plugins.functional.spectrum import widened
 
 
@@ -92,7 +93,7 @@ class NonfiniteGuard:
     def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn and log the count after a batch, when the loggers look at the device anyway."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the Trainer sets it
-        if every and trainer.global_step % every == 0:
+        if every and steps_done(trainer) % every == 0:
             skipped = self.warn_once()
             if skipped:
                 log_value(pl_module, f"{self._method}/skipped", float(skipped))

@@ -50,7 +50,7 @@ def resolve_callable(name: str, value: object, otherwise: str) -> Callable[..., 
         raise ValueError(f"`{name}={value!r}` names {type(found).__name__}, which cannot be called")
     if isinstance(found, type):
         raise ValueError(
-            f"`{name}={value!r}` names a class; give an object of it, or in a file `class_path: {value}` and `init_args`"
+            f"`{name}={value!r}` names a class; give an object of it, or `class_path: {value}` and `init_args`"
         )
     return found  # type: ignore[no-any-return]  # checked to be callable
 

@@ -58,6 +58,9 @@ def add_gradient(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, s
         scaler: The scaler of a fused optimizer, whose gradients are still scaled at this point; else None.
         wanted: Whether to add anything, a bool on the weight's device.
     """
+    if weight.is_computed:
+        _add_to_sources(weight, parts, factor, scaler, wanted)
+        return
     parameter = weight.tensor
     if parameter.grad is None or (wanted.is_cpu and not wanted):
         return
@@ -81,6 +84,28 @@ def add_gradient(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, s
         parameter.grad.add_(part, alpha=factor)
     else:
         parameter.grad[slice(*weight.rows)].add_(part, alpha=factor)
+
+
+def _add_to_sources(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, scaler: Any, wanted: Tensor) -> None:
+    """Carry the gradient of a weight that is computed on to the parameters that it is computed from."""
+    sources = [source for source in weight.sources if source.requires_grad and source.grad is not None]
+    if not sources or (wanted.is_cpu and not wanted):
+        return
+    with torch.enable_grad():
+        tensor = weight.tensor
+    parts = [torch.where(wanted, part, 0) for part in parts]
+    matrix = parts[0]
+    if len(parts) == 3:
+        matrix = whole_gradient(_finite(weight.take(full_tensor(tensor.detach())), wanted), *parts)
+    whole = part = weight.put(matrix).to(tensor.dtype)
+    if weight.rows is not None:
+        whole = part.new_zeros(tensor.shape)
+        whole[slice(*weight.rows)] = part
+    whole = whole if scaler is None else scaler.scale(whole)
+    whole = _sharded_like(tensor, whole) if _is_sharded(tensor) else whole
+    for source, gradient in zip(sources, torch.autograd.grad(tensor, sources, whole, allow_unused=True), strict=True):
+        if gradient is not None and source.grad is not None:
+            source.grad.add_(gradient, alpha=factor)
 
 
 def _add_in_place(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, wanted: Tensor) -> bool:
