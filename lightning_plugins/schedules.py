@@ -22,7 +22,7 @@ class Progress(NamedTuple):
     """How far a training has come.
 
     Attributes:
-        step: Optimizer steps done; under manual optimization, where several optimizers may step, batches done.
+        step: Optimizer steps done; batches under manual optimization, where several optimizers may step.
         epoch: Epochs done, the current one as a fraction.
         total_steps: As many in the whole training, None if unknown.
         total_epochs: Epochs in the whole training, None if unknown.

@@ -1,7 +1,6 @@
 """The stable rank of weights as a callback for training loops that already exist."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -50,8 +49,8 @@ class StableRankRegularization(Callback):
     The gradient is a closed form that is added once an optimizer step, however many batches are accumulated: after the
     ranks' gradients were averaged and an fp16 scaler undone, before clipping. The layers are shared out over the ranks
     and the gradients exchanged. It works for manual optimization too. The loss that is logged is without the term. A
-    weight that has no gradient at a step (frozen, or not used) gets none from the term either. One that is computed from
-    parameters, by a parametrization, a norm or pruning, passes the gradient on to these.
+    weight that has no gradient at a step (frozen, or not used) gets none from the term either. One that is computed by
+    a parametrization, a norm or pruning passes the gradient on to the parameters it is computed from.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Among the matches of a glob the linear
@@ -178,8 +177,7 @@ class StableRankRegularization(Callback):
             for weight, _ in targets:  # vectors that nobody follows fall behind: start afresh afterwards
                 self._starts.pop(weight.label, None)
             return
-        resting = any(target.weight.is_computed for target in targets)
-        with torch.no_grad()(pl_module) if resting else nullcontext():
+        with torch.no_grad(), parametrizations_at_rest(pl_module):
             self._add(pl_module, targets, factor, scaler_of_fused(trainer, optimizer))
 
     def on_train_batch_end(

@@ -11,10 +11,11 @@ from lightning_plugins.functional.embedding_entropy import embedding_entropy
 from lightning_plugins.functional.matrix_log import product_entropy
 from lightning_plugins.functional.spectral_sum import spectral_sum
 from lightning_plugins.functional.spectrum import (
+    as_wide,
     at_least_float32,
     check_embeddings,
     check_floating,
-    exact,
+    exact_rows,
     full_precision,
     normalize_rows,
     smaller_gram,
@@ -62,7 +63,7 @@ def von_neumann_entropy(embeddings: Tensor, *, method: Method = "auto") -> Tenso
         wide = widened(embeddings)
         if uses_products(wide, min(wide.shape[-2:]), method):
             return embedding_entropy(wide, products=True)
-        return embedding_entropy(exact(wide), products=False).to(wide.dtype)
+        return as_wide(embedding_entropy(exact_rows(embeddings), products=False), embeddings)
 
 
 def matrix_entropy(matrix: Tensor, *, method: Method = "auto") -> Tensor:
@@ -139,12 +140,11 @@ def renyi_entropy(embeddings: Tensor, order: float = 2.0) -> Tensor:
     if order == 1:
         return von_neumann_entropy(embeddings)
     with full_precision(embeddings):
-        wide = widened(embeddings)
-        gram = smaller_gram(normalize_rows(exact(wide)))
+        gram = smaller_gram(normalize_rows(exact_rows(embeddings)))
         moment = gram.square().sum((-2, -1)) if order == 2 else spectral_sum(gram, power=order)
         # All-zero embeddings: the logarithm of 1 has the value 0, and the mask a gradient of 0.
         entropy: Tensor = moment.masked_fill(moment == 0, 1).log() / (1 - order)
-        return entropy.to(wide.dtype)
+        return as_wide(entropy, embeddings)
 
 
 def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
@@ -224,10 +224,9 @@ def diagonal_entropy(embeddings: Tensor) -> Tensor:
     """
     check_embeddings(embeddings)
     with full_precision(embeddings):
-        wide = widened(embeddings)
-        shares = normalize_rows(exact(wide)).square().mean(-2)
+        shares = normalize_rows(exact_rows(embeddings)).square().mean(-2)
         entropy: Tensor = -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(-1)
-        return entropy.to(wide.dtype)
+        return as_wide(entropy, embeddings)
 
 
 def uses_products(tensor: Tensor, n: int, method: Method) -> bool:

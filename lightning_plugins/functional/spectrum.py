@@ -63,10 +63,9 @@ def autocorrelation_eigenvalues(embeddings: Tensor) -> Tensor:
     """
     check_embeddings(embeddings)
     with torch.no_grad(), full_precision(embeddings):
-        wide = widened(embeddings)
-        safe, poison = finite_or_zero(smaller_gram(normalize_rows(exact(wide))))
+        safe, poison = finite_or_zero(smaller_gram(normalize_rows(exact_rows(embeddings))))
         eigenvalues: Tensor = decompose(safe, vectors=False)[0].clamp_min(0).flip(-1) + poison[..., None]
-    return eigenvalues.to(wide.dtype)
+    return as_wide(eigenvalues, embeddings)
 
 
 def smaller_gram(rows: Tensor) -> Tensor:
@@ -179,9 +178,17 @@ def widened(embeddings: Tensor) -> Tensor:
         The rows, of the same shape.
     """
     wide = at_least_float32(embeddings)
-    if embeddings.dtype != torch.float16:
-        return wide
-    small = wide.detach().abs().amax(-1, keepdim=True) < torch.finfo(torch.float16).tiny
+    return _without_subnormal_rows(wide, embeddings.dtype) if embeddings.dtype == torch.float16 else wide
+
+
+def exact_rows(embeddings: Tensor) -> Tensor:
+    """Rows in float64, where the device has it; one whose largest entry is subnormal in its own dtype is zero."""
+    wide = at_least_float32(embeddings)
+    return exact(wide if wide.dtype == torch.float64 else _without_subnormal_rows(wide, embeddings.dtype))
+
+
+def _without_subnormal_rows(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    small = wide.detach().abs().amax(-1, keepdim=True) < torch.finfo(dtype).tiny
     return wide.masked_fill(small, 0)
 
 
@@ -204,6 +211,11 @@ def exact(tensor: Tensor) -> Tensor:
         A float64 tensor of the same shape.
     """
     return at_least_float32(tensor) if tensor.device.type == "mps" else tensor.double()
+
+
+def as_wide(result: Tensor, given: Tensor) -> Tensor:
+    """A result in float32 for half-precision input, else in the input's dtype."""
+    return result.to(torch.promote_types(given.dtype, torch.float32))
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ from lightning_plugins.functional import (
     renyi_entropy,
     von_neumann_entropy,
 )
-from lightning_plugins.functional.entropy import _use_products
+from lightning_plugins.functional.entropy import uses_products
 
 SHAPES = [(5, 3), (3, 5), (4, 4), (1, 4), (4, 1), (2, 5, 3), (2, 1, 3, 5)]
 ENTROPIES = {
@@ -295,9 +295,9 @@ def test_singular_values_of_float32_are_not_squared_in_float32():
 )
 def test_auto_takes_products_for_float32_on_a_gpu(device, dtype, n, expected):
     tensor = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)  # stands for a tensor on a device not at hand
-    assert _use_products(tensor, n, "auto") is expected
-    assert _use_products(tensor, n, "products")
-    assert not _use_products(tensor, n, "eigh")
+    assert uses_products(tensor, n, "auto") is expected
+    assert uses_products(tensor, n, "products")
+    assert not uses_products(tensor, n, "eigh")
 
 
 @pytest.mark.parametrize(

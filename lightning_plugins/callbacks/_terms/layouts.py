@@ -72,14 +72,16 @@ class LayerLayout:
 
     def _work_out(self, shape: tuple[int, ...]) -> Order | None:
         own = _of_module(self._module, shape, self._side, self._element)
+        if isinstance(self._module, _SEQUENCES):
+            return own
         if own is None and _is_neutral(self._module):
             own = self._of_neighbours(shape)
         if own is None and not _is_neutral(self._module):
-            own = _of_inside(self._module, shape)
+            own = _of_inside(self._module, shape, selected=self._element is not None)
         if own is None and _is_neutral(self._module):
             around = (_of_inside(parent, shape) for parent in self._parents)
             own = next((found for found in around if found is not None), None)
-        if own == "N...C" and len(shape) == 3 and not isinstance(self._module, _SEQUENCES):
+        if own == "N...C" and len(shape) == 3:
             return self._of_tokens()
         return own
 
@@ -148,11 +150,12 @@ def _first_known(modules: Iterable[nn.Module], shape: tuple[int, ...], side: Sid
     return None
 
 
-def _of_inside(module: nn.Module, shape: tuple[int, ...]) -> Order | None:
+def _of_inside(module: nn.Module, shape: tuple[int, ...], *, selected: bool = False) -> Order | None:
     """The layout from all layers inside a module: from their types, held against their widths.
 
     A module may turn its tensor, so types alone prove nothing: where one of the two candidates has as many entries as a
-    layer inside has features, and the other has not, it must be the one that the types name too.
+    layer inside has features, and the other has not, it must be the one that the types name too. Of several tensors of a
+    module, one that was ``selected`` need not be features at all: its width must be among those inside.
 
     Returns:
         A layout; None where types and widths do not agree on one.
@@ -170,7 +173,7 @@ def _of_inside(module: nn.Module, shape: tuple[int, ...]) -> Order | None:
         widths.update(_widths(layer))
     by_width = {"NC...": shape[1] in widths, "N...C": shape[-1] in widths}
     decided = [layout for layout, there in by_width.items() if there]
-    if len(kinds) == 1 and kinds <= {"NC...", "N...C"}:
+    if len(kinds) == 1 and kinds <= {"NC...", "N...C"} and (decided or not selected):
         (kind,) = kinds
         return None if len(decided) == 1 and decided[0] != kind else kind  # type: ignore[return-value]  # narrowed above
     return decided[0] if len(decided) == 1 and "LNC" not in kinds else None  # type: ignore[return-value]  # as above

@@ -103,7 +103,7 @@ def join_training_step(pl_module: LightningModule, listener: StepListener) -> Wr
     step = vars(pl_module).get("training_step")
     if not isinstance(step, WrappedStep):
         step = WrappedStep(pl_module)
-        pl_module.training_step = step
+        vars(pl_module)["training_step"] = step
         if is_compiled(pl_module):
             torch.compiler.reset()  # graphs traced in an earlier fit would go past hooks registered since
     step.listeners.append(listener)

@@ -18,7 +18,7 @@ def steps_done(trainer: Trainer) -> int:
     """
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+    return int(vars(trainer.fit_loop.epoch_loop.batch_progress.total)["processed"])
 
 
 def training_progress(trainer: Trainer, *, with_totals: bool) -> Progress:

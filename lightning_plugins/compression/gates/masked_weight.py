@@ -82,10 +82,8 @@ class _Scaled(Function):
         if not ctx.needs_input_grad[1]:  # hard masks
             return grad * along, None, None
         if torch.is_grad_enabled():  # differentiated again: nothing may be written into a tensor of the graph
-            of_scale = (
-                (grad * weight).sum([i for i in range(grad.ndim) if i != ctx.dim]) if grad.ndim > 1 else grad * weight
-            )
-            return grad * along, of_scale, None
+            others = [i for i in range(grad.ndim) if i != ctx.dim]
+            return grad * along, (grad * weight).sum(others) if others else grad * weight, None
         product = grad * weight
         of_scale = product.sum([i for i in range(grad.ndim) if i != ctx.dim]) if grad.ndim > 1 else product.clone()
         return torch.mul(grad, along, out=product), of_scale, None

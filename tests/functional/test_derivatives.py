@@ -1,0 +1,152 @@
+"""What can't be differentiated again says so on every way; what can is right on every way."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_plugins
+from lightning_plugins.compression.gates.masked_weight import _Scaled
+from lightning_plugins.compression.gates.threshold_function import Values
+from lightning_plugins.functional import (
+    gap_precondition,
+    modified_stable_rank,
+    nuclear_norm,
+    polar_factor,
+    singular_value_threshold,
+    stable_rank,
+    straight_through,
+    von_neumann_entropy,
+)
+from lightning_plugins.functional.derivatives import last_derivative
+from lightning_plugins.meta.loop.tasks import with_known_gradient
+
+W = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+GAINS = torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def spectral(wide: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh((wide @ wide.mT).detach())
+    return Values.apply(wide, None, vectors, values.clamp_min(0).sqrt())
+
+
+def known(wide: Tensor) -> Tensor:
+    return with_known_gradient((wide**3).sum().detach(), [3 * wide.detach() ** 2], [wide])
+
+
+ONCE = {
+    "threshold": (lambda w: singular_value_threshold(w, 0.5), (W,)),
+    "threshold, by its height": (lambda t: singular_value_threshold(W, t), (torch.tensor(0.5).double(),)),
+    "polar factor": (polar_factor, (W,)),
+    "gains": (gap_precondition, (W, GAINS)),
+    "gains, gradient alone": (lambda w: gap_precondition(w, GAINS), (W,)),
+    "gains alone": (lambda g: gap_precondition(W, g) * g.sum(), (GAINS,)),
+    "values of a threshold": (spectral, (W,)),
+    "a gradient that is known": (known, (W,)),
+}
+TWICE = {
+    "entropy": (von_neumann_entropy, (W,)),
+    "entropy by products": (lambda w: von_neumann_entropy(w, method="products"), (W,)),
+    "stable rank": (stable_rank, (W,)),
+    "modified stable rank": (lambda w: modified_stable_rank(w, 2), (W,)),
+    "nuclear norm": (nuclear_norm, (W,)),
+}
+
+
+def differentiated(fn: Any, inputs: tuple[Tensor, ...], order: int, way: str) -> Any:
+    """A derivative of some order, the last one by ``.backward()`` or by ``torch.autograd.grad``."""
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    value = (fn(*inputs) ** 2).sum()
+    for _ in range(order - 1):
+        value = sum((g**2).sum() for g in torch.autograd.grad(value, inputs, create_graph=True))
+    if way == "backward":
+        value.backward()
+        return [x.grad for x in inputs]
+    return torch.autograd.grad(value, inputs)
+
+
+@pytest.mark.parametrize("way", ["backward", "grad"])
+@pytest.mark.parametrize("case", ONCE)
+def test_a_second_derivative_is_refused_on_both_ways(case: str, way: str):
+    fn, inputs = ONCE[case]
+    assert all(g.isfinite().all() for g in differentiated(fn, inputs, 1, way))
+    with pytest.raises(RuntimeError, match="can't be differentiated again"):
+        differentiated(fn, inputs, 2, way)
+
+
+@pytest.mark.parametrize("way", ["backward", "grad"])
+@pytest.mark.parametrize("case", TWICE)
+def test_a_third_derivative_is_refused_on_both_ways(case: str, way: str):
+    fn, inputs = TWICE[case]
+    assert all(g.isfinite().all() for g in differentiated(fn, inputs, 2, way))
+    with pytest.raises(RuntimeError, match="can't be differentiated again"):
+        differentiated(fn, inputs, 3, way)
+
+
+def test_the_derivative_of_a_gradient_with_respect_to_something_else_is_right():
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    weight = W.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(scale * singular_value_threshold(weight, 0.5).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="can't be differentiated again"):
+        torch.autograd.grad(gradient.sum(), scale)
+
+
+@pytest.mark.parametrize(
+    ("fn", "inputs"),
+    [
+        (lambda w, s: _Scaled.apply(w, s, 0), (W, torch.rand(4, dtype=torch.float64))),
+        (lambda w, s: _Scaled.apply(w, s, 1), (W, torch.rand(6, dtype=torch.float64))),
+        (lambda w, s: _Scaled.apply(w, s, 0), (GAINS, torch.rand(4, dtype=torch.float64))),
+    ],
+    ids=["rows", "columns", "a vector"],
+)
+def test_masked_weights_can_be_differentiated_twice(fn: Any, inputs: tuple[Tensor, ...]):
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    assert torch.autograd.gradcheck(fn, inputs)
+    assert torch.autograd.gradgradcheck(fn, inputs)
+
+
+def test_a_straight_through_gradient_has_the_derivative_of_its_formula():
+    scores = torch.linspace(-1, 1, 5, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(straight_through(scores, 5.0).sum(), scores, create_graph=True)
+    soft = torch.sigmoid(5 * scores)
+    (expected,) = torch.autograd.grad((5 * soft * (1 - soft)).sum(), scores)
+    torch.testing.assert_close(torch.autograd.grad(gradient.sum(), scores)[0], expected)
+
+
+def test_under_transforms_too():
+    gradient = torch.func.grad(lambda w: (singular_value_threshold(w, 0.5) ** 2).sum())
+    assert torch.func.vmap(gradient)(torch.stack([W, 2 * W])).shape == (2, 4, 6)
+    with pytest.raises(RuntimeError, match="can't be differentiated again"):
+        torch.func.grad(lambda w: (gradient(w) ** 2).sum())(W)
+
+
+def test_torchs_own_decorator_is_used_nowhere():
+    for path in Path(lightning_plugins.__file__).parent.rglob("*.py"):
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert "once_differentiable" not in names, path
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+def test_a_penalty_on_gradients_is_refused_where_another_path_has_a_graph():
+    layer = nn.Linear(3, 3).double()
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    out = Squared.apply(layer(x)).sum() + (layer(x) ** 3).sum()
+    (gradient,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can't be differentiated again"):
+        torch.autograd.grad(gradient.square().sum(), list(layer.parameters()), allow_unused=True)
