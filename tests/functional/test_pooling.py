@@ -111,3 +111,78 @@ def test_what_is_no_embedding_is_refused(pool: str, features: Any, error: type[E
 def test_what_a_callable_must_return(pool: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         pool_embeddings(TOKENS, pool)
+
+
+VALID = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 0, 1, 0, 0]])
+BY_HAND = {
+    "mean": lambda tokens: tokens.mean(0, keepdim=True),
+    "max": lambda tokens: tokens.amax(0, keepdim=True),
+    "first": lambda tokens: tokens[:1],
+    "last": lambda tokens: tokens[-1:],
+    "tokens": lambda tokens: tokens,
+}
+FORMS = {
+    "integers": lambda mask: mask,
+    "bool": lambda mask: mask.bool(),
+    "float": lambda mask: mask.float(),
+    "added to scores": lambda mask: torch.where(mask.bool(), 0.0, torch.finfo(torch.float32).min)[:, None, None],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", ["NLC", "NCL", "LNC"])
+@pytest.mark.parametrize("pool", BY_HAND)
+def test_masked_pools(pool: str, layout: str, form: str):
+    expected = torch.cat([BY_HAND[pool](tokens[valid]) for tokens, valid in zip(TOKENS, VALID.bool(), strict=True)])
+    filled = torch.where(VALID.bool()[..., None], TOKENS, torch.nan)  # what stands in the padding never counts
+    given = filled.permute(["NLC".index(letter) for letter in layout])
+    torch.testing.assert_close(pool_embeddings(given, pool, layout=layout, mask=FORMS[form](VALID)), expected)
+
+
+@pytest.mark.parametrize("pool", [*BY_HAND, "flatten"])
+def test_masked_gradients(pool: str):
+    given = TOKENS.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pool_embeddings(x, pool, layout="NLC", mask=VALID), given)
+    (gradient,) = torch.autograd.grad(pool_embeddings(given, pool, layout="NLC", mask=VALID).sum(), given)
+    assert not gradient[~VALID.bool()].any()
+
+
+def test_lengths_and_samples():
+    lengths = torch.tensor([2, 5, 1, 3])
+    mask = torch.arange(5) < lengths[:, None]
+    torch.testing.assert_close(
+        pool_embeddings(TOKENS, layout="NLC", mask=lengths), pool_embeddings(TOKENS, layout="NLC", mask=mask)
+    )
+    some = torch.tensor([True, False, True, True])
+    torch.testing.assert_close(pool_embeddings(MATRIX, mask=some), MATRIX[some])
+    assert pool_embeddings(TOKENS, "tokens", layout="NLC", mask=some).shape == (15, 3)
+
+
+def test_masked_maps():
+    mask = torch.rand(4, 2, 6) < 0.5
+    mask[:, 0, 0] = True
+    expected = torch.stack([image[:, valid].mean(1) for image, valid in zip(IMAGE, mask, strict=True)])
+    for layout, given in (("NCHW", IMAGE), ("NHWC", IMAGE.movedim(1, -1))):
+        torch.testing.assert_close(pool_embeddings(given, layout=layout, mask=mask), expected)
+        torch.testing.assert_close(pool_embeddings(given, layout=layout, mask=mask[:, None]), expected)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max", "first", "last"])
+def test_a_sample_without_a_valid_position_is_a_row_of_zeros(pool: str):
+    mask = VALID.clone()
+    mask[1] = 0
+    pooled = pool_embeddings(TOKENS.double().requires_grad_(), pool, layout="NLC", mask=mask)
+    assert not pooled[1].any()
+    assert pooled.isfinite().all()
+
+
+def test_zeros_in_place_of_padding_keep_the_spectrum_of_flattened_sequences():
+    mask = torch.arange(5) < torch.tensor([2, 3, 1, 2])[:, None]
+    short = pool_embeddings(TOKENS[:, :3], "flatten", layout="NLC", mask=mask[:, :3])
+    long = pool_embeddings(TOKENS, "flatten", layout="NLC", mask=mask)
+    torch.testing.assert_close(long @ long.T, short @ short.T)
+
+
+def test_half_precision_sums_do_not_overflow():
+    tokens = torch.full((1, 300, 2), 1000.0).half()
+    assert pool_embeddings(tokens, layout="NLC", mask=torch.ones(1, 300).bool()).isfinite().all()
