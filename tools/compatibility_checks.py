@@ -33,6 +33,14 @@ class Outcome:
     problem: str = ""
 
 
+LAYOUTS = {3: "NLC", 4: "NCHW"}  # of the tensors of all cases but those that are pooled as channels last
+
+
+def _pooled(tensor: Tensor, case: Case) -> Tensor:
+    layout = LAYOUTS.get(tensor.ndim) if isinstance(case.pool, str) else None
+    return pool_embeddings(tensor, case.pool, layout=layout)
+
+
 class Witness(pl.Callback):
     """Notes, by means of its own, what the callback under test sees and does."""
 
@@ -118,7 +126,7 @@ def _check_term(case: Case, outcome: Outcome) -> None:
     outcome.parameters, outcome.ms = sum(p.numel() for p in module.parameters()), witness.ms
     expect(math.isfinite(witness.loss), "the loss is not finite")
     for name, tensor in witness.tensors.items():
-        embeddings = pool_embeddings(tensor, case.pool).double().numpy()
+        embeddings = _pooled(tensor, case).double().numpy()
         outcome.shapes[name] = rows, dim = embeddings.shape
         outcome.entropies[name] = entropy = logged[f"vne/{name}/entropy"]
         expect(rows == case.rows, f"{name} gave {rows} rows, not {case.rows}")
@@ -152,7 +160,7 @@ def _check_recomputation(case: Case, outcome: Outcome) -> None:
     witness, _, logged = train(case.checkpointed, case, plugged=True)
     outcome.parameters, outcome.ms = sum(p.numel() for p in module.parameters()), witness.ms
     for name in witness.tensors:
-        outcome.shapes[name] = tuple(pool_embeddings(witness.tensors[name], case.pool).shape)
+        outcome.shapes[name] = tuple(_pooled(witness.tensors[name], case).shape)
         outcome.entropies[name] = logged[f"vne/{name}/entropy"]
         gap = abs(logged[f"vne/{name}/entropy"] - kept_log[f"vne/{name}/entropy"])
         expect(gap < 1e-5, f"recomputation changed the entropy of {name} by {gap}")

@@ -201,9 +201,15 @@ def test_what_is_taken_and_what_is_passed_over_is_said(caplog: pytest.LogCapture
 
 @pytest.mark.parametrize(
     ("layers", "near"),
-    [("model.head", "'head'"), ("head.input", "'head:input'"), ("net.backbone.2", "'backbone.2'"), ("2", "'backbone.2'"),
-     ("backbone.0.output", "'backbone.0:output'"), ("module.backbone", "'backbone'")],
-)  # fmt: skip
+    [
+        ("model.head", "'head'"),
+        ("head.input", "'head:input'"),
+        ("net.backbone.2", "'backbone.2'"),
+        ("2", "'backbone.2'"),
+        ("backbone.0.output", "'backbone.0:output'"),
+        ("module.backbone", "'backbone'"),
+    ],
+)
 def test_near_misses_of_names(layers: str, near: str):
     with pytest.raises(ValueError, match=f"did you mean {near}"):
         fit(Classifier(), BATCHES[:1], [VNERegularization(layers, 0.1)])

@@ -154,8 +154,8 @@ def _of_inside(module: nn.Module, shape: tuple[int, ...], *, selected: bool = Fa
     """The layout from all layers inside a module: from their types, held against their widths.
 
     A module may turn its tensor, so types alone prove nothing: where one of the two candidates has as many entries as a
-    layer inside has features, and the other has not, it must be the one that the types name too. Of several tensors of a
-    module, one that was ``selected`` need not be features at all: its width must be among those inside.
+    layer inside has features, and the other has not, it must be the one that the types name too. Of several tensors of
+    a module, one that was ``selected`` need not be features at all: its width must be among those inside.
 
     Returns:
         A layout; None where types and widths do not agree on one.

@@ -95,7 +95,7 @@ class WrappedStep:
             return  # someone wrapped the step after us: without listeners we only pass it on
         del self._pl_module.training_step
         if self._own_entry is not None:
-            self._pl_module.training_step = self._own_entry  # type: ignore[method-assign]  # as it stood before
+            self._pl_module.training_step = self._own_entry
 
 
 def join_training_step(pl_module: LightningModule, listener: StepListener) -> WrappedStep:
