@@ -13,7 +13,7 @@ from lightning_plugins.callbacks._compression.costs import network_costs
 from lightning_plugins.callbacks._compression.rank_source import RankSource
 from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to_loggers
 from lightning_plugins.callbacks._surgery.swap import operate, require_operable, require_operable_optimizers
-from lightning_plugins.callbacks._trainer.logged import on_device
+from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._trainer.phases import check_phases, is_last_epoch, reached, require_end
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
@@ -215,10 +215,10 @@ class LowRankCompression(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the ranks and the cost."""
-        left = on_device(self._kept if self.finished else 1.0, pl_module)
-        pl_module.log(f"budget/{self.cost}", left, prog_bar=True)
+        left = self._kept if self.finished else 1.0
+        log_value(pl_module, f"budget/{self.cost}", left, prog_bar=True)
         for name, rank in (self.found or {}).items():
-            pl_module.log(f"rank/{name}", on_device(rank, pl_module))
+            log_value(pl_module, f"rank/{name}", rank)
         if self._penalty is not None:
             self._penalty.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

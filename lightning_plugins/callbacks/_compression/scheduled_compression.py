@@ -18,7 +18,7 @@ from lightning_plugins.callbacks._compression.requirements import require_alone,
 from lightning_plugins.callbacks._compression.settings import CompressionSettings
 from lightning_plugins.callbacks._surgery.rewrapping import rewrap
 from lightning_plugins.callbacks._surgery.swap import operate, require_operable_optimizers
-from lightning_plugins.callbacks._trainer.logged import on_device
+from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._trainer.phases import is_last_epoch, reached
 from lightning_plugins.callbacks._trainer.progress import training_progress
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
@@ -166,14 +166,14 @@ class ScheduledCompression(Callback):
     ) -> None:
         """Log the budget, and what is kept of every layer."""
         network = self._network
-        pl_module.log(f"budget/{self.settings.cost}", on_device(self._share, pl_module), prog_bar=True)
+        log_value(pl_module, f"budget/{self.settings.cost}", self._share, prog_bar=True)
         if network is None:
             return
         kept = network.kept_shares()
         for name, part in kept.items():
-            pl_module.log(f"mask/{name}/kept", part)
+            log_value(pl_module, f"mask/{name}/kept", part)
         for name, rank in self._ranks.items():
-            pl_module.log(f"rank/{name}", on_device(rank, pl_module))
+            log_value(pl_module, f"rank/{name}", rank)
         self._record.add(trainer.global_step, self._share, kept, self._ranks)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lightning_plugins._lightning import LightningModule, Trainer, is_param_in_hook_signature
+from lightning_plugins.callbacks._trainer.logged import on_device
 
 _owners: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()  # by module, the names that are taken
 _sums: WeakKeyDictionary[Any, dict[str, tuple[Any, Any, int]]] = WeakKeyDictionary()  # by module and name
@@ -20,7 +21,7 @@ def log_value(pl_module: LightningModule, name: str, value: Any, **arguments: An
     training = pl_module.trainer.training
     if training and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         arguments["batch_size"] = 1
-    pl_module.log(name, value, **arguments)
+    pl_module.log(name, on_device(value, pl_module), **arguments)
 
 
 def log_sum(pl_module: LightningModule, name: str, value: Tensor) -> None:
