@@ -15,6 +15,7 @@ from lightning_plugins.callbacks import (
     AttributionEvaluation,
     EarlyTermination,
     LayerProbe,
+    LayerCall,
     RepresentationMonitor,
     SpectrumMonitor,
     StableRankRegularization,
@@ -167,6 +168,8 @@ def assert_close(case: str, found: Any, wanted: Any, **tolerance: float) -> None
 def first_half(batch: Sequence[Tensor]) -> Tensor:
     """A truth: the first half of the features."""
     return torch.arange(batch[0].shape[1]).expand_as(batch[0]) < batch[0].shape[1] // 2
+def unmasked(call: LayerCall) -> None:
+    """A mask, named by its import path, that leaves everything in."""
 
 
 def total(features: Tensor) -> Tensor:
@@ -183,7 +186,7 @@ SETTINGS = {
         logged=("vne/head/entropy", "vne/penalty"),
         yaml="""
 - class_path: lightning_plugins.callbacks.VNERegularization
-  init_args: {layers: "head:input", weight: 0.3}
+  init_args: {layers: "head:input", weight: 0.3, select: input, mask: tests.contract_table.unmasked, layout: NC}
 """,
     ),
     "vne, more columns than rows": Setting(
@@ -280,6 +283,9 @@ SETTINGS = {
     every_n_steps: 1
     metrics: [entropy, uniformity]
     pool: tests.contract_table.total
+    select: null
+    mask: tests.contract_table.unmasked
+    layout: NC
     figures: true
     max_spectra: 4
 """,
