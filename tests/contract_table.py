@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_plugins.callbacks import (
     AttributionEvaluation,
     EarlyTermination,
-    LayerProbe,
     LayerCall,
+    LayerProbe,
     RepresentationMonitor,
     SpectrumMonitor,
     StableRankRegularization,
@@ -168,6 +168,8 @@ def assert_close(case: str, found: Any, wanted: Any, **tolerance: float) -> None
 def first_half(batch: Sequence[Tensor]) -> Tensor:
     """A truth: the first half of the features."""
     return torch.arange(batch[0].shape[1]).expand_as(batch[0]) < batch[0].shape[1] // 2
+
+
 def unmasked(call: LayerCall) -> None:
     """A mask, named by its import path, that leaves everything in."""
 

@@ -3,6 +3,7 @@
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks._terms.masks import LayerCall
+from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
 from lightning_plugins.callbacks.layer_probe import LayerProbe
@@ -20,8 +21,8 @@ __all__ = [
     "CalibrationRecorder",
     "EarlyTermination",
     "HybridCompression",
-    "LayerProbe",
     "LayerCall",
+    "LayerProbe",
     "LowRankCompression",
     "MaskScheduling",
     "RankScheduling",
