@@ -253,7 +253,7 @@ class RepresentationMonitor(Callback):
     def _attach(self, pl_module: LightningModule) -> None:
         self._capture = ObservedRows(pl_module, self.layers, self.rows)
         self._capture.attach()
-        names = [tuple(f"representation/{name}" for name in pair) for pair in self._capture.names]
+        names = [tuple(f"representation/{name}" for name in pair) for pair in self._capture.log_names]
         claimed = claim_names(pl_module, self, [(wanted, other) for wanted, other in names])
         self._names = dict(zip(self._capture.labels, (n.removeprefix("representation/") for n in claimed), strict=True))
 

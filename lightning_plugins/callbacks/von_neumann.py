@@ -238,7 +238,7 @@ class VNERegularization(Callback):
     def _attach(self, pl_module: LightningModule) -> None:
         self._capture = LayerRows(pl_module, self.layers, self.rows)
         self._capture.attach()
-        wanted = [(f"vne/{label}/entropy", f"vne/{other}/entropy") for label, other in self._capture.names]
+        wanted = [(f"vne/{label}/entropy", f"vne/{other}/entropy") for label, other in self._capture.log_names]
         self._names = dict(zip(self._capture.labels, claim_names(pl_module, self, wanted), strict=True))
 
     def _factor(self, trainer: Trainer) -> float:

@@ -1,22 +1,23 @@
 """Forward hooks that copy what layers gave, for callbacks that only look at it."""
 
-from typing import Any
+from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_plugins.callbacks._terms.capture import LayerCapture, first_tensor
+from lightning_plugins.callbacks._terms.capture import LayerRows
+from lightning_plugins.callbacks._terms.masks import LayerCall
+from lightning_plugins.callbacks._terms.rows import Rows
 
 
-class CopyingCapture(LayerCapture):
+class CopyingCapture(LayerRows):
     """The tensors of named layers, copied without a gradient: what comes after may change them in place.
 
     A layer that does not run is left out.
     """
 
-    @property
-    def labels(self) -> list[str]:
-        """All layers, whether they run or not, in the same order in every process."""
-        return list(self._references)
+    def __init__(self, model: nn.Module, layers: str | Sequence[str], *, needs_gradient: bool = False) -> None:
+        super().__init__(model, layers, Rows(), needs_gradient=needs_gradient)
+        self._tensors: dict[str, list[Tensor]] = {label: [] for label in self.labels}
 
     @property
     def names(self) -> list[str]:
@@ -33,5 +34,10 @@ class CopyingCapture(LayerCapture):
         self._clear()
         return taken
 
-    def _remember(self, label: str, value: Any) -> None:
-        self._tensors[label].append(first_tensor(value, label).detach().clone())
+    def _clear(self) -> None:
+        super()._clear()
+        for tensors in self._tensors.values():
+            tensors.clear()
+
+    def _remember(self, label: str, call: LayerCall) -> None:
+        self._tensors[label].append(call.features.detach().clone())

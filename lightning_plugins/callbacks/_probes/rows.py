@@ -108,7 +108,7 @@ class RowSelection:
         if callable(self.positions):
             rows = self.positions(features, of.batch)
         elif self.positions == "cls":
-            rows = pool_embeddings(features, "cls") if features.ndim > 2 else features
+            rows = pool_embeddings(features, "cls", layout="N...C") if features.ndim > 2 else features
         elif self.positions == "mean":
             rows = _masked_mean(features, of.mask)
         else:
@@ -151,7 +151,7 @@ def _spread(name: str, values: Tensor, shape: torch.Size) -> Tensor:
 
 def _masked_mean(features: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or features.ndim != 3:
-        return pool_embeddings(features, "mean")
+        return pool_embeddings(features, "mean", layout="NLC" if features.ndim == 3 else "NC...")
     if mask.shape != features.shape[:2]:
         raise ValueError(f"`mask` must have shape {tuple(features.shape[:2])}, got {tuple(mask.shape)}")
     weights = mask.to(features.dtype)

@@ -66,7 +66,7 @@ class LayerRows:
         return list(self._references)
 
     @property
-    def names(self) -> list[tuple[str, str]]:
+    def log_names(self) -> list[tuple[str, str]]:
         """By label, the names to log under: the label, and the one to go by where another callback has that."""
         return [(label, f"{r.name}.{r.side}") for label, r in self._references.items()]
 
