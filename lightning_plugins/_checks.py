@@ -30,6 +30,30 @@ def check_finite_number(name: str, value: float) -> float:
     return value
 
 
+def check_bool(name: str, value: bool) -> bool:
+    """Return ``value`` if it is a bool.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The argument's value.
+
+    Returns:
+        ``value``, unchanged.
+
+    Raises:
+        TypeError: If ``value`` is not a bool.
+
+    Example:
+        >>> check_bool("centred", 1)
+        Traceback (most recent call last):
+            ...
+        TypeError: `centred` must be True or False, got 1 (int)
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {_shown(value)}")
+    return value
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``choices``; the error names the nearest choice.
 
@@ -104,6 +128,31 @@ def check_non_negative_int(name: str, value: int) -> int:
         0
     """
     return _check_int_from(name, value, 0)
+
+
+def check_positive_number(name: str, value: float) -> float:
+    """Return ``value`` if it is a finite int or float above 0.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The argument's value.
+
+    Returns:
+        ``value``, unchanged.
+
+    Raises:
+        TypeError: If ``value`` is not an int or float (a bool is neither).
+        ValueError: If ``value`` is not above 0, NaN or infinite.
+
+    Example:
+        >>> check_positive_number("distortion", 0.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: `distortion` must be above 0, got 0.0
+    """
+    if check_finite_number(name, value) <= 0:
+        raise ValueError(f"`{name}` must be above 0, got {value!r}")
+    return value
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -3,6 +3,8 @@
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
 from lightning_plugins.functional.document_frequency import inverse_document_frequency
+from lightning_plugins.functional.coding_rate import coding_rate
+from lightning_plugins.functional.decorrelation import decorrelation
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -12,14 +14,19 @@ from lightning_plugins.functional.entropy import (
 )
 from lightning_plugins.functional.evidence import Evidence, log_evidence
 from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows
+from lightning_plugins.functional.epps_pulley import epps_pulley, random_directions
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
 from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.functional.preconditioning import gap_precondition
 from lightning_plugins.functional.ridge import HeldOutSums, ProbeScores, probe_scores, ridge_path
 from lightning_plugins.functional.singular_values import polar_factor, singular_value_threshold
+from lightning_plugins.functional.soft_orthogonality import soft_orthogonality
+from lightning_plugins.functional.spectral_norm import spectral_norm
 from lightning_plugins.functional.spectrum import autocorrelation_eigenvalues, normalize_rows
+from lightning_plugins.functional.spread_out import spread_out
 from lightning_plugins.functional.stable_rank import modified_stable_rank, nuclear_norm, stable_rank
 from lightning_plugins.functional.subspace import top_singular_subspace
+from lightning_plugins.functional.variance_covariance import covariance_penalty, variance_hinge
 
 __all__ = [
     "Evidence",
@@ -30,8 +37,12 @@ __all__ = [
     "autocorrelation_eigenvalues",
     "beat_spans",
     "cls_attention_correlation",
+    "coding_rate",
+    "covariance_penalty",
+    "decorrelation",
     "diagonal_entropy",
     "effective_rank",
+    "epps_pulley",
     "gap_precondition",
     "group_normal",
     "hard_concrete",
@@ -47,12 +58,17 @@ __all__ = [
     "polar_factor",
     "pool_embeddings",
     "probe_scores",
+    "random_directions",
     "renyi_entropy",
     "ridge_path",
     "singular_value_threshold",
     "spans_to_mask",
+    "soft_orthogonality",
+    "spectral_norm",
+    "spread_out",
     "stable_rank",
     "straight_through",
     "top_singular_subspace",
+    "variance_hinge",
     "von_neumann_entropy",
 ]

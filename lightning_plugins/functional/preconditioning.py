@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.functional.gram_svd import GramSVD, svd_from_left, unit_scale
 from lightning_plugins.functional.refusal import refuse_derivatives
 from lightning_plugins.functional.spectrum import at_least_float32, check_floating, finite_or_zero, full_precision
 
@@ -118,7 +119,7 @@ class _Precondition(Function):
     def forward(matrix: Tensor, gains: Tensor, turned: bool, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         left, values, rows, right, poison = _decompose(matrix, gains.shape[-1])
         # As a change of the matrix: gains of one are the identity without rounding.
-        return matrix + left @ ((gains - 1)[..., None] * rows) + poison, left, values, right
+        return matrix + left @ ((gains - 1)[..., None] * rows) + poison[..., None, None], left, values, right
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool, bool], output: tuple[Tensor, ...]) -> None:
@@ -159,25 +160,11 @@ class _Precondition(Function):
         return _Precondition.apply(matrix, gains, turned, exact), 0
 
 
-def _decompose(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Thin singular value decomposition of wide matrices of some rank at most, largest values first.
-
-    Returns:
-        ``U`` of shape ``(..., m, rank)``, the values ``(..., rank)``, the rows of ``U.T @ G`` and the same scaled to
-        unit length, ``(..., rank, n)``, with a zero row for a value below ``10 * eps`` of the largest; and 0 or NaN,
-        ``(..., 1, 1)``, to add to results.
-    """
-    # The squares of very large or small entries would overflow or vanish.
-    scale = matrix.abs().amax(dim=(-2, -1), keepdim=True)
-    scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1)
-    scaled, poison = finite_or_zero(matrix / scale)
-    left = _left_vectors(scaled, rank)
-    rows = left.mT @ scaled
-    # The rows' lengths are singular values without the squaring of the Gram matrix's eigenvalues.
-    values = torch.linalg.vector_norm(rows, dim=-1)
-    vanishing = values <= 10 * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
-    right = rows / values.masked_fill(vanishing, torch.inf)[..., None]
-    return left, values.masked_fill(vanishing, 0) * scale[..., 0], rows * scale, right, poison[..., None, None]
+def _decompose(matrix: Tensor, rank: int) -> GramSVD:
+    """Thin singular value decomposition of wide matrices of some rank at most, largest values first."""
+    scaled, scale = unit_scale(matrix)
+    scaled, poison = finite_or_zero(scaled)
+    return svd_from_left(scaled, scale, _left_vectors(scaled, rank), poison)
 
 
 def _left_vectors(matrix: Tensor, rank: int) -> Tensor:

@@ -8,14 +8,8 @@ from torch.autograd import Function
 
 from lightning_plugins._checks import check_choice, check_finite_number
 from lightning_plugins.functional.derivatives import last_derivative
-from lightning_plugins.functional.spectrum import (
-    at_least_float32,
-    check_floating,
-    decompose,
-    finite_or_zero,
-    full_precision,
-    widened_matrices,
-)
+from lightning_plugins.functional.gram_svd import check_matrices, gram_svd, unit_scale
+from lightning_plugins.functional.spectrum import at_least_float32, check_floating, full_precision, widened_matrices
 
 PolarMethod = Literal["auto", "eigh", "products"]
 
@@ -106,51 +100,10 @@ def polar_factor(weight: Tensor, *, method: PolarMethod = "auto") -> Tensor:
     return factor.mT if turned else factor
 
 
-def check_matrices(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a floating tensor ``(..., m, n)`` with rows and columns."""
-    check_floating(name, tensor)
-    shape = tuple(tensor.shape)
-    if len(shape) < 2:
-        raise ValueError(f"`{name}` must have shape (..., m, n), got {shape}; a single row is `{name}.unsqueeze(0)`")
-    if 0 in shape[-2:]:
-        raise ValueError(f"`{name}` must have shape (..., m, n) with at least one row and one column, got {shape}")
-
-
-def unit_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide matrices by their largest absolute entry, so that no square of theirs overflows or vanishes.
-
-    Returns:
-        The scaled matrices, and the scales ``(..., 1, 1)``, constant for autograd; 1 for a matrix of zeros.
-    """
-    with torch.no_grad():
-        scale = matrix.abs().amax(dim=(-2, -1), keepdim=True)
-        scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1)
-    return matrix / scale, scale
-
-
 def _wide(matrix: Tensor) -> tuple[Tensor, bool]:
     """The matrices with no more rows than columns, and whether they were transposed for that."""
     turned = matrix.shape[-2] > matrix.shape[-1]
     return (matrix.mT if turned else matrix), turned
-
-
-def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Thin singular value decomposition of wide matrices from their Gram matrices, smallest values first.
-
-    The lengths of the rows of ``U.T @ W`` are singular values without the squaring of the Gram matrix's eigenvalues.
-
-    Returns:
-        ``U`` of shape ``(..., m, m)``, the values ``(..., m)``, ``V.T`` of shape ``(..., m, n)`` with a zero row for a
-        value below ``10 * eps`` of the largest, and 0 or NaN ``(..., 1, 1)`` to add to results.
-    """
-    scaled, scale = unit_scale(matrix)
-    scaled, poison = finite_or_zero(scaled)
-    vectors = decompose(scaled @ scaled.mT, vectors=True)[1]
-    rows = vectors.mT @ scaled
-    values = torch.linalg.vector_norm(rows, dim=-1)
-    least = 10 * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
-    rows = rows / values.masked_fill(values <= least, torch.inf)[..., None]
-    return vectors, values.masked_fill(values <= least, 0) * scale[..., 0], rows, poison[..., None, None]
 
 
 def _mapped_gradient(
@@ -163,7 +116,7 @@ def _mapped_gradient(
 
     Args:
         grad: Gradient of the result, ``(..., m, n)``.
-        decomposition: ``U``, ``s`` and ``V.T`` as `_decompose` gives them.
+        decomposition: ``U``, ``s`` and ``V.T`` as `gram_svd` gives them.
         mapped: ``f(s)``.
         slope: ``f'(s)``, for equal singular values.
         ratio: ``f(s) / s``, with its limit where ``s`` is zero.
@@ -190,9 +143,9 @@ class _Threshold(Function):
 
     @staticmethod
     def forward(matrix: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        left, values, right, poison = _decompose(matrix)
+        left, values, _, right, poison = gram_svd(matrix)
         lowered = (values - threshold[..., None]).clamp_min(0)
-        return left @ (lowered[..., None] * right) + poison, left, values, right
+        return left @ (lowered[..., None] * right) + poison[..., None, None], left, values, right
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
@@ -242,9 +195,9 @@ class _Polar(Function):
 
 def _polar_parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``U``, which singular values count, these, ``V.T``, and 0 or NaN."""
-    left, values, right, poison = _decompose(matrix)
+    left, values, _, right, poison = gram_svd(matrix)
     least = (8 * torch.finfo(values.dtype).eps) ** 0.5 * values.amax(-1, keepdim=True)
-    return left, (values > least).to(values.dtype), values, right, poison
+    return left, (values > least).to(values.dtype), values, right, poison[..., None, None]
 
 
 def _polar_by_products(matrix: Tensor) -> Tensor:

@@ -6,16 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.functional.singular_values import check_matrices, polar_factor, unit_scale
+from lightning_plugins.functional.gram_svd import check_matrices, gram_eigen, unit_scale
+from lightning_plugins.functional.singular_values import polar_factor
 from lightning_plugins.functional.spectral_sum import spectral_sum
-from lightning_plugins.functional.spectrum import (
-    at_least_float32,
-    decompose,
-    finite_or_zero,
-    full_precision,
-    smaller_gram,
-    widened_matrices,
-)
+from lightning_plugins.functional.spectrum import at_least_float32, full_precision, smaller_gram, widened_matrices
 from lightning_plugins.functional.split_spectrum import head_and_tail, head_masks, root_powers
 from lightning_plugins.functional.subspace import top_singular_subspace
 
@@ -184,9 +178,7 @@ def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:
     _check_target(rank, p)
     with torch.no_grad(), full_precision(weight):
         matrix = at_least_float32(weight)
-        scaled, scale = unit_scale(matrix)
-        safe, poison = finite_or_zero(smaller_gram(scaled))
-        eigenvalues, vectors = decompose(safe, vectors=True)
+        eigenvalues, vectors, scaled, scale, poison = gram_eigen(matrix, vectors=True)
         of_head, of_tail = head_masks(eigenvalues, rank)
         powers, slopes = root_powers(eigenvalues, p)
         head, tail = (powers * of_head).sum(-1), (powers * of_tail).sum(-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.functional.singular_values import check_matrices, unit_scale
+from lightning_plugins.functional.gram_svd import check_matrices, gram_eigen
 from lightning_plugins.functional.spectrum import at_least_float32, decompose, finite_or_zero, full_precision
 
 
@@ -78,9 +78,8 @@ def top_singular_subspace(
 
 
 def _exact(matrix: Tensor, rank: int, leading: int) -> Subspace:
-    scaled, scale = unit_scale(matrix)
-    safe, poison = finite_or_zero(scaled @ scaled.mT)
-    eigenvalues, vectors = decompose(safe, vectors=True)
+    eigenvalues, vectors, _, scale, poison = gram_eigen(matrix, vectors=True)
+    scale = scale * matrix.shape[-2] ** 0.5  # the Gram matrix is divided by the number of rows
     start = vectors[..., -rank:].flip(-1).contiguous()
     basis = start[..., :leading]
     values = eigenvalues[..., -rank:].flip(-1)[..., :leading].clamp_min(0).sqrt() * scale[..., 0]

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins.functional.singular_values import check_matrices, unit_scale
-from lightning_plugins.functional.spectrum import decompose, finite_or_zero, full_precision, gram
+from lightning_plugins.functional.gram_svd import check_matrices, gram_eigen
+from lightning_plugins.functional.spectrum import full_precision
 
 
 class SpectrumSummary(NamedTuple):
@@ -47,9 +47,8 @@ def weight_singular_values(weight: Tensor) -> Tensor:
     check_matrices("weight", weight)
     with torch.no_grad(), full_precision(weight):
         matrix = weight.to(spectrum_dtype(weight))
-        scaled, scale = unit_scale(matrix)
-        safe, poison = finite_or_zero(gram(scaled))
-        squares = decompose(safe, vectors=False, overwrite=True)[0].flip(-1)
+        eigenvalues, _, _, scale, poison = gram_eigen(matrix, vectors=False)
+        squares = eigenvalues.flip(-1)
         least = 8 * torch.finfo(squares.dtype).eps * squares[..., :1]
         # The Gram matrix is divided by the number of rows.
         scale = scale[..., 0] * matrix.shape[-2] ** 0.5
