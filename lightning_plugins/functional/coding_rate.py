@@ -48,7 +48,7 @@ def coding_rate(embeddings: Tensor, *, distortion: float = 0.5, unit_rows: bool 
     with full_precision(embeddings):
         rows = normalize_rows(embeddings) if unit_rows else at_least_float32(embeddings)
         matrix, poison = finite_or_zero(smaller_gram(rows) * (rows.shape[-1] / distortion))
-        factor = torch.linalg.cholesky_ex(
-            matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        )
-        return factor[0].diagonal(dim1=-2, dim2=-1).log().sum(-1) + poison
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        factor, _ = torch.linalg.cholesky_ex(matrix + identity)
+        rate: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + poison
+    return rate

@@ -78,8 +78,10 @@ def random_directions(dim: int, number: int, *, seed: int, like: Tensor) -> Tens
         torch.Size([3, 2])
     """
     generator = torch.Generator(device=like.device).manual_seed(seed)
-    drawn = torch.randn(dim, number, generator=generator, device=like.device, dtype=like.dtype)
-    return drawn / torch.linalg.vector_norm(drawn, dim=0).clamp_min(torch.finfo(drawn.dtype).tiny)
+    # In float32 whatever the dtype: in each dtype the generator gives other numbers.
+    drawn = torch.randn(dim, number, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)
+    directions: Tensor = drawn / torch.linalg.vector_norm(drawn, dim=0).clamp_min(torch.finfo(drawn.dtype).tiny)
+    return directions
 
 
 def _half_of_the_rule(knots: int, extent: float) -> list[tuple[float, float]]:

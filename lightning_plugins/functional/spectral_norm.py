@@ -35,7 +35,8 @@ def spectral_norm(weight: Tensor) -> Tensor:
         scaled, scale = unit_scale(at_least_float32(weight))
         # The Gram matrix is divided by the number of rows.
         head, _ = head_and_tail(smaller_gram(scaled), 1, 1)
-        return head * scale[..., 0, 0] * weight.shape[-2] ** 0.5
+        norm: Tensor = head * scale[..., 0, 0] * weight.shape[-2] ** 0.5
+    return norm
 
 
 def spectral_norm_gradient(weight: Tensor) -> ValueAndGradient:

@@ -88,6 +88,9 @@ class EmbeddingTerm(nn.Module, ABC):
             The term, and all rows, detached, as they came: the remembered ones first, then those of each process in
             the order of the processes, so that the newest are last. Under ``scope="global"`` all processes get the
             same.
+
+        Raises:
+            ValueError: If a tensor does not have the shape described, or no process has a row.
         """
         check_rows("embeddings", embeddings)
         if remembered is not None:

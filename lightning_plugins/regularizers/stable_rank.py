@@ -28,7 +28,7 @@ class StableRank(nn.Module):
         tensor(0.4000)
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = check_finite_number("weight", weight)
 

@@ -142,8 +142,8 @@ def step_in_parallel(rank: int, processes: int) -> list[Any]:
             layer = nn.Linear(5, dim, bias=False, dtype=torch.float64)
             with torch.no_grad():
                 layer.weight.copy_(weight)
-            term = make(name)
-            value, rows = term.with_rows(DistributedDataParallel(layer)(parts[rank]), draw(2, dim, seed=4))
+            parallel = DistributedDataParallel(layer)
+            value, rows = make(name).with_rows(parallel(parts[rank]), draw(2, dim, seed=4))
             ((rank + 1) * value).backward()
             local = make(name, scope="local")(parts[rank] @ weight.T) if len(parts[rank]) else None
             results.append((value.detach(), layer.weight.grad, rows, local))
