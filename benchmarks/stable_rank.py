@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.functional.stable_rank import exact_gradient
-from lightning_plugins.weights import Target, select_targets
+from lightning_plugins.weights import WeightMatrix, select_targets
 
 WEIGHT = 1e-3
 FORMS: dict[str, dict[str, Any]] = {
@@ -71,19 +71,18 @@ class Timed(StableRankRegularization):
         self.errors: list[float] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        weights = [weight.tensor for weight, _ in self._targets]
+        weights = [weight.tensor for weight in self._weights]
         gradients = [weight.grad for weight in weights]
         for weight in weights:
             weight.grad = torch.full_like(weight, 0.0)  # zeros would be paged in only when added to
         start = now(pl_module)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self.seconds.append(now(pl_module) - start)
-        self.errors.append(max(self.error_of(target) for target in self._targets))
+        self.errors.append(max(self.error_of(weight, self._ranks[weight.label]) for weight in self._weights))
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient + weight.grad
 
-    def error_of(self, target: Target) -> float:
-        weight, rank = target
+    def error_of(self, weight: WeightMatrix, rank: int | None) -> float:
         matrix = weight.take(weight.tensor.detach()).double()
         exact = WEIGHT * exact_gradient(matrix, *((1, 2) if rank is None else (rank, self.p))).gradient
         return float((weight.take(weight.tensor.grad).double() - exact).norm() / exact.norm())

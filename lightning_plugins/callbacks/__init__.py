@@ -12,9 +12,11 @@ from lightning_plugins.callbacks.mask_scheduling import MaskScheduling
 from lightning_plugins.callbacks.probe_layers import probe_layers
 from lightning_plugins.callbacks.rank_scheduling import RankScheduling
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
+from lightning_plugins.callbacks.spectral_norm_cap import SpectralNormCap
 from lightning_plugins.callbacks.spectrum_monitor import SpectrumMonitor
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.callbacks.von_neumann import VNERegularization
+from lightning_plugins.callbacks.weight_regularization import WeightRegularization
 
 __all__ = [
     "AttributionEvaluation",
@@ -27,8 +29,10 @@ __all__ = [
     "MaskScheduling",
     "RankScheduling",
     "RepresentationMonitor",
+    "SpectralNormCap",
     "SpectrumMonitor",
     "StableRankRegularization",
     "VNERegularization",
     "probe_layers",
+    "WeightRegularization",
 ]

@@ -108,6 +108,25 @@ def _add_to_sources(weight: WeightMatrix, parts: Sequence[Tensor], factor: float
             source.grad.add_(gradient, alpha=factor)
 
 
+def scale_rows(parameter: Tensor, rows: tuple[int, int] | None, factors: Tensor) -> None:
+    """Multiply rows of a parameter in place.
+
+    Args:
+        parameter: The parameter, of shape ``(O, ...)``; one that is sharded over the processes stays so.
+        rows: The rows that are meant, from and up to; None for all.
+        factors: A scalar, or one number for each of these rows; the same on all processes.
+    """
+    first, last = (0, len(parameter)) if rows is None else rows
+    factors = factors.to(parameter.dtype).expand(last - first).view(-1, *[1] * (parameter.ndim - 1))
+    if not _is_sharded(parameter):
+        parameter.data[first:last].mul_(factors)
+        return
+    whole = torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    whole[first:last] *= factors
+    local: Any = parameter.data
+    local.to_local().mul_(_sharded_like(parameter, whole).to_local())  # type: ignore[operator]  # DTensor's
+
+
 def _add_in_place(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, wanted: Tensor) -> bool:
     """Add the parts without a tensor of the weight's size between; tells whether the memory layout allows it."""
     parameter, (scale, left, right) = weight.tensor, parts

@@ -3,7 +3,7 @@
 import math
 
 from lightning_plugins._lightning import Trainer
-from lightning_plugins.schedules import Progress
+from lightning_plugins.schedules import Progress, Schedule
 
 
 def steps_done(trainer: Trainer) -> int:
@@ -57,3 +57,17 @@ def _fraction_of_batches(trainer: Trainer, progress: Progress) -> float | None:
     if trainer.max_steps != -1:  # counts the steps of all optimizers, as `global_step` does
         parts.append(trainer.global_step / max(trainer.max_steps, 1))
     return max(parts, default=None)
+
+
+def check_schedule(schedule: Schedule | None) -> Schedule | None:
+    """Return ``schedule`` if it is a Schedule or None.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"`schedule` must be a Schedule, got {schedule!r} ({type(schedule).__name__}); take one out of "
+            "`lightning_plugins.schedules`, where a number is `Constant(number)`, or subclass Schedule"
+        )
+    return schedule
