@@ -12,6 +12,7 @@ from lightning_plugins.callbacks.mask_scheduling import MaskScheduling
 from lightning_plugins.callbacks.probe_layers import probe_layers
 from lightning_plugins.callbacks.rank_scheduling import RankScheduling
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
+from lightning_plugins.callbacks.representation_regularization import RepresentationRegularization
 from lightning_plugins.callbacks.spectral_norm_cap import SpectralNormCap
 from lightning_plugins.callbacks.spectrum_monitor import SpectrumMonitor
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
@@ -29,6 +30,7 @@ __all__ = [
     "MaskScheduling",
     "RankScheduling",
     "RepresentationMonitor",
+    "RepresentationRegularization",
     "SpectralNormCap",
     "SpectrumMonitor",
     "StableRankRegularization",

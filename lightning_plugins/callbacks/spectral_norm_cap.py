@@ -191,7 +191,8 @@ class SpectralNormCap(Callback):
 
 
 def _vectors(matrix: Tensor) -> int:
-    return min(_VECTORS, *matrix.shape[-2:])
+    rows, columns = matrix.shape[-2:]
+    return min(_VECTORS, rows, columns)
 
 
 def _buffers(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ class QueryKeyNorms(NamedTuple):
 
 
 def query_key_norms(query: Tensor, key: Tensor, start: Tensor | None = None) -> QueryKeyNorms:
-    """Spectral norm of the bilinear map ``Q.T @ K`` that each head's logits are made with, without the ``d x d`` matrix.
+    """Spectral norm of the bilinear map ``Q.T @ K`` of each head's logits, without the ``d x d`` matrix.
 
     Without ``start`` it is exact. With it the value is the best one within its span, never above the true one, and the
     ``start`` that is returned is one power iteration further.
@@ -71,4 +71,5 @@ def _exact(query: Tensor, key: Tensor) -> Tensor:
     _, left = torch.linalg.qr(query.mT)
     basis, right = torch.linalg.qr(key.mT)
     small = torch.linalg.svd(left @ right.mT)[2].mT  # never differentiated
-    return basis @ small[..., : min(_VECTORS, small.shape[-1])]
+    vectors: Tensor = basis @ small[..., : min(_VECTORS, small.shape[-1])]
+    return vectors

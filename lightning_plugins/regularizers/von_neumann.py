@@ -45,7 +45,7 @@ class VonNeumannEntropy(nn.Module):
         Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434. The scope over ranks is ours.
     """
 
-    def __init__(self, weight: float, *, scope: Scope = "global", method: Method = "auto") -> None:
+    def __init__(self, weight: float = 1.0, *, scope: Scope = "global", method: Method = "auto") -> None:
         super().__init__()
         self.weight = check_finite_number("weight", weight)
         self.scope = check_choice("scope", scope, get_args(Scope))
@@ -97,6 +97,19 @@ class VonNeumannEntropy(nn.Module):
         blocks = gather_rows(rows, counts) if len(counts) > 1 else [rows]
         every_row = torch.cat([memory, *blocks]).detach()
         return _entropy_of_rows(blocks, memory, self.method), every_row
+
+    def with_rows(self, embeddings: Tensor, remembered: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the term ``-weight * S`` and the rows it was computed from, as other terms of embeddings do.
+
+        Args:
+            embeddings: As for `entropy`.
+            remembered: As for `entropy`.
+
+        Returns:
+            The term, and the rows as `entropy_with_rows` gives them; without ``remembered`` the embeddings' own.
+        """
+        entropy, rows = self.entropy_with_rows(embeddings, remembered)
+        return -self.weight * entropy, rows
 
     def extra_repr(self) -> str:
         """Show the settings."""

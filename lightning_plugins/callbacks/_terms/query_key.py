@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks._terms.weight_gradients import scale_rows
@@ -31,9 +30,10 @@ class Map(NamedTuple):
 
     def heads(self, number: int) -> Tensor:
         """The map as ``(heads, h, d)``; assembled if it is sharded."""
-        whole = full_tensor(self.module._parameters[self.weight].detach())  # type: ignore[union-attr]  # it is there
+        whole = full_tensor(getattr(self.module, self.weight).detach())
         part = whole if self.rows is None else whole[self.rows[0] : self.rows[1]]
-        return part.unflatten(0, (number, -1))
+        heads: Tensor = part.unflatten(0, (number, -1))
+        return heads
 
     def scale(self, factors: Tensor) -> None:
         """Multiply the rows of each head by its factor, and its biases: the logits then shrink as a whole."""
@@ -103,7 +103,7 @@ def _maps(name: str, module: nn.Module) -> QueryKey | None:
         query, key = (Map(part, "weight", "bias") for part in pair if part is not None)
     if number is None:
         return None
-    shapes = [tuple(torch.empty_like(m.module._parameters[m.weight], device="meta").shape) for m in (query, key)]
+    shapes = [tuple(getattr(part.module, part.weight).shape) for part in (query, key)]
     if query.rows is None and shapes[0] != shapes[1]:
         raise ValueError(
             f"`layers`: {name!r} must have queries and keys of one shape, got {shapes[0]} and {shapes[1]}; keys that "

@@ -123,8 +123,8 @@ def scale_rows(parameter: Tensor, rows: tuple[int, int] | None, factors: Tensor)
         return
     whole = torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     whole[first:last] *= factors
-    local: Any = parameter.data
-    local.to_local().mul_(_sharded_like(parameter, whole).to_local())  # type: ignore[operator]  # DTensor's
+    own, wanted = (_local(tensor) for tensor in (parameter.data, _sharded_like(parameter, whole)))
+    own.mul_(wanted)
 
 
 def _add_in_place(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, wanted: Tensor) -> bool:
@@ -166,6 +166,12 @@ def _is_sharded(parameter: Tensor) -> bool:
     from torch.distributed.tensor import DTensor  # late: it costs a good part of a second
 
     return isinstance(parameter, DTensor)
+
+
+def _local(sharded: Any) -> Tensor:
+    """The part of a ``DTensor`` on this process, which shares its memory."""
+    part: Tensor = sharded.to_local()
+    return part
 
 
 def _sharded_like(parameter: Any, whole: Tensor) -> Tensor:
