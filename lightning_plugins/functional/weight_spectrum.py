@@ -17,11 +17,14 @@ class SpectrumSummary(NamedTuple):
         effective_rank: ``exp`` of the entropy of the singular values divided by their sum, after Roy and Vetterli; from
             1 to the rank.
         spectral_norm: The largest singular value.
+        tail_exponent: ``alpha`` of the power law ``x ** -alpha`` that the largest squared singular values follow; see
+            `power_law_tail`.
     """
 
     stable_rank: float
     effective_rank: float
     spectral_norm: float
+    tail_exponent: float
 
 
 def weight_singular_values(weight: Tensor) -> Tensor:
@@ -68,11 +71,11 @@ def summarize_spectrum(values: Tensor) -> SpectrumSummary:
         values: Singular values, shape ``(n,)``, largest first.
 
     Returns:
-        The three numbers; ranks of 1 for zeros alone, NaN where a value is NaN.
+        The four numbers; ranks of 1 for zeros alone, NaN where a value is NaN.
 
     Example:
         >>> summarize_spectrum(torch.tensor([2.0, 0.0, 0.0]))
-        SpectrumSummary(stable_rank=1.0, effective_rank=1.0, spectral_norm=2.0)
+        SpectrumSummary(stable_rank=1.0, effective_rank=1.0, spectral_norm=2.0, tail_exponent=nan)
     """
     values = values.double().cpu()
     largest = values[:1].masked_fill(values[:1] == 0, 1)
@@ -80,4 +83,45 @@ def summarize_spectrum(values: Tensor) -> SpectrumSummary:
     total = shares.sum()
     entropy = torch.special.entr(shares / total.masked_fill(total == 0, 1)).sum()
     stable = shares.square().sum()
-    return SpectrumSummary(float(stable.masked_fill(stable == 0, 1)), float(entropy.exp()), float(values[0]))
+    ranks = float(stable.masked_fill(stable == 0, 1)), float(entropy.exp())
+    return SpectrumSummary(*ranks, float(values[0]), float(power_law_tail(values.square())))
+
+
+def power_law_tail(eigenvalues: Tensor) -> Tensor:
+    """Exponent of the power law that the largest of positive numbers follow, with the start of the tail fitted too.
+
+    For a tail that starts at the k-th largest number ``x[k]``, the exponent of greatest likelihood is ``1 + k /
+    sum(log(x[i] / x[k]))``; of up to 256 starts the one is taken whose fit is nearest to the numbers in the distance of
+    Kolmogorov and Smirnov. Weights of well trained networks were found between 2 and 6; random ones are above.
+
+    Args:
+        eigenvalues: Tensor of shape ``(n,)``, largest first; what is not above zero is left out.
+
+    Returns:
+        Scalar, float64; NaN with fewer than four positive numbers, or where they are all equal.
+
+    Example:
+        >>> numbers = torch.linspace(0.999, 0.001, 999).sub(1).neg().pow(-1 / 2)  # of density x ** -3
+        >>> round(power_law_tail(numbers.sort(descending=True).values).item(), 1)
+        3.0
+
+    Source:
+        Clauset, Shalizi and Newman, SIAM Review 2009, https://arxiv.org/abs/0706.1062; Martin and Mahoney, JMLR 2021,
+        https://arxiv.org/abs/1810.01075, for its use on weights.
+    """
+    logs = eigenvalues[eigenvalues > 0].double().log()
+    number = len(logs)
+    if number < 4 or not bool((logs[0] > logs[-1]) & logs.isfinite().all()):
+        return logs.new_full((), torch.nan)
+    starts = torch.linspace(2, number - 1, min(256, number - 2)).round().long().unique()  # so many are above the start
+    excess = logs.cumsum(0)[starts] - starts.add(1) * logs[starts]
+    excess = excess.masked_fill(excess <= 0, torch.nan)
+    exponents = 1 + (starts + 1) / excess
+    beyond = 1 - ((1 - exponents)[:, None] * (logs[None] - logs[starts, None])).exp()  # the law's share below each one
+    position = torch.arange(number)
+    empirical = 1 - position[None] / (starts + 1)[:, None]
+    inside = position[None] <= starts[:, None]
+    upper, lower = (beyond - empirical).abs(), (beyond - empirical + 1 / (starts + 1)[:, None]).abs()
+    distance = torch.maximum(upper, lower).masked_fill(~inside, 0).amax(1)
+    exponent: Tensor = exponents[distance.nan_to_num(nan=torch.inf).argmin()]
+    return exponent

@@ -1,7 +1,8 @@
 """Metrics of representations and of few-shot tasks, exact over batches and ranks.
 
-Of those of representations all but `Alignment` and `Uniformity` are functions of one summed Gram matrix: cheap to
-update, exact however the rows are split, and independent of how many rows there are.
+Of those of representations all but `Alignment` and `Uniformity` are functions of summed Gram matrices (by class or view
+where they take labels or views): cheap to update, exact however the rows are split, and independent of how many rows
+there are.
 """
 
 from lightning_plugins.metrics._probe.result import ProbeResult
@@ -22,12 +23,16 @@ from lightning_plugins.metrics.attribution import (
     RelevanceRankAccuracy,
     Sensitivity,
 )
+from lightning_plugins.metrics.alpha_req import AlphaReQ
 from lightning_plugins.metrics.correlation_gap import CorrelationGap
 from lightning_plugins.metrics.effective_rank import EffectiveRank
+from lightning_plugins.metrics.feature_stable_rank import FeatureStableRank
 from lightning_plugins.metrics.few_shot import FewShotAccuracy, FewShotAccuracyInterval
 from lightning_plugins.metrics.isotropy import Isotropy
 from lightning_plugins.metrics.linear_probe import LinearProbe
 from lightning_plugins.metrics.nearest_neighbour_probe import NearestNeighbourProbe, NearestNeighbourResult
+from lightning_plugins.metrics.lidar import LabelledLiDAR, LiDAR
+from lightning_plugins.metrics.neural_collapse import ClassRank, NeuralCollapse
 from lightning_plugins.metrics.rank_me import RankMe
 from lightning_plugins.metrics.uniformity import Uniformity
 from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
@@ -40,10 +45,13 @@ __all__ = [
     "AttributionLocalization",
     "AttributionScore",
     "CLSAttentionCorrelation",
+    "AlphaReQ",
+    "ClassRank",
     "CorrelationGap",
     "DegradationScore",
     "EffectiveRank",
     "FaithfulnessCorrelation",
+    "FeatureStableRank",
     "FewShotAccuracy",
     "FewShotAccuracyInterval",
     "Infidelity",
@@ -55,6 +63,10 @@ __all__ = [
     "NearestNeighbourResult",
     "PointingGame",
     "ProbeResult",
+    "LabelledLiDAR",
+    "LiDAR",
+    "MeanWithInterval",
+    "NeuralCollapse",
     "RankMe",
     "RegionPerturbation",
     "RelevanceRankAccuracy",

@@ -51,7 +51,7 @@ def check_name(name: str | None, term: Any) -> str:
     """
     if name is None:
         words = getattr(term, "__name__", type(term).__name__)
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", words).lower()
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words).lower()
     if not isinstance(name, str):
         raise TypeError(f"`name` must be a string, got {name!r} ({type(name).__name__})")
     if not name or "/" in name:
