@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from lightning_plugins import regularizers
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
-from lightning_plugins.callbacks._terms.capture import LayerCapture
+from lightning_plugins.callbacks._terms.capture import LayerRows
 from lightning_plugins.callbacks._terms.given_term import check_name, check_term, term_key
+from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
+from lightning_plugins.callbacks._terms.masks import Mask
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
-from lightning_plugins.callbacks._terms.pool import pool_name, resolve_pool
+from lightning_plugins.callbacks._terms.pool import Pool
+from lightning_plugins.callbacks._terms.rows import Rows
+from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.progress import check_schedule, training_progress
 from lightning_plugins.callbacks._trainer.requirements import (
@@ -23,7 +27,6 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_lightning_module,
     require_supported_strategy,
 )
-from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.regularizers import EmbeddingTerm
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
@@ -49,9 +52,20 @@ class RepresentationRegularization(Callback):
             step. Parameters of a term are not trained.
         weight: Factor on the term, beside the one it may have itself.
         name: What to log the term under; the name of its class by default, as in ``coding_rate``.
-        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"``, ``"mean_last"`` (where
-            channels are last), ``"cls"``, ``"tokens"``, ``"flatten"``, or a callable (or its import path) from the
-            layer's tensor to a tensor of shape ``(N, d)``.
+        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"`` or ``"max"`` over the valid
+            positions, ``"first"`` or ``"last"`` of them, ``"cls"`` (the first position), ``"tokens"`` (every valid
+            position is a row), ``"flatten"``, or a callable from the layer's tensor (and the mask, if one is named) to
+            a tensor of shape ``(N, d)``; also its import path, or its ``class_path`` and ``init_args``.
+        select: Which tensor of a nested output (or input): an index, a key, an attribute, or a list of them from the
+            outside in, as ``["hidden_states", -1]``. By default the first one, of a transformers output
+            ``last_hidden_state``.
+        mask: Which positions are no padding: the name of an argument that the layer, or a module around it, receives in
+            the same call, or of an entry of the batch (an int: its position), or a callable from the
+            `lightning_plugins.callbacks.LayerCall` to the mask; see `lightning_plugins.functional.pool_embeddings`. A
+            name that ends in ``padding_mask`` is, as in torch, true at the padding. Packed and nested sequences need
+            none.
+        layout: What the dimensions of the tensor are, one letter each, as ``"NLC"``; needed where the module does not
+            tell.
         queue_size: This many rows of earlier batches are remembered and join the batch, for batches too small to show
             a spectrum. No gradient flows through them; they are saved in checkpoints.
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
@@ -81,7 +95,10 @@ class RepresentationRegularization(Callback):
         weight: float = 1.0,
         *,
         name: str | None = None,
-        pool: str | Callable[[Tensor], Tensor] = "mean",
+        pool: Pool = "mean",
+        select: Select = None,
+        mask: Mask | dict[str, Any] = None,
+        layout: str | None = None,
         queue_size: int = 0,
         schedule: Schedule | None = None,
         every_n_steps: int = 1,
@@ -92,12 +109,12 @@ class RepresentationRegularization(Callback):
         self.term = check_term(term, example="CodingRate()", known=_KNOWN)
         self.weight = check_finite_number("weight", weight)
         self.method = check_name(name, term)
+        self.rows = Rows(pool, select, mask, layout)
         self.pool = pool
         self.queue_size = check_non_negative_int("queue_size", queue_size)
         self.schedule = check_schedule(schedule)
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
-        self._pool = resolve_pool(pool)
-        self._over_processes = term if hasattr(term, "with_rows") else _OverProcesses(term)
+        self._over_processes: Any = term if hasattr(term, "with_rows") else _OverProcesses(term)
         if queue_size and self._over_processes.scope == "local":
             raise ValueError(
                 "`queue_size` remembers the rows of all ranks and needs `scope='global'`, got `scope='local'`; "
@@ -106,7 +123,8 @@ class RepresentationRegularization(Callback):
         self._guard = NonfiniteGuard(self.method, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._queues: dict[str, Tensor] = {}  # per layer, rows, the newest last
         self._constant: set[str] = set()  # layers that a warning was given for
-        self._capture: LayerCapture | None = None
+        self._capture: LayerRows | None = None
+        self._names: dict[str, str] = {}  # by layer, what its term is logged under
         self._step: WrappedStep | None = None
 
     @property
@@ -117,7 +135,7 @@ class RepresentationRegularization(Callback):
             term=term_key(self.term),
             weight=self.weight,
             name=self.method,
-            pool=pool_name(self.pool),
+            **self.rows.key(),
             queue_size=self.queue_size,
             schedule=repr(self.schedule),
             every_n_steps=self.every_n_steps,
@@ -153,6 +171,7 @@ class RepresentationRegularization(Callback):
         if self._step is not None:
             self._step.leave(self)
         self._capture = self._step = None
+        release_names(pl_module, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module as it was: ``teardown`` does not run after an exception."""
@@ -162,7 +181,7 @@ class RepresentationRegularization(Callback):
         """Record the layers' tensors if this step carries the term (for the wrapper of the training step)."""
         if self._capture is None or pl_module.global_step % self.every_n_steps:
             return nullcontext()
-        return self._capture.recording()
+        return self._capture.recording(self._step.batch if self._step is not None else None)
 
     def penalty(self, pl_module: LightningModule) -> Tensor | None:
         """The sum of the layers' terms at this step (for the wrapper of the training step)."""
@@ -175,8 +194,7 @@ class RepresentationRegularization(Callback):
         for label, tensors in self._capture.take().items():
             values = [self._value(tensor, label) for tensor in tensors]
             self._warn_if_constant(label, tensors)
-            name, logged = self._logged(label, torch.stack(values).detach().mean())
-            pl_module.log(name, logged)
+            log_value(pl_module, self._names[label], self._shown(torch.stack(values).detach().mean()))
             kept = [self._guard.leave(value, label) for value in values]
             penalties.append(weight * torch.stack(kept).mean())
         return torch.stack(penalties).sum()
@@ -207,13 +225,19 @@ class RepresentationRegularization(Callback):
 
     _mixin = "VNEMixin"
 
-    def _logged(self, label: str, value: Tensor) -> tuple[str, Tensor]:
-        """The name and the number that a layer's term is logged as."""
-        return f"{self.method}/{label}", value
+    def _name_of(self, label: str) -> str:
+        """The name that a layer's term is logged under."""
+        return f"{self.method}/{label}"
+
+    def _shown(self, value: Tensor) -> Tensor:
+        """The number that is logged of a term."""
+        return value
 
     def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = LayerCapture(pl_module, self.layers, needs_gradient=True)
+        self._capture = LayerRows(pl_module, self.layers, self.rows)
         self._capture.attach()
+        wanted = [(self._name_of(label), self._name_of(other)) for label, other in self._capture.names]
+        self._names = dict(zip(self._capture.labels, claim_names(pl_module, self, wanted), strict=True))
 
     def _factor(self, trainer: Trainer) -> float:
         if self.schedule is None:
@@ -229,11 +253,13 @@ class RepresentationRegularization(Callback):
                 "name a layer behind one that is trained, if nothing will be thawed"
             )
 
-    def _value(self, tensor: Tensor, label: str) -> Tensor:
+    def _value(self, embeddings: Tensor, label: str) -> Tensor:
         try:
-            embeddings = self._guard.enter(pool_embeddings(tensor, self._pool))
+            embeddings = self._guard.enter(embeddings)
+            value: Tensor
             if not self.queue_size:
-                return self._over_processes.with_rows(embeddings)[0]
+                value = self._over_processes(embeddings)
+                return value
             value, rows = self._over_processes.with_rows(embeddings, self._queues.get(label))
         except (TypeError, ValueError) as error:
             raise type(error)(f"`layers`: {label!r}: {error}") from error

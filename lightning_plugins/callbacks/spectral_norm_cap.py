@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_int, check_positive_number
 from lightning_plugins._lightning import Callback, LightningModule, Trainer
+from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._terms.query_key import QueryKey, select_query_key
 from lightning_plugins.callbacks._terms.weight_gradients import scale_rows, shared_out
 from lightning_plugins.callbacks._trainer.requirements import (
@@ -122,7 +123,7 @@ class SpectralNormCap(Callback):
         with torch.no_grad():
             norms = self._cap_weights() if self.of == "weight" else self._cap_maps()
         for label, norm in norms.items():
-            pl_module.log(f"spectral_norm_cap/{label}", norm.max())
+            log_value(pl_module, f"spectral_norm_cap/{label}", norm.max())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module."""

@@ -1,41 +1,19 @@
 """The von Neumann entropy term as a callback for training loops that already exist."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from lightning_plugins._checks import (
-    check_choice,
-    check_finite_number,
-    check_non_negative_int,
-    check_positive_int,
-)
-from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
-from lightning_plugins.callbacks._terms.capture import LayerRows
-from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
+from lightning_plugins._checks import check_choice
 from lightning_plugins.callbacks._terms.masks import Mask
-from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
 from lightning_plugins.callbacks._terms.pool import Pool
-from lightning_plugins.callbacks._terms.rows import Rows
 from lightning_plugins.callbacks._terms.select import Select
-from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
-from lightning_plugins.callbacks._trainer.progress import steps_done, training_progress
-from lightning_plugins.callbacks._trainer.requirements import (
-    makes_layers_late,
-    require_automatic_optimization,
-    require_known_total,
-    require_lightning_module,
-    require_supported_strategy,
-)
-from lightning_plugins.distributed import is_distributed
+from lightning_plugins.callbacks.representation_regularization import RepresentationRegularization
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 from lightning_plugins.schedules import Schedule
-from lightning_plugins.selection import check_layers
 
 
-class VNERegularization(Callback):
+class VNERegularization(RepresentationRegularization):
     r"""Raise or lower the von Neumann entropy of layers' representations during training.
 
     Adds ``-weight * S`` to the loss of every training step, where ``S``, in nats, is the entropy of the spectrum of the
@@ -95,8 +73,6 @@ class VNERegularization(Callback):
         Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434. `scope="global"`, `queue_size` and `schedule` are ours.
     """
 
-    method = "vne"
-
     def __init__(
         self,
         layers: str | list[str],
@@ -113,38 +89,21 @@ class VNERegularization(Callback):
         method: Literal["auto", "eigh", "products"] = "auto",
         on_nonfinite: Literal["skip", "raise"] = "skip",
     ) -> None:
-        super().__init__()
-        self.layers = check_layers(layers)
-        self.weight = check_finite_number("weight", weight)
-        self.rows = Rows(pool, select, mask, layout)
-        self.pool = pool
-        self.queue_size = check_non_negative_int("queue_size", queue_size)
-        self.schedule = schedule
-        self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         self.scope = check_choice("scope", scope, ("global", "local"))
-        if queue_size and scope == "local":
-            raise ValueError(
-                "`queue_size` remembers the rows of all ranks and needs `scope='global'`, got `scope='local'`; "
-                "on a single device the two scopes are the same"
-            )
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"`schedule` must be a Schedule, got {schedule!r} ({type(schedule).__name__}); take one out of "
-                "`lightning_plugins.schedules`, where a number is `Constant(number)`, or subclass Schedule"
-            )
-        self._term = VonNeumannEntropy(weight, scope=scope, method=method)
-        self._guard = NonfiniteGuard(self.method, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
-        if abs(self.weight) >= 1:
-            rank_zero_warn(
-                f"`weight={self.weight}` is large: the authors advise an absolute value far below 0.5, beyond which "
-                "the term flattens the spectrum of whatever the batch holds; start at 0.05 to 0.1"
-            )
-        self._queues: dict[str, Tensor] = {}  # per layer, unit rows, the newest last
-        self._constant: set[str] = set()  # layers that a warning was given for
-        self._single: set[str] = set()  # layers that a warning of single rows was given for
-        self._capture: LayerRows | None = None
-        self._names: dict[str, str] = {}  # by layer, what its entropy is logged under
-        self._step: WrappedStep | None = None
+        super().__init__(
+            layers,
+            VonNeumannEntropy(scope=scope, method=method),
+            weight,
+            name="vne",
+            pool=pool,
+            select=select,
+            mask=mask,
+            layout=layout,
+            queue_size=queue_size,
+            schedule=schedule,
+            every_n_steps=every_n_steps,
+            on_nonfinite=on_nonfinite,
+        )
 
     @property
     def state_key(self) -> str:
@@ -159,120 +118,8 @@ class VNERegularization(Callback):
             every_n_steps=self.every_n_steps,
         )
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the module and the Trainer, register the hooks and join the training step."""
-        if stage != "fit":
-            return
-        name = type(self).__name__
-        require_lightning_module(name, pl_module)
-        require_automatic_optimization(name, pl_module, mixin="VNEMixin")
-        require_supported_strategy(name, trainer)
-        require_known_total(name, self.schedule, trainer)
-        if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
-            self._queues.clear()
-            self._guard.restore(0)
-        self._step = join_training_step(pl_module, self)
-        if not makes_layers_late(pl_module):
-            self._attach(pl_module)
+    def _name_of(self, label: str) -> str:
+        return f"vne/{label}/entropy"
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
-        if self._capture is None:
-            self._attach(pl_module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
-        if self._capture is not None:
-            self._capture.detach()
-        if self._step is not None:
-            self._step.leave(self)
-        self._capture = self._step = None
-        release_names(pl_module, self)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was: ``teardown`` does not run after an exception."""
-        self.teardown(trainer, pl_module, stage="fit")
-
-    def recording(self, pl_module: LightningModule) -> AbstractContextManager[None]:
-        """Record the layers' tensors if this step carries the term (for the wrapper of the training step)."""
-        if self._capture is None or steps_done(pl_module.trainer) % self.every_n_steps:
-            return nullcontext()
-        return self._capture.recording(self._step.batch if self._step is not None else None)
-
-    def penalty(self, pl_module: LightningModule) -> Tensor | None:
-        """The sum of the layers' terms at this step (for the wrapper of the training step)."""
-        if self._capture is None or steps_done(pl_module.trainer) % self.every_n_steps:
-            return None
-        weight = self.weight * self.every_n_steps * self._factor(pl_module.trainer)
-        penalties = []
-        for label, tensors in self._capture.take().items():
-            entropies = [self._entropy(tensor, label) for tensor in tensors]
-            self._warn_if_constant(label, tensors)
-            log_value(pl_module, self._names[label], torch.stack(entropies).detach().mean())
-            kept = [self._guard.leave(entropy, label) for entropy in entropies]
-            penalties.append(-weight * torch.stack(kept).mean())
-        return torch.stack(penalties).sum()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Say once if terms were left out, when the loggers look at the device anyway."""
-        self._guard.report(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say once if terms were left out."""
-        self._guard.warn_once()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The remembered rows and the count of terms left out."""
-        return {
-            "queues": {label: rows.clone() for label, rows in self._queues.items()},
-            "skipped": self._guard.skipped(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's rows and count."""
-        self._queues = dict(state_dict["queues"])
-        self._guard.restore(state_dict["skipped"])
-
-    def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = LayerRows(pl_module, self.layers, self.rows)
-        self._capture.attach()
-        wanted = [(f"vne/{label}/entropy", f"vne/{other}/entropy") for label, other in self._capture.log_names]
-        self._names = dict(zip(self._capture.labels, claim_names(pl_module, self, wanted), strict=True))
-
-    def _factor(self, trainer: Trainer) -> float:
-        if self.schedule is None:
-            return 1.0
-        return self.schedule(training_progress(trainer, with_totals=self.schedule.needs_total))
-
-    def _warn_if_constant(self, label: str, tensors: list[Tensor]) -> None:
-        # No error: a callback that thaws layers may be at work.
-        if label not in self._constant and not any(tensor.requires_grad for tensor in tensors):
-            self._constant.add(label)
-            rank_zero_warn(
-                f"`layers`: nothing before {label!r} is trained at this step, so its term has no effect on any weight; "
-                "name a layer behind one that is trained, if nothing will be thawed"
-            )
-
-    def _warn_if_single(self, label: str, embeddings: Tensor) -> None:
-        alone = len(embeddings) == 1 and (self.scope == "local" or not is_distributed())
-        if alone and not self.queue_size and label not in self._single:
-            self._single.add(label)
-            rank_zero_warn(
-                f"`layers`: {label!r} gave one row, whose entropy is 0 whatever it is, so the term does nothing at "
-                "such a step; make batches of about 32 rows or more, or remember earlier ones with `queue_size`"
-            )
-
-    def _entropy(self, embeddings: Tensor, label: str) -> Tensor:
-        try:
-            self._warn_if_single(label, embeddings)
-            embeddings = self._guard.enter(embeddings)
-            if not self.queue_size:
-                return self._term.entropy(embeddings)
-            entropy, rows = self._term.entropy_with_rows(embeddings, self._queues.get(label))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"`layers`: {label!r}: {error}") from error
-        # a row that is NaN would spoil every entropy until it has left; a row of zeros adds nothing to the spectrum
-        self._queues[label] = rows[-self.queue_size :].nan_to_num(nan=0.0)
-        return entropy
+    def _shown(self, value: Tensor) -> Tensor:
+        return -value  # the entropy, where the term is to be lowered

@@ -16,6 +16,7 @@ from lightning_plugins.callbacks._terms.given_term import (
     term_key,
     value_and_gradient,
 )
+from lightning_plugins.callbacks._terms.logged import claim_names, log_sum, log_value, release_names
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
 from lightning_plugins.callbacks._terms.weight_gradients import add_gradient, scaler_of_fused, shared_out
 from lightning_plugins.callbacks._trainer.progress import check_schedule, training_progress
@@ -94,6 +95,7 @@ class WeightRegularization(Callback):
         self._guard = NonfiniteGuard(self.name, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._steps: dict[int, int] = {}  # per optimizer, the steps seen
         self._weights: list[WeightMatrix] = []
+        self._names: dict[str, str] = {}  # by matrix, what its term is logged under
 
     @property
     def state_key(self) -> str:
@@ -125,6 +127,9 @@ class WeightRegularization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights where the module has only now made them, and check that an optimizer trains some."""
         self._weights = self._find(pl_module)
+        wanted = [(f"{self.name}/{weight.label}", f"{self.name}/{weight.label}.weight") for weight in self._weights]
+        claimed = claim_names(pl_module, self, wanted)
+        self._names = {weight.label: name for weight, name in zip(self._weights, claimed, strict=True)}
         optimized = {id(parameter) for optimizer in trainer.optimizers for parameter in _parameters(optimizer)}
         if not any(id(weight.tensor) in optimized for weight in self._weights):
             labels = ", ".join(weight.label for weight in self._weights[:5])
@@ -138,10 +143,11 @@ class WeightRegularization(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module, to which nothing was done."""
         self._weights = []
+        release_names(pl_module, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module: ``teardown`` does not run after an exception."""
-        self._weights = []
+        self.teardown(trainer, pl_module, stage="fit")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the terms' gradients to those of the weights that this optimizer trains."""
@@ -215,10 +221,10 @@ class WeightRegularization(Callback):
         total = torch.zeros((), device=found[0][0].device)
         for weight, parts in zip(weights, found, strict=True):
             value, gradient = self._received(weight, parts)
-            pl_module.log(f"{self.name}/{weight.label}", value)
+            log_value(pl_module, self._names[weight.label], value)
             total = total + factor * self._guard.leave(value, weight.label)
             add_gradient(weight, gradient, factor, scaler, wanted=value.isfinite())
-        pl_module.log(f"{self.name}/penalty", total)
+        log_sum(pl_module, f"{self.name}/penalty", total)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
