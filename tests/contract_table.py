@@ -16,11 +16,16 @@ from lightning_plugins.callbacks import (
     EarlyTermination,
     LayerCall,
     LayerProbe,
+    CollapseAlarm,
     RepresentationMonitor,
+    RepresentationRegularization,
+    SpectralNormCap,
     SpectrumMonitor,
     StableRankRegularization,
     VNERegularization,
+    WeightRegularization,
 )
+from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
 from lightning_plugins.schedules import Linear
 from tests.models import Classifier, entropy_by_autograd
 
@@ -54,7 +59,7 @@ class ByHand(Model):
     every_n_steps = 1
 
     def __init__(self, *, factor: Callable[[int, float], float] = lambda step, end: 1.0, **arguments: Any) -> None:
-        own = {name: arguments.pop(name) for name in tuple(arguments) if hasattr(ByHand, name)}
+        own = {name: arguments.pop(name) for name in tuple(arguments) if hasattr(type(self), name)}
         super().__init__(**arguments)
         vars(self).update(own)
         self.factor = factor
@@ -117,6 +122,50 @@ class WeightsByHand(Model):
         if self.rank is None:
             return (s**2).sum() / s[0] ** 2
         return (s[self.rank :] ** self.p).sum() / (s[: self.rank] ** self.p).sum()
+
+
+class MeanSquare(nn.Module):
+    """A term of a user's own, of embeddings or of weights, with its own buffer and no closed form."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(factor), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x.square().mean()
+
+
+class EmbeddingsByHand(ByHand):
+    """A term of embeddings written out in the step."""
+
+    weight = -0.15  # `ByHand` subtracts an entropy
+
+    @staticmethod
+    def term(rows: Tensor) -> Tensor:
+        z = nn.functional.normalize(rows)
+        return -torch.logdet(torch.eye(z.shape[1]).to(z) + 2 * z.shape[1] / len(z) * z.T @ z) / 2
+
+    def entropy(self, layer: str, view: Tensor) -> Tensor:
+        features = self.backbone[:2](view) if layer == "first" else self.backbone(view)
+        with torch.autocast("cpu", enabled=False):
+            rows = features.double() if features.dtype == torch.float64 else features.float()
+            rows = torch.cat([self.memory.get(layer, rows[:0]), rows])
+            if self.queue_size:
+                self.memory[layer] = rows.detach()[-self.queue_size :]
+            return self.term(rows)
+
+
+class CappedByHand(Model):
+    """Weights scaled down after the optimizer's step by a singular value decomposition."""
+
+    maximum = 0.5
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            for layer in (self.backbone[0], self.backbone[2], self.head):
+                norm = torch.linalg.matrix_norm(layer.weight, 2)
+                layer.weight.mul_((self.maximum / norm).clamp(max=1.0))
 
 
 @dataclass(frozen=True)
@@ -368,13 +417,150 @@ SETTINGS = {
   init_args: {layers: backbone, weight: 0.0}
 """,
     ),
+    "representation": Setting(
+        lambda: [RepresentationRegularization("head:input", CodingRate(), weight=0.15)],
+        by_hand={},
+        kind=EmbeddingsByHand,
+        logged=("coding_rate/head", "coding_rate/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.RepresentationRegularization
+  init_args:
+    layers: head:input
+    term: {class_path: lightning_plugins.regularizers.CodingRate, init_args: {distortion: 0.5}}
+    weight: 0.15
+    mask: null
+    select: null
+    layout: NC
+""",
+    ),
+    "representation, all at once": Setting(
+        lambda: [
+            RepresentationRegularization(
+                "backbone",
+                MeanSquare(2.0),
+                weight=0.1,
+                name="own",
+                queue_size=11,
+                every_n_steps=2,
+                schedule=Linear(1, 0.5, until=0.5),
+            )
+        ],
+        by_hand={
+            "term": lambda rows: 2 * rows.square().mean(),
+            "weight": -0.1,
+            "queue_size": 11,
+            "every_n_steps": 2,
+            "factor": lambda step, end: max(1 - step / end, 0.5),
+        },
+        kind=EmbeddingsByHand,
+        model={"views": 2},
+        logged=("own/backbone", "own/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.RepresentationRegularization
+  init_args:
+    layers: backbone
+    term: {class_path: tests.contract_table.MeanSquare, init_args: {factor: 2.0}}
+    weight: 0.1
+    name: own
+    pool: mean
+    queue_size: 11
+    every_n_steps: 2
+    schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
+    on_nonfinite: raise
+""",
+    ),
+    "weight term": Setting(
+        lambda: [WeightRegularization("*", SoftOrthogonality(), weight=0.1)],
+        by_hand={
+            "weight": 0.1,
+            "term": lambda w: ((torch.linalg.svdvals(w.double()) ** 2 - 1) ** 2).sum(),
+        },
+        kind=WeightsByHand,
+        logged=tuple(f"soft_orthogonality/{name}" for name in ("backbone.0", "backbone.2", "head", "penalty")),
+        yaml="""
+- class_path: lightning_plugins.callbacks.WeightRegularization
+  init_args:
+    layers: "*"
+    term: {class_path: lightning_plugins.regularizers.SoftOrthogonality, init_args: {weight: 1.0}}
+    weight: 0.1
+    scheme: 1
+    on_nonfinite: raise
+""",
+    ),
+    "weight term, all at once": Setting(
+        lambda: [
+            WeightRegularization(
+                ["backbone.0", "head"],
+                MeanSquare(2.0),
+                weight=3.0,
+                name="own",
+                every_n_steps=3,
+                schedule=Linear(1, 0.5, until=0.5),
+            )
+        ],
+        by_hand={
+            "layers": ("backbone.0", "head"),
+            "weight": 3.0,
+            "term": lambda w: 2 * w.double().square().mean(),
+            "every_n_steps": 3,
+            "factor": lambda step, end: max(1 - step / end, 0.5),
+        },
+        kind=WeightsByHand,
+        logged=("own/backbone.0", "own/head", "own/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.WeightRegularization
+  init_args:
+    layers: [backbone.0, head]
+    term: {class_path: tests.contract_table.MeanSquare, init_args: {factor: 2.0}}
+    weight: 3.0
+    name: own
+    every_n_steps: 3
+    schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
+""",
+    ),
+    "spectral norm cap": Setting(
+        lambda: [SpectralNormCap("*", 0.5)],
+        by_hand={},
+        kind=CappedByHand,
+        logged=tuple(f"spectral_norm_cap/{name}" for name in ("backbone.0", "backbone.2", "head")),
+        yaml="""
+- class_path: lightning_plugins.callbacks.SpectralNormCap
+  init_args: {layers: "*", maximum: 0.5, of: weight, scheme: 1, every_n_steps: 1}
+""",
+    ),
+    "collapse alarm": Setting(
+        lambda: [
+            CollapseAlarm(["backbone.1", "head:input"], share=0.1, minimum=1.5, patience=2, every_n_steps=2),
+            CollapseAlarm("backbone", "rankme", drop=0.9, queue_size=11, every_n_steps=3),
+        ],
+        by_hand=None,
+        logged=("collapse/backbone.1/effective_rank", "collapse/head/effective_rank", "collapse/backbone/rankme"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.CollapseAlarm
+  init_args:
+    layers: [backbone.1, "head:input"]
+    metric: effective_rank
+    share: 0.1
+    minimum: 1.5
+    patience: 2
+    every_n_steps: 2
+    action: warn
+    pool: mean
+    select: null
+    mask: null
+    layout: NC
+    dirpath: .
+- class_path: lightning_plugins.callbacks.CollapseAlarm
+  init_args: {layers: backbone, metric: rankme, drop: 0.9, queue_size: 11, every_n_steps: 3}
+""",
+    ),
     "spectrum monitor": Setting(
         lambda: [SpectrumMonitor("*", every_n_steps=2, figures=False)],
         by_hand=None,
         logged=tuple(
             f"spectrum/{layer}/{number}"
             for layer in ("backbone.0", "backbone.2", "head")
-            for number in ("stable_rank", "effective_rank", "spectral_norm")
+            for number in ("stable_rank", "effective_rank", "spectral_norm", "tail_exponent")
         ),
         yaml="""
 - class_path: lightning_plugins.callbacks.SpectrumMonitor

@@ -5,6 +5,7 @@ from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks._terms.masks import LayerCall
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.early_termination import EarlyTermination
+from lightning_plugins.callbacks.collapse_alarm import CollapseAlarm, RepresentationCollapseError
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
 from lightning_plugins.callbacks.layer_probe import LayerProbe
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
@@ -23,12 +24,14 @@ __all__ = [
     "AttributionEvaluation",
     "CalibrationRecorder",
     "EarlyTermination",
+    "CollapseAlarm",
     "HybridCompression",
     "LayerCall",
     "LayerProbe",
     "LowRankCompression",
     "MaskScheduling",
     "RankScheduling",
+    "RepresentationCollapseError",
     "RepresentationMonitor",
     "RepresentationRegularization",
     "SpectralNormCap",

@@ -98,7 +98,7 @@ def power_law_tail(eigenvalues: Tensor) -> Tensor:
         eigenvalues: Tensor of shape ``(n,)``, largest first; what is not above zero is left out.
 
     Returns:
-        Scalar, float64; NaN with fewer than four positive numbers, or where they are all equal.
+        Scalar, float64; NaN with fewer than two positive numbers, or where they are all equal.
 
     Example:
         >>> numbers = torch.linspace(0.999, 0.001, 999).sub(1).neg().pow(-1 / 2)  # of density x ** -3
@@ -111,9 +111,9 @@ def power_law_tail(eigenvalues: Tensor) -> Tensor:
     """
     logs = eigenvalues[eigenvalues > 0].double().log()
     number = len(logs)
-    if number < 4 or not bool((logs[0] > logs[-1]) & logs.isfinite().all()):
+    if number < 2 or not bool((logs[0] > logs[-1]) & logs.isfinite().all()):
         return logs.new_full((), torch.nan)
-    starts = torch.linspace(2, number - 1, min(256, number - 2)).round().long().unique()  # so many are above the start
+    starts = torch.linspace(1, number - 1, min(256, number - 1)).round().long().unique()  # so many are above the start
     excess = logs.cumsum(0)[starts] - starts.add(1) * logs[starts]
     excess = excess.masked_fill(excess <= 0, torch.nan)
     exponents = 1 + (starts + 1) / excess

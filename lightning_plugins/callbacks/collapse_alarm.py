@@ -1,0 +1,283 @@
+"""An alarm for representations that collapse during training."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_plugins._checks import (
+    check_choice,
+    check_finite_number,
+    check_fraction,
+    check_non_negative_int,
+    check_positive_int,
+)
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_plugins.callbacks._monitors.collapse import METRICS, RANKS, CollapseMeasure
+from lightning_plugins.callbacks._terms.logged import log_value
+from lightning_plugins.callbacks._terms.masks import Mask
+from lightning_plugins.callbacks._terms.pool import Pool
+from lightning_plugins.callbacks._terms.pooled_capture import ObservedRows
+from lightning_plugins.callbacks._terms.rows import Rows
+from lightning_plugins.callbacks._terms.select import Select
+from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
+from lightning_plugins.callbacks._trainer.requirements import (
+    makes_layers_late,
+    require_lightning_module,
+    require_supported_strategy,
+)
+from lightning_plugins.selection import check_layers
+
+
+class RepresentationCollapseError(RuntimeError):
+    """A layer's representation has collapsed, and `CollapseAlarm` was told to raise."""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """One alarm.
+
+    Attributes:
+        layer: The layer.
+        step: Optimizer steps done.
+        value: The metric.
+        limit: What it had to be at least.
+    """
+
+    layer: str
+    step: int
+    value: float
+    limit: float
+
+
+class CollapseAlarm(Callback):
+    """Watch a rank or an entropy of layers' representations on training batches, and act if it stays too low.
+
+    The batches of every n-th optimizer step are measured, those of all processes together: only Gram matrices are
+    summed, so that the value does not depend on how the rows were split, and the device is waited for at these steps
+    alone. Of small batches, whose rank can't be above their number of rows, `queue_size` lets earlier ones join.
+
+    A measurement is too low if it is below any limit that is given (`minimum`, `share`, `drop`), or not a number. After
+    `patience` such measurements in a row of one layer, all processes act together; the layer can raise the alarm again
+    after a measurement that was not too low.
+
+    Args:
+        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
+            layer receives, ``"backbone.fc"`` what it returns.
+        metric: ``"effective_rank"``, ``"entropy"`` (nats), ``"isotropy"``, ``"rankme"`` or ``"stable_rank"``; see
+            `lightning_plugins.metrics`.
+        minimum: The least value that is not too low.
+        share: The least share of the most that a rank could be (the number of features, or of rows if there are fewer)
+            that is not too low; for the ranks only.
+        drop: How far below its best so far the metric may fall, as a share of the best.
+        patience: How many measurements in a row must be too low.
+        action: ``"warn"``; ``"stop"`` ends the training after the step, as `EarlyStopping` does; ``"raise"`` raises
+            `RepresentationCollapseError`; ``"checkpoint"`` saves ``collapse-<layer>-step=<n>.ckpt`` in `dirpath`. All
+            warn.
+        every_n_steps: The batches of every n-th optimizer step are measured.
+        queue_size: This many rows of earlier batches are remembered, of every step; they are saved in checkpoints.
+        pool: As for `RepresentationRegularization`, as `select`, `mask` and `layout`.
+        select: Which tensor of a nested output (or input).
+        mask: Which positions are no padding.
+        layout: What the dimensions of the tensor are.
+        dirpath: Where ``"checkpoint"`` saves; the Trainer's `default_root_dir` by default.
+
+    Raises:
+        ValueError: If an argument is out of its range, or there is no limit.
+        TypeError: If an argument is of the wrong type.
+
+    Logs ``collapse/<layer>/<metric>`` at every measurement. `alarms` lists the alarms of this training.
+
+    Example:
+        >>> alarm = CollapseAlarm("projector", share=0.1, patience=3, action="stop")
+        >>> alarm.metric
+        'effective_rank'
+    """
+
+    method = "collapse"
+
+    def __init__(
+        self,
+        layers: str | list[str],
+        metric: str = "effective_rank",
+        minimum: float | None = None,
+        *,
+        share: float | None = None,
+        drop: float | None = None,
+        patience: int = 1,
+        action: Literal["warn", "stop", "raise", "checkpoint"] = "warn",
+        every_n_steps: int = 50,
+        queue_size: int = 0,
+        pool: Pool = "mean",
+        select: Select = None,
+        mask: Mask | dict[str, Any] = None,
+        layout: str | None = None,
+        dirpath: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = check_layers(layers, sides=True)
+        self.metric = check_choice("metric", metric, METRICS)
+        self.minimum = None if minimum is None else check_finite_number("minimum", minimum)
+        self.share = None if share is None else check_fraction("share", share)
+        self.drop = None if drop is None else check_fraction("drop", drop)
+        self._check_limits()
+        self.patience = check_positive_int("patience", patience)
+        self.action = check_choice("action", action, ("warn", "stop", "raise", "checkpoint"))
+        self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
+        self.queue_size = check_non_negative_int("queue_size", queue_size)
+        self.rows = Rows(pool, select, mask, layout)
+        self.dirpath = dirpath
+        self.alarms: list[Collapse] = []
+        self._measure = CollapseMeasure(metric, queue_size)
+        self._below: dict[str, int] = {}  # by layer, how many measurements in a row were too low
+        self._best: dict[str, float] = {}
+        self._pending: int | None = None  # the step whose batches are summed
+        self._capture: ObservedRows | None = None
+        self._step: WrappedStep | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Unique for every different instance, so that several keep their own entries in a checkpoint."""
+        return self._generate_state_key(
+            layers=self.layers,
+            metric=self.metric,
+            minimum=self.minimum,
+            share=self.share,
+            drop=self.drop,
+            patience=self.patience,
+            every_n_steps=self.every_n_steps,
+            queue_size=self.queue_size,
+            **self.rows.key(),
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the module and the Trainer, and join the training step."""
+        if stage != "fit":
+            return
+        require_lightning_module(type(self).__name__, pl_module)
+        require_supported_strategy(type(self).__name__, trainer)
+        if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
+            self.load_state_dict({"below": {}, "best": {}, "queues": {}, "alarms": []})
+        self._pending = None
+        self._step = join_training_step(pl_module, self)
+        if not makes_layers_late(pl_module):
+            self._attach(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Get ready for layers that the module's ``setup`` or ``configure_model`` has just made."""
+        if self._capture is None:
+            self._attach(pl_module)
+
+    @contextmanager
+    def recording(self, pl_module: LightningModule) -> Iterator[None]:
+        """Take the rows of this training step if it is its turn (for the wrapper of the training step)."""
+        measured = pl_module.global_step % self.every_n_steps == 0
+        if self._capture is None or not (measured or self.queue_size):
+            yield
+            return
+        with self._capture.recording(self._step.batch if self._step is not None else None):
+            yield
+        with torch.no_grad():
+            taken = self._capture.take()
+            for label in self._capture.labels:
+                self._measure.add(label, taken.get(label, []), pl_module.device)
+        if measured:
+            self._pending = pl_module.global_step
+
+    def penalty(self, pl_module: LightningModule) -> None:
+        """Nothing is added to the loss (for the wrapper of the training step)."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if the optimizer step whose batches were taken is done."""
+        if self._pending is None or self._capture is None or trainer.global_step == self._pending:
+            return
+        self._pending = None
+        with torch.no_grad():
+            values, most = self._measure.values(self._capture.labels, pl_module.device)
+        for label, value in values.items():
+            log_value(pl_module, f"collapse/{label}/{self.metric}", value)
+        for alarm in self._judge(values, most, trainer.global_step):
+            self._act(alarm, trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        if self._capture is not None:
+            self._capture.detach()
+        if self._step is not None:
+            self._step.leave(self)
+        self._capture = self._step = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was: ``teardown`` does not run after an exception."""
+        self.teardown(trainer, pl_module, stage="fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far: counts, best values, remembered rows and alarms."""
+        return {
+            "below": dict(self._below),
+            "best": dict(self._best),
+            "queues": self._measure.state(),
+            "alarms": [vars(alarm).copy() for alarm in self.alarms],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's counts."""
+        self._below, self._best = dict(state_dict["below"]), dict(state_dict["best"])
+        self._measure.load_state(state_dict["queues"])
+        self.alarms = [Collapse(**alarm) for alarm in state_dict["alarms"]]
+
+    def _check_limits(self) -> None:
+        if self.minimum is None and self.share is None and self.drop is None:
+            raise ValueError("`minimum`, `share` or `drop` must say what is too low, got none; try `share=0.1`")
+        if self.share is not None and self.metric not in RANKS:
+            raise ValueError(
+                "`share` is of the most that a rank could be and needs a `metric` out of "
+                f"{', '.join(map(repr, RANKS))}, got {self.metric!r}; use `minimum` or `drop`"
+            )
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        self._capture = ObservedRows(pl_module, self.layers, self.rows)
+        self._capture.attach()
+
+    def _judge(self, values: dict[str, float], most: dict[str, int], step: int) -> list[Collapse]:
+        """Count measurements that are too low; the alarms that are due now."""
+        due = []
+        for label, value in values.items():
+            limits = [] if self.minimum is None else [self.minimum]
+            if self.share is not None:
+                limits.append(self.share * most[label])
+            if self.drop is not None and label in self._best:
+                limits.append((1 - self.drop) * self._best[label])
+            limit = max(limits, default=-math.inf)
+            if value >= limit:  # written so that NaN is too low
+                self._below[label] = 0
+            else:
+                self._below[label] = self._below.get(label, 0) + 1
+                if self._below[label] == self.patience:
+                    due.append(Collapse(label, step, value, limit))
+            if value > self._best.get(label, -math.inf):
+                self._best[label] = value
+        return due
+
+    def _act(self, alarm: Collapse, trainer: Trainer) -> None:
+        self.alarms.append(alarm)
+        message = (
+            f"the representation of {alarm.layer!r} may have collapsed: its {self.metric} is {alarm.value:.4g} at step "
+            f"{alarm.step}, below {alarm.limit:.4g}, in {self.patience} measurement(s) in a row"
+        )
+        if self.action == "raise":
+            raise RepresentationCollapseError(message)
+        if self.action == "stop":
+            trainer.should_stop = True
+            message += "; the training stops"
+        elif self.action == "checkpoint":
+            path = Path(self.dirpath or trainer.default_root_dir, f"collapse-{alarm.layer}-step={alarm.step}.ckpt")
+            trainer.save_checkpoint(path)  # on all processes together
+            message += f"; saved {path}"
+        rank_zero_warn(message)
