@@ -18,11 +18,13 @@ class Scatter(NamedTuple):
         within: Mean over the rows of the squared deviation from their class' mean, shape ``(d, d)``.
         between: Mean over the classes that have rows of the squared deviation of their means from the mean of these.
         classes: How many classes have rows.
+        rounding: Up to where eigenvalues of both are rounding errors of the sums.
     """
 
     within: Tensor
     between: Tensor
     classes: Tensor
+    rounding: Tensor
 
 
 class ClassMetric(SumMetric):
@@ -80,7 +82,8 @@ class ClassMetric(SumMetric):
             within = (self.gram - means.T @ self.sums) / counts.sum()
             centred = (means - means.sum(0) / present.sum()) * present[:, None]
             between = centred.T @ centred / present.sum()
-        return Scatter((within + within.T) / 2, between, present.sum())
+        rounding = len(within) * torch.finfo(within.dtype).eps * self.gram.trace() / counts.sum()
+        return Scatter((within + within.T) / 2, between, present.sum(), rounding)
 
 
 def check_labels(labels: Tensor, rows: int) -> None:
@@ -101,18 +104,19 @@ def check_labels(labels: Tensor, rows: int) -> None:
         raise ValueError(f"`labels` must have one number for each of {rows} rows, got shape {tuple(labels.shape)}")
 
 
-def spectrum_of(covariance: Tensor) -> Tensor:
+def spectrum_of(covariance: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
     """Eigenvalues of a covariance, largest first, rounding errors set to zero; NaN where it is not finite.
 
     Args:
         covariance: Symmetric positive semidefinite tensor ``(d, d)``.
+        rounding: Eigenvalues up to here are rounding errors, too.
 
     Returns:
         Tensor of shape ``(d,)``.
     """
     usable = torch.isfinite(covariance).all()
     values = torch.linalg.eigvalsh(torch.where(usable, covariance, 0.0)).flip(0)
-    rounding = len(values) * torch.finfo(values.dtype).eps * values[0]
+    rounding = torch.clamp_min(len(values) * torch.finfo(values.dtype).eps * values[0], rounding)
     return torch.where(usable, torch.where(values > rounding, values, 0.0), torch.nan)
 
 

@@ -43,7 +43,7 @@ class NeuralCollapse(ClassMetric):
         Returns:
             Scalar in the dtype of the sums; NaN if fewer than two classes have rows, or one was not finite.
         """
-        within, between, classes = self.scatter()
+        within, between, classes, _ = self.scatter()
         usable = torch.isfinite(between).all() & torch.isfinite(within).all() & (classes > 1)
         # The means of K classes span K - 1 directions: what lies outside is rounding error.
         inverse = torch.linalg.pinv(torch.where(usable, between, 0.0), rtol=1e-10, hermitian=True)
@@ -86,4 +86,5 @@ class ClassRank(ClassMetric):
             Scalar in the dtype of the sums; NaN if there was no row, or one that was not finite.
         """
         scatter = self.scatter()
-        return effective_number(spectrum_of(scatter.within if self.part == "within" else scatter.between))
+        part = scatter.within if self.part == "within" else scatter.between
+        return effective_number(spectrum_of(part, scatter.rounding))
