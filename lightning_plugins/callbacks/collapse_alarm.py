@@ -161,7 +161,7 @@ class CollapseAlarm(Callback):
         require_lightning_module(type(self).__name__, pl_module)
         require_supported_strategy(type(self).__name__, trainer)
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
-            self.load_state_dict({"below": {}, "best": {}, "queues": {}, "alarms": []})
+            self.load_state_dict({"below": {}, "best": {}, "queues": {}, "alarms": {}})
         self._pending = None
         self._step = join_training_step(pl_module, self)
         if not makes_layers_late(pl_module):
@@ -223,14 +223,18 @@ class CollapseAlarm(Callback):
             "below": dict(self._below),
             "best": dict(self._best),
             "queues": self._measure.state(),
-            "alarms": [vars(alarm).copy() for alarm in self.alarms],
+            "alarms": {
+                f"{index}/{alarm.layer}": [alarm.step, alarm.value, alarm.limit]
+                for index, alarm in enumerate(self.alarms)
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's counts."""
         self._below, self._best = dict(state_dict["below"]), dict(state_dict["best"])
         self._measure.load_state(state_dict["queues"])
-        self.alarms = [Collapse(**alarm) for alarm in state_dict["alarms"]]
+        alarms = state_dict["alarms"].items()
+        self.alarms = [Collapse(key.partition("/")[2], *numbers) for key, numbers in alarms]
 
     def _check_limits(self) -> None:
         if self.minimum is None and self.share is None and self.drop is None:
