@@ -2,7 +2,8 @@
 
 A term of representations is timed on the input of a ResNet-18's last layer (32 x 512), forward and backward; a term of
 weights on all weights of the network, as its callback adds it; the alarm as one measurement. All are interleaved in one
-process, so that drift of the machine's speed falls on all alike. Times are those of the processor (of the clock on a GPU).
+process, so that drift of the machine's speed falls on all alike. Times are those of the processor (of the clock on a
+GPU).
 
     python benchmarks/terms.py                   # ResNet-18, 32 x 3 x 224 x 224, one thread
     python benchmarks/terms.py --device cuda
@@ -126,7 +127,7 @@ def main() -> None:
                 seconds[name].append(now(settings.device) - start)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     whole = medians.pop("step")
-    where = torch.cuda.get_device_name() if settings.device == "cuda" else f"one thread of {platform.machine()}"
+    where = f"one thread of {platform.machine()}" if settings.device == "cpu" else torch.cuda.get_device_name()
     lines = [
         f"ResNet-18, {ROWS} x 3 x {settings.size} x {settings.size}, float32, {where}, torch {torch.__version__}: a step "
         f"(forward and backward)",

@@ -1,4 +1,4 @@
-"""The walk in CONTRIBUTING.md, done in a copy of the checkout: one module, its test, its card, and the contract holds."""
+"""The walk in CONTRIBUTING.md, done in a copy of the checkout: a module, its test and its card keep the contract."""
 
 import os
 import re
@@ -32,7 +32,8 @@ def copy_with_the_walk(folder: Path) -> None:
     text = init.read_text(encoding="utf-8")
     text = text.replace(
         "\n__all__ = [\n",
-        'from lightning_plugins.regularizers.hoyer_sparsity import HoyerSparsity\n\n__all__ = [\n    "HoyerSparsity",\n',
+        "from lightning_plugins.regularizers.hoyer_sparsity import HoyerSparsity\n\n"
+        '__all__ = [\n    "HoyerSparsity",\n',
     )
     init.write_text(text, encoding="utf-8")
 
