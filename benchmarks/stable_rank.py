@@ -71,14 +71,14 @@ class Timed(StableRankRegularization):
         self.errors: list[float] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        weights = [weight.tensor for weight in self._weights]
+        weights = [weight.tensor for weight in self._in_use._found]
         gradients = [weight.grad for weight in weights]
         for weight in weights:
             weight.grad = torch.full_like(weight, 0.0)  # zeros would be paged in only when added to
         start = now(pl_module)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self.seconds.append(now(pl_module) - start)
-        self.errors.append(max(self.error_of(weight, self._ranks[weight.label]) for weight in self._weights))
+        self.errors.append(max(self.error_of(weight, self._ranks[weight.label]) for weight in self._in_use._found))
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient + weight.grad
 

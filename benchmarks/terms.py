@@ -129,8 +129,8 @@ def main() -> None:
     whole = medians.pop("step")
     where = f"one thread of {platform.machine()}" if settings.device == "cpu" else torch.cuda.get_device_name()
     lines = [
-        f"ResNet-18, {ROWS} x 3 x {settings.size} x {settings.size}, float32, {where}, torch {torch.__version__}: a step "
-        f"(forward and backward)",
+        f"ResNet-18, {ROWS} x 3 x {settings.size} x {settings.size}, float32, {where}, torch {torch.__version__}: a "
+        "step (forward and backward)",
         f"takes {1e3 * whole:.0f} ms. Medians of {settings.steps} rounds; terms of embeddings on {ROWS} x {WIDTH}.",
         "",
         "| term | ms | share of a step |",

@@ -19,7 +19,7 @@ from lightning_plugins.callbacks._terms.pool import Pool
 from lightning_plugins.callbacks._terms.rows import Rows
 from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
-from lightning_plugins.callbacks._trainer.progress import check_schedule, training_progress
+from lightning_plugins.callbacks._trainer.progress import check_schedule, steps_done, training_progress
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_automatic_optimization,
@@ -27,6 +27,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_lightning_module,
     require_supported_strategy,
 )
+from lightning_plugins.distributed import is_distributed
 from lightning_plugins.regularizers import EmbeddingTerm
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
@@ -123,6 +124,7 @@ class RepresentationRegularization(Callback):
         self._guard = NonfiniteGuard(self.method, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._queues: dict[str, Tensor] = {}  # per layer, rows, the newest last
         self._constant: set[str] = set()  # layers that a warning was given for
+        self._single: set[str] = set()  # layers that a warning of single rows was given for
         self._capture: LayerRows | None = None
         self._names: dict[str, str] = {}  # by layer, what its term is logged under
         self._step: WrappedStep | None = None
@@ -179,13 +181,13 @@ class RepresentationRegularization(Callback):
 
     def recording(self, pl_module: LightningModule) -> AbstractContextManager[None]:
         """Record the layers' tensors if this step carries the term (for the wrapper of the training step)."""
-        if self._capture is None or pl_module.global_step % self.every_n_steps:
+        if self._capture is None or steps_done(pl_module.trainer) % self.every_n_steps:
             return nullcontext()
         return self._capture.recording(self._step.batch if self._step is not None else None)
 
     def penalty(self, pl_module: LightningModule) -> Tensor | None:
         """The sum of the layers' terms at this step (for the wrapper of the training step)."""
-        if self._capture is None or pl_module.global_step % self.every_n_steps:
+        if self._capture is None or steps_done(pl_module.trainer) % self.every_n_steps:
             return None
         if hasattr(self.term, "step"):
             self.term.step = pl_module.global_step
@@ -224,6 +226,10 @@ class RepresentationRegularization(Callback):
     # What a named front of one term may do in another way
 
     _mixin = "VNEMixin"
+    _of_single = (
+        "`layers`: {label!r} gave one row, which no term of a batch can tell anything from; make batches of about 32 "
+        "rows or more, or remember earlier ones with `queue_size`"
+    )
 
     def _name_of(self, label: str) -> str:
         """The name that a layer's term is logged under."""
@@ -253,8 +259,15 @@ class RepresentationRegularization(Callback):
                 "name a layer behind one that is trained, if nothing will be thawed"
             )
 
+    def _warn_if_single(self, label: str, embeddings: Tensor) -> None:
+        alone = len(embeddings) == 1 and (self._over_processes.scope == "local" or not is_distributed())
+        if alone and not self.queue_size and label not in self._single:
+            self._single.add(label)
+            rank_zero_warn(self._of_single.format(label=label))
+
     def _value(self, embeddings: Tensor, label: str) -> Tensor:
         try:
+            self._warn_if_single(label, embeddings)
             embeddings = self._guard.enter(embeddings)
             value: Tensor
             if not self.queue_size:

@@ -1,12 +1,13 @@
 """The stable rank of weights as a callback for training loops that already exist."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_plugins._lightning import LightningModule
 from lightning_plugins.callbacks.weight_regularization import WeightRegularization
+from lightning_plugins.computed_weights import parametrizations_at_rest
 from lightning_plugins.functional.stable_rank import (
     check_power,
     exact_gradient,
@@ -35,7 +36,8 @@ class StableRankRegularization(WeightRegularization):
     The gradient is a closed form that is added once an optimizer step, however many batches are accumulated: after the
     ranks' gradients were averaged and an fp16 scaler undone, before clipping. The layers are shared out over the ranks
     and the gradients exchanged. It works for manual optimization too. The loss that is logged is without the term. A
-    weight that has no gradient at a step (frozen, or not used) gets none from the term either.
+    weight that has no gradient at a step (frozen, or not used) gets none from the term either. One that is computed by
+    a parametrization, a norm or pruning passes the gradient on to the parameters it is computed from.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Among the matches of a glob the linear
@@ -60,8 +62,9 @@ class StableRankRegularization(WeightRegularization):
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
 
-    Logs ``stable_rank/<layer>``, the ``SR`` or ``mSR`` of each layer, and ``stable_rank/penalty``, the sum of this
-    callback's terms, at every step that carries them, and ``stable_rank/skipped`` once a term had to be left out.
+    Logs ``stable_rank/<layer>``, the ``SR`` or ``mSR`` of each layer, and ``stable_rank/penalty``, the sum of the terms
+    of all such callbacks in a batch, at every step that carries them, and ``stable_rank/skipped`` once a term had to be
+    left out. The weights that are taken, and those that are passed over, are named at the start.
 
     Example:
         >>> callback = StableRankRegularization(layers="backbone.*", weight=0.01, rank=0.25)
@@ -124,8 +127,9 @@ class StableRankRegularization(WeightRegularization):
 
     _instead_of_lbfgs = "`StableRankMixin`"
 
-    def _find(self, pl_module: LightningModule) -> list[WeightMatrix]:
-        targets = select_targets(pl_module, self.layers, rank=self.rank, scheme=self.scheme)
+    def _find(self, model: nn.Module, layers: Sequence[str]) -> list[WeightMatrix]:
+        with parametrizations_at_rest(model):
+            targets = select_targets(model, layers, rank=self.rank, scheme=self.scheme, computed=True)
         self._ranks = {weight.label: rank for weight, rank in targets}
         return [weight for weight, _ in targets]
 

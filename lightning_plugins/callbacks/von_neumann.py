@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice
+from lightning_plugins._lightning import rank_zero_warn
 from lightning_plugins.callbacks._terms.masks import Mask
 from lightning_plugins.callbacks._terms.pool import Pool
 from lightning_plugins.callbacks._terms.select import Select
@@ -104,6 +105,11 @@ class VNERegularization(RepresentationRegularization):
             every_n_steps=every_n_steps,
             on_nonfinite=on_nonfinite,
         )
+        if abs(self.weight) >= 1:
+            rank_zero_warn(
+                f"`weight={self.weight}` is large: the authors advise an absolute value far below 0.5, beyond which "
+                "the term flattens the spectrum of whatever the batch holds; start at 0.05 to 0.1"
+            )
 
     @property
     def state_key(self) -> str:
@@ -117,6 +123,11 @@ class VNERegularization(RepresentationRegularization):
             schedule=repr(self.schedule),
             every_n_steps=self.every_n_steps,
         )
+
+    _of_single = (
+        "`layers`: {label!r} gave one row, whose entropy is 0 whatever it is, so the term does nothing at such a step; "
+        "make batches of about 32 rows or more, or remember earlier ones with `queue_size`"
+    )
 
     def _name_of(self, label: str) -> str:
         return f"vne/{label}/entropy"

@@ -1,5 +1,6 @@
 """A term of weights as a callback for training loops that already exist."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_plugins import regularizers
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
-from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._terms.given_term import (
     GradientTerm,
     check_name,
@@ -19,6 +20,7 @@ from lightning_plugins.callbacks._terms.given_term import (
 from lightning_plugins.callbacks._terms.logged import claim_names, log_sum, log_value, release_names
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
 from lightning_plugins.callbacks._terms.weight_gradients import add_gradient, scaler_of_fused, shared_out
+from lightning_plugins.callbacks._terms.weights_in_use import WeightsInUse
 from lightning_plugins.callbacks._trainer.progress import check_schedule, training_progress
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
@@ -26,6 +28,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_lightning_module,
     require_supported_strategy,
 )
+from lightning_plugins.computed_weights import parametrizations_at_rest
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
 from lightning_plugins.weights import WeightMatrix, check_scheme, select_weight_matrices
@@ -40,7 +43,8 @@ class WeightRegularization(Callback):
     many batches are accumulated, after the processes' gradients were averaged and an fp16 scaler undone, before
     clipping. The layers are shared out over the processes and the gradients exchanged. It works for manual
     optimization too. The loss that is logged is without the term. A weight that has no gradient at a step (frozen, or
-    not used) gets none from the term either.
+    not used) gets none from the term either. One that is computed by a parametrization, a norm or pruning passes the
+    gradient on to the parameters it is computed from.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Among the matches of a glob the linear
@@ -62,8 +66,9 @@ class WeightRegularization(Callback):
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
 
-    Logs ``<name>/<layer>``, the term of each layer, and ``<name>/penalty``, ``weight`` times their sum, at every step
-    that carries them, and ``<name>/skipped`` once a term had to be left out.
+    Logs ``<name>/<layer>``, the term of each layer, and ``<name>/penalty``, ``weight`` times the sum of the terms of all
+    callbacks of that name, at every step that carries them, and ``<name>/skipped`` once a term had to be left out. The
+    weights that are taken, and those that are passed over, are named at the start.
 
     Example:
         >>> from lightning_plugins.regularizers import SoftOrthogonality
@@ -94,8 +99,8 @@ class WeightRegularization(Callback):
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         self._guard = NonfiniteGuard(self.name, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._steps: dict[int, int] = {}  # per optimizer, the steps seen
-        self._weights: list[WeightMatrix] = []
-        self._names: dict[str, str] = {}  # by matrix, what its term is logged under
+        self._in_use = WeightsInUse(type(self).__name__, self.layers, self._find, lambda weight: weight)
+        self._frozen = False  # whether a warning was given that nothing is trained
 
     @property
     def state_key(self) -> str:
@@ -121,19 +126,15 @@ class WeightRegularization(Callback):
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
             self._forget()
             self._steps.clear()
+        self._frozen = False
         if not makes_layers_late(pl_module):
-            self._weights = self._find(pl_module)
+            self._in_use.find(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the weights where the module has only now made them, and check that an optimizer trains some."""
-        self._weights = self._find(pl_module)
-        wanted = [(f"{self.name}/{weight.label}", f"{self.name}/{weight.label}.weight") for weight in self._weights]
-        claimed = claim_names(pl_module, self, wanted)
-        self._names = {weight.label: name for weight, name in zip(self._weights, claimed, strict=True)}
-        optimized = {id(parameter) for optimizer in trainer.optimizers for parameter in _parameters(optimizer)}
-        if not any(id(weight.tensor) in optimized for weight in self._weights):
-            labels = ", ".join(weight.label for weight in self._weights[:5])
-            raise MisconfigurationException(f"`layers`: an optimizer must train at least one of {labels}; none does")
+        """Find weights that were made only now, and check that an optimizer trains some."""
+        weights = self._in_use.find(pl_module)
+        self._in_use.tell(pl_module)
+        self._check_trained(trainer, weights)
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 f"{type(self).__name__} adds a gradient without a loss, and LBFGS compares losses; use another "
@@ -142,7 +143,7 @@ class WeightRegularization(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module, to which nothing was done."""
-        self._weights = []
+        self._in_use.forget()
         release_names(pl_module, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -155,14 +156,15 @@ class WeightRegularization(Callback):
         step = self._steps.get(index, 0)
         self._steps[index] = step + 1
         trained = {id(parameter) for parameter in _parameters(optimizer) if parameter.requires_grad}
-        weights = [weight for weight in self._weights if id(weight.tensor) in trained]
+        present = self._in_use.now(pl_module)
+        weights = [weight for weight in present if any(id(source) in trained for source in weight.sources)]
         if not weights or step % self.every_n_steps:
             return
         factor = self.weight * self.every_n_steps * self._factor(trainer)
         if factor == 0:
             self._forget(weights)
             return
-        with torch.no_grad():
+        with torch.no_grad(), parametrizations_at_rest(pl_module):
             self._add(pl_module, weights, factor, scaler_of_fused(trainer, optimizer))
 
     def on_train_batch_end(
@@ -188,8 +190,9 @@ class WeightRegularization(Callback):
 
     _instead_of_lbfgs = "add the term to the loss in `training_step`"
 
-    def _find(self, pl_module: LightningModule) -> list[WeightMatrix]:
-        return select_weight_matrices(pl_module, self.layers, scheme=self.scheme)
+    def _find(self, model: nn.Module, layers: Sequence[str]) -> list[WeightMatrix]:
+        with parametrizations_at_rest(model):
+            return select_weight_matrices(model, layers, scheme=self.scheme, computed=True)
 
     def _term(self, weight: WeightMatrix, matrix: Tensor) -> tuple[Tensor, ...]:
         """Value and gradient, whole or in parts, on the one process that computes them."""
@@ -207,6 +210,20 @@ class WeightRegularization(Callback):
     def _forget(self, weights: list[WeightMatrix] | None = None) -> None:
         """Drop what is remembered of weights whose term was left out, or of all."""
 
+    def _check_trained(self, trainer: Trainer, weights: Sequence[WeightMatrix]) -> None:
+        """Refuse weights that no optimizer trains; frozen ones may be thawed by another callback."""
+        sources = [source for weight in weights for source in weight.sources]
+        optimized = {id(parameter) for optimizer in trainer.optimizers for parameter in _parameters(optimizer)}
+        if any(id(source) in optimized and source.requires_grad for source in sources):
+            return
+        labels = ", ".join(weight.label for weight in weights[:5])
+        rule = f"`layers`: an optimizer must train at least one of {labels}; none does"
+        if all(source.requires_grad for source in sources):
+            raise MisconfigurationException(rule)
+        if not self._frozen:
+            self._frozen = True
+            rank_zero_warn(f"{rule} so far, and the term has no effect until one is thawed")
+
     def _factor(self, trainer: Trainer) -> float:
         if self.schedule is None:
             return 1.0
@@ -219,9 +236,11 @@ class WeightRegularization(Callback):
             lambda index, matrix: self._empty(weights[index], matrix),
         )
         total = torch.zeros((), device=found[0][0].device)
+        wanted = [(f"{self.name}/{weight.label}",) * 2 for weight in weights]
+        names = dict(zip((weight.label for weight in weights), claim_names(pl_module, self, wanted), strict=True))
         for weight, parts in zip(weights, found, strict=True):
             value, gradient = self._received(weight, parts)
-            log_value(pl_module, self._names[weight.label], value)
+            log_value(pl_module, names[weight.label], value)
             total = total + factor * self._guard.leave(value, weight.label)
             add_gradient(weight, gradient, factor, scaler, wanted=value.isfinite())
         log_sum(pl_module, f"{self.name}/penalty", total)
