@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.functional.spectrum import full_precision
+from lightning_plugins.metrics._embeddings import valid_rows
 from lightning_plugins.metrics.gram import GramMetric, GramStatistics
 
 _FIRST, _LAST = 11, 50
@@ -54,18 +55,20 @@ class AlphaReQ(GramMetric):
             )
         self.add_state("total", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, embeddings: Tensor) -> None:
+    def update(self, embeddings: Tensor, mask: Tensor | None = None) -> None:
         """Add the rows of one batch.
 
         Args:
-            embeddings: Floating tensor of shape ``(N, num_features)``; half precision is cast up, no gradient flows.
+            embeddings: As for `RankMe.update`.
+            mask: As for `RankMe.update`.
 
         Raises:
-            TypeError: If ``embeddings`` is not a floating tensor.
-            ValueError: If it has another shape.
+            TypeError: If ``embeddings`` is not a floating tensor, or ``mask`` neither bool nor integer.
+            ValueError: If one has another shape.
         """
-        super().update(embeddings)
-        self.total = self.total + embeddings.detach().to(self.total.dtype).sum(0)
+        super().update(embeddings, mask)
+        rows, _ = valid_rows("embeddings", embeddings, self.num_features, mask)
+        self.total = self.total + rows.to(self.total.dtype).sum(0)
 
     def compute(self) -> Tensor:
         """Value over all rows of all batches and processes.
@@ -74,9 +77,9 @@ class AlphaReQ(GramMetric):
             Scalar in the dtype of the sums; NaN if fewer than two eigenvalues are in the range of the fit, or a row was
             not finite.
         """
-        with full_precision(self.gram):
+        with full_precision(self.summed):
             mean = self.total / self.count.clamp_min(1)
-            statistics = GramStatistics(self.gram - torch.outer(mean, self.total), self.count)
+            statistics = GramStatistics(self.summed - torch.outer(mean, self.total), self.count)
         return statistics.or_nan(power_law_exponent(statistics.eigenvalues, self.first, self.last))
 
     @staticmethod
