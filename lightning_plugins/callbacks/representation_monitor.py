@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
 from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
+from lightning_plugins.callbacks._monitors.loaders import loader_stages, shown_stage
 from lightning_plugins.callbacks._monitors.statistics import METRICS, LayerStatistics
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
 from lightning_plugins.callbacks._terms.masks import Mask
@@ -31,8 +32,7 @@ from lightning_plugins.selection import check_layers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Stage = Literal["train", "val"]
-STAGES: tuple[Stage, ...] = ("train", "val")
+STAGES = ("train", "val")  # of several validation loaders each has a stage of its own, as `val_0`; so has `test`
 
 
 class RepresentationMonitor(Callback):
@@ -48,7 +48,8 @@ class RepresentationMonitor(Callback):
     ``representation/<train|val>/<layer>/spectrum`` that shows the spectra over the training steps. TensorBoard and
     Weights & Biases get it as an image, for any other logger, or none, it is a PNG file in the logger's directory or
     the Trainer's `default_root_dir`. Figures are drawn on rank zero, at the end of epochs as long as that takes less
-    than a twentieth of the time, and at the end. ``trainer.validate()`` logs and draws too; sanity checks do not.
+    than a twentieth of the time, and at the end. ``trainer.validate()`` logs and draws too; sanity checks do not, and
+    ``trainer.test()`` does as ``test``. Several loaders are kept apart, as ``val_0`` and ``val_1``.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
@@ -58,7 +59,8 @@ class RepresentationMonitor(Callback):
         mask: Which positions are no padding.
         layout: What the dimensions of the tensor are, where the module does not tell.
         every_n_steps: In training, the batches of every n-th optimizer step are measured.
-        metrics: Out of ``"entropy"``, ``"effective_rank"``, ``"isotropy"``, ``"correlation_gap"``, ``"rankme"`` and
+        metrics: Out of ``"entropy"``, ``"effective_rank"``, ``"isotropy"``, ``"correlation_gap"``, ``"rankme"``,
+            ``"stable_rank"``, ``"alpha_req"`` and
             ``"uniformity"``; see `lightning_plugins.metrics`. The last one keeps all rows and compares all pairs.
         figures: Whether to draw; needs matplotlib.
         max_spectra: So many spectra per layer and stage are remembered, and saved in checkpoints: the first, the latest
@@ -103,6 +105,7 @@ class RepresentationMonitor(Callback):
             require_matplotlib()
         self._history = SpectrumHistory(self.max_spectra, STAGES)
         self._statistics = {stage: LayerStatistics(self.metrics) for stage in STAGES}
+        self._loader = ""  # the stage of the batch under way, out of training
         self._epoch: int | None = None  # of the training sums
         self._restored: dict[str, Any] | None = None  # sums from a checkpoint, until the devices are known
         self._capture: ObservedRows | None = None
@@ -128,7 +131,7 @@ class RepresentationMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module and the Trainer, register the hooks and join the training step."""
-        if stage not in {"fit", "validate"}:
+        if stage not in {"fit", "validate", "test"}:
             return
         name = type(self).__name__
         require_lightning_module(name, pl_module)
@@ -156,8 +159,8 @@ class RepresentationMonitor(Callback):
         """
         if self._restored is not None:
             if trainer.is_global_zero:
-                for stage, statistics in self._statistics.items():
-                    statistics.load_state(self._restored[stage], pl_module.device)
+                for stage, sums in self._restored.items():
+                    self._of(stage).load_state(sums, pl_module.device)
             self._restored = None
             if self._epoch != trainer.current_epoch:
                 self._summarize("train", trainer, pl_module, log=False)
@@ -190,31 +193,41 @@ class RepresentationMonitor(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
+        for stage in loader_stages(trainer):
+            self._of(stage)  # on every process, also on one whose loaders are empty
         if self._capture is None:
             self._attach(pl_module)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Record the layers' tensors, except in a sanity check."""
         if self._capture is not None and not trainer.sanity_checking:
+            self._loader = loader_stages(trainer)[dataloader_idx]
             self._recording.enter_context(self._capture.recording(batch))
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Add this batch's rows to the sums."""
+        """Add this batch's rows to the sums of its loader."""
         self._recording.close()
         if not trainer.sanity_checking:
-            self._add("val")
+            self._add(self._loader)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the whole validation."""
-        if not trainer.sanity_checking:
-            self._summarize("val", trainer, pl_module)
+        """Log the whole validation, each loader for itself."""
+        for stage in () if trainer.sanity_checking else loader_stages(trainer):
+            self._summarize(stage, trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what ``trainer.validate()`` has found."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        """Draw what ``trainer.validate()`` or ``trainer.test()`` has found."""
+        if trainer.state.fn in {TrainerFn.VALIDATING, TrainerFn.TESTING}:
             self._drawing.draw(trainer)
+
+    # `trainer.test()` measures like a validation.
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was."""
@@ -257,25 +270,28 @@ class RepresentationMonitor(Callback):
         claimed = claim_names(pl_module, self, [(wanted, other) for wanted, other in names])
         self._names = dict(zip(self._capture.labels, (n.removeprefix("representation/") for n in claimed), strict=True))
 
+    def _of(self, stage: str) -> LayerStatistics:
+        return self._statistics.setdefault(stage, LayerStatistics(self.metrics))
+
     @torch.no_grad()
-    def _add(self, stage: Stage) -> None:
+    def _add(self, stage: str) -> None:
         if self._capture is None:
             return
         with torch.inference_mode(False):  # sums made in validation's inference mode could not be saved and added to
             for label, embeddings in self._capture.take().items():
                 for rows in embeddings:
                     try:
-                        self._statistics[stage].update(label, rows)
+                        self._of(stage).update(label, rows)
                     except (TypeError, ValueError) as error:
                         self._capture.leave_out(label, error)
 
     @torch.no_grad()
-    def _summarize(self, stage: Stage, trainer: Trainer, pl_module: LightningModule, *, log: bool = True) -> None:
+    def _summarize(self, stage: str, trainer: Trainer, pl_module: LightningModule, *, log: bool = True) -> None:
         if self._capture is None:
             return
         with torch.inference_mode(False):
-            summaries = self._statistics[stage].summaries(self._capture.labels, pl_module.device)
-        self._statistics[stage].reset()
+            summaries = self._of(stage).summaries(self._capture.labels, pl_module.device)
+        self._of(stage).reset()
         for label in self._capture.left_out if log else ():
             log_value(pl_module, f"representation/{stage}/{self._names[label]}/left_out", 1.0)
         for label, (values, spectrum) in summaries.items():
@@ -288,8 +304,8 @@ class RepresentationMonitor(Callback):
                 self._drawing.add((stage, label))
         self._drawing.draw_if_time(trainer)
 
-    def _figure(self, key: tuple[Stage, str]) -> "tuple[str, Figure]":
+    def _figure(self, key: tuple[str, str]) -> "tuple[str, Figure]":
         stage, label = key
         steps, spectra = self._history.sorted_by_step(stage, label)
-        title = f"{label} in {'training' if stage == 'train' else 'validation'}"
+        title = f"{label} in {shown_stage(stage)}"
         return f"representation/{stage}/{self._names[label]}/spectrum", spectrum_figure(spectra, steps, title=title)

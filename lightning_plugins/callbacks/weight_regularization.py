@@ -67,8 +67,8 @@ class WeightRegularization(Callback):
         TypeError: If an argument is of the wrong type.
 
     Logs ``<name>/<layer>``, the term of each layer, and ``<name>/penalty``, ``weight`` times the sum of the terms, of
-    all callbacks of that name, at every step that carries them, and ``<name>/skipped`` once a term had to be left out. The
-    weights that are taken, and those that are passed over, are named at the start.
+    all callbacks of that name, at every step that carries them, and ``<name>/skipped`` once a term had to be left out.
+    The weights that are taken, and those that are passed over, are named at the start.
 
     Example:
         >>> from lightning_plugins.regularizers import SoftOrthogonality

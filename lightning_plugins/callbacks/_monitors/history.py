@@ -25,7 +25,7 @@ class SpectrumHistory:
 
     def remember(self, stage: str, label: str, step: int, spectrum: Tensor) -> None:
         """Keep the spectrum of a step, in place of an earlier one of the same step."""
-        kept = self.kept[stage].setdefault(label, {})
+        kept = self.kept.setdefault(stage, {}).setdefault(label, {})
         if any(len(other) != len(spectrum) for other in kept.values()):
             kept.clear()  # the layer was replaced by one of another width
         kept[step] = spectrum

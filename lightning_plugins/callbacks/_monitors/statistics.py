@@ -10,8 +10,10 @@ from torchmetrics import Metric
 
 from lightning_plugins.distributed import is_distributed
 from lightning_plugins.metrics import (
+    AlphaReQ,
     CorrelationGap,
     EffectiveRank,
+    FeatureStableRank,
     Isotropy,
     RankMe,
     Uniformity,
@@ -25,7 +27,8 @@ _OF_UNIT_ROWS: dict[str, type[GramMetric]] = {
     "isotropy": Isotropy,
     "correlation_gap": CorrelationGap,
 }
-METRICS = (*_OF_UNIT_ROWS, "rankme", "uniformity")
+_OF_ROWS_AS_THEY_COME: dict[str, type[GramMetric]] = {"rankme": RankMe, "stable_rank": FeatureStableRank}
+METRICS = (*_OF_UNIT_ROWS, *_OF_ROWS_AS_THEY_COME, "alpha_req", "uniformity")
 
 State = dict[str, dict[str, dict[str, Tensor]]]  # layer, metric, name of the metric's state
 
@@ -114,8 +117,10 @@ class LayerStatistics:
 
     def _new(self, num_features: int, device: torch.device) -> dict[str, Metric]:
         own: dict[str, Metric] = {"unit": VonNeumannEntropy(num_features)}  # of which the spectrum is read too
-        if "rankme" in self._metrics:
+        if _OF_ROWS_AS_THEY_COME.keys() & set(self._metrics):
             own["raw"] = RankMe(num_features)
+        if "alpha_req" in self._metrics:
+            own["centred"] = AlphaReQ(num_features)
         if "uniformity" in self._metrics:
             own["rows"] = Uniformity(num_features)
         for metric in own.values():
@@ -143,8 +148,11 @@ class LayerStatistics:
         for name in self._metrics:
             if name in _OF_UNIT_ROWS:
                 values[name] = unit.or_nan(_OF_UNIT_ROWS[name].from_statistics(unit))
+            elif name in _OF_ROWS_AS_THEY_COME:
+                raw = cast(GramMetric, own["raw"]).statistics()
+                values[name] = raw.or_nan(_OF_ROWS_AS_THEY_COME[name].from_statistics(raw))
             else:
-                values[name] = own["raw" if name == "rankme" else "rows"].compute()
+                values[name] = own["centred" if name == "alpha_req" else "rows"].compute()
         return LayerSummary(values, unit.or_nan(unit.eigenvalues))
 
 
