@@ -17,6 +17,7 @@ from lightning_plugins.callbacks import (
     LayerCall,
     LayerProbe,
     CollapseAlarm,
+    EarlyTermination,
     RepresentationMonitor,
     RepresentationRegularization,
     SpectralNormCap,
@@ -279,7 +280,7 @@ SETTINGS = {
         logged=("vne/backbone.1/entropy", "vne/head/entropy", "vne/penalty"),
         yaml="""
 - class_path: lightning_plugins.callbacks.VNERegularization
-  init_args: {layers: ["backbone.1", "head:input"], weight: 0.1, pool: flatten}
+  init_args: {layers: ["backbone.1", "head:input"], weight: 0.1, pool: flatten, select: null, mask: null, layout: NC}
 """,
     ),
     "vne, all at once": Setting(
@@ -336,6 +337,7 @@ SETTINGS = {
     pool: tests.contract_table.total
     select: null
     mask: tests.contract_table.unmasked
+    mask: null
     layout: NC
     figures: true
     max_spectra: 4

@@ -6,6 +6,7 @@ from lightning_plugins.callbacks._terms.masks import LayerCall
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.collapse_alarm import CollapseAlarm, RepresentationCollapseError
+from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
 from lightning_plugins.callbacks.layer_probe import LayerProbe
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
@@ -25,6 +26,7 @@ __all__ = [
     "CalibrationRecorder",
     "EarlyTermination",
     "CollapseAlarm",
+    "EarlyTermination",
     "HybridCompression",
     "LayerCall",
     "LayerProbe",

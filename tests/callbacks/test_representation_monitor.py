@@ -280,7 +280,7 @@ def test_validate_alone_logs_and_draws(tmp_path):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_two_validation_loaders_count_together():
+def test_two_validation_loaders_are_kept_apart():
     class Two(Recorder):
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
             super().validation_step(batch, batch_idx)
@@ -288,7 +288,9 @@ def test_two_validation_loaders_count_together():
     model = Two()
     loaders = [Batches(make_batches(2, seed=1)), Batches(make_batches(1, seed=2))]
     trainer = fit(model, make_batches(1), [watch()], validation=loaders, max_epochs=1)
-    torch.testing.assert_close(logged(trainer, "val"), expected(model.rows("val")))
+    rows = model.rows("val")
+    torch.testing.assert_close(logged(trainer, "val_0"), expected(rows[:16]))
+    torch.testing.assert_close(logged(trainer, "val_1"), expected(rows[16:]))
 
 
 class SavesAt(Callback):

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 from lightning_plugins import plots
 from lightning_plugins.callbacks import LowRankCompression, SpectrumMonitor, spectrum_monitor
 from lightning_plugins.callbacks._monitors import figures
+from lightning_plugins.functional.weight_spectrum import power_law_tail
 from tests._processes import run_on_ranks
 from tests.models import Batches, Classifier, fit, make_batches, shard
 
@@ -56,6 +57,7 @@ def expected(values: Tensor, layer: str = "head") -> dict[str, float]:
         "stable_rank": values.square().sum() / values[0] ** 2,
         "effective_rank": (-(shares * shares.log()).sum()).exp(),
         "spectral_norm": values[0],
+        "tail_exponent": power_law_tail(torch.as_tensor(values).double().square()).item(),
     }
     return {f"spectrum/{layer}/{name}": float(number) for name, number in numbers.items()}
 
