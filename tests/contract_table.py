@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from lightning_plugins.callbacks import (
     AttributionEvaluation,
+    CollapseAlarm,
     EarlyTermination,
     LayerCall,
     LayerProbe,
-    CollapseAlarm,
-    EarlyTermination,
     RepresentationMonitor,
     RepresentationRegularization,
     SpectralNormCap,

@@ -1,10 +1,8 @@
 """Lightning callbacks: they decide when, and call what stands in the other folders."""
 
-from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
-from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks._terms.masks import LayerCall
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
-from lightning_plugins.callbacks.early_termination import EarlyTermination
+from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks.collapse_alarm import CollapseAlarm, RepresentationCollapseError
 from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
@@ -24,7 +22,6 @@ from lightning_plugins.callbacks.weight_regularization import WeightRegularizati
 __all__ = [
     "AttributionEvaluation",
     "CalibrationRecorder",
-    "EarlyTermination",
     "CollapseAlarm",
     "EarlyTermination",
     "HybridCompression",
@@ -40,6 +37,6 @@ __all__ = [
     "SpectrumMonitor",
     "StableRankRegularization",
     "VNERegularization",
-    "probe_layers",
     "WeightRegularization",
+    "probe_layers",
 ]

@@ -242,7 +242,7 @@ class RepresentationRegularization(Callback):
     def _attach(self, pl_module: LightningModule) -> None:
         self._capture = LayerRows(pl_module, self.layers, self.rows)
         self._capture.attach()
-        wanted = [(self._name_of(label), self._name_of(other)) for label, other in self._capture.names]
+        wanted = [(self._name_of(label), self._name_of(other)) for label, other in self._capture.log_names]
         self._names = dict(zip(self._capture.labels, claim_names(pl_module, self, wanted), strict=True))
 
     def _factor(self, trainer: Trainer) -> float:

@@ -2,9 +2,9 @@
 
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
-from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.coding_rate import coding_rate
 from lightning_plugins.functional.decorrelation import decorrelation
+from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -12,9 +12,9 @@ from lightning_plugins.functional.entropy import (
     renyi_entropy,
     von_neumann_entropy,
 )
+from lightning_plugins.functional.epps_pulley import epps_pulley, random_directions
 from lightning_plugins.functional.evidence import Evidence, log_evidence
 from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows
-from lightning_plugins.functional.epps_pulley import epps_pulley, random_directions
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
 from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.functional.preconditioning import gap_precondition
@@ -62,8 +62,8 @@ __all__ = [
     "renyi_entropy",
     "ridge_path",
     "singular_value_threshold",
-    "spans_to_mask",
     "soft_orthogonality",
+    "spans_to_mask",
     "spectral_norm",
     "spread_out",
     "stable_rank",

@@ -9,6 +9,7 @@ from lightning_plugins.metrics._probe.result import ProbeResult
 from lightning_plugins.metrics._tasks import MeanWithInterval
 from lightning_plugins.metrics.adaptation import AdaptationCurve
 from lightning_plugins.metrics.alignment import Alignment
+from lightning_plugins.metrics.alpha_req import AlphaReQ
 from lightning_plugins.metrics.attention_correlation import AttentionCorrelation, CLSAttentionCorrelation
 from lightning_plugins.metrics.attribution import (
     AttributionAUROC,
@@ -23,15 +24,14 @@ from lightning_plugins.metrics.attribution import (
     RelevanceRankAccuracy,
     Sensitivity,
 )
-from lightning_plugins.metrics.alpha_req import AlphaReQ
 from lightning_plugins.metrics.correlation_gap import CorrelationGap
 from lightning_plugins.metrics.effective_rank import EffectiveRank
 from lightning_plugins.metrics.feature_stable_rank import FeatureStableRank
 from lightning_plugins.metrics.few_shot import FewShotAccuracy, FewShotAccuracyInterval
 from lightning_plugins.metrics.isotropy import Isotropy
+from lightning_plugins.metrics.lidar import LabelledLiDAR, LiDAR
 from lightning_plugins.metrics.linear_probe import LinearProbe
 from lightning_plugins.metrics.nearest_neighbour_probe import NearestNeighbourProbe, NearestNeighbourResult
-from lightning_plugins.metrics.lidar import LabelledLiDAR, LiDAR
 from lightning_plugins.metrics.neural_collapse import ClassRank, NeuralCollapse
 from lightning_plugins.metrics.rank_me import RankMe
 from lightning_plugins.metrics.uniformity import Uniformity
@@ -40,12 +40,12 @@ from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
 __all__ = [
     "AdaptationCurve",
     "Alignment",
+    "AlphaReQ",
     "AttentionCorrelation",
     "AttributionAUROC",
     "AttributionLocalization",
     "AttributionScore",
     "CLSAttentionCorrelation",
-    "AlphaReQ",
     "ClassRank",
     "CorrelationGap",
     "DegradationScore",
@@ -56,17 +56,16 @@ __all__ = [
     "FewShotAccuracyInterval",
     "Infidelity",
     "Isotropy",
+    "LabelledLiDAR",
+    "LiDAR",
     "LinearProbe",
     "LocalizationIoU",
     "MeanWithInterval",
     "NearestNeighbourProbe",
     "NearestNeighbourResult",
+    "NeuralCollapse",
     "PointingGame",
     "ProbeResult",
-    "LabelledLiDAR",
-    "LiDAR",
-    "MeanWithInterval",
-    "NeuralCollapse",
     "RankMe",
     "RegionPerturbation",
     "RelevanceRankAccuracy",
