@@ -335,7 +335,9 @@ class Classifies(Padded):
 
 
 @pytest.mark.parametrize(
-    "mask", ["attention_mask", "src_key_padding_mask", "keep", by_ids, f"{__name__}.by_ids", 1], ids=str
+    "mask",
+    ["attention_mask", "src_key_padding_mask", "keep", by_ids, f"{__name__}.by_ids", 1],
+    ids=lambda mask: getattr(mask, "__name__", str(mask)),
 )
 def test_a_mask_by_argument_entry_or_callable(mask: Any):
     x = torch.tensor([[3, 5, 7, 0, 0], [2, 4, 0, 0, 0], [9, 1, 1, 8, 6]])
