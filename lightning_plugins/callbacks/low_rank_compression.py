@@ -4,22 +4,26 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import network_costs
 from lightning_plugins.callbacks._compression.rank_source import RankSource
+from lightning_plugins.callbacks._compression.recalibration import recalibrate_norms
+from lightning_plugins.callbacks._compression.saved_state import adopt_older_entry, entry_of, warn_of_lost_state
 from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to_loggers
+from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors
+from lightning_plugins.callbacks._surgery.monitors import forget_best, warn_if_unsaved
+from lightning_plugins.callbacks._surgery.restored_structure import StructureHook
 from lightning_plugins.callbacks._surgery.swap import operate, require_operable, require_operable_optimizers
 from lightning_plugins.callbacks._terms.logged import log_value
-from lightning_plugins.callbacks._trainer.phases import check_phases, is_last_epoch, reached, require_end
+from lightning_plugins.callbacks._trainer.phases import check_phases, in_epoch, is_last_epoch, reached, require_end
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.compression.budget.carried_state import split_layers
+from lightning_plugins.compression.networks.norm_statistics import NormStatistics
 from lightning_plugins.compression.reports.report import CompressionReport
-from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.plots import compression_figure
 from lightning_plugins.plots.style import has_matplotlib
 from lightning_plugins.schedules import Schedule
@@ -144,11 +148,15 @@ class LowRankCompression(Callback):
         self.search_at, self.factorize_at, self.unit = search_at, factorize_at, unit
         self._compressed: weakref.ref[LightningModule] | None = None
         self._handles: list[RemovableHandle] = []
+        self._structure = StructureHook()
+        self._norms: NormStatistics | None = None
         self._forget()
 
     def _forget(self) -> None:
         self.found: dict[str, int] | None = None
         self.report: CompressionReport | None = None
+        self._small = False  # as a checkpoint had it whose callback was another
+        self._jump: int | None = None  # batches since the layers were split
         self._kept = 1.0  # the fraction of the layers' cost at the ranks that were found
         self._penalty: StableRankRegularization | None = None
         self._penalty_state: dict[str, Any] | None = None
@@ -156,22 +164,19 @@ class LowRankCompression(Callback):
     @property
     def finished(self) -> bool:
         """Whether the layers have been split."""
-        return self.report is not None
+        return self.report is not None or self._small
 
     @property
     def state_key(self) -> str:
-        """Unique for every different instance, so that several keep their own entries in a checkpoint."""
-        settings = {**self._settings, "schedule": repr(self._settings["schedule"])}
-        phases = {"search_at": self.search_at, "factorize_at": self.factorize_at, "unit": self.unit}
-        source = {name: getattr(self._source, name) for name in ("search", "options", "ranks", "cost")}
-        source |= {} if self._source.calibration is None else {"calibration": self._source.calibration}
-        return self._generate_state_key(layers=self.layers, ratio=self.ratio, **settings, **phases, **source)
+        """The class and the layers, so that a training is resumed with other rates, figures or phases as well."""
+        return self._generate_state_key(layers=self.layers)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module and the Trainer, and make the module ready for checkpoints of its compressed form."""
         name = type(self).__name__
         require_lightning_module(name, pl_module)
-        self._handles.append(pl_module.register_load_state_dict_pre_hook(_restore))  # type: ignore[no-untyped-call]  # torch's
+        self._structure.made_small = False
+        self._handles.append(pl_module.register_load_state_dict_pre_hook(self._structure))  # type: ignore[no-untyped-call]  # torch's
         if stage != "fit":
             return
         require_operable(name, trainer)
@@ -180,11 +185,24 @@ class LowRankCompression(Callback):
         require_end(name, trainer, self.unit)
         self._source.require(name, pl_module)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find this callback's entry under the longer name that an earlier version gave it."""
+        adopt_older_entry(self, self.layers, checkpoint)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the layers, which the module may have only now, and at the optimizers."""
+        name = type(self).__name__
+        if not self.finished and self._structure.made_small:
+            warn_of_lost_state(name)
+            self._small = True
         if self.finished:
             return
-        require_operable_optimizers(type(self).__name__, trainer)
+        require_operable_optimizers(name, trainer)
+        self._norms = NormStatistics(pl_module)
+        self._norms.batches = self._jump
+        if self.factorize_at is not None:
+            warn_of_mirrors(name, pl_module)
+        self._source.warn_of_untouched(name, pl_module)
         if self.found is not None:  # from a checkpoint
             self._regularize(trainer, pl_module)
         else:
@@ -192,19 +210,22 @@ class LowRankCompression(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the data of the search, while nothing is lost yet if there is none."""
-        if self.found is None:
+        if self.found is None and not self.finished:
             self._source.check_data(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search or split if it is time."""
-        self._advance(trainer, pl_module)
+        if not in_epoch(trainer):
+            self._advance(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Search if it is time: that needs no epoch's boundary."""
         if batch_idx == 0:  # resumed from behind an epoch's last batch, Lightning leaves out `on_train_epoch_start`
             self._advance(trainer, pl_module)
-        elif self.found is None and reached(trainer, self.search_at, self.unit):
+        elif self.found is None and not self.finished and reached(trainer, self.search_at, self.unit):
             self._find(trainer, pl_module)
+        if self._norms is not None:
+            self._norms.before_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient of the regularisation between the search and the split."""
@@ -215,6 +236,7 @@ class LowRankCompression(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the ranks and the cost."""
+        self._rest_norms()
         left = self._kept if self.finished else 1.0
         log_value(pl_module, f"budget/{self.cost}", left, prog_bar=True)
         for name, rank in (self.found or {}).items():
@@ -227,11 +249,11 @@ class LowRankCompression(Callback):
         if self._penalty is not None:
             self._penalty.on_train_epoch_end(trainer, pl_module)
         if is_last_epoch(trainer):
-            self._advance(trainer, pl_module)
+            self._advance(trainer, pl_module, last=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is still to be done, if the training was stopped early, and draw the report."""
-        self._advance(trainer, pl_module)
+        self._advance(trainer, pl_module, last=True)
         if self.report is not None and self.figures and trainer.is_global_zero and has_matplotlib():
             hand_to_loggers(trainer, "compression", compression_figure(self.report, title=type(pl_module).__name__))
 
@@ -242,9 +264,12 @@ class LowRankCompression(Callback):
                 f"{type(self).__name__}: the training ended before `factorize_at={self.factorize_at}` ({self.unit}), "
                 "so no layer was split; train on, or call `lightning_plugins.compression.factorize`"
             )
+        elif self.report is not None:
+            warn_if_unsaved(type(self).__name__, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module."""
+        self._rest_norms()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -259,23 +284,34 @@ class LowRankCompression(Callback):
         """What was found, whether the layers are split, and the state of the regularisation."""
         penalty = self._penalty_state if self._penalty is None else self._penalty.state_dict()
         report = None if self.report is None else self.report.to_json()
-        return {"found": self.found, "kept": self._kept, "report": report, "penalty": penalty}
+        more = {"small": self._small, "jump": self._jump}
+        return {"found": self.found, "kept": self._kept, "report": report, "penalty": penalty, **more}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's phase."""
         self._forget()
-        self.found, self._kept = state_dict["found"], state_dict["kept"]
-        self._penalty_state = state_dict["penalty"]
-        if state_dict["report"] is not None:
-            self.report = CompressionReport.from_json(state_dict["report"])
+        entry = entry_of(type(self).__name__, state_dict)
+        self.found, self._kept, self._penalty_state = entry("found"), entry("kept"), entry("penalty")
+        if entry("report") is not None:
+            self.report = CompressionReport.from_json(entry("report"))
+        self._small, self._jump = state_dict.get("small", False), state_dict.get("jump")
 
-    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _rest_norms(self) -> None:
+        if self._norms is not None:
+            self._norms.after_batch()
+            self._jump = self._norms.batches
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
         """Search or split if it is time, between two epochs."""
+        if self.finished:
+            return
         if self.found is None and reached(trainer, self.search_at, self.unit, between_epochs=True):
             self._find(trainer, pl_module)
         at = self.factorize_at
-        if not self.finished and at is not None and reached(trainer, at, self.unit, between_epochs=True):
+        if at is not None and reached(trainer, at, self.unit, between_epochs=True):
             self._split(trainer, pl_module)
+            if last:
+                recalibrate_norms(trainer, pl_module)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.found, self._kept = self._source.find(trainer, pl_module)
@@ -296,9 +332,6 @@ class LowRankCompression(Callback):
         operate(trainer, pl_module, lambda: split_layers(pl_module, ranks, **settings))
         self.report = CompressionReport(before, network_costs(trainer, pl_module))
         self._compressed, self._penalty, self._penalty_state = weakref.ref(pl_module), None, None
-
-
-def _restore(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Run before a state dict is loaded: Lightning restores the module before callbacks know anything."""
-    own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-    restore_structure(module, own, strict=False)  # names that are missing or too many are for `load_state_dict`
+        if self._norms is not None:
+            self._norms.restart()
+        forget_best(type(self).__name__, trainer)

@@ -70,7 +70,7 @@ class MaskScheduling(ScheduledCompression):
         unit: Literal["steps", "epochs", "fraction"] = "fraction",
         learning_rate: float = 0.05,
         beta_max: float = 100.0,
-        update_every: int = 100,
+        update_every: int = 10,
         keep: str | list[str] | None = None,
         min_channels: int = 1,
         multiple_of: int = 1,

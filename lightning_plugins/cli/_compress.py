@@ -1,7 +1,7 @@
 """``lightning-plugins compress``: a checkpoint of a smaller network from a checkpoint."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_plugins.cli._files import build_model, import_object, load_into, read_checkpoint
+from lightning_plugins.cli._outputs import beside, check_outputs, write_whole
 from lightning_plugins.compression import (
     Calibration,
     RankSearch,
@@ -27,6 +28,7 @@ from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.compression.reports.export import export_onnx
 from lightning_plugins.plots import compression_figure, require_matplotlib
 
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Method = Literal["equal_ratio", "energy_threshold", "trade_off", "output_energy", "beam_search"]
 _WITHOUT_SCORE: dict[str, Callable[..., RankSearch]] = {
     "equal_ratio": equal_ratio,
@@ -47,12 +49,14 @@ def compress(
     scheme: Literal[1, 2] = 1,
     model_args: dict[str, Any] | None = None,
     input_shape: list[int] | None = None,
+    input_dtype: Literal["float", "int"] = "float",
     data: str | None = None,
     calibration: str | None = None,
     quantize: Literal["int8"] | None = None,
     latency: bool = True,
     output: str | None = None,
     export: str | None = None,
+    force: bool = False,
 ) -> None:
     """Replace the layers of a trained network by low-rank ones, and write the smaller network's checkpoint.
 
@@ -73,12 +77,14 @@ def compress(
         scheme: How a convolution is split: 1 into k x k and 1 x 1, 2 into 1 x k and k x 1.
         model_args: What to call the model's callable with, such as '{num_classes: 10}'.
         input_shape: Shape of the network's input, such as '[1,3,224,224]'; where the network does not say it itself.
+        input_dtype: Whether the input of that shape is of random numbers, or of zeros as whole numbers, such as tokens.
         data: For beam_search: 'package.module:callable', which takes the network and returns batches and a score.
         calibration: 'package.module:callable', which takes the network and returns batches for it, or a Calibration.
         quantize: int8 stores the weights of linear layers, low-rank ones too, as integers; needs torchao.
         latency: Whether to measure the time of a forward pass before and after.
         output: The new checkpoint; <checkpoint>-compressed beside the old one if not given.
         export: Writes the smaller network as an ONNX file too, and checks it.
+        force: Whether files that are there already may be replaced. The checkpoint that is read never is.
 
     Raises:
         ValueError: If an argument does not fit the others, the checkpoint or the network.
@@ -87,37 +93,40 @@ def compress(
         raise ValueError(f"`data` must be given with `method=beam_search` and with no other, got method={method}")
     require_matplotlib()
     console = Console()
+    source = Path(checkpoint)
+    target = source.with_name(f"{source.stem}-compressed{source.suffix}") if output is None else Path(output)
+    files = {"checkpoint": target, "report": beside(target, ".json"), "figure": beside(target, ".png")}
+    check_outputs(files | ({} if export is None else {"ONNX file": Path(export)}), [source], force=force)
     old = read_checkpoint(checkpoint)
     dense = build_model(model, model_args or {}, old)
     if any(is_quantized(value) for value in old.state.values()):
         raise ValueError(f"`checkpoint`: {checkpoint!r} is quantised; compress the floating one and quantise last")
     prefix = load_into(dense, old.state)
-    inputs = _inputs(dense, input_shape)
+    needed = "cost=flops" if cost == "flops" else "latency=true" if latency else "export" if export else ""
+    inputs = _inputs(dense, input_shape, input_dtype, needed)
     small = copy.deepcopy(dense)
     moments = _calibrated(small, layers, calibration)
     search = _search(small, method, data, moments, ratio=ratio, layers=layers, cost=cost, scheme=scheme, inputs=inputs)
     factorize(small, search.ranks, layers, scheme=scheme, calibration=moments)
     report = compression_report(dense, small, inputs, latency=latency)
     console.print(report.table())
-    difference = None if export is None else _exported(small, inputs, export)  # integers have no export
+    exported: list[float] = []
+    if export is not None and inputs is not None:  # integers have no export
+        write_whole(Path(export), lambda path: exported.append(export_onnx(small, inputs, path)))
     if quantize is not None:
         int8(small)
-    source = Path(checkpoint)
-    target = source.with_name(f"{source.stem}-compressed{source.suffix}") if output is None else Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
     own = {f"{prefix}{name}" for name in dense.state_dict()}
     others = {name: value for name, value in old.state.items() if name not in own}
-    torch.save(old.with_state({**others, **{f"{prefix}{k}": v for k, v in small.state_dict().items()}}), target)
-    target.with_suffix(".json").write_text(report.to_json())
-    compression_figure(report, title=target.name).savefig(target.with_suffix(".png"))
-    console.print(f"wrote {target}, {target.with_suffix('.json')} and {target.with_suffix('.png')}", soft_wrap=True)
-    if difference is not None:
-        console.print(f"wrote {export}, whose outputs differ by {difference:.1e} at most", soft_wrap=True)
-
-
-def _exported(model: nn.Module, inputs: Tensor | tuple[Any, ...], path: str) -> float:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return export_onnx(model, inputs, path)
+    saved = old.with_state({**others, **{f"{prefix}{k}": v for k, v in small.state_dict().items()}})
+    figure = compression_figure(report, title=target.name)
+    write_whole(target, lambda path: torch.save(saved, path))
+    write_whole(files["report"], lambda path: path.write_text(report.to_json()))
+    write_whole(files["figure"], figure.savefig)
+    console.print("wrote {}, {} and {}".format(*files.values()), soft_wrap=True, markup=False)
+    if exported:
+        console.print(
+            f"wrote {export}, whose outputs differ by {exported[0]:.1e} at most", soft_wrap=True, markup=False
+        )
 
 
 def _calibrated(model: nn.Module, layers: str | list[str], path: str | None) -> Calibration | None:
@@ -133,7 +142,7 @@ def _search(
     data: str | None,
     moments: Calibration | None,
     *,
-    inputs: Tensor | tuple[Any, ...],
+    inputs: Inputs | None,
     **settings: Any,
 ) -> RankSearch:
     wanted = inputs if settings["cost"] == "flops" else None
@@ -149,19 +158,26 @@ def _search(
         return beam_search(model, batches, score, inputs=wanted, progress=progress, **settings)
 
 
-def _inputs(model: nn.Module, shape: list[int] | None) -> Tensor | tuple[Any, ...]:
-    """Random numbers of the shape given or, without one, what the network says of its input."""
+def _inputs(model: nn.Module, shape: list[int] | None, dtype: str, needed: str) -> Inputs | None:
+    """An input of the shape given or, without one, what the network says of its input; None if nothing needs one."""
     if shape is None:
         example = getattr(model, "example_input_array", None)  # of a LightningModule
-        if isinstance(example, Tensor | tuple):
+        if isinstance(example, Tensor | tuple | Mapping):
             return example
         configuration = getattr(model, "pretrained_cfg", None)  # of timm
         size = configuration.get("input_size") if isinstance(configuration, dict) else None
+        if size is None and not needed:
+            return None
         if size is None:
-            raise ValueError("`input_shape` must be given, such as [1,3,224,224]: the network does not say it itself")
+            raise ValueError(
+                f"`input_shape` must be given for {needed}, such as [1,3,224,224]: the network does not say it itself; "
+                "with `--latency false` and `cost=params` it is not needed"
+            )
         shape = [1, *size]
     if any(size < 1 for size in shape):
         raise ValueError(f"`input_shape` must be of sizes of at least 1, got {shape}")
     parameter = next(model.parameters())
+    if dtype == "int":
+        return torch.zeros(shape, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(parameter.dtype)

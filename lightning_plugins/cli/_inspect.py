@@ -1,22 +1,25 @@
 """``lightning-plugins inspect``: the spectra of a checkpoint's weights."""
 
 import json
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from lightning_plugins.cli._files import read_checkpoint
+from lightning_plugins.cli._outputs import check_outputs, write_whole
 from lightning_plugins.functional.weight_spectrum import summarize_spectrum, weight_singular_values
 from lightning_plugins.plots import layer_spectra_figure, require_matplotlib
 
 
-def inspect(checkpoint: str, layers: str = "*", output: str | None = None) -> None:
+def inspect(checkpoint: str, layers: str = "*", output: str | None = None, force: bool = False) -> None:
     """Show singular values and stable ranks of the weights in a checkpoint. No model is built.
 
     Weights are its floating-point tensors that are matrices of two rows and columns or more once all dimensions but the
@@ -25,13 +28,18 @@ def inspect(checkpoint: str, layers: str = "*", output: str | None = None) -> No
     Args:
         checkpoint: A Lightning checkpoint, or a state dict saved with torch.save.
         layers: Only weights whose name matches this glob.
-        output: Writes <output>.json, with all singular values, and the figure <output>.png.
+        output: Writes <output>.json, with all singular values, and the figure <output>.png. Numbers that are not finite
+            are null in it.
+        force: Whether files that are there already may be replaced.
 
     Raises:
         ValueError: If the checkpoint cannot be read, or holds no such weight.
     """
+    files: dict[str, Path] = {}
     if output is not None:
         require_matplotlib()
+        files = {"report": Path(f"{output}.json"), "figure": Path(f"{output}.png")}
+        check_outputs(files, [Path(checkpoint)], force=force)
     console = Console()
     weights = _weights(read_checkpoint(checkpoint).state, layers)
     spectra = {
@@ -42,18 +50,28 @@ def inspect(checkpoint: str, layers: str = "*", output: str | None = None) -> No
     console.print(_table(Path(checkpoint).name, numbers))
     if output is None:
         return
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
     listed = {name: {**own, "singular_values": spectra[name].tolist()} for name, own in numbers.items()}
-    Path(f"{target}.json").write_text(json.dumps(listed, indent=1))
+    text = json.dumps(_plain(listed), indent=1, allow_nan=False)
+    write_whole(files["report"], lambda path: path.write_text(text))
     finite = {name: values for name, values in spectra.items() if torch.isfinite(values).all()}
     if finite:
-        layer_spectra_figure(finite, title=Path(checkpoint).name).savefig(f"{target}.png")
-    console.print(f"wrote {target}.json" + (f" and {target}.png" if finite else ""))
+        figure = layer_spectra_figure(finite, title=Path(checkpoint).name)
+        write_whole(files["figure"], figure.savefig)
+    written = f"wrote {files['report']}" + (f" and {files['figure']}" if finite else "")
+    console.print(written, soft_wrap=True, markup=False)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON has no word for as null."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _weights(state: dict[str, Tensor], layers: str) -> dict[str, Tensor]:
-    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.ndim > 1}
+    floating = {name: dense for name, tensor in state.items() if (dense := _readable(tensor)) is not None}
     found = {
         name: tensor
         for name, tensor in floating.items()
@@ -67,17 +85,27 @@ def _weights(state: dict[str, Tensor], layers: str) -> dict[str, Tensor]:
     return found
 
 
+def _readable(tensor: Tensor) -> Tensor | None:
+    """A weight as a dense tensor of a type that can be decomposed; None if it is none, or has no values."""
+    if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or not tensor.is_floating_point():
+        return None
+    dense = (tensor.to_dense() if tensor.layout != torch.strided else tensor).contiguous()
+    if dense.dtype not in (torch.float32, torch.float64):
+        dense = dense.float()
+    return dense if dense.ndim > 1 else None
+
+
 def _numbers(weight: Tensor, values: Tensor) -> dict[str, Any]:
     return {"shape": list(weight.shape), "full_rank": len(values), **summarize_spectrum(values)._asdict()}
 
 
 def _table(title: str, numbers: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title=title, caption="full, stable and effective rank, and spectral norm")
+    table = Table(title=escape(title), caption="full, stable and effective rank, and spectral norm")
     table.add_column("weight", overflow="fold", ratio=1)
     for name in ("shape", "rank", "stable", "effective", "norm"):
         table.add_column(name, justify="right")
     for name, own in numbers.items():
         shape = "x".join(map(str, own["shape"]))
         figures = [f"{own[key]:.4g}" for key in ("stable_rank", "effective_rank", "spectral_norm")]
-        table.add_row(name, shape, str(own["full_rank"]), *figures)
+        table.add_row(escape(name), shape, str(own["full_rank"]), *figures)
     return table

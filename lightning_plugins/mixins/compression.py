@@ -1,13 +1,16 @@
 """Compression under a budget in steps that one writes, and checkpoints of compressed networks."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_plugins._checks import check_fraction
 from lightning_plugins.callbacks._compression.settings import check_selection
 from lightning_plugins.compression.budget.budget import Multiplier, Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 
 
@@ -20,8 +23,9 @@ class CompressionMixin:
     ``super().on_load_checkpoint(checkpoint)``.
 
     Where the callbacks do not fit, as with manual optimization, `attach_compression` puts masks and thresholds on,
-    `compression_penalty` is the term of the loss that presses the cost towards the budget, and `compress` chooses, and
-    makes the network smaller. See `lightning_plugins.callbacks.HybridCompression` for what is behind it.
+    `compression_schedule` and `compression_step` are what the callbacks do before and after a backward pass, and
+    `compress` chooses, and makes the network smaller.
+    See `lightning_plugins.callbacks.HybridCompression` for what is behind it.
 
     Example:
         >>> import torch
@@ -67,6 +71,7 @@ class CompressionMixin:
         keep: str | Sequence[str] | None = None,
         minimum: int = 1,
         multiple: int = 1,
+        rates: ChoiceRates | None = None,
     ) -> list[nn.Parameter]:
         """Put masks on channels and thresholds on singular values; before the optimizer is made and DDP wraps.
 
@@ -80,10 +85,11 @@ class CompressionMixin:
             keep: Layers that stay as they are.
             minimum: The least number of channels of a group, and the least rank.
             multiple: Numbers of channels and ranks are multiples of this.
+            rates: How fast scores and thresholds move, by default as in the callbacks.
 
         Returns:
-            Scores and thresholds. They are among ``self.parameters()``: give them a group of the optimizer without
-            weight decay, and a learning rate of their own.
+            Scores and thresholds. They are among ``self.parameters()``, but `compression_step` moves them, with an
+            optimizer of their own: leave them out of yours.
 
         Raises:
             ValueError: If an argument is out of its range, nothing can be chosen, or the budget cannot be met.
@@ -96,7 +102,9 @@ class CompressionMixin:
             ...     pass
             >>> net = Net(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
             >>> chosen = net.attach_compression("0", budget=0.5, inputs=torch.zeros(1, 8), ranks=False)
-            >>> penalty = net.compression_penalty(beta=1.0)
+            >>> net.compression_schedule(0.5)
+            >>> net(torch.randn(4, 8)).square().mean().backward()
+            >>> share, _ = net.compression_step()
             >>> net.compress().cost <= 0.5 * (8 * 16 + 16 + 16 * 2 + 2)
             True
         """
@@ -113,12 +121,43 @@ class CompressionMixin:
         settings: dict[str, Any] = {"cost": cost, "masks": masks, "ranks": ranks, "keep": keep}
         network = BudgetedNetwork(self, layers, budget, inputs=given, minimum=minimum, multiple=multiple, **settings)
         network.begin()
-        network.be_soft(1.0)
-        vars(self)["_compression"] = (network, Multiplier())
+        choice = Choice(network, rates or ChoiceRates())
+        choice.act(0.0)
+        vars(self)["_compression"] = (network, Multiplier(), choice)
         return network.parameters()
 
+    def compression_schedule(self, progress: float) -> None:
+        """Let masks and thresholds act as they do at this time; before the forward pass.
+
+        Args:
+            progress: How far the choice is, from 0 where it begins to 1 where `compress` ends it; the callbacks let
+                it rise in a straight line over the middle of a training.
+
+        Raises:
+            ValueError: If it is not in [0, 1].
+            RuntimeError: If `attach_compression` was not called.
+        """
+        _compression_of(self)[2].act(check_fraction("progress", progress))
+
+    def compression_step(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Move scores and thresholds to where the budget is met; between the backward pass and the optimizer's step.
+
+        It is the step of the callbacks: the gradients of weights tell how much channels and singular values are worth.
+        Under fp16 unscale the gradients first.
+
+        Returns:
+            The share of the cost that is left, a scalar, and the ranks by layer.
+
+        Raises:
+            RuntimeError: If `attach_compression` was not called.
+        """
+        return _compression_of(self)[2].step()
+
     def compression_penalty(self, beta: float) -> Tensor:
-        """The term of the loss for the budget; once per optimizer step, before the module's forward pass.
+        """The term of the loss for the budget; deprecated.
+
+        It presses the cost with a multiplier, which loses accuracy at small budgets: use `compression_schedule` and
+        `compression_step`, which need no term.
 
         Args:
             beta: The inverse temperature of masks and soft ranks from now on; let it rise from 1 to about 100.
@@ -130,7 +169,13 @@ class CompressionMixin:
         Raises:
             RuntimeError: If `attach_compression` was not called.
         """
-        network, multiplier = _compression_of(self)
+        network, multiplier, _ = _compression_of(self)
+        warnings.warn(
+            "`compression_penalty` is deprecated: call `compression_schedule(progress)` before the forward pass and "
+            "`compression_step()` before the optimizer's step, as the callbacks do",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         network.be_soft(beta)
         share, _ = network.share()
         penalty: Tensor = multiplier.penalty(share, network.budget.target)
@@ -148,7 +193,7 @@ class CompressionMixin:
         Raises:
             RuntimeError: If `attach_compression` was not called.
         """
-        network, _ = _compression_of(self)
+        network, _, _ = _compression_of(self)
         choice = network.choose()
         network.bake(choice)
         network.shrink(choice)
@@ -161,8 +206,8 @@ def _network_of(module: Any) -> BudgetedNetwork | None:
     return found
 
 
-def _compression_of(module: Any) -> tuple[BudgetedNetwork, Multiplier]:
+def _compression_of(module: Any) -> tuple[BudgetedNetwork, Multiplier, Choice]:
     if _network_of(module) is None:
         raise RuntimeError("`attach_compression` must be called first")
-    found: tuple[BudgetedNetwork, Multiplier] = vars(module)["_compression"]
+    found: tuple[BudgetedNetwork, Multiplier, Choice] = vars(module)["_compression"]
     return found

@@ -157,9 +157,13 @@ def test_the_same_callback_twice_is_named():
         fit(seeded(), BATCHES, [in_steps(), in_steps()])
 
 
-def test_an_instance_is_told_apart_by_its_settings():
-    keys = {in_steps(**settings).state_key for settings in ({}, {"budget": 0.4}, {"schedule": Linear(0.0, 1.0)})}
-    assert len(keys) == 3
+def test_an_instance_is_told_apart_by_its_class_and_layers():
+    same = ({}, {"budget": 0.4}, {"schedule": Linear(0.0, 1.0)}, {"figures": True}, {"learning_rate": 1.0})
+    assert len({in_steps(**settings).state_key for settings in same}) == 1
+    others = {
+        in_steps(kind, layers=layers).state_key for kind in (HybridCompression, MaskScheduling) for layers in "ab"
+    }
+    assert len(others) == 4
     state: dict[str, Any] = in_steps().state_dict()
     assert state["own"] is None
     assert torch.tensor(state["share"]) == 1

@@ -59,6 +59,27 @@ def test_delivers_a_network_within_the_budget(cost, budget):
     assert "rank/backbone.2" in watch.metrics[5]
 
 
+class LowRank(Model):
+    """A layer of rank 2 between two with channels, of which a half hardly counts: both can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 5))
+        self.double()
+        with torch.no_grad():
+            wide, narrow = self.backbone[2], self.backbone[4]
+            wide.weight.copy_(torch.randn(24, 2).double() @ torch.randn(2, 24).double() / 10)
+            wide.weight[:12] *= 1e-3
+            narrow.weight[:, :12] *= 1e-3
+
+
+def test_some_of_both_go_where_both_can():
+    callback = in_steps(budget=0.4)
+    fit(seeded(LowRank), BATCHES, [callback], max_epochs=3)
+    assert "backbone.2" in callback.report.ranks
+    assert callback.report.kept["backbone.2"].left < 24
+
+
 def test_the_small_network_is_the_masked_one(monkeypatch):
     seen = {}
     shrink = BudgetedNetwork.shrink
@@ -75,7 +96,7 @@ def test_the_small_network_is_the_masked_one(monkeypatch):
         return heirs
 
     monkeypatch.setattr(BudgetedNetwork, "shrink", watched)
-    fit(seeded(), BATCHES, [in_steps(budget=0.2)], max_epochs=3)
+    fit(seeded(LowRank), BATCHES, [in_steps(budget=0.4)], max_epochs=3)
     for name, rank in seen["choice"].ranks.items():
         layer = seen["masked"].get_submodule(name)
         layer.weight.data = truncated(layer, rank, scheme=1)

@@ -34,9 +34,8 @@ class Chosen(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         masks = masks_of(pl_module)
-        if masks is not None:
-            self.seen.append([keep.tolist() for keep in masks.kept()])
-            self.shares.append(float(trainer.callback_metrics["budget/params"]))
+        self.seen.append([] if masks is None else [keep.tolist() for keep in masks.kept()])
+        self.shares.append(float(trainer.callback_metrics["budget/params"]))
 
 
 def test_magnitudes_follow_the_cubic_schedule_and_keep_the_largest():

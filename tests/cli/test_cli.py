@@ -268,7 +268,7 @@ BAD = {
     "another network": (["--model", f"{HERE}:Lit"], "`state_dict` must be one of Lit"),
     "arguments": ([*OPTIONS, "--model_args", "{depth: 3}"], "`model_args` must be what"),
     "a larger checkpoint": ([*OPTIONS, "--model_args", "{width: 9}"], "`state_dict` must have the structure"),
-    "no input": (["--model", f"{HERE}:Net"], "`input_shape` must be given, such as [1,3,224,224]"),
+    "no input": (["--model", f"{HERE}:Net"], "`input_shape` must be given for latency=true, such as [1,3,224,224]"),
     "an empty input": (
         ["--model", f"{HERE}:Net", "--input_shape", "[0,3,6,6]"],
         "`input_shape` must be of sizes",

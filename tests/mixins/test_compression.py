@@ -22,18 +22,17 @@ class ByHand(CompressionMixin, Model):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         optimizer = self.optimizers()
-        penalty = self.compression_penalty(beta=1.0 + self.global_step)
-        loss = self.loss(batch) + penalty
+        self.compression_schedule(min(self.global_step / 12, 1.0))
+        loss = self.loss(batch)
         optimizer.zero_grad()
         self.manual_backward(loss)
+        self.shares.append(float(self.compression_step()[0]))
         optimizer.step()
         return loss
 
     def configure_optimizers(self) -> Any:
-        own = [p for p in self.parameters() if id(p) in self.chosen]
-        rest = [p for p in self.parameters() if id(p) not in self.chosen]
-        groups = [{"params": rest}, {"params": own, "lr": 0.05, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+        self.shares: list[float] = []
+        return torch.optim.AdamW([p for p in self.parameters() if id(p) not in self.chosen], lr=0.01, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("settings", [{}, {"ranks": False}, {"masks": False}], ids=["both", "masks", "ranks"])
@@ -41,6 +40,7 @@ def test_by_hand(settings):
     model = seeded(ByHand, **settings)
     assert len(model.chosen) == (3 if "ranks" in settings else 4 if "masks" in settings else 7)
     fit(model, BATCHES, max_epochs=3)
+    assert model.shares[-1] <= 0.5 + 1e-6
     masked = copy.deepcopy(model)
     choice = model.compress()
     assert params(model) == choice.cost <= 0.5 * 399
@@ -55,10 +55,12 @@ def test_by_hand(settings):
 def test_the_penalty_presses_the_cost_to_the_budget():
     model = seeded(Loose)
     optimizer = torch.optim.Adam(model.attach_compression(budget=0.5, inputs=torch.zeros(2, 6).double()), lr=0.1)
-    network, _ = vars(model)["_compression"]
+    network, _, _ = vars(model)["_compression"]
     for _ in range(40):
         optimizer.zero_grad()
-        model.compression_penalty(beta=1.0).backward()
+        with pytest.warns(DeprecationWarning, match="call `compression_schedule"):
+            penalty = model.compression_penalty(beta=1.0)
+        penalty.backward()
         optimizer.step()
     assert float(network.share()[0]) < 0.55
 
@@ -86,8 +88,13 @@ def test_misuse_is_named():
         seeded(SelfLoading).compression_penalty(1.0)
     with pytest.raises(RuntimeError, match="has been called already"):
         seeded(ByHand).attach_compression(budget=0.5)
-    with pytest.raises(ValueError, match="`beta` must be positive"):
+    with (
+        pytest.raises(ValueError, match="`beta` must be positive"),
+        pytest.warns(DeprecationWarning, match="compression_schedule"),
+    ):
         seeded(ByHand).compression_penalty(0.0)
+    with pytest.raises(ValueError, match="`progress`"):
+        seeded(ByHand).compression_schedule(1.5)
     with pytest.raises(ValueError, match="`budget` must be at least"):
         seeded(SelfLoading).attach_compression(budget=0.01, inputs=torch.zeros(2, 6).double())
 

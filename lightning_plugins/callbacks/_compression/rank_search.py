@@ -1,9 +1,8 @@
 """The search of ranks in the middle of a training: its data, its score, and what must not notice it."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -14,7 +13,14 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_plugins._checks import nearest
-from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, isolate_rng
+from lightning_plugins._lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_param_in_hook_signature,
+    isolate_rng,
+)
+from lightning_plugins.compression.networks.evaluation import evaluation
 from lightning_plugins.compression.rank_search.beam_search import beam_search
 from lightning_plugins.compression.rank_search.output_energy import output_energy
 from lightning_plugins.compression.rank_search.problem import RankSearch, SearchLevel
@@ -167,11 +173,39 @@ def score_function(pl_module: LightningModule, score: str | Score | None) -> Sco
     return _negative_loss
 
 
+def try_score(trainer: Trainer, pl_module: LightningModule, batch: Any, score: str | Score | None) -> None:
+    """Score a batch as the search will, of which the training notices nothing; all ranks call.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        batch: A batch, on the device of the training.
+        score: As for `score_function`.
+
+    Raises:
+        MisconfigurationException: If the score cannot be computed.
+    """
+    quiet = isolate_rng(), same_buffers(pl_module), kept_metrics(pl_module), evaluation(pl_module)
+    with ExitStack() as stack:
+        for context in (*quiet, trainer.precision_plugin.forward_context()):
+            stack.enter_context(context)
+        try:
+            score_function(pl_module, score)(pl_module, batch)
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            what = repr(score) if isinstance(score, str) else "the training step" if score is None else "the function"
+            raise MisconfigurationException(
+                f"`score`: the search of ranks scores batches of `search_data` with {what} of "
+                f"{type(pl_module).__name__}, which fails on the first one ({type(error).__name__}: {error}); pass the "
+                "name of a method that takes a batch, or a function of module and batch"
+            ) from error
+
+
 def _negative_loss(pl_module: Any, batch: Any) -> Tensor:
     step = type(pl_module).training_step  # its own, without the terms that other callbacks add on all ranks at once
-    wants_index = "batch_idx" in inspect.signature(step).parameters
-    with _without_log(pl_module):
-        output = step(pl_module, batch, batch_idx=0) if wants_index else step(pl_module, batch)
+    with without_log(pl_module):
+        output = step(pl_module, *step_arguments(step, batch))
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(
@@ -180,16 +214,31 @@ def _negative_loss(pl_module: Any, batch: Any) -> Tensor:
     return -loss.detach()
 
 
+def step_arguments(step: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
+    """The arguments of a step of a module by Lightning's own rule: the batch, and an index wherever there is room.
+
+    Args:
+        step: The step, a function or a bound method.
+        batch: The batch.
+
+    Returns:
+        Positional arguments; the index is 0.
+    """
+    return (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+
+
 @contextmanager
-def _without_log(pl_module: LightningModule) -> Iterator[None]:
-    own = vars(pl_module).get("log")
-    vars(pl_module)["log"] = lambda *args, **kwargs: None
+def without_log(pl_module: LightningModule) -> Iterator[None]:
+    """Let a module's ``log`` and ``log_dict`` do nothing for a while."""
+    own = {name: vars(pl_module).get(name) for name in ("log", "log_dict")}
+    vars(pl_module).update(dict.fromkeys(own, lambda *args, **kwargs: None))
     try:
         yield
     finally:
-        del vars(pl_module)["log"]
-        if own is not None:
-            vars(pl_module)["log"] = own
+        for name, value in own.items():
+            del vars(pl_module)[name]
+            if value is not None:
+                vars(pl_module)[name] = value
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, nearest
-from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import costs_of, example_inputs
 from lightning_plugins.callbacks._compression.rank_search import (
     SEARCHES,
@@ -14,8 +14,10 @@ from lightning_plugins.callbacks._compression.rank_search import (
     score_function,
     search_data,
     search_ranks,
+    try_score,
     unnoticed,
 )
+from lightning_plugins.compression.budget.coverage import untouched
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.costs.layer_costs import COSTS
 from lightning_plugins.compression.low_rank.splittable import select_layers
@@ -107,10 +109,28 @@ class RankSource:
             limits = {name: cost.break_even for name, cost in costs.items()}
             raise ValueError(f"`ranks` must make at least one layer smaller, as at most {limits} do, got {self.ranks}")
 
+    def warn_of_untouched(self, name: str, pl_module: LightningModule) -> None:
+        """Say which of the layers that are asked for cannot be split; for ``on_fit_start``.
+
+        Args:
+            name: Of the callback.
+            pl_module: The module.
+        """
+        taken = list(self.ranks or select_layers(pl_module, self.layers, scheme=self.scheme))
+        left = untouched(pl_module, self.layers, taken)
+        if left and self.ranks is None:
+            rank_zero_warn(f"{name}: of what `layers` matches, {left}; `ratio={self.ratio}` is of the others' cost")
+
     def check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is something to search with; for ``on_train_start``."""
+        """Check that there is something to search with, and score a batch of it; for ``on_train_start``.
+
+        Raises:
+            MisconfigurationException: If there is none, or it cannot be scored.
+        """
         if self.needs_data:
-            search_data(trainer, pl_module, self.data)
+            source = search_data(trainer, pl_module, self.data)
+            if self.scores:
+                try_score(trainer, pl_module, load_batches(trainer, pl_module, source, 1)[0], self.score)
 
     def find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, int], float]:
         """The ranks by layer name, and the fraction of the layers' cost that they leave; all ranks call."""

@@ -1,11 +1,12 @@
 """What a compression under a budget is told, checked once for all callbacks that do it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
 from lightning_plugins.callbacks._monitors.figures import check_figures
 from lightning_plugins.callbacks._trainer.phases import check_phases
+from lightning_plugins.compression.budget.choice import ChoiceRates
 from lightning_plugins.compression.costs.layer_costs import COSTS
 from lightning_plugins.plots import require_matplotlib
 from lightning_plugins.schedules import Cubic, Linear, Schedule, Unit
@@ -46,7 +47,7 @@ class CompressionSettings:
     threshold_learning_rate: float = 0.001
     beta_max: float = 100.0
     criterion: Criterion = "learned"
-    update_every: int = 100
+    update_every: int = 10
     refresh_every: int = 1
 
     def __post_init__(self) -> None:
@@ -90,40 +91,10 @@ class CompressionSettings:
         shape = Linear if self.learned else Cubic
         return shape(0.0, 1.0, begin=self.begin, until=self.end, unit=self.unit)
 
-    def beta(self, way: float) -> float:
-        """The inverse temperature where the choice has come so far: exponential from 1 to ``beta_max``."""
-        return float(self.beta_max**way)
-
-    def removed(self, way: float) -> float:
-        """How much of what the budget takes is gone where the choice has come so far.
-
-        What is learned goes as a cubic schedule does, fast at first, so that the network has time to recover; the last
-        tenth of the way is left for it to settle at the budget.
-
-        Args:
-            way: How far, in [0, 1].
-
-        Returns:
-            A share in [0, 1].
-        """
-        return 1 - (1 - min(way / 0.9, 1.0)) ** 3 if self.learned else way
-
-    def rates(self, beta: float) -> list[float]:
-        """The learning rates of scores and thresholds, of those there are.
-
-        Args:
-            beta: The inverse temperature: scores are counted in logits of the masks, or the steps at a high one would
-                throw channels from open to closed.
-
-        Returns:
-            Numbers.
-        """
-        return [self.learning_rate / beta] * self.masks + [self.threshold_learning_rate] * self.ranks
-
-    def for_key(self) -> dict[str, Any]:
-        """All settings as primitives."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**found, "schedule": repr(self.schedule)}
+    @property
+    def rates(self) -> ChoiceRates:
+        """How fast scores and thresholds move."""
+        return ChoiceRates(scores=self.learning_rate, thresholds=self.threshold_learning_rate, beta_max=self.beta_max)
 
 
 def check_selection(layers: Any, keep: Any, budget: float, cost: str, **numbers: int) -> None:

@@ -3,17 +3,19 @@
 import io
 import re
 import time
+import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import fsspec  # type: ignore[import-untyped]  # it carries no types; a dependency of lightning
 
-from lightning_plugins._lightning import TensorBoardLogger, Trainer, WandbLogger
+from lightning_plugins._lightning import TensorBoardLogger, Trainer, WandbLogger, rank_zero_warn
 from lightning_plugins.callbacks._trainer.progress import steps_done
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_WARNED: "weakref.WeakSet[Trainer]" = weakref.WeakSet()
 _SHARE = 0.05  # of the time that has passed; the last figures are drawn whatever they cost
 Key = TypeVar("Key", bound=Hashable)
 
@@ -75,6 +77,15 @@ def hand_to_loggers(trainer: Trainer, tag: str, figure: "Figure") -> None:
     """
     if getattr(trainer, "fast_dev_run", False):  # set at run time, unknown to type checkers
         return
+    try:
+        _hand_over(trainer, tag, figure)
+    except OSError as error:  # a full disk, a folder that cannot be written: no picture is worth a training
+        if trainer not in _WARNED:
+            _WARNED.add(trainer)
+            rank_zero_warn(f"the figure {tag!r} could not be written, and the training goes on without: {error}")
+
+
+def _hand_over(trainer: Trainer, tag: str, figure: "Figure") -> None:
     if not trainer.loggers:
         _write(trainer.default_root_dir, tag, figure)
     for logger in trainer.loggers:
@@ -100,5 +111,15 @@ def _write(folder: str, tag: str, figure: "Figure") -> None:
     # the folder may be on any file system that Lightning can write to
     system, place = fsspec.core.url_to_fs(f"{folder}/{name}.png")
     system.makedirs(place.rpartition("/")[0], exist_ok=True)
-    with system.open(place, "wb") as file:
-        file.write(_png(figure).getbuffer())
+    if system.isdir(place):
+        raise IsADirectoryError(f"{place} is a folder")
+    content = _png(figure).getbuffer()
+    part = f"{place}.part"
+    try:
+        with system.open(part, "wb") as file:
+            file.write(content)
+        system.mv(part, place)  # a disk that is full leaves the old figure, and no half of a new one
+    except OSError:
+        if system.exists(part):
+            system.rm(part)
+        raise

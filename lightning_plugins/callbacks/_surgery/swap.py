@@ -6,6 +6,7 @@ saved by position, so the parameters are put into the order of a fresh ``configu
 whose module has the new structure from the start, would give moments to the wrong parameters otherwise.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,9 +32,12 @@ from lightning_plugins._lightning import (
 )
 from lightning_plugins.compression.networks.replacements import Heir, Heirs
 
-# What optimizers remember of each entry of a parameter. All else of its shape is like a gradient: it maps linearly.
+# What optimizers remember of each entry of a parameter: averages of gradients, which map linearly, averages of their
+# squares, magnitudes, and other values of the parameter itself. Nothing is assumed of any other name.
+_LINEAR = {"exp_avg", "momentum_buffer", "grad_avg", "prev"}
 _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta"}
 _MAGNITUDES = {"exp_inf", "step_size"}
+_VALUES = {"AdamWScheduleFree": {"z"}, "SGDScheduleFree": {"z"}, "RAdamScheduleFree": {"z"}}
 
 # They hold copies of the parameters, or their names or masks; WeightAveraging is not in every version of Lightning.
 _AVERAGES = "averages parameters that would no longer be there; average the small network in a `fit` of its own"
@@ -113,8 +117,9 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], H
     if fresh is not None and len(fresh) != len(trainer.optimizers):
         fresh = None
     for index, optimizer in enumerate(trainer.optimizers):
-        fits = _replace(optimizer, heirs, None if fresh is None else fresh[index])
-        _carry(optimizer, heirs)
+        own = None if fresh is None else fresh[index]
+        fits = _replace(optimizer, heirs, own)
+        _carry(optimizer, heirs, own)
         if not fits:
             rank_zero_warn(
                 "`configure_optimizers` of the changed module does not give the parameter groups of this training "
@@ -196,28 +201,53 @@ def _names(old: nn.Parameter, name: str, heirs: Heirs) -> list[str]:
     return [f"{name}.{number}" for number in range(len(heirs[old]))] if old in heirs else [name]
 
 
-def _carry(optimizer: Optimizer, heirs: Heirs) -> None:
-    afresh = 0
+def _carry(optimizer: Optimizer, heirs: Heirs, fresh: Optimizer | None) -> None:
+    afresh, names = 0, set[str]()
+    values = _VALUES.get(type(optimizer).__name__, set())
+    initial = {} if fresh is None else fresh.state  # some optimizers have a state from the start
     for old, parts in heirs.items():
         state = optimizer.state.pop(old, None)
         if not state:
             continue
-        if any(torch.is_tensor(value) and value.ndim and value.shape != old.shape for value in state.values()):
-            afresh += 1  # as of Adafactor, which keeps sums over rows and columns
+        if unknown := _unknown(optimizer, state, old, picked=all(heir.entrywise for heir in parts)):
+            afresh += 1
+            names |= unknown
+            for heir in parts:
+                if heir.parameter in initial:
+                    optimizer.state[heir.parameter] = copy.deepcopy(initial[heir.parameter])
             continue
         for heir in parts:
-            optimizer.state[heir.parameter] = {key: _carried(key, value, heir) for key, value in state.items()}
+            optimizer.state[heir.parameter] = {
+                key: _carried(key, value, heir, is_value=key in values) for key, value in state.items()
+            }
     if afresh:
         rank_zero_warn(
-            f"{type(optimizer).__name__} begins afresh for the parameters that took the place of {afresh} others: what "
-            "it remembers of them has not their shape and cannot be carried over"
+            f"{type(optimizer).__name__} begins afresh for the parameters that took the place of {afresh} others: it "
+            f"is not known how its {', '.join(sorted(names))} would be carried over to parameters of other shapes"
         )
 
 
+def _unknown(optimizer: Optimizer, state: Mapping[str, Any], old: nn.Parameter, *, picked: bool) -> set[str]:
+    """Names of what an optimizer remembers of a parameter and nothing is known of, such as Adafactor's sums."""
+    known = _LINEAR | _SQUARES | _MAGNITUDES | _VALUES.get(type(optimizer).__name__, set())
+    return {
+        key
+        for key, value in state.items()
+        if not isinstance(value, int | float | None)
+        and not (
+            torch.is_tensor(value) and (value.ndim == 0 or (value.shape == old.shape and (picked or key in known)))
+        )
+    }
+
+
 @torch.no_grad()
-def _carried(key: str, value: Any, heir: Heir) -> Any:
+def _carried(key: str, value: Any, heir: Heir, *, is_value: bool) -> Any:
     if not torch.is_tensor(value):
         return value
+    if (
+        is_value and not heir.entrywise
+    ):  # no factors are known whose product it would be: it goes on from the parameter itself
+        return heir.parameter.detach().clone()
     if value.ndim == 0:  # a count of steps, of which each parameter has its own
         return value.clone()
     wide = value if value.dtype == torch.float64 else value.float()

@@ -55,6 +55,19 @@ def epochs_done(trainer: Trainer) -> int:
     return int(vars(trainer.fit_loop.epoch_progress.current)["processed"])
 
 
+def in_epoch(trainer: Trainer) -> bool:
+    """Whether, in ``on_train_epoch_start``, batches of the epoch have been trained on already.
+
+    Lightning calls that hook in the middle of an epoch where a resumed training is resumed once more. The batch
+    progress, which a checkpoint restores, tells; in a sound call it still is that of the complete epoch before.
+
+    Returns:
+        Whether they have.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current.ready > 0 and not progress.is_last_batch
+
+
 def is_last_epoch(trainer: Trainer) -> bool:
     """Whether, in ``on_train_epoch_end``, no other epoch is to come, as far as the limits of the Trainer tell."""
     steps_over = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps

@@ -1,6 +1,6 @@
 """A network whose channels and ranks are chosen under one budget while it trains, and which is then made smaller."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,17 +8,20 @@ from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.budget.carried_state import chained, sliced_heir, split_layers
-from lightning_plugins.compression.budget.cost_terms import parameters_by_name
+from lightning_plugins.compression.budget.coverage import untouched
 from lightning_plugins.compression.budget.filling import largest_within, rank_layers
 from lightning_plugins.compression.budget.projection import project
-from lightning_plugins.compression.budget.shift import EXCHANGE, BudgetShift
+from lightning_plugins.compression.budget.score_targets import ScoreTargets, weight_norms
+from lightning_plugins.compression.budget.shift import BudgetShift
 from lightning_plugins.compression.channels.find import channel_groups, groups_from_state, groups_to_state
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import shrink
-from lightning_plugins.compression.gates.masks import apply_masks, remove_masks
-from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds
+from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, masks_of, remove_masks
+from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
+from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of
 from lightning_plugins.compression.networks.plain_names import computed_names
 from lightning_plugins.compression.networks.replacements import Heirs
+from lightning_plugins.selection import select_kept
 
 
 class BudgetedNetwork:
@@ -37,6 +40,10 @@ class BudgetedNetwork:
         multiple: Numbers of units and ranks are multiples of this.
         refresh_every: See `apply_thresholds`.
         groups: The state of the groups of channels, where they are known.
+        attach: Whether masks and thresholds are put on at once; else `attach` does it later.
+
+    Attributes:
+        untouched: Which weights stay whole although ``layers`` matches them, as a sentence; empty where they are few.
 
     Raises:
         ValueError: If nothing can be chosen, or the budget cannot be met.
@@ -57,22 +64,55 @@ class BudgetedNetwork:
         multiple: int = 1,
         refresh_every: int = 1,
         groups: Iterable[dict[str, Any]] | None = None,
+        attach: bool = True,
     ) -> None:
         self.model, self.minimum, self.multiple = model, minimum, multiple
         self.groups: list[ChannelGroup] = []
         if masks:
             found = None if groups is None else groups_from_state(groups)
             self.groups = channel_groups(model, inputs, layers, keep=keep or ()) if found is None else found
-        names = rank_layers(model, layers, keep) if ranks else []
         counted = inputs if cost == "flops" else None
-        self.budget = Budget(model, self.groups, names, target=budget, cost=cost, inputs=counted)
-        self._check_budget()
-        before = computed_names(model)
-        self.masks = apply_masks(model, self.groups) if masks else None
-        self.thresholds = apply_thresholds(model, names, refresh_every=refresh_every) if ranks else None
-        # Names of parameters that are computed from others now, with the names of these.
-        self.renamed = {plain: own for plain, own in computed_names(model).items() if plain not in before}
+        self._ranked = rank_layers(model, layers, keep, inputs=counted) if ranks else []
+        self._counted: dict[str, Any] = {"target": budget, "cost": cost, "inputs": counted}
+        self._refresh_every = refresh_every
+        kept = select_kept(model, keep)
+        touched = [member.parameter for group in self.groups for member in group.members] + self._ranked
+        self.untouched = untouched(model, layers, touched, kept)
+        self._count()
+        self.masks: ChannelMasks | None = None
+        self.thresholds: RankThresholds | None = None
         self.masks_are_final = False
+        self.followed = True  # whether what is done with the channels beyond the forward pass is known
+        if attach:
+            self.attach()
+
+    def _count(self) -> None:
+        self.budget = Budget(self.model, self.groups, self._ranked, **self._counted)
+        self._check_budget()
+        self.scores = ScoreTargets(self.model, self.budget)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Keep groups of channels whole, before masks are put on.
+
+        Args:
+            names: Their names.
+
+        Raises:
+            ValueError: If nothing is left to choose in, or the budget cannot be met without them.
+        """
+        self.groups = [group for group in self.groups if group.name not in names]
+        if not self.groups and not self._ranked:
+            raise ValueError(f"`layers` must match a layer that can lose channels, and {sorted(names)} cannot")
+        self._count()
+
+    def attach(self) -> None:
+        """Put masks and thresholds on; the model computes what it did."""
+        before = computed_names(self.model)
+        self.masks = apply_masks(self.model, self.groups) if self.groups else None
+        ranked = self._ranked
+        self.thresholds = apply_thresholds(self.model, ranked, refresh_every=self._refresh_every) if ranked else None
+        # Names of parameters that are computed from others now, with the names of these.
+        self.renamed = {plain: own for plain, own in computed_names(self.model).items() if plain not in before}
         self.shift = BudgetShift(self.budget, self.masks, self.thresholds)
         self.be_whole()
 
@@ -127,11 +167,12 @@ class BudgetedNetwork:
         return [list(part) for part in parts if part is not None]
 
     def begin(self) -> None:
-        """Let scores begin at the norms of their channels' weights, around 2: masks are nearly open."""
-        if self.masks is not None:
-            with torch.no_grad():
-                for scores, norms in zip(self.masks.scores, self.usefulness(), strict=True):
-                    scores.copy_(norms + 1)
+        """Let scores begin at the norms of their channels' weights, with a mean of 2: masks are nearly open."""
+        self.scores.begin(self.shift)
+
+    def follow_saliency(self) -> None:
+        """Move scores along with what the loss says of their channels; see `ScoreTargets`."""
+        self.scores.follow(self.shift)
 
     def spectra(self) -> list[Tensor]:
         """The singular values by which thresholds act, in rising order, without gradients."""
@@ -161,6 +202,12 @@ class BudgetedNetwork:
             share = share + (slope * (rank - rank.detach())).double()
         return share, {name: rank.detach() for name, rank in ranks.items()}
 
+    def kept(self) -> list[Tensor]:
+        """Which units stay so far: those with positive scores, or all of them."""
+        if self.masks is None:
+            return [torch.ones(group.size, dtype=torch.bool) for group in self.groups]
+        return self.masks.kept()
+
     def kept_shares(self, kept: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """The share of units that stay, by group.
 
@@ -171,23 +218,8 @@ class BudgetedNetwork:
             Scalars.
         """
         if kept is None:
-            kept = [] if self.masks is None else self.masks.kept()
+            kept = self.kept()
         return {group.name: keep.float().mean() for group, keep in zip(self.groups, kept, strict=True)}
-
-    def usefulness(self) -> list[Tensor]:
-        """For every unit the norm of the weights that compute it, with that of a group's average unit as 1."""
-        tensors = parameters_by_name(self.model)
-        found = []
-        for group in self.groups:
-            squares = torch.zeros(group.size + 1, dtype=torch.float64)
-            for member in group.members:
-                if member.side == "out" and tensors[member.parameter].ndim > 1:  # and is no bias
-                    weight = tensors[member.parameter].detach().double().movedim(member.dim, 0).flatten(1)
-                    units = torch.tensor(member.units) % len(squares)  # the last, at -1: not of this group
-                    squares.index_add_(0, units, weight.square().sum(1).cpu())
-            norms = squares[:-1].sqrt()
-            found.append(norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
-        return found
 
     def choose(self) -> Projection:
         """What stays if the choice is made now, by scores and thresholds, within the budget.
@@ -214,7 +246,7 @@ class BudgetedNetwork:
         Returns:
             The choice.
         """
-        full, scores = self.budget.limit, self.usefulness()
+        full, scores = self.budget.limit, weight_norms(self.model, self.groups)
         self.budget.limit = max(full, int(share * self.budget.dense))
         try:
             kept = largest_within(self.budget, scores, None, self.budget.limit)
@@ -226,7 +258,7 @@ class BudgetedNetwork:
         if self.thresholds is None:
             return {}, {}
         # On the scale of the scores, by which all that is to stay can be compared.
-        margins = {name: margin / EXCHANGE for name, margin in self.thresholds.margins().items()}
+        margins = {name: margin / float(self.shift.exchange) for name, margin in self.thresholds.margins().items()}
         return {name: max(1, int((margin > 0).sum())) for name, margin in margins.items()}, margins
 
     def _check_budget(self) -> None:
@@ -240,10 +272,10 @@ class BudgetedNetwork:
             raise ValueError(str(error).replace("`target`", "`budget`")) from None
 
     def remove(self) -> None:
-        """Take masks and thresholds off: the model is the dense one."""
-        if self.thresholds is not None:
+        """Take masks and thresholds off, those that are on: the model is the dense one."""
+        if thresholds_of(self.model) is not None:
             remove_thresholds(self.model)
-        if self.masks is not None:
+        if masks_of(self.model) is not None:
             remove_masks(self.model)
 
     def bake(self, choice: Projection) -> None:
@@ -276,7 +308,10 @@ class BudgetedNetwork:
         """Groups, scores and thresholds, as tensors and primitives."""
         parts = {"masks": self.masks, "thresholds": self.thresholds}
         found = {name: None if part is None else dict(part.state_dict()) for name, part in parts.items()}
-        return {**found, "groups": groups_to_state(self.groups), "final": self.masks_are_final}
+        attached = self.masks is not None or self.thresholds is not None
+        shifted = {"exchange": self.shift.exchange, "total": self.shift.total} if attached else None
+        own = {"groups": groups_to_state(self.groups), "final": self.masks_are_final, "attached": attached}
+        return {**found, **own, "shift": shifted, "scores": self.scores.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state.
@@ -288,3 +323,8 @@ class BudgetedNetwork:
             if part is not None:
                 part.load_state_dict(state[name])
         self.masks_are_final = state["final"]
+        if state.get("scores") is not None:  # not in a checkpoint of an earlier version, whose scores stay as they are
+            self.scores.load_state_dict(state["scores"])
+        if state.get("shift") is not None:
+            self.shift.exchange.copy_(state["shift"]["exchange"])
+            self.shift.total.copy_(state["shift"]["total"])

@@ -71,7 +71,7 @@ def low_rank_heirs(dense: nn.Module, factors: nn.Sequential, *, scheme: Scheme) 
     heirs = {dense.get_parameter("weight"): [Heir(first, for_first), Heir(second, for_second)]}
     for name, bias in factors[1].named_parameters():
         if name == "bias" and bias is not dense.get_parameter("bias"):
-            heirs[dense.get_parameter("bias")] = [Heir(bias, lambda state, squared: state)]
+            heirs[dense.get_parameter("bias")] = [Heir(bias, lambda state, squared: state, entrywise=True)]
     return heirs
 
 
@@ -91,7 +91,7 @@ def sliced_heir(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> Heir:
             state = state.index_select(dimension, index.to(state.device))
         return state
 
-    return Heir(parameter, carry)
+    return Heir(parameter, carry, entrywise=True)
 
 
 def chained(first: Heirs, then: Heirs) -> Heirs:
@@ -113,7 +113,11 @@ def chained(first: Heirs, then: Heirs) -> Heirs:
 
 def _after(heir: Heir, then: Heirs) -> list[Heir]:
     def through(last: Heir) -> Heir:
-        return Heir(last.parameter, lambda state, squared: last.carry(heir.carry(state, squared), squared))
+        return Heir(
+            last.parameter,
+            lambda state, squared: last.carry(heir.carry(state, squared), squared),
+            entrywise=last.entrywise and heir.entrywise,
+        )
 
     return [through(last) for last in then[heir.parameter]] if heir.parameter in then else [heir]
 

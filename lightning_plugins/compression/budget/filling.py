@@ -1,12 +1,15 @@
 """What a choice under a budget is made among, and the best of it that fits."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget
+from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.low_rank.splittable import select_layers
+from lightning_plugins.compression.networks.parametrizations import clean_modules
 from lightning_plugins.selection import select_kept
 
 
@@ -39,13 +42,16 @@ def largest_within(
     return first(low)
 
 
-def rank_layers(model: nn.Module, layers: str | Sequence[str], keep: str | Sequence[str] | None) -> list[str]:
+def rank_layers(
+    model: nn.Module, layers: str | Sequence[str], keep: str | Sequence[str] | None, *, inputs: Any = None
+) -> list[str]:
     """The layers whose ranks are to be chosen.
 
     Args:
         model: The model.
         layers: Names and globs.
         keep: Names and globs of layers that stay as they are.
+        inputs: What the model takes, where only layers that its forward pass calls are counted. Globs pass over others.
 
     Returns:
         Names.
@@ -60,4 +66,23 @@ def rank_layers(model: nn.Module, layers: str | Sequence[str], keep: str | Seque
         raise ValueError(
             f"`layers`: {layers!r} must match a weight with two rows and columns or more that `keep` does not name"
         )
-    return names
+    called = names if inputs is None else _called(model, names, inputs)
+    exact = {layers} if isinstance(layers, str) else set(layers)
+    if lost := [name for name in names if name not in called and (name in exact or not called)]:
+        raise ValueError(
+            f"`layers`: {lost[0]!r} must be called in a forward pass of the example input, or its operations cannot be "
+            "counted (as of a head that only the training step calls); leave it out, or count `cost='params'`"
+        )
+    return called
+
+
+def _called(model: nn.Module, names: Sequence[str], inputs: Any) -> list[str]:
+    """The layers that a forward pass calls."""
+    modules, seen = clean_modules(model), set[str]()
+    handles = [modules[name].register_forward_pre_hook(lambda *_, name=name: seen.add(name)) for name in names]
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in names if name in seen]

@@ -9,9 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_plugins.compression.budget.budget import Budget
 from lightning_plugins.compression.gates.masks import ChannelMasks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
-from lightning_plugins.functional.masks import annealed_sigmoid
 
-EXCHANGE = 1.0  # what thresholds rise by, in shares of the largest singular value, where scores fall by the mean norm
 _FURTHEST = 8.0
 _HIGHEST = 0.9  # of a threshold, as a share of the largest singular value there is
 _POINTS, _ROUNDS = 17, 4  # of the search: what is found is within 2 * 8 / 16 ** 4 of the solution
@@ -25,17 +23,24 @@ class BudgetShift:
     where masks are nearly zeros and ones, and then too much.
 
     Scores of all groups move alike, and so do the thresholds of all layers, which stop short of the largest singular
-    value: a weight of zeros would be the end of its network.
+    value: a weight of zeros would be the end of its network. A unit counts as long as its score is positive, as a
+    singular value does as long as it is above its threshold, and nothing moves back further than it has come: where
+    the cost is flat, as that of a layer whose rank is still too high for two, scores would run away from thresholds.
 
     Args:
         budget: What counts the cost.
         masks: The masks, or None.
         thresholds: The thresholds, or None.
+
+    Attributes:
+        exchange: What thresholds rise by, in shares of the largest singular value, where scores fall by one.
+        total: How far scores have fallen so far.
     """
 
     def __init__(self, budget: Budget, masks: ChannelMasks | None, thresholds: RankThresholds | None) -> None:
         self.budget, self.masks, self.thresholds = budget, masks, thresholds
-        (self._beta,) = [part.beta for part in (masks, thresholds) if part is not None][:1]  # on the device
+        (beta,) = [part.beta for part in (masks, thresholds) if part is not None][:1]  # on the device
+        self.exchange, self.total = torch.ones_like(beta), torch.zeros_like(beta)
         self.sizes = {} if thresholds is None else {name: min(budget.sides()[name]) for name in thresholds.layers}
         full = {name: torch.tensor(float(size)) for name, size in self.sizes.items()}
         # Without the bend of its cost a layer of full rank is dearer in two than as one.
@@ -53,15 +58,16 @@ class BudgetShift:
             The share of the cost that is left, a scalar, and the ranks by layer.
         """
         wanted = self.whole + (self.budget.target - self.whole) * done
-        low = torch.full((1,), -_FURTHEST, dtype=torch.float64, device=self._beta.device)
-        high = -low
+        low = -self.total.double().clamp(0, _FURTHEST).reshape(1)
+        high = torch.full_like(low, _FURTHEST)
         for _ in range(_ROUNDS):
             shifts = torch.lerp(low, high, torch.linspace(0, 1, _POINTS, dtype=low.dtype, device=low.device))
             share = self.budget.share(self._masks_at(shifts), self._ranks_at(shifts, spectra), bend=done)
-            place = (share > wanted).sum(0, keepdim=True).clamp(1, _POINTS - 1)
-            low, high = shifts.index_select(0, place - 1), shifts.index_select(0, place)
+            place = (share > wanted).sum(0, keepdim=True).clamp_max(_POINTS - 1)
+            low, high = shifts.index_select(0, (place - 1).clamp_min(0)), shifts.index_select(0, place)
         ranks = self._ranks_at(high, spectra)
         share = self.budget.share(self._masks_at(high), ranks)
+        self.total += high[0].to(self.total)
         if self.masks is not None:
             for scores in self.masks.scores:
                 scores.sub_(high.to(scores))
@@ -73,8 +79,7 @@ class BudgetShift:
     def _masks_at(self, shifts: Tensor) -> list[Tensor]:
         if self.masks is None:
             return []
-        beta = self.masks.beta
-        return [annealed_sigmoid(scores - shifts.to(scores)[:, None], beta) for scores in self.masks.scores]
+        return [(scores > shifts.to(scores)[:, None]).double() for scores in self.masks.scores]
 
     def _ranks_at(self, shifts: Tensor, spectra: Sequence[Tensor]) -> dict[str, Tensor]:
         if self.thresholds is None:
@@ -93,4 +98,4 @@ class BudgetShift:
         scales = self.thresholds.scales
         highest = _HIGHEST * torch.stack([values[-1] for values in spectra]).to(scales) / scales
         values = torch.stack([value.detach() for value in self.thresholds.values])[:, None]
-        return torch.minimum((values + EXCHANGE * shifts.to(values)).clamp_min(0), highest[:, None])
+        return torch.minimum((values + self.exchange.to(values) * shifts.to(values)).clamp_min(0), highest[:, None])

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +12,45 @@ from lightning_plugins.compression.channels.shrink import shrink
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.networks.tracing import tensors_in
 
-_TOLERANCE = 1e-5  # of the largest output, in float64: room for models that compute some parts in float32
+_Groups = Sequence[ChannelGroup]
+Run = Callable[[nn.Module, Any], Any]
 _ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError)
 
 
+class _Trial(NamedTuple):
+    """A copy of a model with weights of some kind, what it takes, and how near two outputs are that are the same."""
+
+    model: nn.Module
+    inputs: Any
+    tolerance: float  # of the largest output
+
+
 def tried(
-    model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any
+    model: nn.Module, groups: _Groups, inputs: Any, run: Run = run
 ) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
     """Which of the groups can be removed from the model exactly.
+
+    The whole model is run first, in the types it can run in and with weights with which its outputs are finite. Each
+    of the two searches behind it runs at most two networks per group.
 
     Args:
         model: The model; a copy of it is used.
         groups: The groups.
         inputs: What the model takes.
+        run: Runs a model on inputs; its outputs are compared.
 
     Returns:
         The groups that can, with `gate_inputs` set, and the others with reasons.
     """
     if not groups:
         return [], []
-    randomized = _randomized(model)
-    inputs = _double(inputs)
+    trial, reason = _first_trial(model, inputs, run)
+    if trial is None:
+        return [], [(group, reason) for group in groups]
     reasons: dict[str, str] = {}
 
-    def fails(chosen: Sequence[ChannelGroup]) -> str:
-        return _difference(randomized, chosen, inputs)
+    def fails(chosen: _Groups) -> str:
+        return _difference(trial, chosen, run)
 
     gated = _largest([group._replace(gate_inputs=True) for group in groups], fails, reasons)
     passed = {group.name: group for group in gated}
@@ -46,12 +60,25 @@ def tried(
     return list(passed.values()), refused
 
 
+def _first_trial(model: nn.Module, inputs: Any, run: Run) -> tuple[_Trial | None, str]:
+    """The first of several copies that runs and gives finite outputs, or else the reason why none does."""
+    reason = ""
+    for make in (_randomized, _jittered):  # random weights tell most, but not every network is finite at them
+        for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-3), (None, 2e-2)):
+            trial = _Trial(make(model, dtype), inputs if dtype is None else _cast(inputs, dtype), tolerance)
+            found = _difference(trial, [], run)
+            if not found:
+                return trial, ""
+            reason = reason or found
+    return None, f"the network itself cannot be tried: {reason}"
+
+
 def _largest(
     groups: Sequence[ChannelGroup], fails: Callable[[Sequence[ChannelGroup]], str], reasons: dict[str, str]
 ) -> list[ChannelGroup]:
     """As many of the groups as do not fail together, found by halving what does."""
     passed: list[ChannelGroup] = []
-    stack = [list(groups)]
+    stack = [list(groups)] if groups else []
     while stack:
         part = stack.pop()
         reason = fails([*passed, *part])
@@ -66,29 +93,55 @@ def _largest(
     return sorted(passed, key=lambda group: order[group.name])
 
 
-def _difference(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any) -> str:
+def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
     """How the masked model differs from the smaller one; empty if it does not."""
     generator = torch.Generator().manual_seed(0)
     kept = []
     for group in groups:
         order = torch.randperm(group.size, generator=generator)
         kept.append(order >= max(1, group.size // 3))  # a third leaves
-    masked, smaller = copy.deepcopy(model), copy.deepcopy(model)
+    masked, smaller = copy.deepcopy(trial.model), copy.deepcopy(trial.model)
+    at = _Last(masked)
     try:
         _zero(masked, groups, kept)
-        expected = tensors_in(run(masked, inputs))
+        expected = tensors_in(run(masked, copy.deepcopy(trial.inputs)))
+        at = _Last(smaller)
         shrink(smaller, groups, kept)
-        got = tensors_in(run(smaller, inputs))
+        got = tensors_in(run(smaller, copy.deepcopy(trial.inputs)))
     except _ERRORS as error:
-        return f"the smaller network does not run: {' '.join(str(error).split())[:120]}"
+        whose = "the smaller network" if groups else "it"
+        return f"{whose} does not run{at.where()}: {' '.join(str(error).split())[:120]}"
     if [leaf.shape for leaf in got] != [leaf.shape for leaf in expected]:
         return "the smaller network's outputs have another shape"
     for one, other in zip(expected, got, strict=True):
         if not torch.isfinite(one).all():
             return "its outputs are not finite with random weights"
-        if (one - other).abs().max() > _TOLERANCE * one.abs().max():
-            return "removing its channels is not the same as masking them: other operations go over channels"
+        if one.numel() and (one - other).abs().max() > trial.tolerance * one.abs().max():
+            return (
+                "removing its channels is not the same as masking them: other operations go over channels"
+                if groups
+                else "its outputs differ from run to run"
+            )
     return ""
+
+
+class _Last:
+    """The module of a copy that began last, for the message of an error that it raises."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name = ""
+        for name, module in model.named_modules():
+            if name:
+                module.register_forward_pre_hook(self._note(name))
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            self.name = name
+
+        return note
+
+    def where(self) -> str:
+        return f" at {self.name!r}" if self.name else ""
 
 
 def _zero(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
@@ -102,13 +155,32 @@ def _zero(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tenso
                     tensors[member.parameter].index_fill_(member.dim, gone.to(tensors[member.parameter].device), 0)
 
 
-def _randomized(model: nn.Module) -> nn.Module:
-    """A copy in float64 in which every channel counts: also where the model's own weights begin as zeros."""
-    model = copy.deepcopy(model).double().eval()
+def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy in evaluation mode, in one floating type, or each tensor in its own."""
+    model = copy.deepcopy(model).eval()
+    return model if dtype is None else model.to(dtype)
+
+
+def _jittered(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy whose parameters are moved a little, so that equal ones are told apart."""
+    model, generator = _copied(model, dtype), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.numel():
+                draw = torch.rand(parameter.shape, generator=generator) - 0.5
+                parameter.add_((draw * 0.2 * parameter.detach().float().abs().mean().clamp_min(1e-2)).to(parameter))
+    return model
+
+
+def _randomized(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy in which every channel counts: also where the model's own weights begin as zeros."""
+    model = _copied(model, dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            draw = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            if not tensor.is_floating_point():
+                continue
+            draw = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
             last = name.rpartition(".")[2]
             if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
                 tensor.copy_((draw * 2 - 1) * (6 / max(1, tensor[0].numel())) ** 0.5)
@@ -119,9 +191,13 @@ def _randomized(model: nn.Module) -> nn.Module:
     return model
 
 
-def _double(inputs: Any) -> Any:
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """The inputs with all floating tensors in a type, whatever they stand in."""
     if isinstance(inputs, Tensor):
-        return inputs.double() if inputs.is_floating_point() else inputs
+        return inputs.to(dtype) if inputs.is_floating_point() else inputs
     if isinstance(inputs, Mapping):
-        return {key: _double(value) for key, value in inputs.items()}
-    return tuple(_double(value) for value in inputs) if isinstance(inputs, tuple) else inputs
+        return {key: _cast(value, dtype) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        parts = [_cast(value, dtype) for value in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
+    return inputs

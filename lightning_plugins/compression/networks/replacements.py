@@ -13,10 +13,12 @@ class Heir(NamedTuple):
         parameter: The new parameter.
         carry: From a tensor of the old parameter's shape, and whether it holds squares of gradients, to one of the new
             one's shape. Called when all ranks hold the same new parameters.
+        entrywise: Whether ``carry`` picks entries and computes none, which is right whatever they mean.
     """
 
     parameter: nn.Parameter
     carry: Callable[[Tensor, bool], Tensor]
+    entrywise: bool = False
 
 
 Heirs = Mapping[nn.Parameter, Sequence[Heir]]

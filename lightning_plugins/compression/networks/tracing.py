@@ -42,7 +42,13 @@ def trace(model: nn.Module, inputs: Any) -> Any:
         return [leaf * 1.0 for leaf in tensors_in(output) if leaf.grad_fn is not None]
 
     with torch.enable_grad():
-        forward(model, inputs)  # what the model itself raises is raised here
+        if not forward(model, inputs):  # what the model itself raises is raised here
+            raise ValueError(
+                f"`model`: this {type(model).__name__} returns no tensor that depends on its weights in evaluation "
+                "mode (as a detector that finds nothing on the example, or a network that only computes a loss in "
+                "training), so its channels cannot be followed; pass an example for which it returns some, compress "
+                "its backbone alone, or choose ranks alone (`RankScheduling`, `LowRankCompression`)"
+            )
         try:
             return torch_pruning.DependencyGraph().build_dependency(model, inputs, forward_fn=forward, verbose=False)
         except Exception as error:

@@ -1,7 +1,9 @@
 """A search on disk: everything that it needs to go on after a level, replaced in one piece."""
 
+import contextlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,21 @@ class SearchState:
             "levels": [{**level._asdict(), "beam": [list(one) for one in level.beam]} for level in self.levels],
             "finished": [[list(ranks), score] for ranks, score in self.finished.items()],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)  # a process that is killed leaves the old state or the new one
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)  # a process that is killed leaves the old state or the new one
+        except OSError as error:  # the search itself needs no file
+            warnings.warn(
+                f"`state_file`: {str(path)!r} could not be written ({error}); a search that is killed begins anew",
+                stacklevel=2,
+            )
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, search: dict[str, Any], device: torch.device) -> "SearchState":

@@ -1,0 +1,44 @@
+"""The structure of a checkpoint, given to a module before its weights are loaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_plugins.compression.structure.restore_structure import restore_structure
+
+
+class StructureHook:
+    """Run before a state dict is loaded: Lightning restores the module before callbacks know anything.
+
+    Attributes:
+        made_small: Whether a state dict of a smaller network has come since this was last set to False.
+    """
+
+    def __init__(self) -> None:
+        self.made_small = False
+
+    def __call__(self, module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Give the module the structure of the state dict, unless masks and thresholds are on it."""
+        if "channel_masks" in module._modules or "rank_thresholds" in module._modules:
+            return
+        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        before = _shapes(module)
+        restore_structure(module, own, strict=False)  # names that are missing or too many are for `load_state_dict`
+        self.made_small = self.made_small or _shapes(module) != before
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        """A copy of the module, or one that was saved, is nothing of the callback's."""
+        return _nothing, ()
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def _pass(*_: Any) -> None:
+    """Do nothing."""
+
+
+def _nothing() -> Callable[..., None]:
+    return _pass

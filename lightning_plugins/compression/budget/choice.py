@@ -1,0 +1,100 @@
+"""The choice of channels and ranks over a training: what acts at which time, and what a step of it is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_plugins.compression.budget.budget import Projection
+from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
+
+_SETTLED = 0.9  # of the way, from which on the cost is that of the budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceRates:
+    """How fast scores and thresholds move.
+
+    Attributes:
+        scores: The learning rate of the scores, in logits of the masks.
+        thresholds: That of the thresholds, as shares of a layer's largest singular value.
+        beta_max: The inverse temperature at the end.
+    """
+
+    scores: float = 0.05
+    thresholds: float = 0.001
+    beta_max: float = 100.0
+
+
+class Choice:
+    """Scores and thresholds under a budget that is met at every moment; no part of it knows what trains the network.
+
+    Call `act` before the forward pass, `step` between the backward pass and the optimizer's step, and `harden` at the
+    end.
+
+    Args:
+        network: The network, with masks and thresholds on.
+        rates: How fast they move.
+
+    Attributes:
+        done: How much of what the budget takes is gone.
+    """
+
+    def __init__(self, network: BudgetedNetwork, rates: ChoiceRates) -> None:
+        self.network, self.rates = network, rates
+        self.optimizer = ChoiceOptimizer(network.kinds())
+        self.done, self._beta = 0.0, 1.0
+
+    def act(self, way: float) -> None:
+        """Let masks and thresholds act as they do where the choice has come so far.
+
+        Args:
+            way: How far, in [0, 1]: the inverse temperature is ``beta_max ** way``. What is learned goes as a cubic
+                schedule does, fast at first, so that the network has time to recover; the last tenth of the way is
+                left for it to settle at the budget.
+        """
+        self.done, self._beta = 1 - (1 - min(way / _SETTLED, 1.0)) ** 3, float(self.rates.beta_max**way)
+        self.network.be_soft(self._beta)
+
+    def step(self, unscale: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take a step with the gradients of weights, scores and thresholds; all ranks call.
+
+        Args:
+            unscale: What the gradients of scores and thresholds are multiplied by.
+
+        Returns:
+            The share of the cost that is left, a scalar, and the ranks by layer.
+        """
+        network, rates = self.network, self.rates
+        spectra = network.spectra()  # those of the forward pass: the scores' step would make them old
+        # Scores are counted in logits of the masks: steps at a high temperature would throw channels open and closed.
+        of_scores = [rates.scores / self._beta] if network.masks is not None else []
+        of_thresholds = [rates.thresholds] if network.thresholds is not None else []
+        network.follow_saliency()
+        self.optimizer.step(of_scores + of_thresholds, unscale)
+        return network.shift.settle(spectra, self.done)
+
+    def harden(self) -> Projection:
+        """Choose within the budget; masks are zeros and ones from now on.
+
+        Returns:
+            What stays.
+        """
+        choice = self.network.choose()
+        self.network.be_hard(choice.kept)
+        return choice
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the network's choice and of the optimizer, as tensors and primitives."""
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Args:
+            state: From `state_dict`.
+        """
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
