@@ -15,6 +15,9 @@
 # task to task. The accuracies are printed, without and with adaptation; so short a training does not tell their order.
 
 # %%
+# %pip install --quiet 'lightning-plugins[plots]'
+
+# %%
 import os
 import warnings
 

@@ -10,6 +10,9 @@
 # random.
 
 # %%
+# %pip install --quiet 'lightning-plugins[plots,attribution]'
+
+# %%
 import os
 import tempfile
 import warnings

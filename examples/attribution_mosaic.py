@@ -8,6 +8,9 @@
 # quarter.
 
 # %%
+# %pip install --quiet 'lightning-plugins[plots]' scikit-learn
+
+# %%
 import os
 import tempfile
 import warnings

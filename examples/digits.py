@@ -1,4 +1,7 @@
-"""What the demo and the examples share: handwritten digits, a small timm network, and a place for figures."""
+"""Handwritten digits, a small timm network and a place for figures, shared by the demo and the benchmarks.
+
+The notebooks and their scripts need no other file.
+"""
 
 import sys
 from pathlib import Path

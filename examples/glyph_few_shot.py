@@ -11,12 +11,16 @@
 # of them is ahead takes a longer training to tell: see the page on few-shot glyphs among the benchmarks.
 
 # %%
+# %pip install --quiet 'lightning-plugins[plots]'
+
+# %%
 import os
+import tempfile
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
-from digits import show
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 
@@ -37,6 +41,18 @@ from lightning_plugins.plots import adaptation_figure, gains_figure
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "150"))  # batches of four tasks; the tests set 2
 SHORT = STEPS < 150
 warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
+
+
+def show(figure, name):
+    """Write the figure to a file, and show it in a notebook."""
+    path = Path(tempfile.gettempdir()) / f"{name}.png"
+    figure.savefig(path)
+    print(f"figure: {path}")
+    if "get_ipython" in globals():
+        from IPython.display import Image, display
+
+        display(Image(path))
+
 
 # %% [markdown]
 # ## The tasks

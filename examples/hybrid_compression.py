@@ -3,19 +3,31 @@
 #
 # One callback takes a network to a share of its operations: masks on channels and thresholds on singular values are
 # learned while it trains, closed channels are removed, layers of low rank are split in two, and the small network is
-# fine-tuned, all within one `trainer.fit`. Here three networks of timm are made smaller on the digits of scikit-learn:
-# a small ResNet, a MobileNet and a vision transformer. `Classifier` and `Digits` (in `digits.py`) are ordinary
-# Lightning classes that know nothing of it.
+# fine-tuned, all within one `trainer.fit`. Here three networks of timm are made smaller on the digits of
+# scikit-learn: a small ResNet, a MobileNet and a vision transformer. `Classifier` is an ordinary `LightningModule`
+# that knows nothing of it.
 #
 # **Claim**: at 0.4 of the operations the ResNet is within three points of the dense one.
 
 # %%
-import os
-import warnings
+# %pip install --quiet 'lightning-plugins[plots,pruning,timm]' scikit-learn
 
+# %%
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
 import torch
-from digits import Classifier, Digits, show
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
 from lightning_plugins.compression import compression_report, restore_structure
@@ -25,7 +37,57 @@ STEPS = int(os.environ.get("EXAMPLE_STEPS", "460"))  # twenty epochs; the tests 
 BUDGETS = (0.6, 0.4, 0.2) if STEPS >= 460 else (0.6,)
 warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
 settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-images = Digits().val[:64][0]
+
+
+def show(figure, name):
+    """Write the figure to a file, and show it in a notebook."""
+    path = Path(tempfile.gettempdir()) / f"{name}.png"
+    figure.savefig(path)
+    print(f"figure: {path}")
+    if "get_ipython" in globals():
+        from IPython.display import Image, display
+
+        display(Image(path))
+
+
+# %% [markdown]
+# ## An ordinary module, and its data
+#
+# A small network of timm, and the 1797 digits that come with scikit-learn, enlarged; the last fifth is for validation.
+# Neither knows of this package.
+
+
+# %%
+class Classifier(LightningModule):
+    def __init__(self, name: str = "test_resnet", lr: float = 4e-3, **settings: Any) -> None:
+        super().__init__()
+        self.net = timm.create_model(name, in_chans=1, num_classes=10, **settings)
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+        self.lr = lr
+        self.example_input_array = torch.zeros(1, 1, 32, 32)  # with which operations are counted
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+images, labels = map(torch.tensor, load_digits(return_X_y=True))
+images = F.interpolate(images.float().view(-1, 1, 8, 8) / 8 - 1, size=(32, 32), mode="bilinear")
+split = len(images) * 4 // 5
+train, val = TensorDataset(images[:split], labels[:split]), TensorDataset(images[split:], labels[split:])
+some = val[:64][0]
 
 # %% [markdown]
 # ## The lines to add
@@ -51,15 +113,15 @@ def fit(build, *callbacks: Callback) -> Classifier:
     seed_everything(0, verbose=False)
     model = build()
     trainer = Trainer(max_epochs=20, max_steps=STEPS, callbacks=list(callbacks), **settings)
-    trainer.fit(model, Digits().train_dataloader())
+    trainer.fit(model, DataLoader(train, 64, shuffle=True))
     return model
 
 
 def measure(dense: Classifier, model: Classifier) -> tuple[float, float, float]:
-    """Accuracy, milliseconds of a forward pass of 64 images, and the share of the operations that is left."""
+    """Accuracy, milliseconds of a forward pass of 64 some, and the share of the operations that is left."""
     trainer = Trainer(**settings, enable_progress_bar=False)
-    (metrics,) = trainer.validate(model, Digits().val_dataloader(), verbose=False)
-    report = compression_report(dense.net.eval(), model.net.eval(), images)
+    (metrics,) = trainer.validate(model, DataLoader(val, 64), verbose=False)
+    report = compression_report(dense.net.eval(), model.net.eval(), some)
     return metrics["accuracy"], report.after.latency.median_ms, report.after.flops / report.before.flops
 
 
@@ -137,7 +199,7 @@ print(callback.report)
 
 again = restore_structure(Classifier(), model.state_dict())
 again.load_state_dict(model.state_dict())
-torch.testing.assert_close(again.eval().net(images), model.eval().net(images))
+torch.testing.assert_close(again.eval().net(some), model.eval().net(some))
 
 # %% [markdown]
 # ## The claim

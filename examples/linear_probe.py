@@ -8,6 +8,9 @@
 # **Claim**: the digit becomes linearly readable with depth, and the ink, which the task does not need, becomes less so.
 
 # %%
+# %pip install --quiet 'lightning-plugins[plots]' scikit-learn
+
+# %%
 import os
 import tempfile
 import warnings

@@ -9,7 +9,9 @@
 # without the term. It does not show that the term helps here: on these digits the learning rate is what matters.
 
 # %%
-# In a notebook elsewhere: %pip install 'lightning-plugins[search,plots,cli]' scikit-learn
+# %pip install --quiet 'lightning-plugins[search,plots,cli]'
+
+# %%
 import os
 import tempfile
 import warnings

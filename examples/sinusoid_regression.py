@@ -11,11 +11,15 @@
 # steps. The page on the sinusoids among the benchmarks has trainings with five inner steps, and more samples.
 
 # %%
+# %pip install --quiet 'lightning-plugins[plots]'
+
+# %%
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import torch
-from digits import show
 from torch import nn
 
 from lightning_plugins.meta import GAP, ApproximateGAP, Identity, InnerLoop, MetaSGD, Sinusoid
@@ -25,6 +29,18 @@ from lightning_plugins.plots import adaptation_figure, gains_figure
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "10000"))  # of the outer optimizer, 25 tasks each; the tests set 2
 SHOTS, INNER_STEPS, TEST_STEPS = 5, 1, 10
 torch.set_num_threads(1)  # the network is too small for more
+
+
+def show(figure, name):
+    """Write the figure to a file, and show it in a notebook."""
+    path = Path(tempfile.gettempdir()) / f"{name}.png"
+    figure.savefig(path)
+    print(f"figure: {path}")
+    if "get_ipython" in globals():
+        from IPython.display import Image, display
+
+        display(Image(path))
+
 
 # %% [markdown]
 # ## The tasks and the methods

@@ -1,20 +1,33 @@
 # %% [markdown]
 # # Train weights that can be cut down
 #
-# `Classifier` and `Digits` (in `digits.py`) are an ordinary `LightningModule` and `LightningDataModule`. One callback
-# presses the weights of the network towards a quarter of their rank while it trains, another watches their singular
-# values. `factorize` then replaces each layer by two thin ones, with no training after it.
+# `Classifier` is an ordinary `LightningModule`. One callback presses the weights of the network towards a quarter of
+# their rank while it trains, another watches their singular values. `factorize` then replaces each layer by two thin
+# ones, with no training after it.
 #
 # **Claim**: with the penalty the factorised network is within two points of the one before; without it more than
 # twenty are lost.
 
 # %%
+# %pip install --quiet 'lightning-plugins[plots,timm]' scikit-learn
+
+# %%
 import copy
 import os
+import tempfile
 import warnings
+from pathlib import Path
+from typing import Any
 
-from digits import Classifier, Digits, show
-from lightning.pytorch import Trainer, seed_everything
+import timm
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_plugins.callbacks import SpectrumMonitor, StableRankRegularization
 from lightning_plugins.compression import factorize
@@ -25,6 +38,56 @@ LAYERS = "net.layer*"  # globs take the convolutions and linear layers among wha
 RANK = 0.25  # of the smaller side of every weight
 warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
 settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+
+def show(figure, name):
+    """Write the figure to a file, and show it in a notebook."""
+    path = Path(tempfile.gettempdir()) / f"{name}.png"
+    figure.savefig(path)
+    print(f"figure: {path}")
+    if "get_ipython" in globals():
+        from IPython.display import Image, display
+
+        display(Image(path))
+
+
+# %% [markdown]
+# ## An ordinary module, and its data
+#
+# A small network of timm, and the 1797 digits that come with scikit-learn, enlarged; the last fifth is for validation.
+# Neither knows of this package.
+
+
+# %%
+class Classifier(LightningModule):
+    def __init__(self, name: str = "test_resnet", lr: float = 4e-3, **settings: Any) -> None:
+        super().__init__()
+        self.net = timm.create_model(name, in_chans=1, num_classes=10, **settings)
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+        self.lr = lr
+        self.example_input_array = torch.zeros(1, 1, 32, 32)  # with which operations are counted
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+images, labels = map(torch.tensor, load_digits(return_X_y=True))
+images = F.interpolate(images.float().view(-1, 1, 8, 8) / 8 - 1, size=(32, 32), mode="bilinear")
+split = len(images) * 4 // 5
+train, val = TensorDataset(images[:split], labels[:split]), TensorDataset(images[split:], labels[split:])
 
 # %% [markdown]
 # ## The lines to add
@@ -43,12 +106,12 @@ def fit(weight: float | None) -> tuple[dict[str, float], SpectrumMonitor]:
     if weight is not None:
         callbacks.append(StableRankRegularization(LAYERS, weight=weight, rank=RANK, every_n_steps=4))
     trainer = Trainer(max_epochs=20, max_steps=STEPS, callbacks=callbacks, **settings)
-    model, data = Classifier(), Digits()
-    trainer.fit(model, data.train_dataloader())
+    model = Classifier()
+    trainer.fit(model, DataLoader(train, 64, shuffle=True))
     small = factorize(copy.deepcopy(model), RANK, LAYERS)
     accuracies = {}
     for name, network in {"as trained": model, "factorised": small}.items():
-        (metrics,) = Trainer(**settings).validate(network, data.val_dataloader(), verbose=False)
+        (metrics,) = Trainer(**settings).validate(network, DataLoader(val, 64), verbose=False)
         accuracies[name] = metrics["accuracy"]
     sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (model, small)]
     print(f"penalty {weight}: accuracy {accuracies}, parameters {sizes[0]} and {sizes[1]}")

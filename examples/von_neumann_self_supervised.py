@@ -10,19 +10,24 @@
 # two points at least, and not more than a point worse than those of SimCLR and Barlow Twins.
 
 # %%
+# %pip install --quiet 'lightning-plugins[plots]' scikit-learn
+
+# %%
 import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import mean, pstdev
 
 import torch
-from digits import Digits, show
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_plugins.functional import autocorrelation_eigenvalues
 from lightning_plugins.plots import spectrum_comparison_figure
@@ -32,6 +37,18 @@ SHORT = "EXAMPLE_STEPS" in os.environ  # the tests set 2
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "200"))
 SEEDS = [0] if SHORT else [0, 1, 2]
 BATCH = 128
+
+
+def show(figure, name):
+    """Write the figure to a file, and show it in a notebook."""
+    path = Path(tempfile.gettempdir()) / f"{name}.png"
+    figure.savefig(path)
+    print(f"figure: {path}")
+    if "get_ipython" in globals():
+        from IPython.display import Image, display
+
+        display(Image(path))
+
 
 # %% [markdown]
 # ## Two views of a batch
@@ -121,8 +138,11 @@ class SelfSupervised(LightningModule):
 # and the random encoder 93.8.
 
 # %%
-data = Digits(pixels=16)
-(images, labels), (val_images, val_labels) = data.train.tensors, data.val.tensors
+pixels, digits = map(torch.tensor, load_digits(return_X_y=True))
+pixels = F.interpolate(pixels.float().view(-1, 1, 8, 8) / 8 - 1, size=(16, 16), mode="bilinear")
+split = len(pixels) * 4 // 5  # the last fifth is for validation
+(images, val_images), (labels, val_labels) = pixels.tensor_split([split]), digits.tensor_split([split])
+train_data = TensorDataset(images, labels)
 five_a_class = torch.cat([torch.nonzero(labels == digit)[:5, 0] for digit in range(10)])
 
 
@@ -130,7 +150,7 @@ def train(loss: Callable[[Sequence[Tensor]], Tensor] | None, seed: int) -> SelfS
     seed_everything(seed, verbose=False)
     model = SelfSupervised(loss or simclr)
     if loss is not None:  # otherwise the encoder stays random
-        loader = DataLoader(data.train, BATCH, sampler=RandomSampler(data.train, num_samples=STEPS * BATCH))
+        loader = DataLoader(train_data, BATCH, sampler=RandomSampler(train_data, num_samples=STEPS * BATCH))
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=1,

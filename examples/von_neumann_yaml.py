@@ -2,30 +2,119 @@
 # # The same training from a YAML file
 #
 # Every argument of the callbacks, schedules included, can be written in the file of a `LightningCLI`. In a project of
-# your own the file is all that changes: `python main.py fit --config von_neumann_yaml.yaml`.
+# your own the file is all that changes: `python main.py fit --config config.yaml`.
 #
 # **Claim**: the file and the same callbacks written in Python train the same weights, bit for bit.
 
 # %%
+# %pip install --quiet 'lightning-plugins[cli,timm]' scikit-learn
+
+# %%
 import os
+import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
-from digits import Classifier, Digits
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
 from lightning_plugins.schedules import Warmup
 
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "138"))  # six epochs; the tests set 2
 warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
-here = Path(__file__).parent if "__file__" in globals() else Path()
-config = here / "von_neumann_yaml.yaml"
+# %% [markdown]
+# ## An ordinary module, and its data
+#
+# A small network of timm, and the 1797 digits that come with scikit-learn, enlarged; the last fifth is for validation.
+# Neither knows of this package.
+
 
 # %%
-print(config.read_text())
+class Classifier(LightningModule):
+    def __init__(self, name: str = "test_resnet", lr: float = 4e-3, **settings: Any) -> None:
+        super().__init__()
+        self.net = timm.create_model(name, in_chans=1, num_classes=10, **settings)
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+        self.lr = lr
+        self.example_input_array = torch.zeros(1, 1, 32, 32)  # with which operations are counted
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Digits(LightningDataModule):
+    def __init__(self, batch_size: int = 64) -> None:
+        super().__init__()
+        images, labels = map(torch.tensor, load_digits(return_X_y=True))
+        images = F.interpolate(images.float().view(-1, 1, 8, 8) / 8 - 1, size=(32, 32), mode="bilinear")
+        split = len(images) * 4 // 5
+        self.train = TensorDataset(images[:split], labels[:split])
+        self.val = TensorDataset(images[split:], labels[split:])
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, self.batch_size)
+
+
+# %% [markdown]
+# ## The file
+
+# %%
+config = Path(tempfile.mkdtemp()) / "config.yaml"
+config.write_text("""
+seed_everything: 0
+model:
+  name: test_resnet
+  lr: 2.0e-3
+data:
+  batch_size: 64
+trainer:
+  accelerator: cpu
+  max_epochs: 6
+  logger: false
+  enable_checkpointing: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_plugins.callbacks.VNERegularization
+      init_args:
+        layers: net.fc:input
+        weight: 0.1
+        schedule: # no term at first, then a rise to the full weight over the first fifth of the training
+          class_path: lightning_plugins.schedules.Warmup
+          init_args:
+            duration: 0.2
+            unit: fraction
+    - class_path: lightning_plugins.callbacks.RepresentationMonitor
+      init_args:
+        layers: [net.fc:input]
+        figures: false
+""")
 
 # %% [markdown]
 # ## From the file
