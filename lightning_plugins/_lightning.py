@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         callbacks,
         seed_everything,
     )
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    from lightning.pytorch.loggers import CometLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
     from lightning.pytorch.plugins.precision import MixedPrecision
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
@@ -49,7 +49,7 @@ def _chosen() -> str:
 
 _FROM = {
     "": ("Callback", "LightningDataModule", "LightningModule", "Trainer", "callbacks", "seed_everything"),
-    ".loggers": ("TensorBoardLogger", "WandbLogger"),
+    ".loggers": ("CometLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"),
     ".plugins.precision": ("MixedPrecision",),
     ".strategies": ("DDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "SingleDeviceStrategy"),
     ".trainer.states": ("TrainerFn",),
@@ -72,10 +72,12 @@ if not TYPE_CHECKING:
 __all__ = [
     "PACKAGE",
     "Callback",
+    "CometLogger",
     "DDPStrategy",
     "DeepSpeedStrategy",
     "LightningDataModule",
     "LightningModule",
+    "MLFlowLogger",
     "MisconfigurationException",
     "MixedPrecision",
     "ModelParallelStrategy",

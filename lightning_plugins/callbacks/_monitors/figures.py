@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import fsspec  # type: ignore[import-untyped]  # it carries no types; a dependency of lightning
 
-from lightning_plugins._lightning import TensorBoardLogger, Trainer, WandbLogger, rank_zero_warn
+from lightning_plugins._lightning import (
+    CometLogger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    Trainer,
+    WandbLogger,
+    rank_zero_warn,
+)
 from lightning_plugins.callbacks._trainer.progress import steps_done
 
 if TYPE_CHECKING:
@@ -66,9 +73,9 @@ def check_figures(figures: bool) -> bool:
 def hand_to_loggers(trainer: Trainer, tag: str, figure: "Figure") -> None:
     """Show ``figure`` under ``tag``, for the current step; to be called on rank zero.
 
-    TensorBoard and Weights & Biases get an image. For every other logger, and without any, a PNG file is written under
-    the logger's directory or the Trainer's `default_root_dir`; a later figure of the same tag replaces it. Under
-    `fast_dev_run`, which leaves no traces, nothing is done.
+    TensorBoard, Weights & Biases and Comet get an image, an MLflow run an artifact for every step. For every other
+    logger, and without any, a PNG file is written under the logger's directory or the Trainer's `default_root_dir`; a
+    later figure of the same tag replaces it. Under `fast_dev_run`, which leaves no traces, nothing is done.
 
     Args:
         trainer: The Trainer.
@@ -89,12 +96,17 @@ def _hand_over(trainer: Trainer, tag: str, figure: "Figure") -> None:
     if not trainer.loggers:
         _write(trainer.default_root_dir, tag, figure)
     for logger in trainer.loggers:
+        step = steps_done(trainer)
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(tag, figure, global_step=steps_done(trainer))
+            logger.experiment.add_figure(tag, figure, global_step=step)
         elif isinstance(logger, WandbLogger):
             from PIL import Image  # comes with matplotlib
 
-            logger.log_image(tag, [Image.open(_png(figure))], step=steps_done(trainer))
+            logger.log_image(tag, [Image.open(_png(figure))], step=step)
+        elif isinstance(logger, CometLogger):
+            logger.experiment.log_figure(figure_name=tag, figure=figure, step=step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, f"{_path(tag)}/{step:08d}.png")
         else:
             _write(logger.log_dir or logger.save_dir or trainer.default_root_dir, tag, figure)
 
@@ -106,10 +118,13 @@ def _png(figure: "Figure") -> io.BytesIO:
     return buffer
 
 
+def _path(tag: str) -> str:
+    return re.sub(r"[^\w./-]", "_", tag)
+
+
 def _write(folder: str, tag: str, figure: "Figure") -> None:
-    name = re.sub(r"[^\w./-]", "_", tag)
     # the folder may be on any file system that Lightning can write to
-    system, place = fsspec.core.url_to_fs(f"{folder}/{name}.png")
+    system, place = fsspec.core.url_to_fs(f"{folder}/{_path(tag)}.png")
     system.makedirs(place.rpartition("/")[0], exist_ok=True)
     if system.isdir(place):
         raise IsADirectoryError(f"{place} is a folder")

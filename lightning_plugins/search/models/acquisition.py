@@ -3,7 +3,11 @@
 from typing import Literal
 
 import numpy as np
-from scipy.special import log_ndtr, ndtr
+
+try:
+    from scipy.special import log_ndtr, ndtr
+except ImportError as error:
+    raise ImportError("searches need SciPy; run `pip install 'lightning-plugins[search]'`") from error
 
 from lightning_plugins.search.space import Array
 
