@@ -16,7 +16,8 @@ INSTALLED := $(VENV)/.installed
 # One thread a process: the tests already run in parallel, and some start two or three processes themselves.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help install demo test test-all lint format types imports docs notebooks notebooks-check bench clean
+.PHONY: help install demo test test-all test-oldest test-newest lint format types imports docs docs-shots notebooks \
+	notebooks-check bench dist check-wheel clean
 
 help:  ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -40,6 +41,12 @@ test: $(INSTALLED)  ## Run the tests, without those marked slow
 test-all: $(INSTALLED)  ## Run all tests
 	$(TEST)
 
+test-oldest:  ## Run the tests with the oldest torch, Lightning and torchmetrics allowed, in .venv-oldest
+	PYTHON=$(PYTHON) tools/test_versions.sh oldest .venv-oldest
+
+test-newest:  ## Run the tests with the newest ones, in .venv-newest
+	PYTHON=$(PYTHON) tools/test_versions.sh newest .venv-newest
+
 lint: $(INSTALLED)  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,8 +62,12 @@ imports: $(INSTALLED)  ## Check which module imports which
 	$(BIN)/lint-imports --no-logo
 
 docs: $(INSTALLED)  ## Build the documentation; a warning is an error
+	$(BIN)/python tools/mathjax.py
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --builder html docs docs/_build/html
 	@echo "The documentation's first page is docs/_build/html/index.html"
+
+docs-shots: docs  ## Screenshots of the documentation in headless Chromium; fails on what a reader would stumble over
+	$(BIN)/python tools/docs_shots.py
 
 notebooks: $(INSTALLED)  ## Write the notebooks from the scripts under examples/
 	$(BIN)/python tools/notebooks.py
@@ -67,5 +78,11 @@ notebooks-check: $(INSTALLED)  ## Fail if a notebook differs from its script
 bench: $(INSTALLED)  ## Run the short benchmarks, or those named: make bench BENCH=benchmarks/x.py
 	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script"; done
 
+dist: $(INSTALLED)  ## Build wheel and sdist into dist/, check them, and use the wheel outside of the clone
+	$(BIN)/python tools/check_wheel.py --borrow "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+check-wheel: $(INSTALLED)  ## The same in bare environments, without extras and with each (downloads several GB)
+	$(BIN)/python tools/check_wheel.py --extras --notebooks 2
+
 clean:  ## Remove what the targets made, the environment included
-	rm -rf $(VENV) docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest docs/_build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
