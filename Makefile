@@ -64,6 +64,7 @@ imports: $(INSTALLED)  ## Check which module imports which
 docs: $(INSTALLED)  ## Build the documentation; a warning is an error
 	$(BIN)/python tools/mathjax.py
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --builder html docs docs/_build/html
+	$(BIN)/python tools/check_links.py
 	@echo "The documentation's first page is docs/_build/html/index.html"
 
 docs-shots: docs  ## Screenshots of the documentation in headless Chromium; fails on what a reader would stumble over

@@ -83,6 +83,8 @@ class Browser:
             self.complaints.append(f"exception: {found['exceptionDetails'].get('text')}")
         elif method == "Runtime.consoleAPICalled" and found["type"] == "error":
             self.complaints.append(f"console: {[one.get('value') for one in found['args']]}")
+        elif method == "Log.entryAdded" and found["entry"].get("url", "").endswith("/favicon.ico"):
+            return  # which Chromium asks for by itself
         elif method == "Log.entryAdded" and found["entry"]["level"] == "error":
             self.complaints.append(f"console: {found['entry']['text']} {found['entry'].get('url', '')}")
         elif method == "Network.requestWillBeSent":
