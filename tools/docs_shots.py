@@ -77,6 +77,8 @@ class Browser:
     def note(self, message: dict[str, Any]) -> None:
         """Keep errors, and requests that leave this machine."""
         method, found = message.get("method"), message.get("params", {})
+        if method == "Inspector.targetCrashed":
+            raise SystemExit("a page crashed; the machine may be out of memory")
         if method == "Page.loadEventFired":
             self.loaded = True
         elif method == "Runtime.exceptionThrown":
@@ -125,7 +127,7 @@ async def open_browser(port_file: Path, session: aiohttp.ClientSession) -> Brows
     async with session.get(f"http://127.0.0.1:{port}/json") as answer:
         (page,) = [one for one in await answer.json() if one["type"] == "page"]
     browser = Browser(await session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0))
-    for domain in ("Page", "Runtime", "Log", "Network"):
+    for domain in ("Page", "Runtime", "Log", "Network", "Inspector"):
         await browser.call(f"{domain}.enable")
     return browser
 
