@@ -2,7 +2,8 @@
 
 Both hold the same code under two names, with classes that do not know each other: a callback of the one is none for a
 Trainer of the other. This module decides once, when it is imported, and everything else takes Lightning's names from
-here. The package that the process has imported is taken; `lightning` where both have been, or neither.
+here. The package that the process has imported is taken; `lightning` where both have been, or neither. What comes from
+the package that was not taken is refused by name.
 """
 
 import sys
@@ -34,13 +35,15 @@ if TYPE_CHECKING:
     PACKAGE: str
 
 
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+
+
 def _chosen() -> str:
-    names = ("lightning.pytorch", "pytorch_lightning")
-    for name in names:
+    for name in _NAMES:
         if name in sys.modules:
             return name
-    for name in names:
-        if find_spec(name.partition(".")[0]) is not None:
+    for name in _NAMES:  # a folder of the name `lightning` is a package too, without what is looked for
+        if find_spec(name.partition(".")[0]) is not None and find_spec(name) is not None:
             return name
     raise ImportError(
         "lightning-plugins needs Lightning; run `pip install lightning` or `pip install pytorch-lightning`"
@@ -59,6 +62,33 @@ _FROM = {
     ".utilities.seed": ("isolate_rng",),
     ".utilities.signature_utils": ("is_param_in_hook_signature",),
 }
+
+
+def other_package(kind: type) -> str | None:
+    """Tell whether a class descends from a LightningModule or Trainer of another package than the one taken.
+
+    Args:
+        kind: A class.
+
+    Returns:
+        The name of that package, such as ``"pytorch_lightning"``; None for any other class.
+    """
+    for base in kind.__mro__:
+        if base.__name__ in {"LightningModule", "Trainer"} and base not in {LightningModule, Trainer}:
+            for name in _NAMES:
+                if name != PACKAGE and base.__module__.startswith(f"{name}."):
+                    return name
+    return None
+
+
+def advice() -> str:
+    """Say what to do about classes of both packages in one process; follows a semicolon."""
+    other = next(name for name in _NAMES if name != PACKAGE)
+    return (
+        f"this process uses `{PACKAGE}`: change the imports to `import {PACKAGE} as pl`, for the module, the Trainer"
+        f" and its callbacks alike, or import `{other}` alone, before `lightning_plugins`"
+    )
+
 
 if not TYPE_CHECKING:
     PACKAGE = _chosen()
@@ -87,11 +117,13 @@ __all__ = [
     "Trainer",
     "TrainerFn",
     "WandbLogger",
+    "advice",
     "callbacks",
     "is_overridden",
     "is_param_in_hook_signature",
     "isolate_rng",
     "move_data_to_device",
+    "other_package",
     "rank_zero_info",
     "rank_zero_warn",
     "seed_everything",

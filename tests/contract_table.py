@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from lightning_plugins._lightning import Callback  # the contract runs with both packages
 from lightning_plugins.callbacks import (
     AttributionEvaluation,
     CollapseAlarm,

@@ -14,6 +14,7 @@ from lightning_plugins._lightning import (
     is_overridden,
     rank_zero_warn,
 )
+from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
 from lightning_plugins.search.tercet import TercetRule
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class EarlyTermination(Callback):
         if stage != "fit":
             return
         name = type(self).__name__
+        require_lightning_module(name, pl_module)
         if trainer.is_global_zero and self.trial is None and self.history is None:
             raise MisconfigurationException(f"{name} needs a `trial` or a `history` on the first process, got neither")
         if not is_overridden("validation_step", pl_module):

@@ -4,19 +4,21 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_plugins._lightning import LightningModule, MisconfigurationException, ModelParallelStrategy
+from lightning_plugins._lightning import PACKAGE, LightningModule, MisconfigurationException, ModelParallelStrategy
 from lightning_plugins.callbacks._terms import capture
 from lightning_plugins.callbacks._trainer.requirements import require_supported_strategy
+from lightning_plugins.mixins._packages import refuse_other_package
 
 Samples = tuple[Tensor, Tensor]
 
 
 def require_order(cls: type, mixin: type) -> None:
-    """Refuse classes in which LightningModule's methods go before the mixin's.
+    """Refuse classes in which LightningModule's methods go before the mixin's, and those of another package.
 
     Raises:
-        TypeError: Naming the bases as they should stand.
+        TypeError: Naming the bases as they should stand, or the package.
     """
+    refuse_other_package(cls, mixin)
     if LightningModule in cls.__mro__ and cls.__mro__.index(LightningModule) < cls.__mro__.index(mixin):
         raise TypeError(
             f"`{mixin.__name__}` must stand before LightningModule, as in `class {cls.__name__}({mixin.__name__},"
@@ -25,7 +27,7 @@ def require_order(cls: type, mixin: type) -> None:
 
 
 def require_lightning_module(module: object, mixin: type) -> None:
-    """Refuse objects that are no LightningModule of `lightning.pytorch`.
+    """Refuse objects that are no LightningModule of the package that this process uses.
 
     Raises:
         TypeError: Naming the bases as they should stand.
@@ -33,7 +35,7 @@ def require_lightning_module(module: object, mixin: type) -> None:
     if not isinstance(module, LightningModule):
         kind = type(module).__name__
         raise TypeError(
-            f"`{mixin.__name__}` must be mixed into a LightningModule of `lightning.pytorch`, as in"
+            f"`{mixin.__name__}` must be mixed into a LightningModule of `{PACKAGE}`, as in"
             f" `class {kind}({mixin.__name__}, LightningModule)`, got {kind}"
         )
 

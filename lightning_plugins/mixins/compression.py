@@ -12,6 +12,7 @@ from lightning_plugins.compression.budget.budget import Multiplier, Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
 from lightning_plugins.compression.structure.restore_structure import restore_structure
+from lightning_plugins.mixins._packages import refuse_other_package
 
 
 class CompressionMixin:
@@ -41,6 +42,11 @@ class CompressionMixin:
         >>> model.load_state_dict(checkpoint["state_dict"])
         <All keys matched successfully>
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a LightningModule of the package that this process does not use."""
+        super().__init_subclass__(**kwargs)
+        refuse_other_package(cls, CompressionMixin)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the module the structure that the checkpoint was saved with.

@@ -1,7 +1,7 @@
 """The stable rank of weights as a term for modules that put their loss together themselves."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from lightning_plugins._lightning import LightningModule
 from lightning_plugins.callbacks._terms.logged import log_sum, log_value
 from lightning_plugins.distributed import full_tensor
 from lightning_plugins.functional.stable_rank import check_power, modified_stable_rank, stable_rank
+from lightning_plugins.mixins._packages import refuse_other_package
 from lightning_plugins.weights import check_rank, check_scheme, select_targets
 
 
@@ -38,6 +39,11 @@ class StableRankMixin:
     Source:
         Our reading of Eo et al., https://arxiv.org/abs/2111.15179.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a LightningModule of the package that this process does not use."""
+        super().__init_subclass__(**kwargs)
+        refuse_other_package(cls, StableRankMixin)
 
     def stable_rank_penalty(
         self,

@@ -1,6 +1,6 @@
 """The von Neumann entropy term for modules that put their loss together themselves."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from lightning_plugins._lightning import LightningModule
 from lightning_plugins.callbacks._terms.logged import log_mean, log_sum
 from lightning_plugins.callbacks._terms.pool import Pool, resolve_pool
 from lightning_plugins.functional.pooling import check_layout, pool_embeddings
+from lightning_plugins.mixins._packages import refuse_other_package
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 
 
@@ -37,6 +38,11 @@ class VNEMixin:
     Source:
         Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a LightningModule of the package that this process does not use."""
+        super().__init_subclass__(**kwargs)
+        refuse_other_package(cls, VNEMixin)
 
     def vne_penalty(
         self,

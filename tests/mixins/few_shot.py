@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_plugins._lightning import LightningModule  # the contract runs with both packages
 from lightning_plugins.meta import GAP, Preconditioner
 from lightning_plugins.mixins import GAPMixin, MAMLMixin
 

@@ -1,6 +1,7 @@
 """What a callback needs of the module and the Trainer, checked in ``setup``."""
 
 from lightning_plugins._lightning import (
+    PACKAGE,
     DDPStrategy,
     DeepSpeedStrategy,
     LightningModule,
@@ -8,23 +9,26 @@ from lightning_plugins._lightning import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Trainer,
+    advice,
     is_overridden,
+    other_package,
 )
 from lightning_plugins.schedules import Schedule
 
 
 def require_lightning_module(name: str, pl_module: object) -> None:
-    """Refuse a module of another package than `lightning.pytorch`.
+    """Refuse a module of another package than the one that this process uses.
 
     Raises:
-        MisconfigurationException: For example for a module that subclasses `pytorch_lightning.LightningModule`.
+        MisconfigurationException: For example for a module that subclasses `pytorch_lightning.LightningModule` where
+            `lightning.pytorch` is used.
     """
     if not isinstance(pl_module, LightningModule):
-        origin = next((c.__module__ for c in type(pl_module).__mro__ if c.__name__ == "LightningModule"), None)
+        origin = other_package(type(pl_module))
         raise MisconfigurationException(
-            f"{name} works with modules of `lightning.pytorch`, got {type(pl_module).__name__}"
+            f"{name} works with modules of `{PACKAGE}`, got {type(pl_module).__name__}"
             + (f" whose LightningModule comes from `{origin}`" if origin else "")
-            + "; change the imports to `import lightning.pytorch as pl`, for the Trainer and its callbacks too"
+            + f"; {advice()}"
         )
 
 
