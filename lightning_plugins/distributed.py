@@ -6,6 +6,7 @@ All ranks must call the collective functions in the same order.
 
 import heapq
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
+
+
+class RankError(RuntimeError):
+    """Ranks that must do the same do not, or one did not come to an exchange.
+
+    Args:
+        message: Names the rank.
+        place: A number that the rank left behind, such as the index of the layer it was at; None if it left none.
+    """
+
+    def __init__(self, message: str, place: int | None = None) -> None:
+        super().__init__(message)
+        self.place = place
+
 
 _cpu_groups: dict[Any, Any] = {}  # at most one entry: the default group, and a group with the same ranks for the CPU
 
@@ -106,12 +121,43 @@ def gather_row_counts(n: int) -> list[int]:
         [8]
     """
     check_non_negative_int("n", n)
+    return [count for (count,) in gather_integers([n])]
+
+
+def gather_integers(values: Sequence[int], *, patience: float | None = None) -> list[list[int]]:
+    """Exchange a few integers of every rank, without a synchronisation with the accelerator.
+
+    Args:
+        values: As many on every rank.
+        patience: Seconds after which to give up, if fewer than the time-out of the process group.
+
+    Returns:
+        The integers of every rank, in the order of the ranks; over the group that `gather_row_counts` describes.
+
+    Raises:
+        RankError: If a rank did not come within the time-out of the process group, or has ended.
+
+    Example:
+        >>> gather_integers([3, 5])
+        [[3, 5]]
+    """
     if not is_distributed():
-        return [n]
-    counts = torch.zeros(world_size(), dtype=torch.int64)
-    counts[dist.get_rank()] = n
-    dist.all_reduce(counts, group=_cpu_group())
-    return [int(count) for count in counts.tolist()]
+        return [list(values)]
+    rank, ranks = dist.get_rank(), world_size()
+    found = torch.zeros(ranks, len(values), dtype=torch.int64)
+    found[rank] = torch.tensor(values)
+    try:
+        if patience is None:
+            dist.all_reduce(found, group=_cpu_group())
+        else:
+            work: Any = dist.all_reduce(found, group=_cpu_group(), async_op=True)
+            work.wait(timedelta(seconds=patience))
+    except RuntimeError as error:
+        raise RankError(
+            f"rank {rank} waited in vain for another of {ranks} ranks, which has ended, stopped training early or is"
+            f" at another exchange ({str(error).splitlines()[0]})"
+        ) from error
+    return [[int(value) for value in row] for row in found.tolist()]
 
 
 def gather_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:

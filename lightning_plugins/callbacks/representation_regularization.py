@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_plugins import regularizers
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
-from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._terms.capture import LayerRows
 from lightning_plugins.callbacks._terms.given_term import check_name, check_term, term_key
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
@@ -25,9 +25,11 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_automatic_optimization,
     require_known_total,
     require_lightning_module,
+    require_same_layers,
     require_supported_strategy,
 )
-from lightning_plugins.distributed import is_distributed
+from lightning_plugins.distributed import RankError, is_distributed
+from lightning_plugins.regularizers.agreement import withdraw
 from lightning_plugins.regularizers import EmbeddingTerm
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
@@ -193,13 +195,22 @@ class RepresentationRegularization(Callback):
             self.term.step = pl_module.global_step
         weight = self.weight * self.every_n_steps * self._factor(pl_module.trainer)
         penalties = []
-        for label, tensors in self._capture.take().items():
+        for label, tensors in self._taken(self._capture).items():
+            self._over_processes.calls = len(tensors)
             values = [self._value(tensor, label) for tensor in tensors]
             self._warn_if_constant(label, tensors)
             log_value(pl_module, self._names[label], self._shown(torch.stack(values).detach().mean()))
             kept = [self._guard.leave(value, label) for value in values]
             penalties.append(weight * torch.stack(kept).mean())
         return torch.stack(penalties).sum()
+
+    def abandon(self, pl_module: LightningModule) -> bool:
+        """Tell the other ranks that this one's step has failed (for the wrapper of the training step)."""
+        idle = self._capture is None or self._over_processes.scope == "local"
+        if idle or steps_done(pl_module.trainer) % self.every_n_steps:
+            return False
+        withdraw()
+        return True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -241,9 +252,18 @@ class RepresentationRegularization(Callback):
 
     def _attach(self, pl_module: LightningModule) -> None:
         self._capture = LayerRows(pl_module, self.layers, self.rows)
+        require_same_layers(type(self).__name__, self._capture.labels)
         self._capture.attach()
         wanted = [(self._name_of(label), self._name_of(other)) for label, other in self._capture.log_names]
         self._names = dict(zip(self._capture.labels, claim_names(pl_module, self, wanted), strict=True))
+
+    def _taken(self, capture: LayerRows) -> dict[str, list[Tensor]]:
+        try:
+            return capture.take()
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            if self._over_processes.scope == "global":  # the other ranks wait for this one's rows
+                withdraw(getattr(error, "place", None))
+            raise
 
     def _factor(self, trainer: Trainer) -> float:
         if self.schedule is None:
@@ -274,6 +294,10 @@ class RepresentationRegularization(Callback):
                 value = self._over_processes(embeddings)
                 return value
             value, rows = self._over_processes.with_rows(embeddings, self._queues.get(label))
+        except RankError as error:
+            if error.place is not None and self._capture is not None:
+                label = self._capture.labels[error.place]
+            raise RankError(f"`layers`: {label!r}: {error}") from error
         except (TypeError, ValueError) as error:
             raise type(error)(f"`layers`: {label!r}: {error}") from error
         # a row that is NaN would spoil every value until it has left

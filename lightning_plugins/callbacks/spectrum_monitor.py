@@ -17,6 +17,7 @@ from lightning_plugins.callbacks._trainer.progress import steps_done
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_lightning_module,
+    require_same_layers,
     require_supported_strategy,
 )
 from lightning_plugins.computed_weights import parametrizations_at_rest
@@ -128,6 +129,7 @@ class SpectrumMonitor(Callback):
         """Find the weights where the module has only now made them."""
         if not self._in_use:
             self._find(pl_module)
+        require_same_layers(type(self).__name__, [f"{weight.label} {weight.shape}" for weight in self._weights])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the weights before the first step."""

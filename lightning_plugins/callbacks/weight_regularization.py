@@ -26,6 +26,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_known_total,
     require_lightning_module,
+    require_same_layers,
     require_supported_strategy,
 )
 from lightning_plugins.computed_weights import parametrizations_at_rest
@@ -134,6 +135,7 @@ class WeightRegularization(Callback):
         """Find weights that were made only now, and check that an optimizer trains some."""
         weights = self._in_use.find(pl_module)
         self._in_use.tell(pl_module)
+        require_same_layers(type(self).__name__, [f"{weight.label} {tuple(weight.shape)}" for weight in weights])
         self._check_trained(trainer, weights)
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise MisconfigurationException(

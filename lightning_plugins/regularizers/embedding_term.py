@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_bool, check_choice, check_finite_number
-from lightning_plugins.distributed import gather_row_counts, gather_rows, is_distributed, share_gradient
+from lightning_plugins.distributed import gather_rows, is_distributed, share_gradient
 from lightning_plugins.functional.spectrum import at_least_float32, check_floating, full_precision
 from lightning_plugins.functional.variance_covariance import centre_rows
+from lightning_plugins.regularizers.agreement import agreed_counts
 
 Scope = Literal["global", "local"]
 
@@ -48,6 +49,8 @@ class EmbeddingTerm(nn.Module, ABC):
         self.weight = check_finite_number("weight", weight)
         self.centred = check_bool("centred", centred)
         self.scope = check_choice("scope", scope, get_args(Scope))
+
+    calls = 1  # batches that are put together for one purpose in a step, which all processes must agree on
 
     @abstractmethod
     def measure(self, rows: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ class EmbeddingTerm(nn.Module, ABC):
                     f"{tuple(remembered.shape)}"
                 )
         together = self.scope == "global" and is_distributed()
-        counts = gather_row_counts(len(embeddings)) if together else [len(embeddings)]
+        counts = agreed_counts("embeddings", embeddings, self.calls) if together else [len(embeddings)]
         if not sum(counts):
             where = " on any process" if together else ""
             raise ValueError(f"`embeddings` must have at least one row, got none{where}")

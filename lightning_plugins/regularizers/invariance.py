@@ -78,7 +78,7 @@ class InvarianceVNE(nn.Module):
                 large views than views, or no rank has a row.
         """
         large = _check_views(views, large_views)
-        counts = row_counts("views", views[0], self.scope)
+        counts = row_counts("views", views[0], self.scope, len(views))
         samples, dim = sum(counts), views[0].shape[1]
         units = [unit_rows(view, counts) for view in views]
         memory = units[0].new_empty((0, dim))

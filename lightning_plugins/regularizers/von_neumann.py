@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number
-from lightning_plugins.distributed import gather_row_counts, gather_rows, is_distributed, share_gradient, sum_over_ranks
+from lightning_plugins.distributed import gather_rows, is_distributed, share_gradient, sum_over_ranks
 from lightning_plugins.functional.entropy import Method, matrix_entropy, uses_products
 from lightning_plugins.functional.spectrum import check_floating, exact, full_precision, normalize_rows, smaller_gram
+from lightning_plugins.regularizers.agreement import agreed_counts
 
 Scope = Literal["global", "local"]
 
@@ -51,6 +52,8 @@ class VonNeumannEntropy(nn.Module):
         self.scope = check_choice("scope", scope, get_args(Scope))
         check_choice("method", method, get_args(Method))
         self.method: Method = method
+
+    calls = 1  # batches that are put together for one purpose in a step, which all ranks must agree on
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return ``-weight * S``.
@@ -125,19 +128,20 @@ class VonNeumannEntropy(nn.Module):
                     f"`remembered` must have {embeddings.shape[1]} columns as `embeddings` has, "
                     f"got shape {tuple(remembered.shape)}"
                 )
-        counts = row_counts("embeddings", embeddings, self.scope)
+        counts = row_counts("embeddings", embeddings, self.scope, self.calls)
         rows = unit_rows(embeddings, counts)
         memory = rows.new_empty((0, rows.shape[1])) if remembered is None else remembered.detach()
         return rows, normalize_rows(memory).to(rows), counts
 
 
-def row_counts(name: str, embeddings: Tensor, scope: str) -> list[int]:
+def row_counts(name: str, embeddings: Tensor, scope: str, calls: int = 1) -> list[int]:
     """Count the rows of the ranks that form one batch: all ranks under ``"global"``, else this one alone.
 
     Args:
         name: The argument's name, for the message.
         embeddings: Tensor of shape ``(N, d)``.
         scope: ``"global"`` or ``"local"``.
+        calls: As for `agreed_counts`.
 
     Returns:
         One number for each rank that takes part.
@@ -146,7 +150,7 @@ def row_counts(name: str, embeddings: Tensor, scope: str) -> list[int]:
         ValueError: If there is no row in the batch; on all ranks alike, so that none is left waiting.
     """
     together = scope == "global" and is_distributed()
-    counts = gather_row_counts(len(embeddings)) if together else [len(embeddings)]
+    counts = agreed_counts(name, embeddings, calls) if together else [len(embeddings)]
     if not sum(counts):
         where = " on any rank" if together else ""
         raise ValueError(f"`{name}` must have at least one row, got none{where}, shape {tuple(embeddings.shape)}")

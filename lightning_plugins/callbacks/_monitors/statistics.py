@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_plugins.callbacks._trainer.requirements import agreed_widths
 from lightning_plugins.distributed import is_distributed
 from lightning_plugins.metrics import (
     AlphaReQ,
@@ -136,9 +136,7 @@ class LayerStatistics:
             cast(GramMetric, self._layers[label]["unit"]).num_features if label in self._layers else 0
             for label in labels
         ]
-        widths = torch.tensor(own, device=device)
-        dist.all_reduce(widths, op=dist.ReduceOp.MAX)
-        for label, width in zip(labels, widths.tolist(), strict=True):
+        for label, width in zip(labels, agreed_widths(labels, own), strict=True):
             if width and label not in self._layers:
                 self._layers[label] = self._new(width, device)
 

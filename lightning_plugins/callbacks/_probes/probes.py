@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_plugins.callbacks._trainer.requirements import agreed_widths
 from lightning_plugins.distributed import is_distributed
 from lightning_plugins.metrics import LinearProbe, ProbeResult
 
@@ -107,9 +107,7 @@ class LayerProbes:
         if not is_distributed():
             return
         own = [self._probes[label].settings.num_features if label in self._probes else 0 for label in labels]
-        widths = torch.tensor(own, device=device)
-        dist.all_reduce(widths, op=dist.ReduceOp.MAX)
-        for label, width in zip(labels, widths.tolist(), strict=True):
+        for label, width in zip(labels, agreed_widths(labels, own), strict=True):
             if width and label not in self._probes:
                 self._probes[label] = self._new(width, device)
 

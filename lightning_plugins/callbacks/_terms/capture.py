@@ -22,6 +22,19 @@ from lightning_plugins.selection import TensorRef, select_tensors
 _OWN = Rows()
 
 
+class NotCapturedError(MisconfigurationException):  # type: ignore[misc]  # its base has no types
+    """A layer has no tensor to take.
+
+    Args:
+        message: Names the layer.
+        place: Its index among the layers.
+    """
+
+    def __init__(self, message: str, place: int) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 class _Seen(NamedTuple):
     """A call that was recorded, and how often its tensor had been written into then; None where that is not known."""
 
@@ -114,19 +127,20 @@ class LayerRows:
             By layer, the embeddings, of shape ``(N, d)``, of each of its calls.
 
         Raises:
-            MisconfigurationException: If a layer did not run, or ran without a gradient although one is recorded, or
+            NotCapturedError: If a layer did not run, or ran without a gradient although one is recorded, or
                 its tensor was changed in place by what came after.
             ValueError: If a layer's tensor can't be pooled, its layout is not known or its mask does not fit.
             TypeError: If something that should be a tensor is none.
         """
-        for label, seen in self._seen.items():
+        for place, (label, seen) in enumerate(self._seen.items()):
             if not seen:
-                raise MisconfigurationException(self._why_not_seen(label))
+                raise NotCapturedError(self._why_not_seen(label), place)
             if any(_data(call.features)._version != version for call, version in seen if version is not None):
-                raise MisconfigurationException(
+                raise NotCapturedError(
                     f"`layers`: the tensor of {label!r} was changed in place by a later operation, such as "
                     "`ReLU(inplace=True)` or `x += y`, so it is no longer what the layer gave. Name the layer "
-                    "that made the change, or let it write a tensor of its own (`inplace=False`)."
+                    "that made the change, or let it write a tensor of its own (`inplace=False`).",
+                    place,
                 )
         taken = {
             label: [self._rows.of(call, self._layouts[label], label) for call, _ in seen]

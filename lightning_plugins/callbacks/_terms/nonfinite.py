@@ -3,11 +3,13 @@
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_plugins._lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._trainer.progress import steps_done
+from lightning_plugins.distributed import is_distributed
 from lightning_plugins.functional.spectrum import widened
 
 
@@ -39,6 +41,7 @@ class NonfiniteGuard:
         self._on_nonfinite = on_nonfinite
         self._skipped: Tensor | int = 0  # a tensor on the device while training: adding to it does not synchronise
         self._warned = False
+        self._entered: Tensor | None = None  # what a message is to tell of
 
     def enter(self, embeddings: Tensor) -> Tensor:
         """Pass embeddings into the term: in float32 at least, their gradient free of undefined entries.
@@ -48,6 +51,8 @@ class NonfiniteGuard:
         Returns:
             The embeddings, for the term to be computed from.
         """
+        if self._on_nonfinite == "raise":
+            self._entered = embeddings.detach()
         return cast(Tensor, _ZeroUndefinedGradient.apply(widened(embeddings)))
 
     def leave(self, value: Tensor, label: str) -> Tensor:
@@ -63,12 +68,19 @@ class NonfiniteGuard:
         if self._on_nonfinite == "raise":
             if not finite:
                 raise FloatingPointError(
-                    f"{self._method}: the term of layer {label!r} is {value.item()}; look for NaN or Inf in its "
-                    "tensor, or pass `on_nonfinite='skip'`"
+                    f"{self._method}: the term of layer {label!r} is {value.item()}{self._where()}; look for NaN or "
+                    "Inf in its tensor, or pass `on_nonfinite='skip'`"
                 )
             return value
         self._skipped = self._skipped + (~finite).long()
         return torch.where(finite, value, 0.0)
+
+    def _where(self) -> str:
+        """Say, on each of several ranks, whether its own part was at fault."""
+        if self._entered is None or not is_distributed():
+            return ""
+        fault = "is finite" if self._entered.isfinite().all() else "holds NaN or Inf"
+        return f", and its tensor {fault} on rank {dist.get_rank()}"
 
     def skipped(self) -> int:
         """How many values were left out so far; synchronises with the device."""

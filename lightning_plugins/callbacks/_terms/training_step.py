@@ -29,6 +29,9 @@ class StepListener(Protocol):
     def penalty(self, pl_module: LightningModule) -> Tensor | None:
         """A scalar to add to the loss, or None; called right after the step, inside the strategy's wrapper."""
 
+    def abandon(self, pl_module: LightningModule) -> bool:
+        """Tell the other ranks that the step has failed on this one; whether they wait for it in `penalty`."""
+
 
 class WrappedStep:
     """The wrapper of one module's ``training_step`` and the callbacks that take part in it.
@@ -74,8 +77,13 @@ class WrappedStep:
         with ExitStack() as contexts:
             for listener in self.listeners:
                 contexts.enter_context(listener.recording(self._pl_module))
-            output = self._step(*args, **kwargs)
+            try:
+                output = self._step(*args, **kwargs)
+            except Exception:
+                self._abandon()
+                raise
         if output is None:  # the user skips this batch
+            self._abandon()
             return None
         penalties: dict[str, Tensor] = {}
         for listener in self.listeners:
@@ -86,6 +94,10 @@ class WrappedStep:
         for method, total in penalties.items():  # several callbacks of one method log their sum
             log_sum(self._pl_module, f"{method}/penalty", total)
         return output
+
+    def _abandon(self) -> None:
+        """Spare the other ranks a wait: the first listener that they wait with makes them raise, so one is enough."""
+        any(listener.abandon(self._pl_module) for listener in self.listeners)
 
     def leave(self, listener: StepListener) -> None:
         """End the listener's part; the last one takes the wrapper off."""

@@ -1,4 +1,9 @@
-"""What a callback needs of the module and the Trainer, checked in ``setup``."""
+"""What a callback needs of the module and the Trainer, checked in ``setup``, and what of the ranks together."""
+
+import zlib
+from collections.abc import Sequence
+
+import torch.distributed as dist
 
 from lightning_plugins._lightning import (
     PACKAGE,
@@ -13,6 +18,7 @@ from lightning_plugins._lightning import (
     is_overridden,
     other_package,
 )
+from lightning_plugins.distributed import gather_integers
 from lightning_plugins.schedules import Schedule
 
 
@@ -30,6 +36,44 @@ def require_lightning_module(name: str, pl_module: object) -> None:
             + (f" whose LightningModule comes from `{origin}`" if origin else "")
             + f"; {advice()}"
         )
+
+
+def require_same_layers(name: str, labels: Sequence[str]) -> None:
+    """Refuse layers that differ between ranks, whose tensors would be taken for each other's; on all ranks alike.
+
+    Raises:
+        MisconfigurationException: Naming this rank's layers, and the ranks that have others.
+    """
+    sums = [found for (found,) in gather_integers([zlib.crc32("\n".join(labels).encode())])]
+    if len(set(sums)) > 1:
+        rank = dist.get_rank()
+        others = [other for other, found in enumerate(sums) if found != sums[rank]]
+        raise MisconfigurationException(
+            f"{name}: `layers` must choose the same layers in the same order on every rank, got "
+            f"{', '.join(labels[:8])} on rank {rank} and others on rank {', '.join(map(str, others))}"
+        )
+
+
+def agreed_widths(labels: Sequence[str], widths: Sequence[int]) -> list[int]:
+    """Learn how many features layers have of which only other ranks have seen rows; all ranks must ask together.
+
+    Args:
+        labels: All layers, the same on every rank.
+        widths: How many features this rank has seen of each, 0 for a layer without rows.
+
+    Returns:
+        The number of each layer, 0 where no rank has seen rows.
+
+    Raises:
+        ValueError: If ranks have seen different numbers; on all ranks alike.
+    """
+    found = gather_integers(widths)
+    agreed = [max(column) for column in zip(*found, strict=True)]
+    for place, label in enumerate(labels):
+        if {row[place] for row in found} - {0, agreed[place]}:
+            seen = ", ".join(f"{row[place]} on rank {rank}" for rank, row in enumerate(found))
+            raise ValueError(f"`layers`: {label!r} must have as many features on every rank, got {seen}")
+    return agreed
 
 
 def require_supported_strategy(name: str, trainer: Trainer) -> None:

@@ -1,0 +1,226 @@
+"""Ranks that do not do the same: none waits in vain, none trains on in silence, and messages name layer and rank.
+
+All kinds but the last end on all ranks together, so one process group serves them one after the other: that it still
+does is part of the test. The last one ends by the time-out of the group.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from lightning_plugins.callbacks import RepresentationMonitor, StableRankRegularization, VNERegularization
+from lightning_plugins.regularizers import VonNeumannEntropy
+from tests._processes import run_on_ranks
+from tests.contract_ranks import act_as_rank
+from tests.contract_table import Model
+from tests.models import fit, make_batches, shard
+
+pytestmark = pytest.mark.distributed
+
+BATCHES = make_batches(4)
+LAYERS = ["backbone.0", "backbone.1"]
+TIME_OUT = 8.0
+
+
+def on_rank_one() -> bool:
+    return os.environ.get("RANK") == "1"
+
+
+class Uneven(Model):
+    """Does something else on rank 1 in the second step, or in all."""
+
+    def __init__(self, does: str = "", *, always: bool = False) -> None:
+        super().__init__()
+        self.does, self.always = does, always
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Any:
+        own = on_rank_one() and (self.always or self.global_step == 1)
+        if own and self.does == "raises":
+            raise ArithmeticError("out of luck")
+        if own and self.does == "returns nothing":
+            return None
+        if own and self.does == "calls twice":
+            self.backbone(batch[0])
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if own and self.does == "has no loss" else loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        if on_rank_one() and self.does == "skips" and (self.always or self.global_step == 1):
+            return self.head(self.backbone[2](torch.tanh(self.backbone[0](x))))
+        return super().forward(x)
+
+
+def narrower(features: Tensor) -> Tensor:
+    return features[:, :4] if on_rank_one() else features
+
+
+def undefined(features: Tensor) -> Tensor:
+    return features * float("nan") if on_rank_one() else features
+
+
+def wrong(features: Tensor) -> Any:
+    return 0.5 if on_rank_one() else features
+
+
+class Stops(Callback):
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = on_rank_one()
+
+
+def vne(layers: Any = LAYERS, **settings: Any) -> list[Callback]:
+    return [VNERegularization(layers, weight=0.3, **settings)]
+
+
+def made(does: str = "", **settings: Any) -> Uneven:
+    torch.manual_seed(0)
+    return Uneven(does, **settings)
+
+
+def attempt(model: Uneven, callbacks: list[Callback], bounds: Sequence[int] = (0, 3, 8)) -> dict[str, Any]:
+    """What came of a training: the error, or weights and log."""
+    try:
+        trainer = fit(model, shard(BATCHES, bounds), callbacks, strategy="ddp", devices=2, max_epochs=1)
+    except Exception as error:  # noqa: BLE001  # it is looked at by the test
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"weights": dict(model.state_dict()), "log": dict(trainer.callback_metrics)}
+
+
+def disagree(rank: int) -> dict[str, dict[str, Any]]:
+    act_as_rank(rank, 2)
+    other = LAYERS[: 1 + rank]
+    return {
+        "a layer is skipped": attempt(made("skips"), vne()),
+        "an exception": attempt(made("raises"), [*vne(), *vne("head:input")]),
+        "no loss at all": attempt(made("returns nothing"), vne()),
+        "called more often": attempt(made("calls twice"), vne("backbone.1")),
+        "an empty batch": attempt(made(), vne(), bounds=(0, 8, 8)),
+        "a loss that is NaN": attempt(made("has no loss"), vne()),
+        "NaN is left out": attempt(made(), vne("head:input", pool=undefined)),
+        "NaN shall raise": attempt(made(), vne("head:input", pool=undefined, on_nonfinite="raise")),
+        "other layers": attempt(made(), vne(other)),
+        "other weights": attempt(made(), [StableRankRegularization(["backbone.0", "head"][: 1 + rank], 0.1)]),
+        "other callbacks first": attempt(made(), [*vne("backbone.0"), *vne("backbone.1")][:: 1 - 2 * rank]),
+        "other widths": attempt(made(), vne("backbone", pool=narrower)),
+        "a pool that fails": attempt(made(), vne("backbone", pool=wrong)),
+        "no rows for a monitor": attempt(made("skips", always=True), monitor()),
+        "other widths in a monitor": attempt(made(), monitor(pool=narrower)),
+        "matrices of other widths": {"error": entropy_of(torch.ones(3, 4 + rank))},
+        "no matrix on one rank": {"error": entropy_of(torch.ones(*[3] * (2 + rank)))},
+        "all is well": attempt(made(), vne()),
+    }
+
+
+def entropy_of(embeddings: Tensor) -> str:
+    """The message, without any callback."""
+    try:
+        VonNeumannEntropy(0.1).entropy(embeddings)
+    except Exception as error:  # noqa: BLE001  # it is looked at by the test
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def monitor(**settings: Any) -> list[Callback]:
+    return [RepresentationMonitor("backbone.1", every_n_steps=1, metrics=["entropy"], figures=False, **settings)]
+
+
+FAILED = "RankError: `layers`: {!r}: rank 1 failed in this step, and its own error says why"
+SAME = "must choose the same layers in the same order on every rank, got"
+# name: (what rank 0 says, what rank 1 says)
+MESSAGES = {
+    "a layer is skipped": (FAILED.format("backbone.1"), "NotCapturedError: `layers`: 'backbone.1' was not called"),
+    "an exception": (FAILED.format("backbone.0"), "ArithmeticError: out of luck"),
+    "called more often": 2
+    * ("'backbone.1': ranks must compute it equally often in a step, got 1 on rank 0, 2 on rank 1",),
+    "NaN shall raise": tuple(
+        f"the term of layer 'head' is nan, and its tensor {state} on rank {rank}"
+        for rank, state in enumerate(("is finite", "holds NaN or Inf"))
+    ),
+    "other layers": (
+        f"{SAME} backbone.0 on rank 0 and others on rank 1",
+        f"{SAME} backbone.0, backbone.1 on rank 1 and others on rank 0",
+    ),
+    "other weights": (f"{SAME} backbone.0 (8, 6) on rank 0", f"{SAME} backbone.0 (8, 6), head (3, 5) on rank 1"),
+    "other callbacks first": (f"{SAME} backbone.0 on rank 0", f"{SAME} backbone.1 on rank 1"),
+    "other widths": 2
+    * ("'backbone': `embeddings` must have as many columns on every rank, got 5 on rank 0, 4 on rank 1",),
+    "a pool that fails": (FAILED.format("backbone"), "'backbone': `pool` must return a floating tensor"),
+    "other widths in a monitor": 2
+    * ("'backbone.1' must have as many features on every rank, got 8 on rank 0, 4 on rank 1",),
+    "matrices of other widths": 2 * ("ValueError: `embeddings` must have as many columns on every rank, got 4 on",),
+    "no matrix on one rank": (
+        "RankError: rank 1 failed in this step",
+        "ValueError: `embeddings` must have shape (N, d)",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return run_on_ranks(disagree, 2, tmp_path_factory.mktemp("ranks"), seconds=240)
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_all_ranks_end_and_name_layer_and_rank(kind: str, ranks: list[dict[str, Any]]):
+    for found, wanted in zip(ranks, MESSAGES[kind], strict=True):
+        assert wanted in found[kind].get("error", "trained on")
+
+
+def test_a_rank_that_gives_no_loss_ends_the_others(ranks: list[dict[str, Any]]):
+    """Lightning lets the rank itself go on; it finds nobody to go on with."""
+    assert FAILED.format("backbone.0") in ranks[0]["no loss at all"]["error"]
+
+
+def alone(callbacks: list[Callback], does: str = "") -> dict[str, Any]:
+    model = made(does)
+    trainer = fit(model, BATCHES, callbacks, max_epochs=1)
+    return {"weights": dict(model.state_dict()), "log": dict(trainer.callback_metrics)}
+
+
+@pytest.mark.parametrize("kind", ["an empty batch", "all is well"])
+def test_what_is_no_disagreement_trains_like_one_process(kind: str, ranks: list[dict[str, Any]]):
+    expected = alone(vne())["weights"]
+    for found in ranks:
+        torch.testing.assert_close(found[kind]["weights"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_nan_of_one_rank_is_the_same_on_all(ranks: list[dict[str, Any]]):
+    """A term that is left out is left out on all ranks; a main loss that is NaN spoils the weights of all alike."""
+    expected = alone([])["weights"]
+    for found in ranks:
+        assert found["NaN is left out"]["weights"].keys() == expected.keys()
+        torch.testing.assert_close(found["NaN is left out"]["weights"], expected, rtol=1e-6, atol=1e-6)
+        assert all(weight.isnan().any() for weight in found["a loss that is NaN"]["weights"].values())
+
+
+def test_a_rank_without_rows_joins_the_sums_of_a_monitor(ranks: list[dict[str, Any]]):
+    name = "representation/train/backbone.1/entropy"
+    values = [found["no rows for a monitor"]["log"][name] for found in ranks]
+    assert values[0].isfinite()
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
+
+
+def stop_early(rank: int, folder: str) -> dict[str, Any]:
+    act_as_rank(rank, 2)
+    _set_pg_timeout(timedelta(seconds=TIME_OUT))
+    begin = time.monotonic()
+    found = attempt(made(), [*vne(), Stops()])
+    found["seconds"] = time.monotonic() - begin
+    dist.destroy_process_group()  # of no use after a time-out; the helper's own farewell needs one
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
+    return found
+
+
+def test_one_rank_stops_early(tmp_path: Path):
+    ranks = run_on_ranks(stop_early, 2, tmp_path, str(tmp_path), seconds=120)
+    assert "RankError: `layers`: 'backbone.0': rank 0 waited in vain for another of 2 ranks" in ranks[0]["error"]
+    assert max(found["seconds"] for found in ranks) < 3 * TIME_OUT + 20
