@@ -65,7 +65,8 @@ def narrower(features: Tensor) -> Tensor:
 
 
 def undefined(features: Tensor) -> Tensor:
-    return features * float("nan") if on_rank_one() else features
+    everywhere = torch.ones_like(features, dtype=torch.bool)
+    return features.masked_fill(everywhere, float("nan")) if on_rank_one() else features
 
 
 def wrong(features: Tensor) -> Any:
@@ -73,8 +74,10 @@ def wrong(features: Tensor) -> Any:
 
 
 class Stops(Callback):
+    """Behind the second step: in that one DDP exchanges something of its own, and would be the first to wait."""
+
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        trainer.should_stop = on_rank_one()
+        trainer.should_stop = on_rank_one() and trainer.global_step >= 2
 
 
 def vne(layers: Any = LAYERS, **settings: Any) -> list[Callback]:
@@ -97,6 +100,7 @@ def attempt(model: Uneven, callbacks: list[Callback], bounds: Sequence[int] = (0
 
 def disagree(rank: int) -> dict[str, dict[str, Any]]:
     act_as_rank(rank, 2)
+    _set_pg_timeout(timedelta(seconds=5 * TIME_OUT))
     other = LAYERS[: 1 + rank]
     return {
         "a layer is skipped": attempt(made("skips"), vne()),
@@ -139,6 +143,7 @@ SAME = "must choose the same layers in the same order on every rank, got"
 MESSAGES = {
     "a layer is skipped": (FAILED.format("backbone.1"), "NotCapturedError: `layers`: 'backbone.1' was not called"),
     "an exception": (FAILED.format("backbone.0"), "ArithmeticError: out of luck"),
+    "no loss at all": (FAILED.format("backbone.0"), "RuntimeError: Skipping the `training_step` by returning None"),
     "called more often": 2
     * ("'backbone.1': ranks must compute it equally often in a step, got 1 on rank 0, 2 on rank 1",),
     "NaN shall raise": tuple(
@@ -173,11 +178,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
 def test_all_ranks_end_and_name_layer_and_rank(kind: str, ranks: list[dict[str, Any]]):
     for found, wanted in zip(ranks, MESSAGES[kind], strict=True):
         assert wanted in found[kind].get("error", "trained on")
-
-
-def test_a_rank_that_gives_no_loss_ends_the_others(ranks: list[dict[str, Any]]):
-    """Lightning lets the rank itself go on; it finds nobody to go on with."""
-    assert FAILED.format("backbone.0") in ranks[0]["no loss at all"]["error"]
 
 
 def alone(callbacks: list[Callback], does: str = "") -> dict[str, Any]:

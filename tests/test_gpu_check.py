@@ -64,9 +64,12 @@ def test_the_contract_passes_on_one_process_and_on_two(tmp_path, capsys):
 
 
 def test_every_function_and_callback_has_a_row():
-    assert {case.function for case in numerics.cases().values()} == set(functional.__all__)
+    functions = {case.function for case in numerics.cases().values()}
+    assert functions | {*numerics.CONTAINERS} == set(functional.__all__)
+    assert all(issubclass(getattr(functional, name), tuple) for name in numerics.CONTAINERS)
     made = {type(make()).__name__ for make in networks.CALLBACKS.values()}
-    assert made == set(callbacks.__all__)
+    assert made | networks.NOT_IN_A_STEP.keys() == set(callbacks.__all__)
+    assert not made & networks.NOT_IN_A_STEP.keys()
 
 
 def test_wrong_numbers_are_found():

@@ -9,7 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks import (
+    CalibrationRecorder,
     HybridCompression,
+    LayerProbe,
     LowRankCompression,
     MaskScheduling,
     RankScheduling,
@@ -31,6 +33,15 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "stable rank, p=1": lambda: StableRankRegularization("backbone*", 0.01, rank=16, p=1),
     "representation monitor": lambda: RepresentationMonitor("backbone", every_n_steps=1, figures=False),
     "spectrum monitor": lambda: SpectrumMonitor("*", every_n_steps=10_000, figures=False),
+    "layer probe": lambda: LayerProbe(
+        "backbone.1",
+        1,
+        stages=["train"],
+        probe={"task": "classification", "num_targets": CLASSES},
+        controls=["projection"],
+        figures=False,
+    ),
+    "calibration": lambda: CalibrationRecorder("backbone*"),
     "low-rank compression": lambda: LowRankCompression(
         "backbone*", weight=0.01, ranks=RANKS, search_at=0, factorize_at=None, p=2
     ),
@@ -40,6 +51,12 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "ranks, every fourth": lambda: RankScheduling("*", 0.5, refresh_every=4, **LATER),
     "hybrid": lambda: HybridCompression("*", 0.5, **LATER),
     "hybrid, every fourth": lambda: HybridCompression("*", 0.5, refresh_every=4, **LATER),
+}
+# Those that have no part in a training step, by what they do instead.
+NOT_IN_A_STEP = {
+    "AttributionEvaluation": "explains batches of a validation or test, outside of training steps",
+    "EarlyTermination": "decides on the CPU, once an epoch, from a metric that is logged",
+    "probe_layers": "a loop of its own over batches, with what `LayerProbe` does to each",
 }
 # These choose among steps; that a step of theirs differs from that of a bare training is not the gradient of a term.
 TERMS = ("vne", "stable rank", "stable rank, p=2", "stable rank, p=1")

@@ -77,7 +77,7 @@ def cases() -> dict[str, Case]:
     found["autocorrelation_eigenvalues"] = Case(
         "autocorrelation_eigenvalues", rows(96, 64), f.autocorrelation_eigenvalues, smooth=False
     )
-    return found | _of_weights() | _of_masks()
+    return found | _of_weights() | _of_masks() | _of_probes() | _of_integers()
 
 
 def _of_weights() -> dict[str, Case]:
@@ -110,6 +110,67 @@ def _of_masks() -> dict[str, Case]:
     found["hard_concrete"] = Case("hard_concrete", noisy, lambda s, noise: f.hard_concrete(s, noise.detach()))
     return found
 
+
+def _of_probes() -> dict[str, Case]:
+    f = functional
+
+    def problem() -> tuple[Tensor, ...]:
+        (x,) = rows(128, 16)()
+        y = x @ torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(16, 2) + 0.1 * torch.randn(128, 2).double()
+        return x, y
+
+    def path(x: Tensor, y: Tensor) -> Tensor:
+        x, y = at_least_float(x), at_least_float(y)
+        return f.ridge_path(x.mT @ x, x.mT @ y, torch.logspace(-1, 2, 4, device=x.device).to(x))
+
+    def evidence(x: Tensor, y: Tensor) -> Tensor:
+        x, y = at_least_float(x), at_least_float(y)
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        return f.log_evidence(values, vectors.mT @ (x.mT @ y), (y * y).sum(0), len(x)).log_evidence
+
+    def scores(x: Tensor, y: Tensor) -> Tensor:
+        p, y = at_least_float(x)[:, :2], at_least_float(y)
+        squares = (y.sum(0), (y * y).sum(0), p.sum(0), (p * p).sum(0), (y * p).sum(0))
+        return f.probe_scores(f.HeldOutSums(torch.tensor(len(y), device=y.device), *squares)).pearson
+
+    attention = lambda: (torch.rand(4, 3, 17, 17, dtype=torch.float64), torch.rand(4, 17, dtype=torch.float64))  # noqa: E731
+    return {
+        "ridge_path": Case("ridge_path", problem, path, smooth=False),
+        "log_evidence": Case("log_evidence", problem, evidence, smooth=False),
+        "probe_scores": Case("probe_scores", problem, scores, smooth=False),
+        "cls_attention_correlation": Case(
+            "cls_attention_correlation", attention, f.cls_attention_correlation, smooth=False
+        ),
+    }
+
+
+def _of_integers() -> dict[str, Case]:
+    """What integers are computed from, or to: the device must give exactly the CPU's."""
+    f = functional
+    device = lambda: (torch.zeros(1, dtype=torch.float64),)  # noqa: E731
+
+    def integers(x: Tensor, stop: int = 96) -> Tensor:
+        return torch.arange(stop, device=x.device)
+
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "assign_folds": lambda x: f.assign_folds(integers(x), 5),
+        "group_normal": lambda x: f.group_normal(integers(x)),
+        "hash_groups": lambda x: f.hash_groups(integers(x)),
+        "hash_rows": lambda x: f.hash_rows(integers(x).reshape(-1, 4)),
+        "inverse_document_frequency": lambda x: f.inverse_document_frequency(integers(x), 200),
+        "spans_to_mask": lambda x: f.spans_to_mask(integers(x, 8).reshape(4, 2), 96),
+        "beat_spans": lambda x: f.beat_spans(10 * integers(x, 8) + 5, integers(x, 8) % 1, 96)[0],
+    }
+    return {name: Case(name, device, call, smooth=False) for name, call in calls.items()}
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """What sums of squares are made of, whatever the rows were rounded to."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+# Named tuples, in which the functions of `_of_probes` take and give their tensors.
+CONTAINERS = ("Evidence", "HeldOutSums", "ProbeScores")
 
 DEGENERATE: dict[str, Callable[[], Tensor]] = {
     "zeros": lambda: torch.zeros(64, 48),
@@ -167,14 +228,14 @@ def check_degenerate(case: Case, device: str) -> None:
 
 def run(recorder: Recorder) -> None:
     table = cases()
-    if missing := set(functional.__all__) - {case.function for case in table.values()}:
+    if missing := set(functional.__all__) - {case.function for case in table.values()} - {*CONTAINERS}:
         with recorder.item(PART, "coverage"):
             raise LookupError(f"no case for {sorted(missing)}: add one to {__name__}")
     for name, case in table.items():
         with recorder.item(PART, name) as data:
             recorder.require_time()
             data |= check(case, recorder.device)
-            if case.function not in {"matrix_entropy", *_of_masks()}:
+            if case.function not in {"matrix_entropy", *_of_masks(), *_of_probes(), *_of_integers()}:
                 check_degenerate(case, recorder.device)
             if data["problems"]:
                 raise ArithmeticError("; ".join(data["problems"]))

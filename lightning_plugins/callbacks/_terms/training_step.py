@@ -82,7 +82,7 @@ class WrappedStep:
             except Exception:
                 self._abandon()
                 raise
-        if output is None:  # the user skips this batch
+        if output is None:  # the user skips this batch, which Lightning refuses on several ranks
             self._abandon()
             return None
         penalties: dict[str, Tensor] = {}
