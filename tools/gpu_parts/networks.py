@@ -33,14 +33,7 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "stable rank, p=1": lambda: StableRankRegularization("backbone*", 0.01, rank=16, p=1),
     "representation monitor": lambda: RepresentationMonitor("backbone", every_n_steps=1, figures=False),
     "spectrum monitor": lambda: SpectrumMonitor("*", every_n_steps=10_000, figures=False),
-    "layer probe": lambda: LayerProbe(
-        "backbone.1",
-        1,
-        stages=["train"],
-        probe={"task": "classification", "num_targets": CLASSES},
-        controls=["projection"],
-        figures=False,
-    ),
+    "layer probe": lambda: LayerProbe("backbone.1", 1, stages=["train"], controls=["projection"], figures=False),
     "calibration": lambda: CalibrationRecorder("backbone*"),
     "low-rank compression": lambda: LowRankCompression(
         "backbone*", weight=0.01, ranks=RANKS, search_at=0, factorize_at=None, p=2
