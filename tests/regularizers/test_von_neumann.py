@@ -214,7 +214,7 @@ def _ddp_step(rank, case):
         "value": value.detach(),
         "inputs": x.grad,
         "weight": layer.weight.grad,
-        "forward": sum(forward.values()) - world_size(),  # less the row counts
+        "forward": sum(forward.values()) - 3 * world_size(),  # less the numbers of rows, columns and calls
         "backward": sum(backward.values()),
         "rows": term.entropy_with_rows(h.detach(), memory),
     }
