@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lightning_plugins.data.document_frequencies import DocumentFrequencies
+from lightning_plugins.data.pairs import BinaryChannelPairs, SameClassPairs, SameClassPairSampler
 
 if TYPE_CHECKING:
     from lightning_plugins.data.episodes import EpisodicDataModule
@@ -29,6 +30,7 @@ __all__ = [
     "read_ecg_folder",
     "synthetic_ecg",
 ]
+__all__ = ["BinaryChannelPairs", "EpisodicDataModule", "SameClassPairSampler", "SameClassPairs"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,15 @@ from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
 from lightning_plugins.functional.coding_rate import coding_rate
 from lightning_plugins.functional.decorrelation import decorrelation
 from lightning_plugins.functional.document_frequency import inverse_document_frequency
+from lightning_plugins.functional.class_information import (
+    binary_symmetric_channel_crossover,
+    binary_symmetric_channel_information,
+    class_entropy,
+    class_posterior_information,
+    class_posterior_scores,
+    gaussian_information,
+    infonce_ceiling,
+)
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -17,6 +26,16 @@ from lightning_plugins.functional.evidence import Evidence, log_evidence
 from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
 from lightning_plugins.functional.pooling import pool_embeddings
+from lightning_plugins.functional.information import (
+    donsker_varadhan_bound,
+    infonce_bound,
+    js_bound,
+    mine_loss,
+    nwj_bound,
+    smile_bound,
+)
+from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
+from lightning_plugins.functional.pair_scores import bound_from_pairs, pair_scores
 from lightning_plugins.functional.preconditioning import gap_precondition
 from lightning_plugins.functional.ridge import HeldOutSums, ProbeScores, probe_scores, ridge_path
 from lightning_plugins.functional.singular_values import polar_factor, singular_value_threshold
@@ -40,7 +59,14 @@ __all__ = [
     "coding_rate",
     "covariance_penalty",
     "decorrelation",
+    "binary_symmetric_channel_crossover",
+    "binary_symmetric_channel_information",
+    "bound_from_pairs",
+    "class_entropy",
+    "class_posterior_information",
+    "class_posterior_scores",
     "diagonal_entropy",
+    "donsker_varadhan_bound",
     "effective_rank",
     "epps_pulley",
     "gap_precondition",
@@ -51,10 +77,19 @@ __all__ = [
     "hash_rows",
     "inverse_document_frequency",
     "log_evidence",
+    "gaussian_information",
+    "hard_concrete",
+    "hard_concrete_open",
+    "infonce_bound",
+    "infonce_ceiling",
+    "js_bound",
     "matrix_entropy",
+    "mine_loss",
     "modified_stable_rank",
     "normalize_rows",
     "nuclear_norm",
+    "nwj_bound",
+    "pair_scores",
     "polar_factor",
     "pool_embeddings",
     "probe_scores",
@@ -66,6 +101,7 @@ __all__ = [
     "spans_to_mask",
     "spectral_norm",
     "spread_out",
+    "smile_bound",
     "stable_rank",
     "straight_through",
     "top_singular_subspace",

@@ -3,6 +3,7 @@
 from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.attribution import attribution_figure, degradation_figure
 from lightning_plugins.plots.compression import compression_figure
+from lightning_plugins.plots.information import information_figure
 from lightning_plugins.plots.masks import choice_figure
 from lightning_plugins.plots.probes import attention_heat_map_figure, probe_profile_figure
 from lightning_plugins.plots.ranks import rank_figure
@@ -21,6 +22,7 @@ __all__ = [
     "compression_figure",
     "degradation_figure",
     "gains_figure",
+    "information_figure",
     "layer_spectra_figure",
     "probe_profile_figure",
     "rank_figure",

@@ -1,0 +1,134 @@
+"""How mutual information is estimated, and all that is needed to read the result."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.functional.pair_scores import BOUNDS
+from lightning_plugins.information.critics import CRITICS
+from lightning_plugins.information.fitting import CriticSettings
+
+UNITS = ("nats", "bits")
+
+
+@dataclass(frozen=True)
+class EstimateSettings:
+    """How mutual information is estimated.
+
+    Attributes:
+        critic: ``"separable"``, ``"bilinear"``, ``"joint"`` or ``"cosine"``.
+        fit: How it is fitted.
+        bound: What is evaluated on unseen pairs: ``"infonce"``, ``"nwj"``, ``"dv"`` or ``"smile"``. The first two are
+            lower bounds.
+        num_candidates: K; None for all unseen pairs.
+        max_anchors: At most so many anchors; all unseen pairs stay candidates.
+        clip: For ``"smile"``.
+        units: ``"nats"`` or ``"bits"``, of everything that is returned.
+        consistency: Whether to fit three critics more, for the consistency tests.
+
+    Raises:
+        TypeError: If an attribute is of the wrong type.
+        ValueError: If an attribute is out of its range.
+
+    Example:
+        >>> EstimateSettings(units="bit")
+        Traceback (most recent call last):
+            ...
+        ValueError: `units` must be 'nats' or 'bits', got 'bit'; did you mean 'bits'?
+    """
+
+    critic: str = "separable"
+    fit: CriticSettings = field(default_factory=CriticSettings)
+    bound: str = "infonce"
+    num_candidates: int | None = None
+    max_anchors: int | None = 8192
+    clip: float = 5.0
+    units: str = "nats"
+    consistency: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("critic", self.critic, CRITICS)
+        check_choice("bound", self.bound, BOUNDS)
+        check_choice("units", self.units, UNITS)
+        if not isinstance(self.fit, CriticSettings):
+            raise TypeError(f"`fit` must be CriticSettings, got {type(self.fit).__name__}")
+        if self.num_candidates is not None and check_positive_int("num_candidates", self.num_candidates) < 2:
+            raise ValueError("`num_candidates` must be at least 2, got 1: the partner would have no other beside it")
+        if self.max_anchors is not None:
+            check_positive_int("max_anchors", self.max_anchors)
+        if isinstance(self.clip, bool) or not self.clip > 0:
+            raise ValueError(f"`clip` must be positive, got {self.clip!r}")
+
+
+@dataclass(frozen=True)
+class MutualInformationEstimate:
+    """A number, and all that is needed to read it; everything in ``units``.
+
+    Attributes:
+        estimate: The value of ``bound`` on unseen pairs.
+        standard_error: By a jackknife over groups of pairs, as anchors and as candidates.
+        units: ``"nats"`` or ``"bits"``.
+        bound: Its name.
+        num_candidates: K.
+        ceiling: ``ln K``, which InfoNCE cannot exceed.
+        self_normalization: ``ln mean exp`` of the scores of pairs that do not belong together; 0 for the logarithm of
+            the density ratio. InfoNCE leaves a function of the anchor undetermined, so read it with the other bounds.
+        class_ceiling: Ceiling of InfoNCE with pairs of the same class; None without labels, as are the next four.
+        entropy: That of the classes of the unseen pairs, an upper bound of what same-class pairs share.
+        class_information: What a calibrated linear probe reads of the class, the smaller of both sides: a lower
+            estimate of ``I(C; X)``, which bounds what same-class pairs share.
+        class_posterior: The plug-in of that probe's posteriors; it has no ceiling and is no bound.
+        consistency: ``"shuffled"`` (0 expected), ``"function of y"`` (the ratio to the estimate, 1 expected) and
+            ``"two copies"`` (the ratio, 2 expected, unless a ceiling is near); None if not asked for.
+    """
+
+    estimate: float
+    standard_error: float
+    units: str
+    bound: str
+    num_candidates: int
+    ceiling: float
+    self_normalization: float
+    class_ceiling: float | None = None
+    entropy: float | None = None
+    class_information: float | None = None
+    class_posterior: float | None = None
+    consistency: dict[str, float] | None = None
+
+    @property
+    def share_of_ceiling(self) -> float:
+        """The estimate over the lower of the ceilings; near 1 it says that K is small."""
+        return self.estimate / min(self.ceiling, self.class_ceiling or math.inf)
+
+    def __str__(self) -> str:
+        known = [f"ceiling {self.ceiling:.3f}"]
+        for name in ("class_ceiling", "entropy", "class_information", "class_posterior"):
+            if (value := getattr(self, name)) is not None:
+                known.append(f"{name.replace('_', ' ')} {value:.3f}")
+        warning = "; near its ceiling: take more candidates" if self.share_of_ceiling > 0.9 else ""
+        return (
+            f"{self.estimate:.3f} ± {self.standard_error:.3f} {self.units} ({self.bound}, K = {self.num_candidates}, "
+            f"{', '.join(known)}){warning}"
+        )
+
+
+def in_units(found: MutualInformationEstimate, units: str) -> MutualInformationEstimate:
+    """Convert an estimate in nats.
+
+    Args:
+        found: In nats.
+        units: ``"nats"`` or ``"bits"``.
+
+    Returns:
+        The same in ``units``.
+    """
+    if units == "nats":
+        return found
+    changed: dict[str, Any] = {"units": units}
+    for entry in dataclasses.fields(found):
+        value = getattr(found, entry.name)
+        if isinstance(value, float):
+            changed[entry.name] = value / math.log(2)
+    return dataclasses.replace(found, **changed)
