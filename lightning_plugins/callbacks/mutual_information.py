@@ -138,9 +138,7 @@ class MutualInformationMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the losses of a checkpoint; they are those of all processes, so one takes them."""
         if self._loss is not None:
-            share = 1.0 if trainer.is_global_zero else 0.0
-            self._loss = self._loss.to(pl_module.device, torch.float32 if pl_module.device.type == "mps" else None)
-            self._loss = self._loss * share
+            self._loss = self._loss.to(pl_module.device) * float(trainer.is_global_zero)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -149,9 +147,7 @@ class MutualInformationMonitor(Callback):
         if self.loss_candidates is None or outputs is None:
             return
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
-        pair = torch.stack([loss.to(torch.float32), torch.ones((), device=loss.device)]).to(
-            torch.float32 if loss.device.type == "mps" else torch.float64
-        )
+        pair = torch.stack([loss.float(), torch.ones((), dtype=torch.float32, device=loss.device)])
         self._loss = pair if self._loss is None else self._loss + pair
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,8 +251,7 @@ class MutualInformationMonitor(Callback):
         return labels
 
     def _loss_of_all(self, pl_module: LightningModule) -> Tensor:
-        kind = torch.float32 if pl_module.device.type == "mps" else torch.float64
-        own = torch.zeros(2, dtype=kind, device=pl_module.device) if self._loss is None else self._loss.clone()
+        own = torch.zeros(2, dtype=torch.float32, device=pl_module.device) if self._loss is None else self._loss.clone()
         if is_distributed():
             torch.distributed.all_reduce(own)
         return own

@@ -182,7 +182,7 @@ def candidate_bound(
     k = len(x) if num_candidates is None else check_positive_int("num_candidates", num_candidates)
     if k < 2 or k > max(len(x), 2):
         raise ValueError(
-            f"`num_candidates` must be in [2, {len(x)}], from a partner and one other to all pairs, got {num_candidates}"
+            f"`num_candidates` must be in [2, {len(x)}], from two to all of the pairs, got {num_candidates}"
         )
     clip = clip if bound == "smile" else math.inf
     batches = max(len(x) // k, 1)

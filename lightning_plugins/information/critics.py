@@ -123,8 +123,8 @@ class SeparableCritic(Critic):
         self.net_x, self.net_y = _network(x.shape[1], width, 65), _network(y.shape[1], width, 65)
         _silence(self.net_x[-1])
         with torch.no_grad():  # the offset of y, the last output, is silent as well
-            self.net_y[-1].weight[-1].zero_()
-            self.net_y[-1].bias[-1].zero_()
+            for parameter in self.net_y[-1].parameters():
+                parameter[-1].zero_()
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what each row contributes to all its scores.

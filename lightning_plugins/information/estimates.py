@@ -1,4 +1,4 @@
-"""Estimates of mutual information that say what they are: units, candidates, ceilings, error, what the classes allow."""
+"""Estimates of mutual information: a critic is fitted to pairs and evaluated on others, with many candidates."""
 
 import dataclasses
 import math
@@ -206,8 +206,10 @@ def embed_pairs(
 def _evaluate(critic: Critic, x: Tensor, y: Tensor, settings: EstimateSettings) -> BoundWithError:
     order = shuffled_rows(x, y, settings.fit.seed)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        one, other = critic.encode(x[order].float(), y[order].float())
         return candidate_bound(
-            *critic.encode(x[order].float(), y[order].float()),
+            one,
+            other,
             critic.score,
             bound=settings.bound,
             num_candidates=settings.num_candidates,
@@ -225,7 +227,7 @@ def _class_readings(seen: Sequence[Tensor], unseen: Sequence[Tensor], seed: int)
     drawn = counts > 0  # posteriors of classes that are never drawn are not defined
     posteriors = [probe.log_posteriors(side)[:, drawn] for probe, side in zip(probes, unseen[:2], strict=True)]
     posteriors = [one - one.logsumexp(dim=1, keepdim=True) for one in posteriors]
-    return read, float(class_posterior_information(*posteriors, counts[drawn] / counts.sum()))
+    return read, float(class_posterior_information(posteriors[0], posteriors[1], counts[drawn] / counts.sum()))
 
 
 def _consistency(

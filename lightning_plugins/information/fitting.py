@@ -31,7 +31,7 @@ OBJECTIVES = ("infonce", "nwj", "js", "dv", "mine", "smile")
 _STARTS = [Start(kind, ridge) for kind in ("standard", "normal") for ridge in (1e-3, 0.03, 0.3)] + [
     Start("standard", None)
 ]
-_FEWEST = 32  # pairs
+_FEWEST = 8  # pairs; how little an estimate from so few says, its standard error tells
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def fit_critic(
     do, make the training and the test pairs from different samples.
 
     Args:
-        x: Floating tensor of shape ``(N, d)``, ``N >= 32``.
+        x: Floating tensor of shape ``(N, d)``, ``N >= 8``.
         y: Floating tensor of shape ``(N, e)``: row by row the partners of ``x``.
         critic: ``"separable"``, ``"bilinear"``, ``"joint"``, or ``"cosine"``, of which only the temperature is fitted.
         settings: How it is fitted; None for the defaults.
@@ -145,8 +145,8 @@ def fit_critic(
     test, validation = (round(len(x) * share) for share in (chosen.test, chosen.validation))
     validation = max(validation, 2)
     rows = order.split([test, validation, len(x) - test - validation])
-    x, y = (part.detach().float() for part in (x, y))
     with _apart(x, chosen.seed):
+        x, y = (part.detach().float().clone() for part in (x, y))  # not inference tensors
         held = x[rows[1]], y[rows[1]]
         fitted = _best_start(critic, (x[rows[2]], y[rows[2]]), held, chosen)
         state, best, steps, history = _train(fitted, (x[rows[2]], y[rows[2]]), held, chosen)
@@ -169,15 +169,12 @@ def check_pairs(x: Tensor, y: Tensor, *, fewest: int = _FEWEST) -> None:
     for name, part in (("x", x), ("y", y)):
         if not isinstance(part, Tensor) or not part.is_floating_point():
             kind = str(part.dtype) if isinstance(part, Tensor) else type(part).__name__
-            raise TypeError(
-                f"`{name}` must be a floating tensor, got {kind}; `torch.as_tensor(..., dtype=torch.float)`"
-            )
+            raise TypeError(f"`{name}` must be a floating tensor, got {kind}; convert it with `.float()`")
         if part.ndim != 2 or part.shape[1] == 0:
             raise ValueError(f"`{name}` must have shape (N, d), got {tuple(part.shape)}; flatten it to a row a sample")
         if not bool(torch.isfinite(part).all()):
-            raise ValueError(
-                f"`{name}` must be finite, got NaN or infinity in {int((~part.isfinite()).any(1).sum())} rows"
-            )
+            bad = int((~part.isfinite()).any(dim=1).sum())
+            raise ValueError(f"`{name}` must be finite, got NaN or infinity in {bad} rows")
     if len(x) != len(y):
         raise ValueError(f"`y` must have a row for each of the {len(x)} rows of `x`, got {len(y)}")
     if len(x) < fewest:
@@ -219,7 +216,8 @@ def _apart(x: Tensor, seed: int) -> Iterator[None]:
 
 def _validate(critic: Critic, held: tuple[Tensor, Tensor]) -> float:
     with torch.no_grad():
-        value = candidate_bound(*critic.encode(*held), critic.score, max_anchors=1024).value
+        one, other = critic.encode(*held)
+        value = candidate_bound(one, other, critic.score, max_anchors=1024).value
     return value if math.isfinite(value) else -math.inf
 
 

@@ -48,4 +48,5 @@ class Marginals(nn.Module):
         inside = below + torch.where(high > low, (columns - low) / (high - low), torch.zeros_like(columns))
         tied = (left + right - 1).to(columns) / 2  # the middle of equal knots
         level = (torch.where(right > left, tied, inside).clamp(0, count - 1) + 0.5) / count
-        return torch.special.ndtri(level).T
+        scores: Tensor = torch.special.ndtri(level)
+        return scores.T

@@ -154,14 +154,14 @@ def _softmax_regression(x: Tensor, labels: Tensor, classes: int, ridge: float) -
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    optimizer.step(closure)
     return weight.detach(), bias.detach()
 
 
 def _calibrated(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """The temperature of the least cross-entropy, and that."""
     low, high = math.log(0.02), math.log(50.0)
-    loss = math.inf
+    loss, middle = math.inf, 0.0
     for _ in range(4):  # each time between the neighbours of the best
         grid = torch.linspace(low, high, 25, dtype=logits.dtype)
         losses = [float(F.cross_entropy(logits / t, labels)) for t in grid.exp().tolist()]

@@ -104,9 +104,9 @@ class MutualInformationEstimate:
 
     def __str__(self) -> str:
         known = [f"ceiling {self.ceiling:.3f}"]
-        for name in ("class_ceiling", "entropy", "class_information", "class_posterior"):
-            if (value := getattr(self, name)) is not None:
-                known.append(f"{name.replace('_', ' ')} {value:.3f}")
+        names = ("class_ceiling", "entropy", "class_information", "class_posterior")
+        shown = {name: getattr(self, name) for name in names}
+        known.extend(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items() if value is not None)
         warning = "; near its ceiling: take more candidates" if self.share_of_ceiling > 0.9 else ""
         return (
             f"{self.estimate:.3f} ± {self.standard_error:.3f} {self.units} ({self.bound}, K = {self.num_candidates}, "

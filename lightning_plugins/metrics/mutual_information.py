@@ -123,7 +123,8 @@ class MutualInformation(Metric):
             return {name: rows.new_full((), torch.nan) for name in names}
         with torch.no_grad(), full_precision(rows):
             found = candidate_bound(
-                *rows.split([self.x_features, self.y_features], dim=1),
+                rows[:, : self.x_features],
+                rows[:, self.x_features :],
                 self.critic or _inner_product,
                 bound=self.bound,
                 num_candidates=self.num_candidates,
