@@ -259,9 +259,7 @@ def _classes(targets: Sequence[int] | Tensor, count: int | None = None) -> Tenso
 def _members(classes: Tensor) -> dict[int, Tensor]:
     members = {label: (classes == label).nonzero().flatten() for label in classes.unique().tolist()}
     if alone := [label for label, own in members.items() if len(own) == 1]:
-        raise ValueError(
-            f"`targets` must have no class with one member, got one of class {alone[0]}: it has no partner"
-        )
+        raise ValueError(f"`targets` must have no class with one member, class {alone[0]} has one: it has no partner")
     return members
 
 

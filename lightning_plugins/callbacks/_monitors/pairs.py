@@ -72,7 +72,11 @@ class EpochPairs:
         Returns:
             Both views' embeddings and the labels or None; None for a layer of which no process has rows.
         """
-        own = torch.cat(self._rows[label]) if label in self._rows else torch.empty(0, 0, device=device)
+        own = (
+            torch.cat(self._rows[label])
+            if label in self._rows
+            else torch.empty(0, 0, dtype=torch.float32, device=device)
+        )
         labelled = self._labelled
         if is_distributed():
             width = torch.tensor([own.shape[1], int(labelled)], device=device)
