@@ -51,10 +51,10 @@ def gaussian(seed: int, bits: int) -> dict[str, float]:
     for name, bound, k, rows in (
         ("all", "infonce", None, 120_000),
         ("K = 8192", "infonce", 8192, 8192),
-        ("K = 64", "infonce", 64, 4096),
+        ("K = 64", "infonce", 64, 2048),
         ("SMILE-5", "smile", None, 8192),
     ):
-        settings = EstimateSettings(fit=fit, bound=bound, num_candidates=k, max_anchors=4096, units="bits")
+        settings = EstimateSettings(fit=fit, bound=bound, num_candidates=k, max_anchors=2048, units="bits")
         result = evaluate_critic(fitted, *(part[:rows] for part in unseen), settings=settings)
         found[name] = result.estimate
         if name == "all":
@@ -127,17 +127,17 @@ def channel(seed: int, bits: int) -> dict[str, float]:
     return {"all": result.estimate, "standard error": result.standard_error, "K = 64": in_batch.estimate}
 
 
-def jobs(part: str) -> Iterator[tuple[str, Any]]:
+def jobs(part: str, seeds: int) -> Iterator[tuple[str, Any]]:
     if part == "gaussian":
-        for seed in range(5):
-            for bits in BITS:
+        for bits in BITS:
+            for seed in range(seeds):
                 yield f"gaussian/{bits}/{seed}", lambda seed=seed, bits=bits: gaussian(seed, bits)
     elif part == "tasks":
-        for seed in range(3):
+        for seed in range(seeds):
             for name in tasks():
                 yield f"tasks/{name}/{seed}", lambda name=name, seed=seed: task(name, seed)
     else:
-        for seed in range(3):
+        for seed in range(seeds):
             for bits in BITS:
                 yield f"channel/{bits}/{seed}", lambda seed=seed, bits=bits: channel(seed, bits)
 
@@ -177,12 +177,13 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", help="gaussian, tasks, channel")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="only print what is stored")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in [] if arguments.table else arguments.parts or ["gaussian", "tasks", "channel"]:
-        for key, job in jobs(part):
+        for key, job in jobs(part, arguments.seeds):
             if key not in results:
                 start = time.process_time()
                 results[key] = {**job(), "seconds": round(time.process_time() - start, 2)}

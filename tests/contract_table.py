@@ -17,6 +17,7 @@ from lightning_plugins.callbacks import (
     EarlyTermination,
     LayerCall,
     LayerProbe,
+    MutualInformationMonitor,
     RepresentationMonitor,
     RepresentationRegularization,
     SpectralNormCap,
@@ -26,6 +27,7 @@ from lightning_plugins.callbacks import (
     WeightRegularization,
 )
 from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
+from lightning_plugins.information import CriticSettings, EstimateSettings
 from lightning_plugins.schedules import Linear
 from tests.models import Classifier, entropy_by_autograd
 
@@ -566,6 +568,32 @@ SETTINGS = {
         yaml="""
 - class_path: lightning_plugins.callbacks.SpectrumMonitor
   init_args: {layers: [backbone.0, backbone.2, head], every_n_steps: 2, scheme: 1, figures: false, max_spectra: 32}
+""",
+    ),
+    "mutual information": Setting(
+        lambda: [
+            MutualInformationMonitor(
+                "backbone",
+                pairs="halves",
+                loss_candidates=8,
+                settings=EstimateSettings(critic="bilinear", fit=CriticSettings(max_steps=0)),
+            )
+        ],
+        by_hand=None,
+        logged=(),  # at the end of validations only
+        yaml="""
+- class_path: lightning_plugins.callbacks.MutualInformationMonitor
+  init_args:
+    layers: backbone
+    pool: tests.contract_table.total
+    pairs: halves
+    labels: 1
+    loss_candidates: 8
+    every_n_epochs: 2
+    max_pairs: 64
+    settings:
+      class_path: lightning_plugins.information.EstimateSettings
+      init_args: {critic: bilinear, units: bits, fit: {max_steps: 0}}
 """,
     ),
     "early termination": Setting(
