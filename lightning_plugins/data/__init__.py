@@ -3,12 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from lightning_plugins.data.document_frequencies import DocumentFrequencies
-from lightning_plugins.data.pairs import BinaryChannelPairs, SameClassPairs, SameClassPairSampler
-
-if TYPE_CHECKING:
-    from lightning_plugins.data.episodes import EpisodicDataModule
-
-__all__ = ["DocumentFrequencies", "EpisodicDataModule"]
 from lightning_plugins.data.ecg import (
     ECGRecord,
     ECGWindows,
@@ -18,19 +12,26 @@ from lightning_plugins.data.ecg import (
     synthetic_ecg,
 )
 from lightning_plugins.data.mosaic import Mosaics, mosaics
+from lightning_plugins.data.pairs import BinaryChannelPairs, SameClassPairs, SameClassPairSampler
+
+if TYPE_CHECKING:
+    from lightning_plugins.data.episodes import EpisodicDataModule
 
 __all__ = [
+    "BinaryChannelPairs",
+    "DocumentFrequencies",
     "ECGRecord",
     "ECGWindows",
     "EpisodicDataModule",
     "Mosaics",
+    "SameClassPairSampler",
+    "SameClassPairs",
     "ecg_windows",
     "mosaics",
     "read_ecg",
     "read_ecg_folder",
     "synthetic_ecg",
 ]
-__all__ = ["BinaryChannelPairs", "EpisodicDataModule", "SameClassPairSampler", "SameClassPairs"]
 
 
 def __getattr__(name: str) -> Any:
