@@ -26,8 +26,8 @@ from lightning_plugins.callbacks import (
     VNERegularization,
     WeightRegularization,
 )
-from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
 from lightning_plugins.information import CriticSettings, EstimateSettings
+from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
 from lightning_plugins.schedules import Linear
 from tests.models import Classifier, entropy_by_autograd
 

@@ -2,9 +2,6 @@
 
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
-from lightning_plugins.functional.coding_rate import coding_rate
-from lightning_plugins.functional.decorrelation import decorrelation
-from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.class_information import (
     binary_symmetric_channel_crossover,
     binary_symmetric_channel_information,
@@ -14,6 +11,9 @@ from lightning_plugins.functional.class_information import (
     gaussian_information,
     infonce_ceiling,
 )
+from lightning_plugins.functional.coding_rate import coding_rate
+from lightning_plugins.functional.decorrelation import decorrelation
+from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -24,8 +24,6 @@ from lightning_plugins.functional.entropy import (
 from lightning_plugins.functional.epps_pulley import epps_pulley, random_directions
 from lightning_plugins.functional.evidence import Evidence, log_evidence
 from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows
-from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
-from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.functional.information import (
     donsker_varadhan_bound,
     infonce_bound,
@@ -36,6 +34,7 @@ from lightning_plugins.functional.information import (
 )
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
 from lightning_plugins.functional.pair_scores import bound_from_pairs, pair_scores
+from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.functional.preconditioning import gap_precondition
 from lightning_plugins.functional.ridge import HeldOutSums, ProbeScores, probe_scores, ridge_path
 from lightning_plugins.functional.singular_values import polar_factor, singular_value_threshold
@@ -55,34 +54,32 @@ __all__ = [
     "assign_folds",
     "autocorrelation_eigenvalues",
     "beat_spans",
-    "cls_attention_correlation",
-    "coding_rate",
-    "covariance_penalty",
-    "decorrelation",
     "binary_symmetric_channel_crossover",
     "binary_symmetric_channel_information",
     "bound_from_pairs",
     "class_entropy",
     "class_posterior_information",
     "class_posterior_scores",
+    "cls_attention_correlation",
+    "coding_rate",
+    "covariance_penalty",
+    "decorrelation",
     "diagonal_entropy",
     "donsker_varadhan_bound",
     "effective_rank",
     "epps_pulley",
     "gap_precondition",
+    "gaussian_information",
     "group_normal",
     "hard_concrete",
     "hard_concrete_open",
     "hash_groups",
     "hash_rows",
-    "inverse_document_frequency",
-    "log_evidence",
-    "gaussian_information",
-    "hard_concrete",
-    "hard_concrete_open",
     "infonce_bound",
     "infonce_ceiling",
+    "inverse_document_frequency",
     "js_bound",
+    "log_evidence",
     "matrix_entropy",
     "mine_loss",
     "modified_stable_rank",
@@ -97,11 +94,11 @@ __all__ = [
     "renyi_entropy",
     "ridge_path",
     "singular_value_threshold",
+    "smile_bound",
     "soft_orthogonality",
     "spans_to_mask",
     "spectral_norm",
     "spread_out",
-    "smile_bound",
     "stable_rank",
     "straight_through",
     "top_singular_subspace",

@@ -31,9 +31,9 @@ from lightning_plugins.metrics.few_shot import FewShotAccuracy, FewShotAccuracyI
 from lightning_plugins.metrics.isotropy import Isotropy
 from lightning_plugins.metrics.lidar import LabelledLiDAR, LiDAR
 from lightning_plugins.metrics.linear_probe import LinearProbe
+from lightning_plugins.metrics.mutual_information import MutualInformation
 from lightning_plugins.metrics.nearest_neighbour_probe import NearestNeighbourProbe, NearestNeighbourResult
 from lightning_plugins.metrics.neural_collapse import ClassRank, NeuralCollapse
-from lightning_plugins.metrics.mutual_information import MutualInformation
 from lightning_plugins.metrics.rank_me import RankMe
 from lightning_plugins.metrics.uniformity import Uniformity
 from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
@@ -62,12 +62,12 @@ __all__ = [
     "LinearProbe",
     "LocalizationIoU",
     "MeanWithInterval",
+    "MutualInformation",
     "NearestNeighbourProbe",
     "NearestNeighbourResult",
     "NeuralCollapse",
     "PointingGame",
     "ProbeResult",
-    "MutualInformation",
     "RankMe",
     "RegionPerturbation",
     "RelevanceRankAccuracy",
