@@ -1,7 +1,6 @@
 """Watch how much the representations of two views share, and how near a contrastive loss stands to its ceiling."""
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -11,8 +10,9 @@ from torch import Tensor
 from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._monitors.pairs import EpochPairs
-from lightning_plugins.callbacks._terms.pool import pool_name, resolve_pool
-from lightning_plugins.callbacks._terms.pooled_capture import PooledCapture
+from lightning_plugins.callbacks._terms.pool import Pool
+from lightning_plugins.callbacks._terms.pooled_capture import ObservedRows
+from lightning_plugins.callbacks._terms.rows import Rows
 from lightning_plugins.callbacks._trainer.logged import on_device
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
@@ -73,7 +73,7 @@ class MutualInformationMonitor(Callback):
         self,
         layers: str | list[str],
         *,
-        pool: str | Callable[[Tensor], Tensor] = "mean",
+        pool: Pool = "mean",
         pairs: Literal["calls", "halves"] = "calls",
         labels: int | str | None = None,
         loss_candidates: int | None = None,
@@ -84,7 +84,7 @@ class MutualInformationMonitor(Callback):
         super().__init__()
         self.layers = check_layers(layers, sides=True)
         self.pool = pool
-        self._pool = resolve_pool(pool)
+        self._rows = Rows(pool)
         self.pairs = check_choice("pairs", pairs, ("calls", "halves"))
         if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int | str)):
             raise TypeError(f"`labels` must be an index or a key of the batch, or None, got {type(labels).__name__}")
@@ -101,13 +101,13 @@ class MutualInformationMonitor(Callback):
         self._collected = EpochPairs(self.pairs)
         self._loss: Tensor | None = None  # sum and number of losses since the last validation, shape (2,)
         self._warned = False
-        self._capture: PooledCapture | None = None
+        self._capture: ObservedRows | None = None
         self._recording = ExitStack()
 
     @property
     def state_key(self) -> str:
         """Unique for every different instance, so that several keep their own entries in a checkpoint."""
-        return self._generate_state_key(layers=self.layers, pool=pool_name(self.pool), pairs=self.pairs)
+        return self._generate_state_key(layers=self.layers, **self._rows.key(), pairs=self.pairs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module and the Trainer and register the hooks.
@@ -155,10 +155,12 @@ class MutualInformationMonitor(Callback):
         if self._capture is None:
             self._attach(pl_module)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Record the layers' tensors, if this validation is measured."""
         if self._capture is not None and self._measures(trainer):
-            self._recording.enter_context(self._capture.recording())
+            self._recording.enter_context(self._capture.recording(batch))
 
     def on_validation_batch_end(
         self,
@@ -227,7 +229,7 @@ class MutualInformationMonitor(Callback):
         self._loss, self._warned = state_dict["loss"], state_dict["warned"]
 
     def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = PooledCapture(pl_module, self.layers, self._pool)
+        self._capture = ObservedRows(pl_module, self.layers, self._rows)
         self._capture.attach()
 
     def _measures(self, trainer: Trainer) -> bool:

@@ -25,7 +25,8 @@ def class_entropy(probabilities: Tensor) -> Tensor:
         2.3026
     """
     p = check_distribution("probabilities", probabilities)
-    return -torch.special.xlogy(p, p).sum()
+    entropy: Tensor = -torch.special.xlogy(p, p).sum()
+    return entropy
 
 
 def infonce_ceiling(k: int, class_probabilities: Tensor | None = None) -> float:
