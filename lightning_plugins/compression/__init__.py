@@ -31,6 +31,7 @@ from lightning_plugins.compression.rank_search.output_energy import output_energ
 from lightning_plugins.compression.rank_search.problem import RankSearch, ScoredRanks, SearchLevel
 from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, score_ranks, trade_off
 from lightning_plugins.compression.reports.report import CompressionReport, LayerChange, UnitsKept, compression_report
+from lightning_plugins.compression.structure.compressed_folder import load_compressed, save_compressed
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "groups_from_state",
     "groups_to_state",
     "layer_costs",
+    "load_compressed",
     "load_quantized",
     "low_rank_layer",
     "masks_of",
@@ -81,6 +83,7 @@ __all__ = [
     "remove_thresholds",
     "restore_structure",
     "rich_progress",
+    "save_compressed",
     "score_ranks",
     "shrink",
     "thresholds_of",

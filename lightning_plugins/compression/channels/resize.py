@@ -4,12 +4,17 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lightning_plugins.compression.low_rank.transposed import is_transposed
+
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
-_ALL_HEADS = ("attn_dim", "key_attn_dim", "val_attn_dim", "all_head_size")  # sizes that are heads times something
+_ALL_HEADS = (  # sizes that are heads times something
+    *("attn_dim", "key_attn_dim", "val_attn_dim", "all_head_size"),
+    *("num_key_value_heads", "num_kv_heads", "split_size", "inner_dim"),
+)
 _PROJECTIONS = (
-    *("qkv", "q", "qk", "query", "q_proj", "wq"),
-    *("kv", "k", "key", "k_proj", "wk"),
-    *("v", "value", "v_proj", "wv"),
+    *("qkv", "c_attn", "q", "qk", "query", "q_proj", "q_lin", "wq"),
+    *("kv", "k", "key", "k_proj", "k_lin", "wk"),
+    *("v", "value", "v_proj", "v_lin", "wv"),
 )
 
 
@@ -143,6 +148,43 @@ def heads_of(module: nn.Module) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
+def head_attributes(module: nn.Module) -> dict[str, int]:
+    """The attributes of an attention that change with its number of heads.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Values by name; nothing for a module that has no number of heads.
+
+    Example:
+        >>> head_attributes(nn.Linear(2, 2))
+        {}
+    """
+    if heads_of(module) is None:
+        return {}
+    own = {name: vars(module).get(name) for name in (*_HEADS, *_ALL_HEADS)}
+    return {name: value for name, value in own.items() if isinstance(value, int)}
+
+
+def set_head_attributes(module: nn.Module, values: Mapping[str, int]) -> None:
+    """Set the attributes of an attention that change with its number of heads.
+
+    Args:
+        module: The attention, changed in place.
+        values: As `head_attributes` gives them.
+
+    Raises:
+        ValueError: If the module has no such attributes, or a value is no positive int.
+    """
+    own = head_attributes(module)
+    for name, value in values.items():
+        if name not in own or type(value) is not int or value < 1:
+            raise ValueError(f"{name!r} of a {type(module).__name__} must be one of {own} with an int, got {value!r}")
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
 def projections_of(attention: nn.Module) -> list[str]:
     """The names of the children that compute an attention's queries, keys and values, queries first.
 
@@ -156,7 +198,13 @@ def projections_of(attention: nn.Module) -> list[str]:
         >>> projections_of(nn.ModuleDict({"proj": nn.Linear(2, 2), "k": nn.Linear(2, 2), "q": nn.Linear(2, 2)}))
         ['q', 'k']
     """
-    return [name for name in _PROJECTIONS if isinstance(attention._modules.get(name), nn.Linear | nn.Sequential)]
+    children = attention._modules
+    return [
+        name
+        for name in _PROJECTIONS
+        if (child := children.get(name)) is not None
+        and (isinstance(child, nn.Linear | nn.Sequential) or is_transposed(child))
+    ]
 
 
 def _set_sizes(layer: nn.Module, was_depthwise: bool) -> None:
@@ -167,6 +215,8 @@ def _set_sizes(layer: nn.Module, was_depthwise: bool) -> None:
     match layer:
         case nn.Linear():
             layer.out_features, layer.in_features = shape
+        case _ if is_transposed(layer):
+            vars(layer)["nx"], vars(layer)["nf"] = shape
         case nn.modules.conv._ConvNd():
             _set_channels(layer, shape, was_depthwise)
         case nn.GroupNorm():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.resize import resize_heads, resize_layer
 from lightning_plugins.compression.networks.parametrizations import clean_modules
+from lightning_plugins.compression.networks.pretrained import warn_when_saved
 
 Slices = dict[str, list[tuple[int, Tensor]]]
 
@@ -68,6 +69,7 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
     for group, keep in zip(groups, kept, strict=True):
         if group.attention and not keep.all():
             resize_heads(modules[group.attention], int(keep.sum()))
+    warn_when_saved(model)
     return slices
 
 

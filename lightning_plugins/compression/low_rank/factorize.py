@@ -9,6 +9,7 @@ from lightning_plugins._checks import check_positive_int
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.layers import full_rank, low_rank_layer, matrix_shape
 from lightning_plugins.compression.low_rank.splittable import Layer, replace_modules, select_layers
+from lightning_plugins.compression.networks.pretrained import warn_when_saved
 from lightning_plugins.selection import select_modules
 from lightning_plugins.weights import Scheme
 
@@ -76,6 +77,7 @@ def factorize(
             except ValueError as error:
                 raise ValueError(f"`layers`: {name!r} cannot be split: {error}") from error
     replace_modules(model, replacements)
+    warn_when_saved(model)
     return model
 
 

@@ -10,7 +10,8 @@ from lightning_plugins._checks import nearest
 from lightning_plugins.compression.channels.resize import heads_of, projections_of, resize_heads, resize_layer, why_not
 from lightning_plugins.compression.low_rank.layers import empty_low_rank_layer
 from lightning_plugins.compression.low_rank.splittable import Layer, is_low_rank_pair, reason_against, replace_modules
-from lightning_plugins.compression.low_rank.transposed import as_linear
+from lightning_plugins.compression.low_rank.transposed import as_linear, is_transposed
+from lightning_plugins.compression.networks.pretrained import warn_when_saved
 from lightning_plugins.compression.structure.state_keys import (
     Shape,
     align,
@@ -146,7 +147,9 @@ class _Plan:
         if heads is None:
             return
         for child in projections_of(module):
-            old, new = _outputs(f"{name}.{child}", self.known), _outputs(f"{name}.{child}", self.incoming)
+            wide = int(is_transposed(module._modules[child] or module))  # the dimension of its outputs
+            old = _outputs(f"{name}.{child}", self.known, wide)
+            new = _outputs(f"{name}.{child}", self.incoming, wide)
             if not old or not new or old == new:
                 continue
             if (heads * new) % old:
@@ -184,6 +187,7 @@ class _Plan:
         for module, heads in self.heads.items():
             resize_heads(module, heads)
         replace_modules(self.model, self.pairs)
+        warn_when_saved(self.model)
 
 
 def _scheme(dense: Shape, first: Shape, second: Shape) -> Scheme | None:
@@ -200,9 +204,10 @@ def _scheme(dense: Shape, first: Shape, second: Shape) -> Scheme | None:
     return None
 
 
-def _outputs(name: str, shapes: Mapping[str, Shape]) -> int:
-    """The outputs of a layer, dense or low-rank; 0 if it is not there."""
-    return next((shapes[key][0] for key in (f"{name}.weight", f"{name}.1.weight") if key in shapes), 0)
+def _outputs(name: str, shapes: Mapping[str, Shape], dim: int) -> int:
+    """The outputs of a layer, dense (in this dimension of its weight) or low-rank; 0 if it is not there."""
+    places = ((f"{name}.weight", dim), (f"{name}.1.weight", 0))
+    return next((shapes[key][of] for key, of in places if key in shapes), 0)
 
 
 def _halves(module: nn.Module) -> tuple[nn.Module, ...]:
