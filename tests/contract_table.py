@@ -3,6 +3,7 @@
 A later callback adds its rows here; the tests named ``test_contract*`` run over all of them.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_plugins.callbacks import (
     LayerCall,
     LayerProbe,
     MutualInformationMonitor,
+    Distillation,
     RepresentationMonitor,
     RepresentationRegularization,
     SpectralNormCap,
@@ -168,6 +170,37 @@ class CappedByHand(Model):
             for layer in (self.backbone[0], self.backbone[2], self.head):
                 norm = torch.linalg.matrix_norm(layer.weight, 2)
                 layer.weight.mul_((self.maximum / norm).clamp(max=1.0))
+class DistilledByHand(Model):
+    """The distance from a copy made at the start, written out in the step in float64."""
+
+    weight = 0.3
+    temperature = 1.0
+    layers: tuple[int, ...] = ()
+
+    def __init__(self, *, factor: Callable[[int, float], float] = lambda step, end: 1.0, **arguments: Any) -> None:
+        own = {name: arguments.pop(name) for name in tuple(arguments) if hasattr(DistilledByHand, name)}
+        super().__init__(**arguments)
+        vars(self).update(own)
+        self.factor = factor
+
+    def on_fit_start(self) -> None:
+        self.held = copy.deepcopy(nn.Sequential(self.backbone, self.head)).requires_grad_(False), None
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        terms = [self.distance(view) for view in self.views_of(batch)]
+        strength = self.weight * self.factor(self.global_step, self.trainer.estimated_stepping_batches)
+        return loss + strength * torch.stack(terms).mean()
+
+    def distance(self, view: Tensor) -> Tensor:
+        teacher = self.held[0]
+        p = (teacher(view).double() / self.temperature).softmax(1)
+        q = (self(view).double() / self.temperature).softmax(1)
+        total = self.temperature**2 * (p * (p / q).log()).sum() / len(view)
+        for layer in self.layers:
+            one, other = self.backbone[: layer + 1](view), teacher[0][: layer + 1](view)
+            total = total + ((one - other).double() ** 2).sum() / one.numel()
+        return total.float() if view.dtype != torch.float64 else total
 
 
 @dataclass(frozen=True)
@@ -687,6 +720,40 @@ SETTINGS = {
     absolute: both
     max_forward_batch: 64
     examples: 0
+    "distillation": Setting(
+        lambda: [Distillation(temperature=2.0, weight=30.0)],
+        by_hand={"temperature": 2.0, "weight": 30.0},
+        kind=DistilledByHand,
+        logged=("distillation/outputs", "distillation/penalty"),
+        yaml="""
+- class_path: lightning_plugins.callbacks.Distillation
+  init_args: {teacher: start, temperature: 2.0, weight: 30.0, loss: kl}
+""",
+    ),
+    "distillation, layers": Setting(
+        lambda: [
+            Distillation(
+                layers=["backbone.0", "backbone.1"], temperature=2.0, weight=13.0, schedule=Linear(1, 0.5, until=0.5)
+            )
+        ],
+        by_hand={
+            "layers": (0, 1),
+            "temperature": 2.0,
+            "weight": 13.0,
+            "factor": lambda step, end: max(1 - step / end, 0.5),
+        },
+        kind=DistilledByHand,
+        model={"views": 2},
+        logged=tuple(f"distillation/{name}" for name in ("outputs", "backbone.0", "backbone.1", "penalty")),
+        yaml="""
+- class_path: lightning_plugins.callbacks.Distillation
+  init_args:
+    teacher: start
+    outputs: null
+    layers: {backbone.0: backbone.0, backbone.1: backbone.1}
+    temperature: 2.0
+    weight: 13.0
+    schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
 """,
     ),
 }

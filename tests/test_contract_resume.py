@@ -33,6 +33,8 @@ class Job(NamedTuple):
 
 JOBS = [
     *(Job(name) for name in SETTINGS),
+    Job("distillation", ranks=2, accumulate=2),
+    Job("distillation, layers", ranks=2),
     Job("vne, all at once", accumulate=2),
     Job("vne, queue", accumulate=2),
     Job("vne, all at once", ranks=2),

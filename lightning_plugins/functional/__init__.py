@@ -14,6 +14,7 @@ from lightning_plugins.functional.class_information import (
 from lightning_plugins.functional.coding_rate import coding_rate
 from lightning_plugins.functional.decorrelation import decorrelation
 from lightning_plugins.functional.document_frequency import inverse_document_frequency
+from lightning_plugins.functional.distillation import cosine_error, feature_error, soft_target_divergence
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -68,6 +69,10 @@ __all__ = [
     "donsker_varadhan_bound",
     "effective_rank",
     "epps_pulley",
+    "cosine_error",
+    "diagonal_entropy",
+    "effective_rank",
+    "feature_error",
     "gap_precondition",
     "gaussian_information",
     "group_normal",
@@ -99,6 +104,7 @@ __all__ = [
     "spans_to_mask",
     "spectral_norm",
     "spread_out",
+    "soft_target_divergence",
     "stable_rank",
     "straight_through",
     "top_singular_subspace",

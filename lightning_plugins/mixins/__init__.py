@@ -1,9 +1,10 @@
 """LightningModule mixins for people who write their own steps."""
 
 from lightning_plugins.mixins.compression import CompressionMixin
+from lightning_plugins.mixins.distillation import DistillationMixin
 from lightning_plugins.mixins.gap import GAPMixin
 from lightning_plugins.mixins.maml import MAMLMixin
 from lightning_plugins.mixins.stable_rank import StableRankMixin
 from lightning_plugins.mixins.von_neumann import VNEMixin
 
-__all__ = ["CompressionMixin", "GAPMixin", "MAMLMixin", "StableRankMixin", "VNEMixin"]
+__all__ = ["CompressionMixin", "DistillationMixin", "GAPMixin", "MAMLMixin", "StableRankMixin", "VNEMixin"]

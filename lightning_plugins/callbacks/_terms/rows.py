@@ -42,7 +42,7 @@ class Rows:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", check_select(self.select))
         object.__setattr__(self, "_pool", resolve_pool(self.pool))
-        object.__setattr__(self, "_mask", _check_mask(self.mask))
+        object.__setattr__(self, "_mask", check_mask(self.mask))
         check_layout(self.layout)
 
     @property
@@ -104,7 +104,13 @@ class Rows:
         return layout
 
 
-def _check_mask(mask: Mask | Mapping[str, Any]) -> Mask:
+def check_mask(mask: Mask | Mapping[str, Any]) -> Mask:
+    """Return ``mask`` if it names one, or the callable that it is or names.
+
+    Raises:
+        ValueError: If it is an empty name, or nothing can be imported from it.
+        TypeError: If it is of another kind.
+    """
     if mask is None or (isinstance(mask, int) and not isinstance(mask, bool)):
         return mask
     if isinstance(mask, str) and "." not in mask:

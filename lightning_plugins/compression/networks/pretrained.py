@@ -70,8 +70,8 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     """
     if not configuration_tells(self):
         warnings.warn(
-            f"`save_pretrained` of a compressed {type(self).__name__} writes weights that `from_pretrained` loads only in "
-            "part, leaving the compressed layers at random values; save it with "
+            f"`save_pretrained` of a compressed {type(self).__name__} writes weights that `from_pretrained` loads only "
+            "in part, leaving the compressed layers at random values; save it with "
             "`lightning_plugins.compression.save_compressed`, and load it with `load_compressed`",
             stacklevel=2,
         )

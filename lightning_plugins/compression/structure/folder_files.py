@@ -58,9 +58,8 @@ def read_structure(folder: Path, *, files: Sequence[str]) -> dict[str, Any]:
     if stored["format"] != FORMAT:
         raise ValueError(f"`folder`: {path} must be of the format {FORMAT!r}, got {stored['format']!r}")
     if stored["weights"].get("file") not in files or not isinstance(stored["weights"].get("sha256"), str):
-        raise ValueError(
-            f"`folder`: {path} must name {' or '.join(files)} with its sha256 under 'weights', got {stored['weights']!r}"
-        )
+        rule = f"must name {' or '.join(files)} with its sha256 under 'weights'"
+        raise ValueError(f"`folder`: {path} {rule}, got {stored['weights']!r}")
     for name, entry in stored["layers"].items():
         if not isinstance(entry, dict) or not isinstance(entry.get("sizes"), dict):
             raise ValueError(f"`folder`: {path} must give the sizes of the layer {name!r}, got {entry!r}")

@@ -1,0 +1,122 @@
+"""The mean distance of a student's tensors from a teacher's, over the valid positions of all processes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_plugins._checks import check_choice, check_finite_number
+from lightning_plugins.distributed import is_distributed, world_size
+from lightning_plugins.functional.distillation import cosine_error, feature_error, soft_target_divergence
+from lightning_plugins.functional.pooling import check_layout, layout_axes, pool_embeddings
+
+LOSSES = ("kl", "mse", "cosine")
+_LAYOUTS = {2: "NC", 3: "NLC", 4: "NCHW"}
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return ``value`` if it is a finite number above 0.
+
+    Raises:
+        TypeError: If ``value`` is not an int or float.
+        ValueError: If it is not finite, or not above 0.
+    """
+    if check_finite_number(name, value) <= 0:
+        raise ValueError(f"`{name}` must be above 0, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How two tensors are compared.
+
+    Args:
+        loss: ``"kl"`` of probabilities over the channels, ``"mse"`` or ``"cosine"``.
+        temperature: Of the probabilities.
+        layout: The dimensions, one letter each; for tensors of another number of dimensions the usual ones.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument is of the wrong type.
+    """
+
+    loss: str = "mse"
+    temperature: float = 1.0
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, LOSSES)
+        check_positive("temperature", self.temperature)
+        check_layout(self.layout)
+
+    def places(self, tensor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The channels at every position, and which positions count.
+
+        Args:
+            tensor: A tensor of two dimensions or more.
+            mask: The valid positions; see `pool_embeddings`.
+
+        Returns:
+            Tensors of shape ``(N, positions, C)`` and ``(N, positions)``.
+
+        Raises:
+            ValueError: If the layout or the mask does not fit.
+            TypeError: If it is no floating tensor.
+        """
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"what is compared must be floating tensors, got {_described(tensor)}")
+        layout = self.layout if self.layout and len(self.layout.replace("...", "")) == tensor.ndim else None
+        layout = layout or _LAYOUTS.get(tensor.ndim)
+        if layout is None:
+            raise ValueError(f"`layout` must say what the dimensions of a tensor of shape {tuple(tensor.shape)} are")
+        samples, channels = layout_axes(layout, tensor.ndim)
+        ordered = tensor.movedim((samples, channels), (0, -1))
+        placed = ordered.reshape(len(ordered), -1, ordered.shape[-1])
+        ones = placed.new_ones(placed.shape[:2], dtype=torch.float32)
+        if mask is None:
+            return placed, ones
+        if tensor.ndim == 2:
+            valid = mask.reshape(len(mask), -1)
+            if tuple(valid.shape) != (len(placed), 1):
+                raise ValueError(
+                    f"`mask` must have one entry for each of {len(placed)} rows, got shape {tuple(mask.shape)}; leave "
+                    "it away where positions are pooled already"
+                )
+            return placed, valid.to(ones)
+        marks = torch.ones_like(ordered[..., :1])
+        return placed, pool_embeddings(marks, "flatten", layout="N...C", mask=mask).to(ones)
+
+    def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        """The mean distance over the valid positions of all processes.
+
+        Args:
+            student: Tensor of shape ``(N, positions, C)``.
+            teacher: The same of the teacher.
+            valid: Tensor of shape ``(N, positions)``.
+
+        Returns:
+            Scalar: the mean over all processes as value, and a gradient whose average over the processes is that of it.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        with torch.autocast(student.device.type, enabled=False):
+            if self.loss == "kl":
+                distances = soft_target_divergence(student, teacher, temperature=self.temperature)
+            else:
+                distances = (feature_error if self.loss == "mse" else cosine_error)(student, teacher)
+            # `where`, so that a NaN in the padding stays there
+            total = torch.where(valid > 0, distances, 0).sum()
+            count = valid.to(total.dtype).sum()
+            if not is_distributed():
+                return total / count.clamp_min(1)
+            of_all = torch.stack([total.detach(), count])
+            dist.all_reduce(of_all)
+            mine = total * world_size() / of_all[1].clamp_min(1)
+            return mine + (of_all[0] / of_all[1].clamp_min(1) - mine.detach())
+
+
+def _described(value: Any) -> str:
+    return f"one in {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
