@@ -32,6 +32,7 @@ from lightning_plugins.compression.rank_search.problem import RankSearch, Scored
 from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, score_ranks, trade_off
 from lightning_plugins.compression.reports.report import CompressionReport, LayerChange, UnitsKept, compression_report
 from lightning_plugins.compression.structure.compressed_folder import load_compressed, save_compressed
+from lightning_plugins.compression.structure.configuration import update_configuration
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 
 __all__ = [
@@ -89,4 +90,5 @@ __all__ = [
     "thresholds_of",
     "trade_off",
     "truncated",
+    "update_configuration",
 ]

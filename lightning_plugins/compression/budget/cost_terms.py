@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import shrink
 from lightning_plugins.compression.costs.layer_costs import run
+from lightning_plugins.compression.low_rank.transposed import is_transposed
 from lightning_plugins.compression.networks.parametrizations import clean_modules, clean_name, plain_copy
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -112,7 +113,9 @@ def beyond_layers(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any)
     Returns:
         Operations without the first unit, taken from those of the whole, by the numbers of such groups.
     """
-    layers = {name for name, module in clean_modules(model).items() if isinstance(module, _WEIGHTED)}
+    layers = {
+        name for name, module in clean_modules(model).items() if isinstance(module, _WEIGHTED) or is_transposed(module)
+    }
     parameters = parameters_by_name(model)
     found = {}
     for index, group in enumerate(groups):
@@ -186,7 +189,7 @@ def _flops(
     of_layers: dict[str, int] = {}
     for name, module in modules.items():
         weight = parameters.get(f"{name}.weight")
-        if isinstance(module, _WEIGHTED) and weight is not None and weight.numel():
+        if (isinstance(module, _WEIGHTED) or is_transposed(module)) and weight is not None and weight.numel():
             flops = by_module.get(f"{root}.{name}", 0)
             if flops % weight.numel() == 0:  # else it computes more than its product: that is constant
                 of_layers[name] = flops

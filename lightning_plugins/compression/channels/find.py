@@ -8,9 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_plugins.compression.channels.attention import attention_groups
 from lightning_plugins.compression.channels.dependencies import Bundle, bundles, parameters_of
 from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSearch, Member
 from lightning_plugins.compression.channels.verify import tried
+from lightning_plugins.compression.low_rank.splittable import replace_modules
+from lightning_plugins.compression.low_rank.transposed import as_linear, is_transposed
 from lightning_plugins.compression.networks.parametrizations import plain_copy
 from lightning_plugins.selection import check_layers, select_kept, select_modules
 
@@ -85,16 +88,17 @@ def find_channel_groups(
             "`example_inputs` must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
             f"{type(example_inputs).__name__}" + ("; did you mean a tuple?" if isinstance(example_inputs, list) else "")
         )
-    chosen = set(select_modules(model, layers, types=_PRODUCERS))
-    chosen -= select_kept(model, keep, types=_PRODUCERS)
+    kinds = (*_PRODUCERS, *{type(module) for module in model.modules() if is_transposed(module)})
+    chosen = set(select_modules(model, layers, types=kinds))
+    chosen -= select_kept(model, keep, types=kinds)
     plain = plain_copy(model)
-    traced = copy.deepcopy(plain).eval().requires_grad_(True)
+    traced, turned = _traceable(plain)
     candidates: list[ChannelGroup] = []
     refused: dict[str, str] = {}
     computed = {name for name, module in plain.named_modules() if _is_computed(module)}
     shared, named = _shared(plain), Counter[str]()
     for family in _families(bundles(traced, example_inputs)):
-        group = _group(traced, family)
+        group = _group(traced, family, turned)
         if group is None:
             continue
         named[group.name] += 1
@@ -110,6 +114,15 @@ def find_channel_groups(
             refused.update(dict.fromkeys(group.layers, reason))
         else:
             candidates.append(group)
+    for group in attention_groups(plain):
+        if reason := _why_not(group, chosen | _biases(plain), shared):
+            refused.update(dict.fromkeys(group.layers, reason))
+            continue
+        candidates = [other for other in candidates if not {*other.layers} & {*group.layers}]
+        refused = {name: reason for name, reason in refused.items() if name not in group.layers}
+        candidates.append(group)
+    places = {name: place for place, (name, _) in enumerate(plain.named_modules())}
+    candidates.sort(key=lambda group: min(places.get(layer, len(places)) for layer in group.layers))
     passed, failed = tried(plain, candidates, example_inputs)
     for group, reason in failed:
         refused.update(dict.fromkeys(group.layers, reason))
@@ -157,7 +170,24 @@ def _families(found: Iterable[Bundle]) -> list[list[Bundle]]:
     return list(families.values())
 
 
-def _group(model: nn.Module, family: Sequence[Bundle]) -> ChannelGroup | None:
+def _traceable(model: nn.Module) -> tuple[nn.Module, set[str]]:
+    """A copy for the tracer, with linear layers in the place of transposed ones, and the names of these."""
+    traced = copy.deepcopy(model)
+    turned = {name for name, module in traced.named_modules() if is_transposed(module)}
+    replace_modules(traced, {traced.get_submodule(name): as_linear(traced.get_submodule(name)) for name in turned})
+    for module in traced.modules():
+        config = getattr(module, "config", None)  # of transformers: a cache is a concatenation with nothing
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    return traced.eval().requires_grad_(True), turned
+
+
+def _biases(model: nn.Module) -> set[str]:
+    """Embeddings that are no layers to choose, but lose a column with a head."""
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+
+def _group(model: nn.Module, family: Sequence[Bundle], turned: set[str]) -> ChannelGroup | None:
     sides: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for unit, bundle in enumerate(family):
         for place in bundle.places:
@@ -166,8 +196,9 @@ def _group(model: nn.Module, family: Sequence[Bundle]) -> ChannelGroup | None:
     members = []
     for (owner, side), units in sides.items():
         for name, dim, role in parameters_of(model, owner, side):
+            stored = 1 - dim if owner in turned and name.endswith("weight") else dim
             size = tensors[name].shape[dim]  # for a grouped convolution's inputs one group's: the others are alike
-            members.append(Member(name, dim, role, tuple(units.get(index, -1) for index in range(size))))
+            members.append(Member(name, stored, role, tuple(units.get(index, -1) for index in range(size))))
     members.sort(key=_order(model))
     first = next((member for member in members if member.side == "out"), None)
     if first is None:

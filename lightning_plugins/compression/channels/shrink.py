@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression.channels.group import ChannelGroup
-from lightning_plugins.compression.channels.resize import resize_heads, resize_layer
+from lightning_plugins.compression.channels.resize import heads_of, resize_heads, resize_layer
 from lightning_plugins.compression.networks.parametrizations import clean_modules
 from lightning_plugins.compression.networks.pretrained import warn_when_saved
 
@@ -68,7 +68,9 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
     _cut(modules, tensors, slices)
     for group, keep in zip(groups, kept, strict=True):
         if group.attention and not keep.all():
-            resize_heads(modules[group.attention], int(keep.sum()))
+            for attention in {group.attention, *(layer.rpartition(".")[0] for layer in group.layers)}:
+                if (heads := heads_of(modules[attention])) is not None:  # some read it off the shapes
+                    resize_heads(modules[attention], heads * int(keep.sum()) // group.size)
     warn_when_saved(model)
     return slices
 

@@ -97,9 +97,10 @@ def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
     """How the masked model differs from the smaller one; empty if it does not."""
     generator = torch.Generator().manual_seed(0)
     kept = []
-    for group in groups:
+    for index, group in enumerate(groups):
         order = torch.randperm(group.size, generator=generator)
-        kept.append(order >= max(1, group.size // 3))  # a third leaves
+        # A third leaves, or a half: sizes of two groups may have to agree.
+        kept.append(order >= max(1, group.size // (3 - index % 2)))
     masked, smaller = copy.deepcopy(trial.model), copy.deepcopy(trial.model)
     at = _Last(masked)
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_plugins.compression.channels.resize import set_head_attributes
 from lightning_plugins.compression.networks.pretrained import configuration_tells, is_pretrained_model, warn_when_saved
 from lightning_plugins.compression.networks.quantized import is_quantized
+from lightning_plugins.compression.structure.configuration import update_configuration
 from lightning_plugins.compression.structure.description import describe, differences
 from lightning_plugins.compression.structure.folder_files import (
     STRUCTURE,
@@ -37,7 +38,8 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
     ``from_pretrained`` loads them too; elsewhere they are called ``compressed.safetensors``, which it refuses instead
     of leaving layers at random values.
 
-    Under several processes call it on one of them.
+    A model's configuration is brought up to date first (`update_configuration`). Under several processes call it on
+    one of them.
 
     Args:
         model: The network; any module, such as a model of transformers or timm, or a `LightningModule`.
@@ -67,6 +69,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
     state = _state(model)
     tensors, tied = _without_doubles(state)
     pretrained = is_pretrained_model(model)
+    update_configuration(model)
     file = PLAIN_FILE if pretrained and configuration_tells(model) else OWN_FILE
     folder.mkdir(parents=True, exist_ok=True)
     for old in (STRUCTURE, PLAIN_FILE, OWN_FILE):  # the structure comes last: without it the folder is not complete
