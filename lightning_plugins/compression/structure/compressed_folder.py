@@ -34,7 +34,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
     The folder holds the tensors (safetensors), of a model of Hugging Face's transformers its ``config.json``, and
     ``structure.json``, which a person can read: every layer with its kind, sizes, rank and heads, the parameters that
     are tied, and the fingerprint of the file of tensors. Where the configuration says all of the structure (heads and
-    perceptrons as large in all layers, whole layers removed) the tensors are called ``model.safetensors`` and
+    perceptrons equally large in all layers) the tensors are called ``model.safetensors`` and
     ``from_pretrained`` loads them too; elsewhere they are called ``compressed.safetensors``, which it refuses instead
     of leaving layers at random values.
 
