@@ -15,6 +15,7 @@ from lightning_plugins._lightning import Callback  # the contract runs with both
 from lightning_plugins.callbacks import (
     AttributionEvaluation,
     CollapseAlarm,
+    Distillation,
     EarlyTermination,
     LayerCall,
     LayerProbe,
@@ -170,6 +171,8 @@ class CappedByHand(Model):
             for layer in (self.backbone[0], self.backbone[2], self.head):
                 norm = torch.linalg.matrix_norm(layer.weight, 2)
                 layer.weight.mul_((self.maximum / norm).clamp(max=1.0))
+
+
 class DistilledByHand(Model):
     """The distance from a copy made at the start, written out in the step in float64."""
 
@@ -720,6 +723,8 @@ SETTINGS = {
     absolute: both
     max_forward_batch: 64
     examples: 0
+""",
+    ),
     "distillation": Setting(
         lambda: [Distillation(temperature=2.0, weight=30.0)],
         by_hand={"temperature": 2.0, "weight": 30.0},

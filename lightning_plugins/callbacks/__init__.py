@@ -4,9 +4,8 @@ from lightning_plugins.callbacks._terms.masks import LayerCall
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks.collapse_alarm import CollapseAlarm, RepresentationCollapseError
-from lightning_plugins.callbacks.early_termination import EarlyTermination
-from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks.distillation import Distillation
+from lightning_plugins.callbacks.early_termination import EarlyTermination
 from lightning_plugins.callbacks.hybrid_compression import HybridCompression
 from lightning_plugins.callbacks.layer_probe import LayerProbe
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
@@ -26,8 +25,8 @@ __all__ = [
     "AttributionEvaluation",
     "CalibrationRecorder",
     "CollapseAlarm",
-    "EarlyTermination",
     "Distillation",
+    "EarlyTermination",
     "HybridCompression",
     "LayerCall",
     "LayerProbe",

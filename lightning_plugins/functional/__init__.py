@@ -13,8 +13,8 @@ from lightning_plugins.functional.class_information import (
 )
 from lightning_plugins.functional.coding_rate import coding_rate
 from lightning_plugins.functional.decorrelation import decorrelation
-from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.distillation import cosine_error, feature_error, soft_target_divergence
+from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
     effective_rank,
@@ -63,15 +63,13 @@ __all__ = [
     "class_posterior_scores",
     "cls_attention_correlation",
     "coding_rate",
+    "cosine_error",
     "covariance_penalty",
     "decorrelation",
     "diagonal_entropy",
     "donsker_varadhan_bound",
     "effective_rank",
     "epps_pulley",
-    "cosine_error",
-    "diagonal_entropy",
-    "effective_rank",
     "feature_error",
     "gap_precondition",
     "gaussian_information",
@@ -101,10 +99,10 @@ __all__ = [
     "singular_value_threshold",
     "smile_bound",
     "soft_orthogonality",
+    "soft_target_divergence",
     "spans_to_mask",
     "spectral_norm",
     "spread_out",
-    "soft_target_divergence",
     "stable_rank",
     "straight_through",
     "top_singular_subspace",
