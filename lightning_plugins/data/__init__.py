@@ -13,6 +13,10 @@ from lightning_plugins.data.ecg import (
 )
 from lightning_plugins.data.mosaic import Mosaics, mosaics
 from lightning_plugins.data.pairs import BinaryChannelPairs, SameClassPairs, SameClassPairSampler
+from lightning_plugins.data.kitti import KITTIFrames, read_kitti_labels, read_kitti_points
+from lightning_plugins.data.object_bank import BankObject, ObjectBank
+from lightning_plugins.data.raycast import Scan, Shape, SpinningSensor, prism, scan
+from lightning_plugins.data.scenes import RaycastScenes, frame_of
 
 if TYPE_CHECKING:
     from lightning_plugins.data.episodes import EpisodicDataModule
@@ -31,6 +35,20 @@ __all__ = [
     "read_ecg",
     "read_ecg_folder",
     "synthetic_ecg",
+    "BankObject",
+    "DocumentFrequencies",
+    "EpisodicDataModule",
+    "KITTIFrames",
+    "ObjectBank",
+    "RaycastScenes",
+    "Scan",
+    "Shape",
+    "SpinningSensor",
+    "frame_of",
+    "prism",
+    "read_kitti_labels",
+    "read_kitti_points",
+    "scan",
 ]
 
 

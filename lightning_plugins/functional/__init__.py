@@ -14,6 +14,7 @@ from lightning_plugins.functional.class_information import (
 from lightning_plugins.functional.coding_rate import coding_rate
 from lightning_plugins.functional.decorrelation import decorrelation
 from lightning_plugins.functional.distillation import cosine_error, feature_error, soft_target_divergence
+from lightning_plugins.functional.boxes import bev_overlap, part_occupancy, points_in_boxes, rotate_z
 from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
@@ -33,10 +34,18 @@ from lightning_plugins.functional.information import (
     nwj_bound,
     smile_bound,
 )
+from lightning_plugins.functional.ground import ground_height
+from lightning_plugins.functional.hidden_points import hidden_points
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
 from lightning_plugins.functional.pair_scores import bound_from_pairs, pair_scores
 from lightning_plugins.functional.pooling import pool_embeddings
 from lightning_plugins.functional.preconditioning import gap_precondition
+from lightning_plugins.functional.range_image import (
+    RangeGrid,
+    close_gaps,
+    nearest_ranges,
+    visible_in_range_image,
+)
 from lightning_plugins.functional.ridge import HeldOutSums, ProbeScores, probe_scores, ridge_path
 from lightning_plugins.functional.singular_values import polar_factor, singular_value_threshold
 from lightning_plugins.functional.soft_orthogonality import soft_orthogonality
@@ -51,6 +60,7 @@ __all__ = [
     "Evidence",
     "HeldOutSums",
     "ProbeScores",
+    "RangeGrid",
     "annealed_sigmoid",
     "assign_folds",
     "autocorrelation_eigenvalues",
@@ -61,6 +71,8 @@ __all__ = [
     "class_entropy",
     "class_posterior_information",
     "class_posterior_scores",
+    "bev_overlap",
+    "close_gaps",
     "cls_attention_correlation",
     "coding_rate",
     "cosine_error",
@@ -73,6 +85,7 @@ __all__ = [
     "feature_error",
     "gap_precondition",
     "gaussian_information",
+    "ground_height",
     "group_normal",
     "hard_concrete",
     "hard_concrete_open",
@@ -80,22 +93,27 @@ __all__ = [
     "hash_rows",
     "infonce_bound",
     "infonce_ceiling",
+    "hidden_points",
     "inverse_document_frequency",
     "js_bound",
     "log_evidence",
     "matrix_entropy",
     "mine_loss",
     "modified_stable_rank",
+    "nearest_ranges",
     "normalize_rows",
     "nuclear_norm",
     "nwj_bound",
     "pair_scores",
+    "part_occupancy",
+    "points_in_boxes",
     "polar_factor",
     "pool_embeddings",
     "probe_scores",
     "random_directions",
     "renyi_entropy",
     "ridge_path",
+    "rotate_z",
     "singular_value_threshold",
     "smile_bound",
     "soft_orthogonality",
@@ -107,5 +125,6 @@ __all__ = [
     "straight_through",
     "top_singular_subspace",
     "variance_hinge",
+    "visible_in_range_image",
     "von_neumann_entropy",
 ]

@@ -1,0 +1,150 @@
+"""Boxes ``x, y, z, dx, dy, dz, yaw`` (centre, full sizes, heading about z, which points up) and the points in them."""
+
+import torch
+from torch import Tensor
+
+
+def rotate_z(points: Tensor, angle: Tensor | float) -> Tensor:
+    """Rotate points about the z axis, counter-clockwise seen from above.
+
+    Args:
+        points: Shape ``(..., N, C)``, x and y first; what stands behind them is kept.
+        angle: Radians, of shape ``(...)`` or one for all.
+
+    Returns:
+        New tensor of the shape of ``points``.
+
+    Example:
+        >>> rotate_z(torch.tensor([[1.0, 0.0, 5.0]]), torch.pi / 2).round(decimals=4).tolist()
+        [[-0.0, 1.0, 5.0]]
+    """
+    angle = torch.as_tensor(angle, dtype=points.dtype, device=points.device)[..., None]
+    cos, sin = angle.cos(), angle.sin()
+    x, y = points[..., 0], points[..., 1]
+    return torch.cat([(x * cos - y * sin)[..., None], (x * sin + y * cos)[..., None], points[..., 2:]], dim=-1)
+
+
+def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:
+    """Tell which points lie in which boxes; a point on a face is inside.
+
+    Args:
+        points: Shape ``(..., N, C)`` with x, y and z first.
+        boxes: Shape ``(..., M, 7)``.
+
+    Returns:
+        Boolean tensor of shape ``(..., N, M)``.
+
+    Raises:
+        ValueError: If a shape is wrong.
+
+    Example:
+        >>> box = torch.tensor([[0.0, 0.0, 0.0, 4.0, 2.0, 2.0, torch.pi / 2]])
+        >>> points_in_boxes(torch.tensor([[0.0, 1.9, 0.0], [1.9, 0.0, 0.0]]), box).tolist()
+        [[True], [False]]
+    """
+    check_points("points", points)
+    check_boxes("boxes", boxes)
+    x, y, z = (points[..., :, None, i] - boxes[..., None, :, i] for i in range(3))
+    cos, sin = boxes[..., None, :, 6].cos(), boxes[..., None, :, 6].sin()
+    half = boxes[..., None, :, 3:6] / 2
+    along, across = x * cos + y * sin, y * cos - x * sin
+    return (along.abs() <= half[..., 0]) & (across.abs() <= half[..., 1]) & (z.abs() <= half[..., 2])
+
+
+def bev_overlap(boxes: Tensor, others: Tensor) -> Tensor:
+    """Tell which boxes overlap in bird's-eye view: rotated rectangles, by separating axes.
+
+    Rectangles that only touch do not overlap.
+
+    Args:
+        boxes: Shape ``(..., N, 7)``.
+        others: Shape ``(..., M, 7)``.
+
+    Returns:
+        Boolean tensor of shape ``(..., N, M)``.
+
+    Raises:
+        ValueError: If a shape is wrong.
+
+    Example:
+        >>> a = torch.tensor([[0.0, 0.0, 0.0, 4.0, 2.0, 2.0, 0.0]])
+        >>> b = torch.tensor([[0.0, 1.5, 9.0, 4.0, 2.0, 2.0, 0.0], [0.0, 2.0, 0.0, 4.0, 2.0, 2.0, 0.0]])
+        >>> bev_overlap(a, b).tolist()
+        [[True, False]]
+    """
+    check_boxes("boxes", boxes)
+    check_boxes("others", others)
+    a, b = boxes[..., :, None, :], others[..., None, :, :]
+    x, y, turn = b[..., 0] - a[..., 0], b[..., 1] - a[..., 1], b[..., 6] - a[..., 6]
+    cos, sin = turn.cos().abs(), turn.sin().abs()
+    inside = torch.ones_like(x, dtype=torch.bool)
+    for first, second in ((a, b), (b, a)):  # the axes of each of the two
+        c, s = first[..., 6].cos(), first[..., 6].sin()
+        length, width = second[..., 3], second[..., 4]
+        inside &= (x * c + y * s).abs() < (first[..., 3] + length * cos + width * sin) / 2
+        inside &= (y * c - x * s).abs() < (first[..., 4] + length * sin + width * cos) / 2
+    return inside
+
+
+def part_occupancy(points: Tensor, size: Tensor, parts: tuple[int, int, int], *, mirror: bool = True) -> Tensor:
+    """Count an object's points in the equal parts that its box is split into.
+
+    Args:
+        points: Shape ``(N, C)``, x, y and z first, in the frame of the box: its centre is the origin, its length lies
+            along x. A point outside of the box counts in the nearest part.
+        size: Lengths of the box along x, y and z, shape ``(3,)``.
+        parts: Number of parts along x, y and z.
+        mirror: Whether each point counts together with its mirror image in y, as for objects with two like sides.
+
+    Returns:
+        Counts of shape ``parts``, int64; they sum to ``N``, or ``2 N`` with mirror images.
+
+    Raises:
+        ValueError: If a shape is wrong, or a number of parts is less than 1.
+
+    Example:
+        >>> points = torch.tensor([[0.9, 0.4, 0.0], [-0.9, -0.4, 0.0]])
+        >>> part_occupancy(points, torch.tensor([2.0, 1.0, 1.0]), (2, 2, 1)).flatten().tolist()
+        [1, 1, 1, 1]
+
+    Source:
+        Shin et al., AAAI 2023, https://arxiv.org/abs/2303.12743.
+    """
+    check_points("points", points)
+    if size.shape != (3,):
+        raise ValueError(f"`size` must have shape (3,), got {tuple(size.shape)}")
+    if len(parts) != 3 or min(parts) < 1:
+        raise ValueError(f"`parts` must be three numbers of at least 1, got {parts!r}")
+    xyz = points[:, :3]
+    if mirror:
+        xyz = torch.cat([xyz, xyz * xyz.new_tensor([1.0, -1.0, 1.0])])
+    numbers = xyz.new_tensor(parts)
+    place = ((xyz / size.clamp_min(1e-9) + 0.5) * numbers).floor().clamp_min(0).minimum(numbers - 1).long()
+    flat = (place[:, 0] * parts[1] + place[:, 1]) * parts[2] + place[:, 2]
+    return torch.bincount(flat, minlength=parts[0] * parts[1] * parts[2]).reshape(parts)
+
+
+def check_points(name: str, points: Tensor) -> None:
+    """Refuse what has not x, y and z in its last dimension.
+
+    Raises:
+        ValueError: If the shape is wrong.
+        TypeError: If it is no floating tensor.
+    """
+    if not isinstance(points, Tensor) or not points.is_floating_point():
+        kind = points.dtype if isinstance(points, Tensor) else type(points).__name__
+        raise TypeError(f"`{name}` must be a floating tensor, got {kind}")
+    if points.ndim < 2 or points.shape[-1] < 3:
+        raise ValueError(f"`{name}` must have shape (..., N, 3 or more), got {tuple(points.shape)}")
+
+
+def check_boxes(name: str, boxes: Tensor) -> None:
+    """Refuse what has not the seven numbers of a box in its last dimension.
+
+    Raises:
+        ValueError: If the shape is wrong.
+    """
+    if boxes.ndim < 2 or boxes.shape[-1] != 7:
+        raise ValueError(
+            f"`{name}` must have shape (..., M, 7) for x, y, z, dx, dy, dz, yaw, got {tuple(boxes.shape)}"
+        )

@@ -1,0 +1,155 @@
+"""Range images of a spinning sensor: the nearest point in each beam's cell, batched and on any device."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins._checks import check_finite_number, check_positive_int
+from lightning_plugins.functional.boxes import check_points
+
+
+@dataclass(frozen=True)
+class RangeGrid:
+    """The cells of a spinning sensor's beams, seen from the origin.
+
+    Args:
+        rows: Number of beams above each other.
+        columns: Number of azimuths in a whole turn.
+        lowest: Lower edge of the lowest row, radians of elevation.
+        highest: Upper edge of the highest row.
+
+    Raises:
+        ValueError: If a number is out of range.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> RangeGrid(rows=2, columns=4, lowest=-0.4, highest=0.4).cells(torch.tensor([[10.0, 1.0, 1.0]]))[0].tolist()
+        [6]
+    """
+
+    rows: int
+    columns: int
+    lowest: float
+    highest: float
+
+    def __post_init__(self) -> None:
+        check_positive_int("rows", self.rows)
+        check_positive_int("columns", self.columns)
+        for name in ("lowest", "highest"):
+            if abs(check_finite_number(name, getattr(self, name))) > math.pi / 2:
+                value = getattr(self, name)
+                raise ValueError(
+                    f"`{name}` is an elevation in radians, between -pi/2 and pi/2, got {value!r}; did you mean "
+                    f"{math.radians(value):.4f}?"
+                )
+        if self.lowest >= self.highest:
+            raise ValueError(f"`lowest` must be below `highest`, got {self.lowest!r} and {self.highest!r}")
+
+    def cells(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Number the cells that points fall into.
+
+        Args:
+            points: Shape ``(..., N, C)``, x, y and z first.
+
+        Returns:
+            The cell, ``row * columns + column``, of each point, -1 for one above or below the rows or at the origin;
+            and each point's range. Both of shape ``(..., N)``.
+        """
+        check_points("points", points)
+        x, y, z = points[..., 0], points[..., 1], points[..., 2]
+        level = torch.hypot(x, y)
+        distance = torch.hypot(level, z)
+        share = (torch.atan2(z, level) - self.lowest) / (self.highest - self.lowest)
+        row = (share * self.rows).floor()
+        column = ((torch.atan2(y, x) / (2 * math.pi) + 0.5) * self.columns).long() % self.columns
+        inside = (row >= 0) & (row < self.rows) & (distance > 0)
+        return torch.where(inside, row.nan_to_num().long() * self.columns + column, -1), distance
+
+
+def nearest_ranges(cells: Tensor, ranges: Tensor, grid: RangeGrid) -> Tensor:
+    """Take the smallest range in each cell of a grid.
+
+    Args:
+        cells: Cells of the points, shape ``(..., N)``; -1 for points to leave out.
+        ranges: Ranges of the points, of the same shape.
+        grid: The grid.
+
+    Returns:
+        Shape ``(..., rows * columns)``, infinity where no point is.
+
+    Example:
+        >>> grid = RangeGrid(rows=1, columns=3, lowest=-0.1, highest=0.1)
+        >>> nearest_ranges(torch.tensor([1, 1, -1]), torch.tensor([5.0, 4.0, 1.0]), grid).tolist()
+        [inf, 4.0, inf]
+    """
+    image = ranges.new_full((*ranges.shape[:-1], grid.rows * grid.columns + 1), math.inf)
+    index = torch.where(cells < 0, grid.rows * grid.columns, cells)  # a cell of their own, cut off below
+    return image.scatter_reduce(-1, index, ranges, "amin")[..., :-1]
+
+
+def visible_in_range_image(
+    points: Tensor, grid: RangeGrid, valid: Tensor | None = None, *, tolerance: float = 0.3
+) -> Tensor:
+    """Tell which points no nearer point of the same beam's cell hides from the origin.
+
+    Points above or below the grid and a point at the origin are visible and hide nothing.
+
+    Args:
+        points: Shape ``(..., N, C)``, x, y and z first; leading dimensions are batches.
+        grid: The sensor's cells.
+        valid: Boolean tensor of shape ``(..., N)``, false for padding, which is never visible.
+        tolerance: How far behind the nearest point another is still visible, in metres.
+
+    Returns:
+        Boolean tensor of shape ``(..., N)``.
+
+    Raises:
+        ValueError: If a shape is wrong or ``tolerance`` is negative.
+
+    Example:
+        >>> grid = RangeGrid(rows=64, columns=1024, lowest=-0.4, highest=0.1)
+        >>> visible_in_range_image(torch.tensor([[10.0, 0.01, 0.0], [20.0, 0.02, 0.0], [20.0, 5.0, 0.0]]), grid).tolist()
+        [True, False, True]
+    """
+    if check_finite_number("tolerance", tolerance) < 0:
+        raise ValueError(f"`tolerance` must be at least 0, got {tolerance!r}")
+    cells, ranges = grid.cells(points)
+    if valid is not None:
+        if valid.shape != cells.shape:
+            raise ValueError(f"`valid` must have shape {tuple(cells.shape)}, got {tuple(valid.shape)}")
+        cells = torch.where(valid, cells, -1)
+    nearest = nearest_ranges(cells, ranges, grid)
+    visible = (cells < 0) | (ranges <= nearest.gather(-1, cells.clamp_min(0)) + tolerance)
+    return visible if valid is None else visible & valid
+
+
+def close_gaps(image: Tensor, grid: RangeGrid, window: tuple[int, int] = (3, 5)) -> Tensor:
+    """Close the gaps of a range image that are narrower than a window, in rows or columns.
+
+    This is the grey-scale closing of the inverse range, so a gap may be empty or a hole through which a farther
+    surface shines; an outline that bulges outwards does not grow.
+
+    Args:
+        image: Shape ``(..., rows * columns)``, infinity where no point is.
+        grid: The grid.
+        window: Odd numbers of rows and columns, at most those of the grid.
+
+    Returns:
+        The closed image, of the same shape.
+
+    Example:
+        >>> grid = RangeGrid(rows=1, columns=7, lowest=-0.1, highest=0.1)
+        >>> row = [math.inf, 4.0, math.inf, 4.0, 4.0, math.inf, math.inf]
+        >>> close_gaps(torch.tensor(row), grid, (1, 3)).tolist()
+        [inf, 4.0, 4.0, 4.0, 4.0, inf, inf]
+    """
+    rows, columns = window[0] // 2, window[1] // 2
+    near = (1 / image).reshape(-1, 1, grid.rows, grid.columns)
+    # Columns go round in a circle; above and below the rows there is nothing
+    wide = torch.cat([near[..., grid.columns - columns :], near, near[..., :columns]], dim=-1)
+    wide = nn.functional.pad(wide, (0, 0, rows, rows))
+    grown = nn.functional.max_pool2d(wide, window, stride=1, padding=(rows, columns))
+    closed = -nn.functional.max_pool2d(-grown, window, stride=1)
+    return (1 / torch.maximum(closed, near)).reshape(image.shape)
