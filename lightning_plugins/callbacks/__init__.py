@@ -11,6 +11,7 @@ from lightning_plugins.callbacks.layer_probe import LayerProbe
 from lightning_plugins.callbacks.low_rank_compression import LowRankCompression
 from lightning_plugins.callbacks.mask_scheduling import MaskScheduling
 from lightning_plugins.callbacks.mutual_information import MutualInformationMonitor
+from lightning_plugins.callbacks.point_cloud_augmentation import PointCloudAugmentation
 from lightning_plugins.callbacks.probe_layers import probe_layers
 from lightning_plugins.callbacks.rank_scheduling import RankScheduling
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
@@ -33,6 +34,7 @@ __all__ = [
     "LowRankCompression",
     "MaskScheduling",
     "MutualInformationMonitor",
+    "PointCloudAugmentation",
     "RankScheduling",
     "RepresentationCollapseError",
     "RepresentationMonitor",

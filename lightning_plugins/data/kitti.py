@@ -79,7 +79,9 @@ def read_kitti_labels(
         name, _, numbers = line.partition(":")
         matrices[name.strip()] = np.array(numbers.split(), dtype=float)
     if missing := {"R0_rect", "Tr_velo_to_cam"} - matrices.keys():
-        raise ValueError(f"`calibration` must have the matrices R0_rect and Tr_velo_to_cam, {calibration} lacks {missing}")
+        raise ValueError(
+            f"`calibration` must have the matrices R0_rect and Tr_velo_to_cam, {calibration} lacks {missing}"
+        )
     rectify, move = matrices["R0_rect"].reshape(3, 3), matrices["Tr_velo_to_cam"].reshape(3, 4)
     boxes, labels = [], []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):

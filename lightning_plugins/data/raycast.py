@@ -60,19 +60,15 @@ class SpinningSensor:
     def grid(self) -> RangeGrid:
         """The cells of the beams: each beam goes through the middle of one."""
         half = math.radians(self.highest - self.lowest) / (self.beams - 1) / 2
-        return RangeGrid(
-            self.beams, self.columns, math.radians(self.lowest) - half, math.radians(self.highest) + half
-        )
+        return RangeGrid(self.beams, self.columns, math.radians(self.lowest) - half, math.radians(self.highest) + half)
 
     def directions(self) -> np.ndarray:
         """Return the unit vectors of the beams, shape ``(beams, columns, 3)``, in the order of the grid's cells."""
         elevation = np.radians(np.linspace(self.lowest, self.highest, self.beams))[:, None]
         azimuth = ((np.arange(self.columns) + 0.5) / self.columns - 0.5)[None] * 2 * np.pi
         level = np.cos(elevation)
-        parts = (level * np.cos(azimuth), level * np.sin(azimuth), np.broadcast_to(np.sin(elevation), (1, 1)))
-        shape = (self.beams, self.columns)
-        up = np.broadcast_to(np.sin(elevation), shape)
-        return np.stack([np.broadcast_to(parts[0], shape), np.broadcast_to(parts[1], shape), up], axis=-1)
+        parts = (level * np.cos(azimuth), level * np.sin(azimuth), np.sin(elevation))
+        return np.stack([np.broadcast_to(part, (self.beams, self.columns)) for part in parts], axis=-1)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,4 @@ def check_boxes(name: str, boxes: Tensor) -> None:
         ValueError: If the shape is wrong.
     """
     if boxes.ndim < 2 or boxes.shape[-1] != 7:
-        raise ValueError(
-            f"`{name}` must have shape (..., M, 7) for x, y, z, dx, dy, dz, yaw, got {tuple(boxes.shape)}"
-        )
+        raise ValueError(f"`{name}` must have shape (..., M, 7) for x, y, z, dx, dy, dz, yaw, got {tuple(boxes.shape)}")

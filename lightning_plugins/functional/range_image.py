@@ -110,7 +110,8 @@ def visible_in_range_image(
 
     Example:
         >>> grid = RangeGrid(rows=64, columns=1024, lowest=-0.4, highest=0.1)
-        >>> visible_in_range_image(torch.tensor([[10.0, 0.01, 0.0], [20.0, 0.02, 0.0], [20.0, 5.0, 0.0]]), grid).tolist()
+        >>> points = torch.tensor([[10.0, 0.01, 0.0], [20.0, 0.02, 0.0], [20.0, 5.0, 0.0]])
+        >>> visible_in_range_image(points, grid).tolist()
         [True, False, True]
     """
     if check_finite_number("tolerance", tolerance) < 0:
