@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_plugins._checks import check_positive_int, nearest
+from lightning_plugins._checks import check_finite_number, check_positive_int, nearest
 from lightning_plugins.functional.boxes import part_occupancy, points_in_boxes, rotate_z
 
 PARTS: dict[str, tuple[int, int, int]] = {"Car": (10, 4, 3), "Cyclist": (4, 2, 3), "Pedestrian": (2, 2, 3)}
@@ -40,8 +40,8 @@ class ObjectBank:
     `candidates` holds for each object others of its class that have points where it has few: of the most similar in
     size (3-D IoU with centres and headings laid on each other; 800, pedestrians 400) the half with the largest summed
     occupancy on the object's weak parts, best first, at most 400. Occupancy is the number of an object's points in a
-    part, mirror images included, as a share of the largest number in that part of any object of the class (our reading);
-    a part is weak below 0.8 times the object's mean.
+    part, mirror images included, as a share of the largest number in that part of any object of the class (our
+    reading); a part is weak below 0.8 times the object's mean.
 
     Make one by `from_frames` or `load`.
 
@@ -82,6 +82,7 @@ class ObjectBank:
         frames: Iterable[Mapping[str, Any]],
         *,
         min_points: int = 5,
+        margin: float = 0.05,
         parts: Mapping[str, tuple[int, int, int]] | None = None,
     ) -> "ObjectBank":
         """Cut the objects out of frames and index them.
@@ -90,6 +91,8 @@ class ObjectBank:
             frames: Mappings with ``points`` (n, 3 or more), ``boxes`` (m, 7) and ``labels`` (m names), NumPy or torch,
                 read once.
             min_points: Objects with fewer points are left out.
+            margin: How far outside of the sides and the top of a box its points may lie, metres: ranges are noisy, and
+                without it a tight box loses half of the points on its faces.
             parts: Numbers of parts along x, y and z, by class; by default 10, 4 and 3 for ``"Car"``, 4, 2 and 3 for
                 ``"Cyclist"``, 2, 2 and 3 for ``"Pedestrian"``, and as for a car for any other.
 
@@ -97,15 +100,18 @@ class ObjectBank:
             The bank.
 
         Raises:
-            ValueError: If there is no object with so many points, or frames differ in their features.
+            ValueError: If there is no object with so many points, frames differ in their features, or ``margin`` is
+                negative.
             TypeError: If ``min_points`` is no int.
         """
         check_positive_int("min_points", min_points)
+        if check_finite_number("margin", margin) < 0:
+            raise ValueError(f"`margin` must be at least 0, got {margin!r}")
         clouds: list[np.ndarray] = []
         boxes: list[np.ndarray] = []
         names: list[str] = []
         for frame in frames:
-            for cloud, box, name in _cut(frame):
+            for cloud, box, name in _cut(frame, margin):
                 if len(cloud) >= min_points:
                     clouds.append(cloud)
                     boxes.append(box)
@@ -213,12 +219,15 @@ class ObjectBank:
         return np.asarray(self.arrays["occupancy"][number, :count])
 
 
-def _cut(frame: Mapping[str, Any]) -> Iterable[tuple[np.ndarray, np.ndarray, str]]:
+def _cut(frame: Mapping[str, Any], margin: float) -> Iterable[tuple[np.ndarray, np.ndarray, str]]:
     points = torch.as_tensor(frame["points"], dtype=torch.float32)
     boxes = torch.as_tensor(frame["boxes"], dtype=torch.float32).reshape(-1, 7)
     for box, name in zip(boxes, frame["labels"], strict=True):
-        near = points[(points[:, :2] - box[:2]).norm(dim=1) <= box[3:5].norm() / 2 + 1e-3]
-        inside = near[points_in_boxes(near, box[None])[:, 0]].clone()
+        wide = box + box.new_tensor(
+            [0.0, 0.0, margin / 2, 2 * margin, 2 * margin, margin, 0.0]
+        )  # not below, in the ground
+        near = points[(points[:, :2] - box[:2]).norm(dim=1) <= wide[3:5].norm() / 2]
+        inside = near[points_in_boxes(near, wide[None])[:, 0]].clone()
         inside[:, :3] -= box[:3]
         yield rotate_z(inside, -box[6]).numpy(), box.numpy(), str(name)
 

@@ -26,7 +26,7 @@ def hidden_points(points: Tensor, viewpoint: Tensor | Sequence[float], radius_fa
         radius_factor: ``R`` as a ratio to the largest distance of a point, at least 1. Above 1e4 there is a warning.
 
     Returns:
-        Boolean tensor of shape ``(N,)``, on the device of ``points``; the hull itself is computed on the CPU in float64.
+        Boolean tensor of shape ``(N,)``, on the device of ``points``; the hull is computed on the CPU in float64.
 
     Raises:
         ValueError: If a shape is wrong, a coordinate is not finite, or the factor is below 1.

@@ -151,6 +151,7 @@ def close_gaps(image: Tensor, grid: RangeGrid, window: tuple[int, int] = (3, 5))
     # Columns go round in a circle; above and below the rows there is nothing
     wide = torch.cat([near[..., grid.columns - columns :], near, near[..., :columns]], dim=-1)
     wide = nn.functional.pad(wide, (0, 0, rows, rows))
-    grown = nn.functional.max_pool2d(wide, window, stride=1, padding=(rows, columns))
-    closed = -nn.functional.max_pool2d(-grown, window, stride=1)
+    pool = nn.functional.max_pool2d  # along rows and along columns: the same as over both, and much cheaper
+    grown = pool(pool(wide, (window[0], 1), 1, (rows, 0)), (1, window[1]), 1, (0, columns))
+    closed = -pool(pool(-grown, (window[0], 1), 1), (1, window[1]), 1)
     return (1 / torch.maximum(closed, near)).reshape(image.shape)

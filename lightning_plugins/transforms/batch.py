@@ -64,9 +64,10 @@ class BatchAugmentation:
     """Insert whole objects into padded batches by range images.
 
     As `WholeBodyAugmentation` with its range image, with these differences: objects are completed once, when this is
-    made, and thinned at random to ``max_points``; eight places are tried; gaps of 2 rows and 4 columns of all objects'
-    image are closed together. Random numbers are made on the device from the seed, the step and the sample's ``index``
-    (or its points), so that they are the same in any batch and on any process.
+    made, and thinned at random to ``max_points``; eight places are tried; of an object's points the nearest on each beam
+    is kept, none is moved onto it; gaps of all objects are closed together, up to a beam high and two wide. Random
+    numbers are made on the device from the seed, the step and the sample's ``index`` (or its points), so that they are
+    the same in any batch and on any process.
 
     Args:
         bank: The objects.
@@ -208,8 +209,9 @@ class BatchAugmentation:
         valid = chosen["valid"]
         cells, ranges = self.grid.cells(chosen["points"].flatten(1, 2))
         cells = torch.where(valid.flatten(1), cells, -1)
-        image = close_gaps(nearest_ranges(cells, ranges, self.grid), self.grid)
+        image = self._image(chosen["points"].flatten(1, 2), valid.flatten(1))
         visible = (cells >= 0) & (ranges <= image.gather(1, cells.clamp_min(0)) + TOLERANCE)
+        visible &= image.gather(1, cells.clamp_min(0)) < math.inf  # else no beam meets the object there
         first = nearest_ranges(torch.where(visible, cells, -1), ranges, self.grid)
         visible &= ranges <= first.gather(1, cells.clamp_min(0))
         boxes = torch.where(
@@ -222,6 +224,14 @@ class BatchAugmentation:
         visible &= ranges <= seen.gather(1, cells.clamp_min(0)) + TOLERANCE
         scene &= (own < 0) | (distance <= image.gather(1, own.clamp_min(0)) + TOLERANCE)
         return scene, visible.reshape(valid.shape)
+
+    def _image(self, points: Tensor, valid: Tensor) -> Tensor:
+        """Nearest range of an object on each beam, from a closed grid three times as fine."""
+        grid = self.grid
+        fine = RangeGrid(3 * grid.rows, 3 * grid.columns, grid.lowest, grid.highest)
+        cells, ranges = fine.cells(points)
+        closed = close_gaps(nearest_ranges(torch.where(valid, cells, -1), ranges, fine), fine, (5, 9))
+        return closed.reshape(-1, fine.rows, fine.columns)[:, 1::3, 1::3].flatten(1)
 
     def _on_device(self, label: str, like: Tensor) -> dict[str, Tensor]:
         """The pool of a class, moved once; padded to ``max_points``."""

@@ -10,57 +10,63 @@ from lightning_plugins.functional.hidden_points import hidden_points
 from lightning_plugins.functional.range_image import RangeGrid, close_gaps, nearest_ranges
 
 TOLERANCE = 0.3  # metres behind a return within which another is still seen
+# Cells across a beam's own: odd numbers, so that one is in the middle. A point fills its cell and so widens the outline by
+# half a cell; an object of few rows needs the finer ones for that to be little.
+_FINER, _FINEST, _SMALL = 3, 7, 16
 _FAR = 1e3  # radius of inversion, as a ratio to the range, of what stands at different distances
 
 
-def self_visible(points: Tensor, grid: RangeGrid) -> Tensor:
-    """Tell which points of one object a sensor gets back: not hidden by the object, and one in each beam's cell.
+def object_returns(points: Tensor, grid: RangeGrid) -> tuple[Tensor, Tensor]:
+    """Take an object's returns: one on each beam that meets it, at the nearest of its surfaces.
+
+    The points are laid on a grid three or seven times as fine, whose gaps are closed as far as the points are apart; a beam meets
+    the object if the cell in its middle is covered. So an object keeps its outline, an object that stands nearer than it
+    was seen gets its points, and no surface shines through one in front.
 
     Args:
         points: Shape ``(n, C)``, at their place; the sensor is the origin.
         grid: The sensor's cells.
 
     Returns:
-        Boolean tensor of shape ``(n,)``.
+        The returns, shape ``(k, C)``, with the features of the nearest point in the beam's row; and the numbers of those
+        points, shape ``(k,)``.
     """
     cells, ranges = grid.cells(points)
-    visible = (cells >= 0) & (ranges <= object_image([points], grid)[cells.clamp_min(0)] + TOLERANCE)
-    nearest = nearest_ranges(torch.where(visible, cells, -1), ranges, grid)
-    visible &= ranges <= nearest[cells.clamp_min(0)]
-    first = torch.full((grid.rows * grid.columns,), len(points))  # of coincident points the first
-    order = torch.arange(len(points))
-    first = first.scatter_reduce(0, cells[visible], order[visible], "amin")
-    return visible & (first[cells.clamp_min(0)] == order)
+    inside = (cells >= 0).nonzero().flatten()
+    if len(inside) == 0:
+        return points[:0], inside
+    rows = cells[inside] // grid.columns
+    finer = _FINEST if int(rows.max() - rows.min()) < _SMALL else _FINER
+    fine = RangeGrid(finer * grid.rows, finer * grid.columns, grid.lowest, grid.highest)
+    places, image = _closed(fine.cells(points[inside])[0], ranges[inside], fine, finer)
+    row, column = places // fine.columns, places % fine.columns
+    hit = (row % finer == finer // 2) & (column % finer == finer // 2) & (image < math.inf)
+    row, column, image = row[hit] // finer, column[hit] // finer, image[hit]
+    elevation = grid.lowest + (row + 0.5) * (grid.highest - grid.lowest) / grid.rows
+    azimuth = ((column + 0.5) / grid.columns - 0.5) * 2 * math.pi
+    level = image * elevation.cos()
+    xyz = torch.stack([level * azimuth.cos(), level * azimuth.sin(), image * elevation.sin()], dim=1).to(points)
+    own = inside[_nearest_number(grid.cells(points[inside])[0], row * grid.columns + column)]
+    return torch.cat([xyz, points[own, 3:]], dim=1), own
 
 
-def object_image(objects: Sequence[Tensor], grid: RangeGrid) -> Tensor:
-    """Nearest range of any of the objects in each cell of a grid, infinity where none is; gaps in each are closed.
-
-    Args:
-        objects: Point clouds of shape ``(n, C)``.
-        grid: The sensor's cells.
-
-    Returns:
-        Shape ``(rows * columns,)``.
-    """
-    image = torch.full((grid.rows * grid.columns,), math.inf)
-    for points in objects:
-        cells, ranges = grid.cells(points)
-        inside = cells >= 0
-        if inside.any():
-            places, closed = _closed(cells[inside], ranges[inside].float(), grid)
-            image[places] = torch.minimum(image[places], closed)
-    return image
+def _nearest_number(cells: Tensor, wanted: Tensor) -> Tensor:
+    """The place among ``cells`` of the one nearest to each wanted number."""
+    ordered, order = cells.sort(stable=True)
+    after = torch.searchsorted(ordered, wanted).clamp(max=len(cells) - 1)
+    before = (after - 1).clamp(min=0)
+    nearer = (wanted - ordered[before]).abs() < (ordered[after] - wanted).abs()
+    return order[torch.where(nearer, before, after)]
 
 
-def _closed(cells: Tensor, ranges: Tensor, grid: RangeGrid) -> tuple[Tensor, Tensor]:
+def _closed(cells: Tensor, ranges: Tensor, grid: RangeGrid, finer: int) -> tuple[Tensor, Tensor]:
     """The cells around one object and its closed range image there; only that part of the grid is looked at."""
     rows, columns = cells // grid.columns, cells % grid.columns
     middle, half = columns[0], grid.columns // 2  # columns are counted from one of the object, so that none is torn
     across = (columns - middle + half) % grid.columns
     top, left = rows.min(), across.min()
     height, width = int(rows.max() - top) + 1, int(across.max() - left) + 1
-    window = _window(len(cells), height, width, grid)
+    window = _window(len(cells), height, width, grid, finer)
     small = RangeGrid(height, width + window[1], -0.1, 0.1)  # a margin, since its columns go round
     image = nearest_ranges((rows - top) * small.columns + across - left, ranges, small)
     closed = close_gaps(image, small, window).reshape(height, -1)[:, :width]
@@ -69,31 +75,36 @@ def _closed(cells: Tensor, ranges: Tensor, grid: RangeGrid) -> tuple[Tensor, Ten
     return places.flatten(), closed.flatten()
 
 
-def _window(count: int, height: int, width: int, grid: RangeGrid) -> tuple[int, int]:
-    """How wide a gap between points may be: twice their mean distance, were half of them in front."""
+def _window(count: int, height: int, width: int, grid: RangeGrid, finer: int) -> tuple[int, int]:
+    """How wide a gap between points may be: three times their mean distance, were half of them in front."""
     tall, wide = (grid.highest - grid.lowest) / grid.rows, 2 * math.pi / grid.columns
     spacing = math.sqrt(height * tall * width * wide / max(count / 2, 1))
-    rows, columns = (2 * math.ceil(min(spacing / size, limit)) + 1 for size, limit in ((tall, 4), (wide, 12)))
+    rows, columns = (
+        2 * math.ceil(min(1.5 * spacing / size, limit)) + 1 for size, limit in ((tall, 4 * finer), (wide, 12 * finer))
+    )
     return rows, columns
 
 
-def hidden_in_range_image(scene: Tensor, objects: Sequence[Tensor], grid: RangeGrid) -> tuple[Tensor, list[Tensor]]:
+def hidden_in_range_image(
+    scene: Tensor, objects: Sequence[Tensor], shadows: Sequence[Tensor], grid: RangeGrid
+) -> tuple[Tensor, list[Tensor]]:
     """Tell which points are hidden behind objects, and which of the objects' behind others or the scene.
 
     Args:
         scene: The frame's own points, shape ``(n, C)``.
-        objects: Points of each object, after it has hidden its own.
+        objects: Points of each object.
+        shadows: What hides others of each object: its returns, one on each beam.
         grid: The sensor's cells.
 
     Returns:
         Boolean tensors for the scene and for each object. Scene points outside of the objects' cells are never hidden.
     """
-    image = object_image(objects, grid)
+    cells, ranges = grid.cells(torch.cat(list(shadows)))
+    image = nearest_ranges(cells, ranges, grid)
     cells, ranges = grid.cells(scene)
     behind = torch.where(cells >= 0, image[cells.clamp_min(0)], math.inf)
     shared = behind < math.inf
-    seen = nearest_ranges(torch.where(shared, cells, -1)[shared], ranges[shared], grid)
-    front = torch.minimum(image.to(seen), seen)
+    front = torch.minimum(image, nearest_ranges(cells[shared], ranges[shared], grid))
     hidden = []
     for points in objects:
         own, distance = grid.cells(points)

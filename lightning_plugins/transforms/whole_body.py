@@ -54,7 +54,7 @@ class WholeBodyAugmentation(FrameTransform):
     Args:
         bank: The objects.
         targets: How many objects of each class a frame is filled up to.
-        occluder: ``"range_image"`` (the beams of ``grid``; also gives an object one return per beam) or ``"hull"`` (the
+        occluder: ``"range_image"`` (the beams of ``grid``, with one return of an object on each beam that meets it) or ``"hull"`` (the
             paper's hidden point removal, which needs SciPy).
         grid: The sensor's cells; by default about those of 64 beams and 2,048 azimuths.
         stages: The stages to take, out of those named above.
@@ -203,9 +203,9 @@ class WholeBodyAugmentation(FrameTransform):
                     f"{frame.points.shape[1]}"
                 )
         clouds = [body.placed().to(frame.points) for body in bodies]
-        kept = [self.self_visible(cloud) for cloud in clouds]
-        bodies = [replace(body, source=body.source[own]) for body, own in zip(bodies, kept, strict=True)]
-        clouds = [cloud[own] for cloud, own in zip(clouds, kept, strict=True)]
+        seen = [self.returns(cloud) for cloud in clouds]
+        bodies = [replace(body, source=body.source[own]) for body, (_, own) in zip(bodies, seen, strict=True)]
+        clouds = [cloud for cloud, _ in seen]
         stay = [number for number, cloud in enumerate(clouds) if len(cloud) >= MIN_POINTS]
         bodies, clouds = [bodies[number] for number in stay], [clouds[number] for number in stay]
         if not bodies:
@@ -216,26 +216,29 @@ class WholeBodyAugmentation(FrameTransform):
             if self.occluder == "hull":
                 behind, hidden = occlusion.hidden_by_hull(frame.points, clouds)
             else:
-                behind, hidden = occlusion.hidden_in_range_image(frame.points, clouds, self.grid)
+                whole = "self_occlusion" in self.stages  # else they are not what a sensor gets back
+                shadows = clouds if whole else [occlusion.object_returns(cloud, self.grid)[0] for cloud in clouds]
+                behind, hidden = occlusion.hidden_in_range_image(frame.points, clouds, shadows, self.grid)
             frame = frame.without(behind, min_points=MIN_POINTS)
         else:
             hidden = [torch.zeros(len(cloud), dtype=torch.bool) for cloud in clouds]
         return _merged(frame, bodies, clouds, hidden)
 
-    def self_visible(self, points: Tensor) -> Tensor:
-        """Tell which points of an object at its place it does not hide itself; all, if the stage is left out.
+    def returns(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Take what the sensor gets back of an object alone; all its points, if self-occlusion is left out.
 
         Args:
-            points: Shape ``(n, C)``.
+            points: Shape ``(n, C)``, at their place.
 
         Returns:
-            Boolean tensor of shape ``(n,)``.
+            Points of shape ``(k, C)``, and the number of the point that each of them is or has its features from.
         """
         if "self_occlusion" not in self.stages:
-            return torch.ones(len(points), dtype=torch.bool)
-        return (
-            occlusion.visible_by_hull(points) if self.occluder == "hull" else occlusion.self_visible(points, self.grid)
-        )
+            return points, torch.arange(len(points))
+        if self.occluder == "range_image":
+            return occlusion.object_returns(points, self.grid)
+        kept = occlusion.visible_by_hull(points).nonzero().flatten()
+        return points[kept], kept
 
 
 class GroundTruthSampling(WholeBodyAugmentation):

@@ -1,0 +1,276 @@
+"""Augmented frames against re-simulated scans, hidden points against geometry, times, memory, average precision.
+
+    python benchmarks/point_cloud.py sphere rescan time bank memory overlaps
+    python benchmarks/point_cloud.py precision --seeds 5       # hours; goes on where it was stopped
+    python benchmarks/point_cloud.py --page docs/benchmarks/point_cloud.md
+
+Results are kept in `point_cloud.json` beside this file. Times are processor time of one thread.
+"""
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from _report import describe_machine
+
+from lightning_plugins.data import ObjectBank, RaycastScenes, Shape, SpinningSensor, frame_of, scan
+from lightning_plugins.functional import bev_overlap, hidden_points, visible_in_range_image
+from lightning_plugins.transforms import GroundTruthSampling, WholeBodyAugmentation
+from lightning_plugins.transforms.frame import Frame
+
+STORE = Path(__file__).with_suffix(".json")
+SENSOR = SpinningSensor(beams=64, columns=2048, lowest=-24.0, highest=2.0, noise=0.0)
+SIZE = (4.2, 1.8, 1.55)
+DISTANCES = (5, 10, 20, 30, 40, 50, 60)
+PLACES = 12  # per distance
+
+
+def cuboid(distance: float, azimuth: float, yaw: float, height: float = SENSOR.height) -> Shape:
+    x, y = distance * math.cos(azimuth), distance * math.sin(azimuth)
+    return Shape((x, y, SIZE[2] / 2 - height, *SIZE, yaw), label="Car")
+
+
+def sphere() -> dict[str, object]:
+    """Recall and precision of the visible points of a sphere, by distance and radius factor."""
+    rng = np.random.default_rng(0)
+    points = torch.from_numpy(rng.normal(size=(20_000, 3)))
+    points /= points.norm(dim=1, keepdim=True)
+    rows = []
+    open3d = _open3d()
+    for distance in (2.0, 5.0, 20.0):
+        truth = points[:, 0] > 1 / distance
+        for factor in (10.0, 100.0, 1000.0):
+            began = time.process_time()
+            found = {"ours": ~hidden_points(points, (distance, 0.0, 0.0), factor)}
+            seconds = time.process_time() - began
+            if open3d is not None:
+                found["open3d"] = open3d(points, (distance, 0.0, 0.0), factor * (distance + 1))
+            for name, visible in found.items():
+                hits = float((visible & truth).sum())
+                row = {"by": name, "distance": distance, "factor": factor, "seconds": round(seconds, 3)}
+                rows.append({**row, "recall": hits / float(truth.sum()), "precision": hits / float(visible.sum())})
+                print(rows[-1], flush=True)
+    return {"rows": rows, "open3d": open3d is not None}
+
+
+def _open3d():
+    try:
+        import open3d
+    except ImportError:
+        return None
+
+    def visible(points, viewpoint, radius):
+        cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points.numpy()))
+        _, kept = cloud.hidden_point_removal(list(viewpoint), radius)
+        mask = torch.zeros(len(points), dtype=torch.bool)
+        mask[torch.tensor(kept)] = True
+        return mask
+
+    return visible
+
+
+def rescan() -> dict[str, object]:
+    """Frames with an inserted cuboid against scans of the scene with that cuboid in it."""
+    rng = np.random.default_rng(0)
+    views = (cuboid(rng.uniform(5, 25), rng.uniform(-3, 3), rng.uniform(-3, 3)) for _ in range(150))
+    bank = ObjectBank.from_frames(frame_of([view], scan([view], SENSOR)) for view in views)
+    methods = {
+        "range image": WholeBodyAugmentation(bank, {}, grid=SENSOR.grid),
+        "range image, all ten candidates": WholeBodyAugmentation(bank, {}, grid=SENSOR.grid, fill=1.0),
+        "hull": WholeBodyAugmentation(bank, {}, grid=SENSOR.grid, occluder="hull"),
+        "range image, not completed": WholeBodyAugmentation(
+            bank, {}, grid=SENSOR.grid, stages=["placement", "self_occlusion", "external_occlusion"]
+        ),
+        "ground-truth sampling": GroundTruthSampling(bank, {}),
+    }
+    sums = {name: defaultdict(list) for name in methods}
+    scenery = RaycastScenes(PLACES, SENSOR, seed=5, objects={}, scenery=10)
+    for distance in DISTANCES:
+        for number in range(PLACES):
+            base = scenery.shapes(number)
+            view = cuboid(distance, rng.uniform(-3, 3), rng.uniform(-3, 3))
+            if bev_overlap(torch.tensor([view.box]), torch.tensor([shape.box for shape in base])).any():
+                continue
+            empty, truth = scan(base, SENSOR), scan([*base, view], SENSOR)
+            seen = scan([view], SENSOR)
+            wanted = truth.cells[truth.hit == len(base)]
+            if len(wanted) < 5:
+                continue
+            frame = Frame.read({"points": empty.points, "boxes": np.zeros((0, 7)), "labels": []})
+            for name, method in methods.items():
+                if name == "ground-truth sampling":  # an object of a bank that was seen at that very place
+                    own = ObjectBank.from_frames([frame_of([view], seen)])
+                    body = GroundTruthSampling(own, {}).construct(0, rng)
+                else:
+                    body = method.construct(int(rng.integers(len(bank))), rng)
+                    body.box[[0, 1, 6]] = torch.tensor([view.box[0], view.box[1], view.box[6]])
+                    body.box[2] = view.box[2]
+                found = method.insert(frame, [body])
+                agree = score(found, set(wanted.tolist()))
+                sums[name][distance].append((*agree, len(wanted)))
+        for name in methods:
+            print(distance, name, summary(sums[name][distance]), flush=True)
+    return {name: {str(d): summary(rows) for d, rows in by.items()} for name, by in sums.items()}
+
+
+def score(found: Frame, wanted: set[int]) -> tuple[int, int, int, int, int]:
+    """Common and all cells of the object; the same of cells with what is seen in them; the object's points."""
+    cells = SENSOR.grid.cells(found.points)[0]
+    mine = found.source >= 0
+    objects = set(cells[mine].tolist()) - {-1}
+    scene = set(cells[~mine].tolist()) & (objects | wanted)
+    found_pairs = {(cell, True) for cell in objects} | {(cell, False) for cell in scene}
+    pairs = {(cell, True) for cell in wanted} | {(cell, False) for cell in scene - wanted}
+    both, either = len(objects & wanted), len(objects | wanted)
+    return both, either, len(found_pairs & pairs), len(found_pairs | pairs), int(mine.sum())
+
+
+def summary(rows: list[tuple[int, ...]]) -> dict[str, float]:
+    both, either, same, pairs, points, wanted = (sum(column) for column in zip(*rows, strict=True))
+    ratio = points / wanted
+    return {"object": both / either, "frame": same / pairs, "points": ratio, "places": len(rows), "wanted": wanted}
+
+
+def timing() -> dict[str, object]:
+    """Processor seconds of a frame, median of interleaved runs."""
+    small = RaycastScenes(40, SpinningSensor(beams=32, columns=1024, lowest=-22, highest=3), seed=1)
+    large = RaycastScenes(1, SpinningSensor(beams=64, columns=2048, lowest=-24, highest=4), seed=2, scenery=40)
+    bank = ObjectBank.from_frames(small)
+    cases = {}
+    for name, frames, count, limit in (("17,000 and 10", small, 10, 17_000), ("120,000 and 40", large, 40, 120_000)):
+        frame = frames[0]
+        keep = np.random.default_rng(0).permutation(len(frame["points"]))[:limit]
+        frame = {"points": frame["points"][keep], "boxes": np.zeros((0, 7), np.float32), "labels": []}
+        for occluder in ("range_image", "hull"):
+            targets = {"Car": count // 2, "Pedestrian": count // 4, "Cyclist": count - count // 2 - count // 4}
+            transform = WholeBodyAugmentation(bank, targets, occluder=occluder, grid=frames.sensor.grid)
+            cases[f"{name}, {occluder}"] = (transform, frame)
+    times = defaultdict(list)
+    added = {}
+    for run in range(8):
+        for name, (transform, frame) in cases.items():
+            transform.set_epoch(run)
+            began = time.process_time()
+            result = transform(frame)
+            times[name].append(time.process_time() - began)
+            added[name] = len(result["boxes"])
+    rows = {
+        name: {
+            "points": len(cases[name][1]["points"]),
+            "boxes": added[name],
+            "ms": 1e3 * statistics.median(values[1:]),
+            "fastest_ms": 1e3 * min(values),
+        }
+        for name, values in times.items()
+    }
+    print(rows)
+    return rows
+
+
+def bank_time() -> dict[str, object]:
+    """Processor seconds to build a bank of about 1,000 objects from frames that are there."""
+    frames = [RaycastScenes(140, seed=3)[number] for number in range(140)]
+    began = time.process_time()
+    bank = ObjectBank.from_frames(frames)
+    found = {"objects": len(bank), "seconds": time.process_time() - began}
+    print(found)
+    return found
+
+
+def memory() -> dict[str, object]:
+    """Largest resident size along 10,000 frames; a small sensor, since it is leaks that are looked for."""
+    scenes = RaycastScenes(8, SpinningSensor(beams=16, columns=256), seed=4)
+    frames = [scenes[number] for number in range(8)]
+    transform = WholeBodyAugmentation(ObjectBank.from_frames(frames), {"Car": 8}, grid=scenes.sensor.grid)
+    sizes = {}
+    for number in range(10_000):
+        transform({**frames[number % 8], "index": number})
+        if number + 1 in (1_000, 2_500, 5_000, 10_000):
+            sizes[str(number + 1)] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(number + 1, sizes, flush=True)
+    return sizes
+
+
+def overlaps() -> dict[str, object]:
+    """Overlaps among 10,000 placed objects and the boxes of their frames."""
+    scenes = RaycastScenes(8, SpinningSensor(beams=16, columns=256), seed=6)
+    frames = [scenes[number] for number in range(8)]
+    transform = WholeBodyAugmentation(ObjectBank.from_frames(frames), {"Car": 20, "Pedestrian": 20}, seed=1)
+    placed = found = frame_number = 0
+    while placed < 10_000:
+        frame, rng = Frame.read(frames[frame_number % 8]), np.random.default_rng([7, frame_number])
+        bodies = []
+        for number in rng.integers(len(transform.bank), size=40):
+            body = transform.place(transform.construct(int(number), rng), frame, bodies, rng)
+            bodies += [] if body is None else [body]
+        boxes = torch.cat([frame.boxes, torch.stack([body.box for body in bodies])])
+        apart = bev_overlap(boxes, boxes).fill_diagonal_(False)
+        apart[: len(frame.boxes), : len(frame.boxes)] = False
+        placed, found, frame_number = placed + len(bodies), found + int(apart.sum()), frame_number + 1
+    print(placed, found)
+    return {"placed": placed, "overlaps": found}
+
+
+def frame_pass() -> dict[str, object]:
+    """How many of a frame's own points a pass over the whole frame would remove, though all were seen."""
+    frame = RaycastScenes(1, SpinningSensor(beams=64, columns=1024), seed=8)[0]
+    points = torch.from_numpy(frame["points"][:20_000])
+    hull = float(hidden_points(points, (0.0, 0.0, 0.0), 1e3).double().mean())
+    image = float((~visible_in_range_image(points, SENSOR.grid)).double().mean())
+    return {"points": len(points), "hull": hull, "range image": image}
+
+
+PARTS = {
+    "sphere": sphere,
+    "rescan": rescan,
+    "time": timing,
+    "bank": bank_time,
+    "memory": memory,
+    "overlaps": overlaps,
+    "frame": frame_pass,
+}
+
+
+def load() -> dict[str, object]:
+    return json.loads(STORE.read_text()) if STORE.exists() else {}
+
+
+def keep(name: str, found: object) -> None:
+    results = load()
+    results[name] = found
+    results.setdefault("machine", {})[name] = describe_machine("cpu")
+    partial = STORE.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(STORE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "precision", []])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--page", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in arguments.parts:
+        if name == "precision":
+            import point_cloud_precision
+
+            point_cloud_precision.run(arguments.seeds, load, keep)
+        else:
+            keep(name, PARTS[name]())
+    if arguments.page is not None:
+        import point_cloud_page
+
+        arguments.page.write_text(point_cloud_page.page(load()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
