@@ -4,6 +4,7 @@ A later callback adds its rows here; the tests named ``test_contract*`` run over
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_plugins.callbacks import (
     LayerProbe,
     MutualInformationMonitor,
     Distillation,
+    PointCloudAugmentation,
     RepresentationMonitor,
     RepresentationRegularization,
     SpectralNormCap,
@@ -31,7 +33,10 @@ from lightning_plugins.callbacks import (
 )
 from lightning_plugins.information import CriticSettings, EstimateSettings
 from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
+from lightning_plugins.data import ObjectBank
+from lightning_plugins.functional import RangeGrid
 from lightning_plugins.schedules import Linear
+from lightning_plugins.transforms import BatchAugmentation
 from tests.models import Classifier, entropy_by_autograd
 
 RATE = 0.05  # small enough that rounding differences do not grow, as they do in a training that overshoots
@@ -40,19 +45,69 @@ RATE = 0.05  # small enough that rounding differences do not grow, as they do in
 class Model(Classifier):
     """Sees each batch in one or two views; its main loss adds up over ranks, although DDP averages gradients."""
 
-    def __init__(self, *, views: int = 1, hidden: int = 8, width: int = 5, **arguments: Any) -> None:
+    def __init__(
+        self, *, views: int = 1, hidden: int = 8, width: int = 5, clouds: bool = False, **arguments: Any
+    ) -> None:
         rate = RATE / 20 if arguments.get("optimizer") == "adamw" else RATE  # by which it changes any weight in a step
         super().__init__(lr=rate, width=width, **arguments)
-        self.views = views
+        self.views, self.clouds = views, clouds
         if hidden != 8:
             self.backbone[0], self.backbone[2] = nn.Linear(6, hidden), nn.Linear(hidden, width)
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return as_clouds(batch) if self.clouds else batch
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(from_clouds(batch) if isinstance(batch, dict) else batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = from_clouds(batch) if isinstance(batch, dict) else batch
         losses = [self.loss([view, batch[1]]) for view in self.views_of(batch)]
         return torch.stack(losses).sum() * self.trainer.world_size
 
     def views_of(self, batch: Sequence[Tensor]) -> list[Tensor]:
         return [batch[0], batch[0].flip(1)][: self.views]
+
+
+def as_clouds(batch: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Each row of six numbers as two points of a cloud; without boxes."""
+    x, y = batch
+    points = torch.cat([x.reshape(-1, 2, 3), x.new_zeros(len(x), 2, 1)], dim=2)
+    nothing = {"boxes": x.new_zeros(len(x), 1, 7), "labels": torch.full_like(y, -1)[:, None]}
+    return {"points": points, "mask": torch.ones_like(points[..., 0], dtype=torch.bool), **nothing, "classes": y}
+
+
+def from_clouds(batch: dict[str, Tensor]) -> list[Tensor]:
+    """The rows again, with what has been inserted added to them."""
+    kept = batch["points"][..., :3] * batch["mask"][..., None]
+    return [kept[:, :2].flatten(1) + kept[:, 2:].sum(1).repeat(1, 2) / 400, batch["classes"]]
+
+
+def tiny_bank() -> ObjectBank:
+    """One object of 60 points."""
+    points = torch.rand(60, 4, generator=torch.Generator().manual_seed(0)) - 0.5
+    points[:, :3] *= torch.tensor([4.0, 2.0, 1.5])
+    return ObjectBank.from_frames([{"points": points, "boxes": [[0.0, 0, 0, 4, 2, 1.6, 0]], "labels": ["Car"]}])
+
+
+CLOUDS: dict[str, Any] = {
+    "targets": {"Car": 3},
+    "grid": RangeGrid(rows=8, columns=64, lowest=-0.4, highest=0.4),
+    "area": [[5.0, 20.0], [-9.0, 9.0]],
+    "max_points": 50,
+    "seed": 3,
+}
+BANK_FOLDER = tempfile.TemporaryDirectory()  # for YAML, which names a bank by its folder
+tiny_bank().save(BANK_FOLDER.name)
+
+
+class CloudsByHand(Model):
+    """The augmentation called in the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        share = min(max((8 - self.global_step) / 6, 0.0), 1.0)
+        augmented = BatchAugmentation(tiny_bank(), **CLOUDS)(batch, share=share, step=self.global_step)
+        return super().training_step(augmented, batch_idx)
 
 
 class ByHand(Model):
@@ -759,6 +814,29 @@ SETTINGS = {
     temperature: 2.0
     weight: 13.0
     schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
+    "point cloud augmentation": Setting(
+        lambda: [
+            PointCloudAugmentation(
+                tiny_bank(), schedule=Linear(1.0, 0.0, begin=2, until=8, unit="steps"), pool_size=4, **CLOUDS
+            )
+        ],
+        by_hand={},
+        kind=CloudsByHand,
+        model={"clouds": True},
+        logged=("point_cloud/share",),
+        yaml=f"""
+- class_path: lightning_plugins.callbacks.PointCloudAugmentation
+  init_args:
+    bank: {BANK_FOLDER.name}
+    targets: {{Car: 3}}
+    schedule:
+      class_path: lightning_plugins.schedules.Linear
+      init_args: {{start: 1.0, end: 0.0, begin: 2, until: 8, unit: steps}}
+    grid: {{rows: 8, columns: 64, lowest: -0.4, highest: 0.4}}
+    area: [[5.0, 20.0], [-9.0, 9.0]]
+    pool_size: 4
+    max_points: 50
+    seed: 3
 """,
     ),
 }

@@ -31,8 +31,8 @@ trainer:
 class FromYaml(Model):
     """Brings its own batches, and reads from YAML what the table sets."""
 
-    def __init__(self, width: int = 5, views: int = 1, hidden: int = 8) -> None:
-        super().__init__(width=width, views=views, hidden=hidden)
+    def __init__(self, width: int = 5, views: int = 1, hidden: int = 8, clouds: bool = False) -> None:
+        super().__init__(width=width, views=views, hidden=hidden, clouds=clouds)
 
     def train_dataloader(self) -> Batches:
         return Batches(BATCHES)

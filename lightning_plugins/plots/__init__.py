@@ -5,6 +5,7 @@ from lightning_plugins.plots.attribution import attribution_figure, degradation_
 from lightning_plugins.plots.compression import compression_figure
 from lightning_plugins.plots.information import information_figure
 from lightning_plugins.plots.masks import choice_figure
+from lightning_plugins.plots.point_cloud import point_cloud_figure
 from lightning_plugins.plots.probes import attention_heat_map_figure, probe_profile_figure
 from lightning_plugins.plots.ranks import rank_figure
 from lightning_plugins.plots.search import arms_figure, regret_figure
@@ -24,6 +25,7 @@ __all__ = [
     "gains_figure",
     "information_figure",
     "layer_spectra_figure",
+    "point_cloud_figure",
     "probe_profile_figure",
     "rank_figure",
     "regret_figure",

@@ -64,8 +64,8 @@ class BatchAugmentation:
     """Insert whole objects into padded batches by range images.
 
     As `WholeBodyAugmentation` with its range image, with these differences: objects are completed once, when this is
-    made, and thinned at random to ``max_points``; eight places are tried; of an object's points the nearest on each beam
-    is kept, none is moved onto it; gaps of all objects are closed together, up to a beam high and two wide. Random
+    made, and thinned at random to ``max_points``; eight places are tried; of an object's points the nearest on each
+    beam is kept, none is moved onto it; gaps of all objects are closed together, up to a beam high and two wide. Random
     numbers are made on the device from the seed, the step and the sample's ``index`` (or its points), so that they are
     the same in any batch and on any process.
 

@@ -10,8 +10,8 @@ from lightning_plugins.functional.hidden_points import hidden_points
 from lightning_plugins.functional.range_image import RangeGrid, close_gaps, nearest_ranges
 
 TOLERANCE = 0.3  # metres behind a return within which another is still seen
-# Cells across a beam's own: odd numbers, so that one is in the middle. A point fills its cell and so widens the outline by
-# half a cell; an object of few rows needs the finer ones for that to be little.
+# Cells across a beam's own: odd numbers, so that one is in the middle. A point fills its cell and so widens the outline
+# by half a cell; an object of few rows needs the finer ones for that to be little.
 _FINER, _FINEST, _SMALL = 3, 7, 16
 _FAR = 1e3  # radius of inversion, as a ratio to the range, of what stands at different distances
 
@@ -19,17 +19,17 @@ _FAR = 1e3  # radius of inversion, as a ratio to the range, of what stands at di
 def object_returns(points: Tensor, grid: RangeGrid) -> tuple[Tensor, Tensor]:
     """Take an object's returns: one on each beam that meets it, at the nearest of its surfaces.
 
-    The points are laid on a grid three or seven times as fine, whose gaps are closed as far as the points are apart; a beam meets
-    the object if the cell in its middle is covered. So an object keeps its outline, an object that stands nearer than it
-    was seen gets its points, and no surface shines through one in front.
+    The points are laid on a grid three or seven times as fine, whose gaps are closed as far as the points are apart; a
+    beam meets the object if the cell in its middle is covered. So an object keeps its outline, one that stands nearer
+    than it was seen gets its points, and no surface shines through another in front.
 
     Args:
         points: Shape ``(n, C)``, at their place; the sensor is the origin.
         grid: The sensor's cells.
 
     Returns:
-        The returns, shape ``(k, C)``, with the features of the nearest point in the beam's row; and the numbers of those
-        points, shape ``(k,)``.
+        The returns, shape ``(k, C)``, with the features of the nearest point in the beam's row; and the numbers of
+        those points, shape ``(k,)``.
     """
     cells, ranges = grid.cells(points)
     inside = (cells >= 0).nonzero().flatten()

@@ -54,8 +54,8 @@ class WholeBodyAugmentation(FrameTransform):
     Args:
         bank: The objects.
         targets: How many objects of each class a frame is filled up to.
-        occluder: ``"range_image"`` (the beams of ``grid``, with one return of an object on each beam that meets it) or ``"hull"`` (the
-            paper's hidden point removal, which needs SciPy).
+        occluder: ``"range_image"`` (the beams of ``grid``, with one return of an object on each beam that meets it) or
+            ``"hull"`` (the paper's hidden point removal, which needs SciPy).
         grid: The sensor's cells; by default about those of 64 beams and 2,048 azimuths.
         stages: The stages to take, out of those named above.
         area: Ranges of x and of y for new places, metres.
