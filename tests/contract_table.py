@@ -105,7 +105,7 @@ class CloudsByHand(Model):
     """The augmentation called in the step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        share = min(max((8 - self.global_step) / 6, 0.0), 1.0)
+        share = min(max((7 - self.global_step) / 5, 0.0), 1.0)
         augmented = BatchAugmentation(tiny_bank(), **CLOUDS)(batch, share=share, step=self.global_step)
         return super().training_step(augmented, batch_idx)
 
@@ -817,7 +817,7 @@ SETTINGS = {
     "point cloud augmentation": Setting(
         lambda: [
             PointCloudAugmentation(
-                tiny_bank(), schedule=Linear(1.0, 0.0, begin=2, until=8, unit="steps"), pool_size=4, **CLOUDS
+                tiny_bank(), schedule=Linear(1.0, 0.0, begin=2, until=7, unit="steps"), pool_size=4, **CLOUDS
             )
         ],
         by_hand={},
@@ -831,7 +831,7 @@ SETTINGS = {
     targets: {{Car: 3}}
     schedule:
       class_path: lightning_plugins.schedules.Linear
-      init_args: {{start: 1.0, end: 0.0, begin: 2, until: 8, unit: steps}}
+      init_args: {{start: 1.0, end: 0.0, begin: 2, until: 7, unit: steps}}
     grid: {{rows: 8, columns: 64, lowest: -0.4, highest: 0.4}}
     area: [[5.0, 20.0], [-9.0, 9.0]]
     pool_size: 4

@@ -33,7 +33,8 @@ def test_bank_holds_the_objects_in_their_frames():
         assert len(one.points) >= 5
         assert (np.abs(one.points[:, :3]) <= one.box[3:6] / 2 + 0.06).all()
     assert {one.label for one in map(BANK.__getitem__, range(len(BANK)))} == set(BANK.classes)
-    assert (BANK.arrays["occupancy"].max() <= 1) and (BANK.arrays["occupancy"].min() >= 0)
+    assert BANK.arrays["occupancy"].max() <= 1
+    assert BANK.arrays["occupancy"].min() >= 0
 
 
 def test_candidates_by_the_definition():
@@ -113,7 +114,9 @@ def test_noise_and_lost_returns():
     noisy = scan([], SpinningSensor(noise=0.05), rng(0))
     difference = np.linalg.norm(noisy.points[:, :3], axis=1) - np.linalg.norm(clean.points[:, :3], axis=1)
     assert difference.std() == pytest.approx(0.05, rel=0.05)
-    assert len(scan([], SpinningSensor(dropout=0.25), rng(0)).points) == pytest.approx(0.75 * len(clean.points), rel=0.02)
+    assert len(scan([], SpinningSensor(dropout=0.25), rng(0)).points) == pytest.approx(
+        0.75 * len(clean.points), rel=0.02
+    )
 
 
 def test_scenes_depend_on_seed_and_number_only():
@@ -155,7 +158,7 @@ def test_kitti_layout(kitti):
     # camera = (-y + 0.1, -z - 0.2, x - 0.3), and the label is the middle of the bottom
     assert (x, y, z) == pytest.approx((47.0, 0.75, -1.91 + 1.65 / 2), abs=1e-5)
     assert (dx, dy, dz) == pytest.approx((3.64, 1.67, 1.65))
-    assert yaw == pytest.approx(-(-1.57) - math.pi / 2, abs=1e-6)
+    assert yaw == pytest.approx(1.57 - math.pi / 2, abs=1e-6)
     assert frame["boxes"][1, 6] == pytest.approx(-math.pi / 2)
 
 

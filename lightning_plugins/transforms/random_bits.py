@@ -27,7 +27,11 @@ def sample_keys(batch: Mapping[str, Tensor], seed: int, step: int) -> Tensor:
         bits = batch["points"][..., :3].float().contiguous().view(torch.int32).long()
         place = torch.arange(bits.shape[1], device=bits.device)[:, None] * 3 + torch.arange(3, device=bits.device)
         own = (mix(bits + place * _GOLDEN) * batch["mask"][..., None]).sum((1, 2))
-    return mix(mix(own + seed * 0x632BE5AB) + step * _GOLDEN)
+    return mix(mix(own + _wrapped(seed * _GOLDEN)) + _wrapped(step * _FIRST))
+
+
+def _wrapped(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63  # as int64 arithmetic does it; a longer int does not fit into a tensor
 
 
 def uniform(keys: Tensor, stream: int, count: int) -> Tensor:

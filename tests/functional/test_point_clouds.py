@@ -83,7 +83,10 @@ DEGENERATE = {
     "on both sides": (torch.tensor([[1.0, 0, 0], [-2.0, 0, 0], [-3.0, 0, 0]]), [False, False, True]),
     "coincident": (torch.tensor([[1.0, 0, 0]] * 3), [False] * 3),
     "three": (torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]), [False] * 3),
-    "four, one at the viewpoint": (torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.0, 0, 0], [2.0, 0, 0]]), [False] * 3 + [True]),
+    "four, one at the viewpoint": (
+        torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.0, 0, 0], [2.0, 0, 0]]),
+        [False] * 3 + [True],
+    ),
     "in a plane with the viewpoint": (
         torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [1.0, 1.0, 0], [2.0, 0.0, 0], [0.4, 0.4, 0]]),
         [False, False, True, True, False],
@@ -118,7 +121,9 @@ def test_warns_of_a_ratio_that_hides_nothing():
 @given(seed=st.integers(0, 2**31))
 def test_overlap_agrees_with_sampled_rectangles(seed):
     rng = np.random.default_rng(seed)
-    a, b = torch.from_numpy(np.column_stack([rng.uniform(-2, 2, (2, 3)), rng.uniform(0.5, 4, (2, 3)), rng.uniform(-4, 4, 2)]))
+    a, b = torch.from_numpy(
+        np.column_stack([rng.uniform(-2, 2, (2, 3)), rng.uniform(0.5, 4, (2, 3)), rng.uniform(-4, 4, 2)])
+    )
     grid = torch.cartesian_prod(*[torch.linspace(-0.499, 0.499, 60).double()] * 2) * a[3:5]
     inside = torch.cat([rotate_z(grid, a[6]) + a[:2], torch.full((len(grid), 1), float(b[2]))], dim=1)
     touches = bool(points_in_boxes(inside, b[None]).any())

@@ -1,0 +1,86 @@
+"""The device form: the same for a sample in any batch, and as the form for single frames where it can be compared."""
+
+import pytest
+import torch
+
+from lightning_plugins.data import ObjectBank, RaycastScenes, SpinningSensor
+from lightning_plugins.functional import bev_overlap, points_in_boxes
+from lightning_plugins.transforms import BatchAugmentation, collate_frames
+from lightning_plugins.transforms.random_bits import uniform
+
+SENSOR = SpinningSensor(beams=16, columns=256)
+SCENES = RaycastScenes(4, SENSOR, seed=0)
+FRAMES = [SCENES[number] for number in range(4)]
+BANK = ObjectBank.from_frames(FRAMES)
+AUGMENT = BatchAugmentation(BANK, {"Car": 9, "Pedestrian": 5}, grid=SENSOR.grid, max_points=200)
+
+
+def batch_of(*numbers, indexed=True):
+    frames = [{k: v for k, v in FRAMES[number].items() if indexed or k != "index"} for number in numbers]
+    return collate_frames(frames, BANK.classes)
+
+
+def contents(batch, row):
+    """Points, boxes and labels of a sample, without padding."""
+    used = batch["labels"][row] >= 0
+    kept = batch["mask"][row]
+    return batch["points"][row][kept], batch["source"][row][kept], batch["boxes"][row][used], batch["labels"][row][used]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_sample_is_augmented_alike_in_any_batch(indexed):
+    whole = AUGMENT(batch_of(0, 1, 2, indexed=indexed), step=5)
+    for row, numbers in ((0, [0]), (1, [1]), (2, [2])):
+        alone = AUGMENT(batch_of(*numbers, indexed=indexed), step=5)
+        for one, other in zip(contents(whole, row), contents(alone, 0), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    again = AUGMENT(batch_of(0, indexed=indexed), step=6)
+    assert contents(again, 0)[0].shape != contents(whole, 0)[0].shape
+
+
+def test_objects_stand_free_on_the_ground_with_their_points():
+    before, after = batch_of(0, 1, 2, 3), AUGMENT(batch_of(0, 1, 2, 3))
+    for row in range(4):
+        points, source, boxes, labels = contents(after, row)
+        assert int(bev_overlap(boxes, boxes).sum()) == len(boxes)
+        added = after["labels"][row, before["labels"].shape[1] :] >= 0
+        new = after["boxes"][row, before["boxes"].shape[1] :][added]
+        assert 0 < len(new) <= 14
+        torch.testing.assert_close(new[:, 2] - new[:, 5] / 2, torch.full((len(new),), -1.73), atol=0.1, rtol=0)
+        own = points_in_boxes(points[source >= 0], new + torch.tensor([0, 0, 0, 0.01, 0.01, 0.01, 0]))
+        assert own.any(1).all()
+        assert (own.sum(0) >= 5).all()
+        assert not points_in_boxes(points[source < 0], new).any()
+        cells = SENSOR.grid.cells(points[source >= 0])[0]
+        assert cells.unique().numel() == cells.numel()  # one return on a beam
+        for name, target in AUGMENT.targets.items():
+            assert (labels == BANK.classes.index(name)).sum() <= max(target, FRAMES[row]["labels"].count(name))
+
+
+def test_what_stands_behind_an_object_goes():
+    batch, result = batch_of(1), AUGMENT(batch_of(1))
+    count = batch["points"].shape[1]
+    lost = batch["points"][0][batch["mask"][0] & ~result["mask"][0, :count]]
+    assert 0 < len(lost) < 0.5 * count
+    assert torch.equal(result["points"][0, :count], batch["points"][0])
+
+
+def test_share_and_types():
+    batch = batch_of(0)
+    nothing = AUGMENT(batch, share=0.0)
+    assert torch.equal(nothing["points"], batch["points"])
+    assert (nothing["source"] == -1).all()
+    half = AUGMENT(batch, share=0.5)
+    assert half["boxes"].shape[1] - batch["boxes"].shape[1] == round(4.5) + round(2.5)
+    double = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    assert AUGMENT(double)["points"].dtype == torch.float64
+
+
+def test_random_numbers_are_uniform_and_apart():
+    draw = uniform(torch.arange(400), 3, 50)
+    assert float(draw.min()) >= 0
+    assert float(draw.max()) < 1
+    assert float(draw.double().mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(draw.double().var()) == pytest.approx(1 / 12, abs=0.003)
+    assert abs(float(torch.corrcoef(torch.stack([draw[:, 0], draw[:, 1]]))[0, 1])) < 0.15
+    assert draw.unique().numel() > 0.99 * draw.numel()
