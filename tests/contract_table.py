@@ -21,7 +21,6 @@ from lightning_plugins.callbacks import (
     LayerCall,
     LayerProbe,
     MutualInformationMonitor,
-    Distillation,
     PointCloudAugmentation,
     RepresentationMonitor,
     RepresentationRegularization,
@@ -31,10 +30,10 @@ from lightning_plugins.callbacks import (
     VNERegularization,
     WeightRegularization,
 )
-from lightning_plugins.information import CriticSettings, EstimateSettings
-from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
 from lightning_plugins.data import ObjectBank
 from lightning_plugins.functional import RangeGrid
+from lightning_plugins.information import CriticSettings, EstimateSettings
+from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
 from lightning_plugins.schedules import Linear
 from lightning_plugins.transforms import BatchAugmentation
 from tests.models import Classifier, entropy_by_autograd
@@ -814,6 +813,8 @@ SETTINGS = {
     temperature: 2.0
     weight: 13.0
     schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
+""",
+    ),
     "point cloud augmentation": Setting(
         lambda: [
             PointCloudAugmentation(

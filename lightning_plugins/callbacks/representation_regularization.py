@@ -29,8 +29,8 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_supported_strategy,
 )
 from lightning_plugins.distributed import RankError, is_distributed
-from lightning_plugins.regularizers.agreement import withdraw
 from lightning_plugins.regularizers import EmbeddingTerm
+from lightning_plugins.regularizers.agreement import withdraw
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
 

@@ -11,10 +11,10 @@ from lightning_plugins.data.ecg import (
     read_ecg_folder,
     synthetic_ecg,
 )
-from lightning_plugins.data.mosaic import Mosaics, mosaics
-from lightning_plugins.data.pairs import BinaryChannelPairs, SameClassPairs, SameClassPairSampler
 from lightning_plugins.data.kitti import KITTIFrames, read_kitti_labels, read_kitti_points
+from lightning_plugins.data.mosaic import Mosaics, mosaics
 from lightning_plugins.data.object_bank import BankObject, ObjectBank
+from lightning_plugins.data.pairs import BinaryChannelPairs, SameClassPairs, SameClassPairSampler
 from lightning_plugins.data.raycast import Scan, Shape, SpinningSensor, prism, scan
 from lightning_plugins.data.scenes import RaycastScenes, frame_of
 
@@ -22,33 +22,31 @@ if TYPE_CHECKING:
     from lightning_plugins.data.episodes import EpisodicDataModule
 
 __all__ = [
+    "BankObject",
     "BinaryChannelPairs",
     "DocumentFrequencies",
     "ECGRecord",
     "ECGWindows",
     "EpisodicDataModule",
-    "Mosaics",
-    "SameClassPairSampler",
-    "SameClassPairs",
-    "ecg_windows",
-    "mosaics",
-    "read_ecg",
-    "read_ecg_folder",
-    "synthetic_ecg",
-    "BankObject",
-    "DocumentFrequencies",
-    "EpisodicDataModule",
     "KITTIFrames",
+    "Mosaics",
     "ObjectBank",
     "RaycastScenes",
+    "SameClassPairSampler",
+    "SameClassPairs",
     "Scan",
     "Shape",
     "SpinningSensor",
+    "ecg_windows",
     "frame_of",
+    "mosaics",
     "prism",
+    "read_ecg",
+    "read_ecg_folder",
     "read_kitti_labels",
     "read_kitti_points",
     "scan",
+    "synthetic_ecg",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
+from lightning_plugins.functional.boxes import bev_overlap, part_occupancy, points_in_boxes, rotate_z
 from lightning_plugins.functional.class_information import (
     binary_symmetric_channel_crossover,
     binary_symmetric_channel_information,
@@ -14,7 +15,6 @@ from lightning_plugins.functional.class_information import (
 from lightning_plugins.functional.coding_rate import coding_rate
 from lightning_plugins.functional.decorrelation import decorrelation
 from lightning_plugins.functional.distillation import cosine_error, feature_error, soft_target_divergence
-from lightning_plugins.functional.boxes import bev_overlap, part_occupancy, points_in_boxes, rotate_z
 from lightning_plugins.functional.document_frequency import inverse_document_frequency
 from lightning_plugins.functional.entropy import (
     diagonal_entropy,
@@ -26,6 +26,8 @@ from lightning_plugins.functional.entropy import (
 from lightning_plugins.functional.epps_pulley import epps_pulley, random_directions
 from lightning_plugins.functional.evidence import Evidence, log_evidence
 from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows
+from lightning_plugins.functional.ground import ground_height
+from lightning_plugins.functional.hidden_points import hidden_points
 from lightning_plugins.functional.information import (
     donsker_varadhan_bound,
     infonce_bound,
@@ -34,8 +36,6 @@ from lightning_plugins.functional.information import (
     nwj_bound,
     smile_bound,
 )
-from lightning_plugins.functional.ground import ground_height
-from lightning_plugins.functional.hidden_points import hidden_points
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, hard_concrete_open, straight_through
 from lightning_plugins.functional.pair_scores import bound_from_pairs, pair_scores
 from lightning_plugins.functional.pooling import pool_embeddings
@@ -65,13 +65,13 @@ __all__ = [
     "assign_folds",
     "autocorrelation_eigenvalues",
     "beat_spans",
+    "bev_overlap",
     "binary_symmetric_channel_crossover",
     "binary_symmetric_channel_information",
     "bound_from_pairs",
     "class_entropy",
     "class_posterior_information",
     "class_posterior_scores",
-    "bev_overlap",
     "close_gaps",
     "cls_attention_correlation",
     "coding_rate",
@@ -91,9 +91,9 @@ __all__ = [
     "hard_concrete_open",
     "hash_groups",
     "hash_rows",
+    "hidden_points",
     "infonce_bound",
     "infonce_ceiling",
-    "hidden_points",
     "inverse_document_frequency",
     "js_bound",
     "log_evidence",
