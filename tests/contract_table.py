@@ -792,26 +792,25 @@ SETTINGS = {
     "distillation, layers": Setting(
         lambda: [
             Distillation(
-                layers=["backbone.0", "backbone.1"], temperature=2.0, weight=13.0, schedule=Linear(1, 0.5, until=0.5)
+                layers=["backbone.1"], temperature=2.0, weight=30.0, schedule=Linear(1, 0.5, until=0.5)
             )
         ],
         by_hand={
-            "layers": (0, 1),
+            "layers": (1,),
             "temperature": 2.0,
-            "weight": 13.0,
+            "weight": 30.0,
             "factor": lambda step, end: max(1 - step / end, 0.5),
         },
         kind=DistilledByHand,
-        model={"views": 2},
-        logged=tuple(f"distillation/{name}" for name in ("outputs", "backbone.0", "backbone.1", "penalty")),
+        logged=tuple(f"distillation/{name}" for name in ("outputs", "backbone.1", "penalty")),
         yaml="""
 - class_path: lightning_plugins.callbacks.Distillation
   init_args:
     teacher: start
     outputs: null
-    layers: {backbone.0: backbone.0, backbone.1: backbone.1}
+    layers: {backbone.1: backbone.1}
     temperature: 2.0
-    weight: 13.0
+    weight: 30.0
     schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
 """,
     ),

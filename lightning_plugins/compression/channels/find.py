@@ -176,7 +176,7 @@ def _traceable(model: nn.Module) -> tuple[nn.Module, set[str]]:
     turned = {name for name, module in traced.named_modules() if is_transposed(module)}
     replace_modules(traced, {traced.get_submodule(name): as_linear(traced.get_submodule(name)) for name in turned})
     for module in traced.modules():
-        config = getattr(module, "config", None)  # of transformers: a cache is a concatenation with nothing
+        config: Any = getattr(module, "config", None)  # of transformers: a cache is a concatenation with nothing
         if hasattr(config, "use_cache"):
             config.use_cache = False
     return traced.eval().requires_grad_(True), turned
