@@ -790,11 +790,7 @@ SETTINGS = {
 """,
     ),
     "distillation, layers": Setting(
-        lambda: [
-            Distillation(
-                layers=["backbone.1"], temperature=2.0, weight=30.0, schedule=Linear(1, 0.5, until=0.5)
-            )
-        ],
+        lambda: [Distillation(layers=["backbone.1"], temperature=2.0, weight=30.0, schedule=Linear(1, 0.5, until=0.5))],
         by_hand={
             "layers": (1,),
             "temperature": 2.0,
