@@ -191,10 +191,6 @@ class CollapseAlarm(Callback):
     def penalty(self, pl_module: LightningModule) -> None:
         """Nothing is added to the loss (for the wrapper of the training step)."""
 
-    def abandon(self, pl_module: LightningModule) -> bool:
-        """Nothing is exchanged in a step (for the wrapper of the training step)."""
-        return False
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -175,10 +175,6 @@ class LayerProbe(Callback):
     def penalty(self, pl_module: LightningModule) -> None:
         """Nothing is added to the loss (for the wrapper of the training step)."""
 
-    def abandon(self, pl_module: LightningModule) -> bool:
-        """Nothing is exchanged in a step (for the wrapper of the training step)."""
-        return False
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit and log the probes of the epoch's training steps."""
         if "train" in self.stages:

@@ -183,10 +183,6 @@ class RepresentationMonitor(Callback):
     def penalty(self, pl_module: LightningModule) -> None:
         """Nothing is added to the loss (for the wrapper of the training step)."""
 
-    def abandon(self, pl_module: LightningModule) -> bool:
-        """Nothing is exchanged in a step (for the wrapper of the training step)."""
-        return False
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's measured steps."""
         self._summarize("train", trainer, pl_module)

@@ -1,8 +1,7 @@
 """A term of layers' representations as a callback for training loops that already exist."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from lightning_plugins import regularizers
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._terms.capture import LayerRows
-from lightning_plugins.callbacks._terms.given_term import check_name, check_term, term_key
+from lightning_plugins.callbacks._terms.given_term import OverProcesses, check_name, check_term, term_key
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
 from lightning_plugins.callbacks._terms.masks import Mask
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
@@ -29,7 +28,6 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_supported_strategy,
 )
 from lightning_plugins.distributed import RankError, is_distributed
-from lightning_plugins.regularizers import EmbeddingTerm
 from lightning_plugins.regularizers.agreement import withdraw
 from lightning_plugins.schedules import Schedule
 from lightning_plugins.selection import check_layers
@@ -117,7 +115,7 @@ class RepresentationRegularization(Callback):
         self.queue_size = check_non_negative_int("queue_size", queue_size)
         self.schedule = check_schedule(schedule)
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
-        self._over_processes: Any = term if hasattr(term, "with_rows") else _OverProcesses(term)
+        self._over_processes: Any = term if hasattr(term, "with_rows") else OverProcesses(term)
         if queue_size and self._over_processes.scope == "local":
             raise ValueError(
                 "`queue_size` remembers the rows of all ranks and needs `scope='global'`, got `scope='local'`; "
@@ -206,11 +204,10 @@ class RepresentationRegularization(Callback):
 
     def abandon(self, pl_module: LightningModule) -> bool:
         """Tell the other ranks that this one's step has failed (for the wrapper of the training step)."""
-        idle = self._capture is None or self._over_processes.scope == "local"
-        if idle or steps_done(pl_module.trainer) % self.every_n_steps:
-            return False
-        withdraw()
-        return True
+        due = self._capture is not None and steps_done(pl_module.trainer) % self.every_n_steps == 0
+        if waited_for := due and self._over_processes.scope == "global":
+            withdraw()
+        return waited_for
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -289,32 +286,14 @@ class RepresentationRegularization(Callback):
         try:
             self._warn_if_single(label, embeddings)
             embeddings = self._guard.enter(embeddings)
-            value: Tensor
             if not self.queue_size:
-                value = self._over_processes(embeddings)
-                return value
+                return cast(Tensor, self._over_processes(embeddings))
             value, rows = self._over_processes.with_rows(embeddings, self._queues.get(label))
         except RankError as error:
-            if error.place is not None and self._capture is not None:
-                label = self._capture.labels[error.place]
-            raise RankError(f"`layers`: {label!r}: {error}") from error
+            at = label if error.place is None else list(self._names)[error.place]
+            raise RankError(f"`layers`: {at!r}: {error}") from error
         except (TypeError, ValueError) as error:
             raise type(error)(f"`layers`: {label!r}: {error}") from error
         # a row that is NaN would spoil every value until it has left
         self._queues[label] = rows[-self.queue_size :].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return value
-
-
-class _OverProcesses(EmbeddingTerm):
-    """A term of the user's own, of the rows of all processes."""
-
-    def __init__(self, term: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._term = term
-
-    def measure(self, rows: Tensor) -> Tensor:
-        value = self._term(rows)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"`term` must return a scalar tensor, got {shown}")
-        return value.reshape(())

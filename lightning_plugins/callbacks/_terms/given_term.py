@@ -1,6 +1,7 @@
 """The ``term`` argument of callbacks: an object that the user made or wrote in YAML, its name and its key."""
 
 import re
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import nearest
 from lightning_plugins.functional.spectrum import at_least_float32, full_precision
+from lightning_plugins.regularizers import EmbeddingTerm
 
 
 @runtime_checkable
@@ -99,3 +101,18 @@ def value_and_gradient(term: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
             f"`term` must give a gradient of the shape of the weight, {tuple(wide.shape)}, got {tuple(gradient.shape)}"
         )
     return value.detach().sum().to(wide.dtype), gradient.detach().to(wide.dtype).contiguous()
+
+
+class OverProcesses(EmbeddingTerm):
+    """A term of the user's own, of the rows of all processes."""
+
+    def __init__(self, term: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._term = term
+
+    def measure(self, rows: Tensor) -> Tensor:
+        value = self._term(rows)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"`term` must return a scalar tensor, got {shown}")
+        return value.reshape(())

@@ -8,7 +8,7 @@ parameters. A term that is part of what ``training_step`` returns is right in al
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,8 +29,13 @@ class StepListener(Protocol):
     def penalty(self, pl_module: LightningModule) -> Tensor | None:
         """A scalar to add to the loss, or None; called right after the step, inside the strategy's wrapper."""
 
+
+@runtime_checkable
+class ExchangingListener(Protocol):
+    """A listener whose `StepListener.penalty` waits for other ranks."""
+
     def abandon(self, pl_module: LightningModule) -> bool:
-        """Tell the other ranks that the step has failed on this one; whether they wait for it in `penalty`."""
+        """Tell the other ranks that the step has failed on this one; whether they wait for it in this step."""
 
 
 class WrappedStep:
@@ -97,7 +102,8 @@ class WrappedStep:
 
     def _abandon(self) -> None:
         """Spare the other ranks a wait: the first listener that they wait with makes them raise, so one is enough."""
-        any(listener.abandon(self._pl_module) for listener in self.listeners)
+        exchanging = (listener for listener in self.listeners if isinstance(listener, ExchangingListener))
+        any(listener.abandon(self._pl_module) for listener in exchanging)
 
     def leave(self, listener: StepListener) -> None:
         """End the listener's part; the last one takes the wrapper off."""
