@@ -1,6 +1,7 @@
 """What ranks must agree on before their rows form one batch; it travels with the numbers of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -60,6 +61,21 @@ def withdraw(place: int | None = None) -> None:
         gather_integers([_FAILED, _NOWHERE if place is None else place, 0], patience=_PATIENCE)
     except RankError:  # nobody is waiting: the error of this rank is the one to raise
         return
+
+
+@contextmanager
+def refusals_are_told(scope: str) -> Iterator[None]:
+    """Withdraw where this rank refuses its rows before the exchange.
+
+    Args:
+        scope: ``"global"`` where others wait, or ``"local"``.
+    """
+    try:
+        yield
+    except (TypeError, ValueError):
+        if scope == "global":
+            withdraw()
+        raise
 
 
 def _by_rank(values: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from lightning_plugins._checks import check_bool, check_choice, check_finite_num
 from lightning_plugins.distributed import gather_rows, is_distributed, share_gradient
 from lightning_plugins.functional.spectrum import at_least_float32, check_floating, full_precision
 from lightning_plugins.functional.variance_covariance import centre_rows
-from lightning_plugins.regularizers.agreement import agreed_counts
+from lightning_plugins.regularizers.agreement import agreed_counts, refusals_are_told
 
 Scope = Literal["global", "local"]
 
@@ -95,14 +95,15 @@ class EmbeddingTerm(nn.Module, ABC):
         Raises:
             ValueError: If a tensor does not have the shape described, or no process has a row.
         """
-        check_rows("embeddings", embeddings)
-        if remembered is not None:
-            check_rows("remembered", remembered)
-            if remembered.shape[1] != embeddings.shape[1]:
-                raise ValueError(
-                    f"`remembered` must have {embeddings.shape[1]} columns as `embeddings` has, got shape "
-                    f"{tuple(remembered.shape)}"
-                )
+        with refusals_are_told(self.scope):
+            check_rows("embeddings", embeddings)
+            if remembered is not None:
+                check_rows("remembered", remembered)
+                if remembered.shape[1] != embeddings.shape[1]:
+                    raise ValueError(
+                        f"`remembered` must have {embeddings.shape[1]} columns as `embeddings` has, got shape "
+                        f"{tuple(remembered.shape)}"
+                    )
         together = self.scope == "global" and is_distributed()
         counts = agreed_counts("embeddings", embeddings, self.calls) if together else [len(embeddings)]
         if not sum(counts):

@@ -10,7 +10,7 @@ from lightning_plugins._checks import check_choice, check_finite_number
 from lightning_plugins.distributed import gather_rows, is_distributed, share_gradient, sum_over_ranks
 from lightning_plugins.functional.entropy import Method, matrix_entropy, uses_products
 from lightning_plugins.functional.spectrum import check_floating, exact, full_precision, normalize_rows, smaller_gram
-from lightning_plugins.regularizers.agreement import agreed_counts
+from lightning_plugins.regularizers.agreement import agreed_counts, refusals_are_told
 
 Scope = Literal["global", "local"]
 
@@ -120,14 +120,15 @@ class VonNeumannEntropy(nn.Module):
 
     def _prepare(self, embeddings: Tensor, remembered: Tensor | None) -> tuple[Tensor, Tensor, list[int]]:
         """Own rows and remembered rows, both of unit length, and the row counts of the ranks that take part."""
-        check_matrix("embeddings", embeddings)
-        if remembered is not None:
-            check_matrix("remembered", remembered)
-            if remembered.shape[1] != embeddings.shape[1]:
-                raise ValueError(
-                    f"`remembered` must have {embeddings.shape[1]} columns as `embeddings` has, "
-                    f"got shape {tuple(remembered.shape)}"
-                )
+        with refusals_are_told(self.scope):
+            check_matrix("embeddings", embeddings)
+            if remembered is not None:
+                check_matrix("remembered", remembered)
+                if remembered.shape[1] != embeddings.shape[1]:
+                    raise ValueError(
+                        f"`remembered` must have {embeddings.shape[1]} columns as `embeddings` has, "
+                        f"got shape {tuple(remembered.shape)}"
+                    )
         counts = row_counts("embeddings", embeddings, self.scope, self.calls)
         rows = unit_rows(embeddings, counts)
         memory = rows.new_empty((0, rows.shape[1])) if remembered is None else remembered.detach()
