@@ -69,6 +69,10 @@ def refusals_are_told(scope: str) -> Iterator[None]:
 
     Args:
         scope: ``"global"`` where others wait, or ``"local"``.
+
+    Raises:
+        TypeError: The refusal, as it came.
+        ValueError: In the same way.
     """
     try:
         yield
