@@ -16,7 +16,7 @@ with that cuboid in it (64 beams, 2,048 azimuths, no noise). *IoU of beams* coun
 *IoU of the frame* counts, on all beams that return from the object in either, what is seen there, so a point of the frame
 that is hidden and still there counts as wrong. *Points* is the object's number of points over that of the new scan. The
 bank holds the same cuboid seen from 5 to 25 m. Ground-truth sampling pastes an object that was seen at the very same
-place, so its own points are right by construction, and what it ought to hide stays."""
+place: its own points are right but for ground and range margins of its box, and what it ought to hide stays."""
 
 
 def page(results: dict[str, Any]) -> str:

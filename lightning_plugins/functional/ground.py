@@ -31,6 +31,11 @@ def ground_height(points: Tensor, places: Tensor, valid: Tensor | None = None, *
         Our own; the paper of whole-body augmentation keeps an object's old height at its new place.
     """
     check_points("points", points)
+    with torch.autocast(points.device.type, enabled=False):  # half precision tells heights to centimetres at best
+        return _fitted(points, places, valid, radius)
+
+
+def _fitted(points: Tensor, places: Tensor, valid: Tensor | None, radius: float) -> Tensor:
     x = points[..., None, :, 0] - places[..., :, None, 0]
     y = points[..., None, :, 1] - places[..., :, None, 1]
     near = x.square() + y.square() <= radius**2

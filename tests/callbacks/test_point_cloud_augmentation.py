@@ -13,9 +13,10 @@ from lightning_plugins.schedules import Constant
 from lightning_plugins.transforms import collate_frames
 from tests.models import Classifier, fit, make_batches
 
-SENSOR = SpinningSensor(beams=16, columns=64)
+SENSOR = SpinningSensor(beams=16, columns=256)
 SCENES = RaycastScenes(4, SENSOR, objects={"Car": 3})
 BANK = ObjectBank.from_frames(RaycastScenes(4, SpinningSensor(beams=16, columns=512)))
+AREA = ((-15.0, 15.0), (-15.0, 15.0))  # so near that objects have points enough
 
 
 class Looks(Classifier):
@@ -32,7 +33,7 @@ class Looks(Classifier):
 
 
 def make(**arguments):
-    return PointCloudAugmentation(BANK, {"Car": 9}, grid=SENSOR.grid, max_points=50, **arguments)
+    return PointCloudAugmentation(BANK, {"Car": 9}, grid=SENSOR.grid, area=AREA, max_points=200, **arguments)
 
 
 def loader():
