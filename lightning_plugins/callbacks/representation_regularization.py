@@ -296,4 +296,4 @@ class RepresentationRegularization(Callback):
             raise type(error)(f"`layers`: {label!r}: {error}") from error
         # a row that is NaN would spoil every value until it has left
         self._queues[label] = rows[-self.queue_size :].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return value
+        return cast(Tensor, value)

@@ -129,7 +129,8 @@ class SpectrumMonitor(Callback):
         """Find the weights where the module has only now made them."""
         if not self._in_use:
             self._find(pl_module)
-        require_same_layers(type(self).__name__, [f"{weight.label} {weight.shape}" for weight in self._weights])
+        weights = self._in_use.now(pl_module)
+        require_same_layers(type(self).__name__, [f"{weight.label} {tuple(weight.shape)}" for weight in weights])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the weights before the first step."""

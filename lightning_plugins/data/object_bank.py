@@ -123,7 +123,7 @@ class ObjectBank:
             raise ValueError(f"`frames` must have points of one number of columns, got {widths}")
         classes = sorted(set(names))
         order = sorted(range(len(names)), key=lambda number: names[number])  # stable: in the order of the frames
-        wanted = {name: tuple((parts or {}).get(name, PARTS.get(name, PARTS["Car"]))) for name in classes}
+        wanted = {name: _three((parts or {}).get(name, PARTS.get(name, PARTS["Car"]))) for name in classes}
         arrays = {
             "points": np.concatenate([clouds[number] for number in order]),
             "offsets": np.cumsum([0, *(len(clouds[number]) for number in order)]),
@@ -266,3 +266,9 @@ def _complements(occupancy: np.ndarray, sizes: np.ndarray, similar: int) -> Iter
         weak = occupancy[row] < _WEAK * occupancy[row].mean()
         filled = occupancy[nearby][:, weak].sum(axis=1)
         yield nearby[np.argsort(-filled, kind="stable")][: min(400, (len(nearby) + 1) // 2)]
+
+
+def _three(numbers: Iterable[int]) -> tuple[int, int, int]:
+    """Three numbers, also of a list."""
+    along, across, up = numbers
+    return along, across, up

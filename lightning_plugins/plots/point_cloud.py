@@ -60,7 +60,9 @@ def _bird(axes: "Axes", groups: list[tuple[str, Tensor, str]], boxes: Tensor, na
     style_axes(axes, "x (m)", "y (m)")
     axes.set_title(name, loc="left", fontsize=11, color=INK)
     for label, points, colour in groups:
-        axes.scatter(*points[:, :2].T.numpy(), s=0.6, color=colour, linewidths=0, label=label, rasterized=True)
+        axes.scatter(
+            points[:, 0].numpy(), points[:, 1].numpy(), s=0.6, color=colour, linewidths=0, label=label, rasterized=True
+        )
     for x, y, _, length, width, _, yaw in boxes.tolist():
         corners = [(1, 1), (1, -1), (-1, -1), (-1, 1), (1, 1)]
         along = [(a * length / 2, b * width / 2) for a, b in corners]

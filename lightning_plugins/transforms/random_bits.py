@@ -16,7 +16,8 @@ def mix(bits: Tensor) -> Tensor:
 
 
 def _shift(bits: Tensor, by: int) -> Tensor:
-    return (bits >> by) & (2 ** (64 - by) - 1)  # of unsigned numbers: no copies of the sign come in
+    shifted: Tensor = (bits >> by) & (2 ** (64 - by) - 1)  # of unsigned numbers: no copies of the sign come in
+    return shifted
 
 
 def sample_keys(batch: Mapping[str, Tensor], seed: int, step: int) -> Tensor:

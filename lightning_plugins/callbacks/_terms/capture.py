@@ -22,7 +22,7 @@ from lightning_plugins.selection import TensorRef, select_tensors
 _OWN = Rows()
 
 
-class NotCapturedError(MisconfigurationException):  # type: ignore[misc]  # its base has no types
+class NotCapturedError(MisconfigurationException):
     """A layer has no tensor to take.
 
     Args:

@@ -113,11 +113,11 @@ def _whole(module: Any) -> Any:
     Returns:
         The copy, of the class that the module had before.
     """
-    kind = type(module)
+    kind: type[nn.Module] = type(module)
     if kind.__mro__[1].__name__ == "FSDPModule":  # the class that `fully_shard` made stands before the module's own
         kind = kind.__mro__[2]
     state = module.__getstate__() if hasattr(module, "_trainer") else vars(module)  # without the Trainer
-    made = kind.__new__(kind)
+    made: nn.Module = kind.__new__(kind)
     vars(made).update({**state, **vars(nn.Module())})  # without hooks
     for name, tensor in module._parameters.items():
         made._parameters[name] = None if tensor is None else nn.Parameter(full_tensor(tensor.detach()).clone())
