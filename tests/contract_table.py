@@ -694,6 +694,7 @@ SETTINGS = {
 - class_path: lightning_plugins.callbacks.EarlyTermination
   init_args:
     monitor: val_loss
+    trial: null
     history: curves.jsonl
     total: 1000
     rule: {class_path: lightning_plugins.search.TercetRule, init_args: {fractions: [0.5], quantiles: [0.2], mode: max}}

@@ -71,7 +71,7 @@ class ObjectBank:
     ) -> None:
         self.arrays = {name: arrays[name] for name in _ARRAYS}
         self.classes = tuple(classes)
-        self.parts = {name: tuple(parts[name]) for name in self.classes}
+        self.parts = dict(zip(self.classes, _triples(parts, self.classes), strict=True))
         self.folder = folder
         labels = self.arrays["labels"]
         self._members = [np.flatnonzero(labels == number) for number in range(len(self.classes))]
@@ -123,7 +123,7 @@ class ObjectBank:
             raise ValueError(f"`frames` must have points of one number of columns, got {widths}")
         classes = sorted(set(names))
         order = sorted(range(len(names)), key=lambda number: names[number])  # stable: in the order of the frames
-        wanted = {name: _three((parts or {}).get(name, PARTS.get(name, PARTS["Car"]))) for name in classes}
+        wanted = {name: (parts or {}).get(name, PARTS.get(name, PARTS["Car"])) for name in classes}
         arrays = {
             "points": np.concatenate([clouds[number] for number in order]),
             "offsets": np.cumsum([0, *(len(clouds[number]) for number in order)]),
@@ -219,6 +219,12 @@ class ObjectBank:
         return np.asarray(self.arrays["occupancy"][number, :count])
 
 
+def _triples(parts: Mapping[str, tuple[int, int, int]], classes: Sequence[str]) -> Iterable[tuple[int, int, int]]:
+    for name in classes:  # lists, where they were read from JSON
+        along, across, up = parts[name]
+        yield along, across, up
+
+
 def _cut(frame: Mapping[str, Any], margin: float) -> Iterable[tuple[np.ndarray, np.ndarray, str]]:
     points = torch.as_tensor(frame["points"], dtype=torch.float32)
     boxes = torch.as_tensor(frame["boxes"], dtype=torch.float32).reshape(-1, 7)
@@ -266,9 +272,3 @@ def _complements(occupancy: np.ndarray, sizes: np.ndarray, similar: int) -> Iter
         weak = occupancy[row] < _WEAK * occupancy[row].mean()
         filled = occupancy[nearby][:, weak].sum(axis=1)
         yield nearby[np.argsort(-filled, kind="stable")][: min(400, (len(nearby) + 1) // 2)]
-
-
-def _three(numbers: Iterable[int]) -> tuple[int, int, int]:
-    """Three numbers, also of a list."""
-    along, across, up = numbers
-    return along, across, up

@@ -66,9 +66,8 @@ def hidden_points(points: Tensor, viewpoint: Tensor | Sequence[float], radius_fa
 
 
 def _inverted(q: Tensor, radius: float) -> Tensor:
-    distance = q.norm(dim=1, keepdim=True)
-    inverted: Tensor = q * (2 * radius / distance - 1)
-    return inverted
+    distance: Tensor = q.norm(dim=1, keepdim=True)
+    return q * (2 * radius / distance - 1)
 
 
 def _on_hull(points: Tensor) -> Tensor:

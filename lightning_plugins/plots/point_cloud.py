@@ -60,15 +60,13 @@ def _bird(axes: "Axes", groups: list[tuple[str, Tensor, str]], boxes: Tensor, na
     style_axes(axes, "x (m)", "y (m)")
     axes.set_title(name, loc="left", fontsize=11, color=INK)
     for label, points, colour in groups:
-        axes.scatter(
-            points[:, 0].numpy(), points[:, 1].numpy(), s=0.6, color=colour, linewidths=0, label=label, rasterized=True
-        )
-    for x, y, _, length, width, _, yaw in boxes.tolist():
+        x, y = points[:, 0].numpy(), points[:, 1].numpy()
+        axes.scatter(x, y, s=0.6, color=colour, linewidths=0, label=label, rasterized=True)
+    for left, near, _, length, width, _, yaw in boxes.tolist():
         corners = [(1, 1), (1, -1), (-1, -1), (-1, 1), (1, 1)]
         along = [(a * length / 2, b * width / 2) for a, b in corners]
-        turned = [
-            (x + a * math.cos(yaw) - b * math.sin(yaw), y + a * math.sin(yaw) + b * math.cos(yaw)) for a, b in along
-        ]
+        cos, sin = math.cos(yaw), math.sin(yaw)
+        turned = [(left + a * cos - b * sin, near + a * sin + b * cos) for a, b in along]
         axes.plot(*zip(*turned, strict=True), color=MUTED, linewidth=0.8)
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(frameon=False, fontsize=9, markerscale=8, loc="upper right")

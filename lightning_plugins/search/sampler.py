@@ -28,7 +28,7 @@ _ORIGIN = "b2ea:origin"
 
 
 class B2EASampler(BaseSampler):
-    """Choose trials by evolution assisted by two Bayesian optimisers: strong where trials are few.
+    """Choose trials by evolution assisted by two Bayesian optimisers, meant for searches with few trials.
 
     In every trial one of six arms (a random forest or a warped Gaussian process, read by expected improvement,
     probability of improvement or the confidence bound) ranks the candidates, about half of its ten best are mutated,

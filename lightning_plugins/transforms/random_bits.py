@@ -16,8 +16,7 @@ def mix(bits: Tensor) -> Tensor:
 
 
 def _shift(bits: Tensor, by: int) -> Tensor:
-    shifted: Tensor = (bits >> by) & (2 ** (64 - by) - 1)  # of unsigned numbers: no copies of the sign come in
-    return shifted
+    return torch.bitwise_and(bits >> by, 2 ** (64 - by) - 1)  # of unsigned numbers: no copies of the sign come in
 
 
 def sample_keys(batch: Mapping[str, Tensor], seed: int, step: int) -> Tensor:

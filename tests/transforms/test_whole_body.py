@@ -183,7 +183,11 @@ def test_the_same_whatever_the_number_of_workers(indexed):
     assert len(epochs[0][0]["points"]) != len(epochs[1][0]["points"])
 
 
-@pytest.mark.parametrize("kind", [whole, lambda **a: GroundTruthSampling(BANK, {"Car": 9}, **a), None], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [whole, lambda **a: GroundTruthSampling(BANK, {"Car": 9}, **a), None],
+    ids=lambda made: getattr(made, "__name__", str(made)),
+)
 def test_seeds_and_repeats(kind):
     make = kind or (lambda **arguments: PolarMix(FRAMES, **arguments))
     first, again, other = make(seed=1)(FRAMES[0]), make(seed=1)(FRAMES[0]), make(seed=2)(FRAMES[0])
