@@ -1,6 +1,6 @@
 """Lightning callbacks: they decide when, and call what stands in the other folders."""
 
-from lightning_plugins.callbacks._terms.masks import LayerCall
+from lightning_plugins.callbacks._rows.masks import LayerCall
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks.collapse_alarm import CollapseAlarm, RepresentationCollapseError

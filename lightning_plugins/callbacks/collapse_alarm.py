@@ -18,12 +18,12 @@ from lightning_plugins._checks import (
 )
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._monitors.collapse import METRICS, RANKS, CollapseMeasure
+from lightning_plugins.callbacks._rows.masks import Mask
+from lightning_plugins.callbacks._rows.pool import Pool
+from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
+from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.callbacks._rows.select import Select
 from lightning_plugins.callbacks._terms.logged import log_value
-from lightning_plugins.callbacks._terms.masks import Mask
-from lightning_plugins.callbacks._terms.pool import Pool
-from lightning_plugins.callbacks._terms.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._terms.rows import Rows
-from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_plugins.callbacks._terms.compiled import is_compiled
+from lightning_plugins.callbacks._rows.compiled import is_compiled
+from lightning_plugins.callbacks._rows.masks import LayerCall, Mask, Parameters, find_mask
+from lightning_plugins.callbacks._rows.network_calls import NetworkCall, NetworkCalls, layer_pairs
+from lightning_plugins.callbacks._rows.pool import callable_name
+from lightning_plugins.callbacks._rows.rows import check_mask
+from lightning_plugins.callbacks._rows.select import Select, Step, check_select, selected
 from lightning_plugins.callbacks._terms.distances import Distance, check_positive
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
-from lightning_plugins.callbacks._terms.masks import LayerCall, Mask, Parameters, find_mask
-from lightning_plugins.callbacks._terms.network_calls import NetworkCall, NetworkCalls, layer_pairs
-from lightning_plugins.callbacks._terms.pool import callable_name
 from lightning_plugins.callbacks._terms.projections import Projections
-from lightning_plugins.callbacks._terms.rows import check_mask
-from lightning_plugins.callbacks._terms.select import Select, Step, check_select, selected
 from lightning_plugins.callbacks._terms.teachers import START, check_teacher, make_teacher
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.progress import training_progress

@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._monitors.pairs import EpochPairs
-from lightning_plugins.callbacks._terms.pool import Pool
-from lightning_plugins.callbacks._terms.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._terms.rows import Rows
+from lightning_plugins.callbacks._rows.pool import Pool
+from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
+from lightning_plugins.callbacks._rows.rows import Rows
 from lightning_plugins.callbacks._trainer.logged import on_device
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,

@@ -13,12 +13,12 @@ from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
 from lightning_plugins.callbacks._monitors.loaders import loader_stages, shown_stage
 from lightning_plugins.callbacks._monitors.statistics import METRICS, LayerStatistics
+from lightning_plugins.callbacks._rows.masks import Mask
+from lightning_plugins.callbacks._rows.pool import Pool
+from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
+from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.callbacks._rows.select import Select
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
-from lightning_plugins.callbacks._terms.masks import Mask
-from lightning_plugins.callbacks._terms.pool import Pool
-from lightning_plugins.callbacks._terms.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._terms.rows import Rows
-from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.progress import steps_done
 from lightning_plugins.callbacks._trainer.requirements import (

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from lightning_plugins import regularizers
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
-from lightning_plugins.callbacks._terms.capture import LayerRows
+from lightning_plugins.callbacks._rows.capture import LayerRows
+from lightning_plugins.callbacks._rows.masks import Mask
+from lightning_plugins.callbacks._rows.pool import Pool
+from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.callbacks._rows.select import Select
 from lightning_plugins.callbacks._terms.given_term import OverProcesses, check_name, check_term, term_key
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
-from lightning_plugins.callbacks._terms.masks import Mask
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
-from lightning_plugins.callbacks._terms.pool import Pool
-from lightning_plugins.callbacks._terms.rows import Rows
-from lightning_plugins.callbacks._terms.select import Select
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.progress import check_schedule, steps_done, training_progress
 from lightning_plugins.callbacks._trainer.requirements import (

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_choice
 from lightning_plugins._lightning import rank_zero_warn
-from lightning_plugins.callbacks._terms.masks import Mask
-from lightning_plugins.callbacks._terms.pool import Pool
-from lightning_plugins.callbacks._terms.select import Select
+from lightning_plugins.callbacks._rows.masks import Mask
+from lightning_plugins.callbacks._rows.pool import Pool
+from lightning_plugins.callbacks._rows.select import Select
 from lightning_plugins.callbacks.representation_regularization import RepresentationRegularization
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 from lightning_plugins.schedules import Schedule

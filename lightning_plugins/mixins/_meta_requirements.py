@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightning_plugins._lightning import PACKAGE, LightningModule, MisconfigurationException, ModelParallelStrategy
-from lightning_plugins.callbacks._terms import capture
+from lightning_plugins.callbacks._rows import capture
 from lightning_plugins.callbacks._trainer.requirements import require_supported_strategy
 from lightning_plugins.mixins._packages import refuse_other_package
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_finite_number
 from lightning_plugins._lightning import LightningModule
+from lightning_plugins.callbacks._rows.pool import Pool, resolve_pool
 from lightning_plugins.callbacks._terms.logged import log_mean, log_sum
-from lightning_plugins.callbacks._terms.pool import Pool, resolve_pool
 from lightning_plugins.functional.pooling import check_layout, pool_embeddings
 from lightning_plugins.mixins._packages import refuse_other_package
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy

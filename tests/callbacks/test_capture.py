@@ -3,7 +3,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_plugins.callbacks._terms.capture import LayerRows as LayerCapture
+from lightning_plugins.callbacks._rows.capture import LayerRows as LayerCapture
 
 
 class _AddsInPlace(nn.Module):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
-from lightning_plugins.callbacks._terms.pool import resolve_pool
+from lightning_plugins.callbacks._rows.pool import resolve_pool
 from lightning_plugins.functional.pooling import POOLS
 
 

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins.callbacks import LayerCall, RepresentationMonitor, VNERegularization
-from lightning_plugins.callbacks._terms.capture import LayerRows
-from lightning_plugins.callbacks._terms.rows import Rows
+from lightning_plugins.callbacks._rows.capture import LayerRows
+from lightning_plugins.callbacks._rows.rows import Rows
 from tests._processes import run_on_ranks
 from tests.contract_ranks import act_as_rank
 from tests.models import Batches, entropy_by_autograd, fit

@@ -17,8 +17,8 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from lightning_plugins.callbacks._terms.capture import LayerRows
-from lightning_plugins.callbacks._terms.rows import Rows
+from lightning_plugins.callbacks._rows.capture import LayerRows
+from lightning_plugins.callbacks._rows.rows import Rows
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

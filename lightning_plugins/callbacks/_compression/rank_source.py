@@ -17,8 +17,8 @@ from lightning_plugins.callbacks._compression.rank_search import (
     try_score,
     unnoticed,
 )
-from lightning_plugins.compression.budget.coverage import untouched
 from lightning_plugins.compression.calibration.calibration import Calibration
+from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.costs.layer_costs import COSTS
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.rank_search.problem import state_problem

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks._terms.capture import LayerRows
-from lightning_plugins.callbacks._terms.masks import LayerCall
-from lightning_plugins.callbacks._terms.rows import Rows
+from lightning_plugins.callbacks._rows.capture import LayerRows
+from lightning_plugins.callbacks._rows.masks import LayerCall
+from lightning_plugins.callbacks._rows.rows import Rows
 
 
 class CopyingCapture(LayerRows):

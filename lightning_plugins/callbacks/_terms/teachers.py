@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins.callbacks._terms.pool import resolve_callable
+from lightning_plugins.callbacks._rows.pool import resolve_callable
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.compression.structure.state_keys import clean
 from lightning_plugins.distributed import full_tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._lightning import LightningModule, is_param_in_hook_signature
-from lightning_plugins.callbacks._terms.compiled import is_compiled
+from lightning_plugins.callbacks._rows.compiled import is_compiled
 from lightning_plugins.callbacks._terms.logged import log_sum
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.budget.carried_state import chained, sliced_heir, split_layers
-from lightning_plugins.compression.budget.coverage import untouched
 from lightning_plugins.compression.budget.filling import largest_within, rank_layers
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.budget.score_targets import ScoreTargets, weight_norms
@@ -16,6 +15,7 @@ from lightning_plugins.compression.budget.shift import BudgetShift
 from lightning_plugins.compression.channels.find import channel_groups, groups_from_state, groups_to_state
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import shrink
+from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of

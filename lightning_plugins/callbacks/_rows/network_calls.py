@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins.callbacks._terms.hooks import Hook
-from lightning_plugins.callbacks._terms.select import first_tensor
+from lightning_plugins.callbacks._rows.hooks import Hook
+from lightning_plugins.callbacks._rows.select import first_tensor
 
 
 @dataclass

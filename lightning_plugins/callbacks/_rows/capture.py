@@ -11,12 +11,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins.callbacks._terms.compiled import is_compiled
-from lightning_plugins.callbacks._terms.hooks import Hook
-from lightning_plugins.callbacks._terms.layouts import LayerLayout
-from lightning_plugins.callbacks._terms.masks import LayerCall, Parameters
-from lightning_plugins.callbacks._terms.rows import Rows
-from lightning_plugins.callbacks._terms.select import selected
+from lightning_plugins.callbacks._rows.compiled import is_compiled
+from lightning_plugins.callbacks._rows.hooks import Hook
+from lightning_plugins.callbacks._rows.layouts import LayerLayout
+from lightning_plugins.callbacks._rows.masks import LayerCall, Parameters
+from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.callbacks._rows.select import selected
 from lightning_plugins.selection import TensorRef, select_tensors
 
 _OWN = Rows()

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_plugins.callbacks._terms.layouts import LayerLayout, UnknownLayoutError
-from lightning_plugins.callbacks._terms.masks import LayerCall, Mask, find_mask
-from lightning_plugins.callbacks._terms.pool import Pool, callable_name, resolve_callable, resolve_pool
-from lightning_plugins.callbacks._terms.select import Select, Step, check_select
+from lightning_plugins.callbacks._rows.layouts import LayerLayout, UnknownLayoutError
+from lightning_plugins.callbacks._rows.masks import LayerCall, Mask, find_mask
+from lightning_plugins.callbacks._rows.pool import Pool, callable_name, resolve_callable, resolve_pool
+from lightning_plugins.callbacks._rows.select import Select, Step, check_select
 from lightning_plugins.functional.pooling import check_layout, pool_embeddings
 from lightning_plugins.selection import TensorRef
 
