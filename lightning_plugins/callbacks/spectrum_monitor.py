@@ -129,8 +129,9 @@ class SpectrumMonitor(Callback):
         """Find the weights where the module has only now made them."""
         if not self._in_use:
             self._find(pl_module)
-        weights = self._in_use.now(pl_module)
-        require_same_layers(type(self).__name__, [f"{weight.label} {tuple(weight.shape)}" for weight in weights])
+        with parametrizations_at_rest(pl_module):  # a shape may have to be computed
+            names = [f"{weight.label} {tuple(weight.shape)}" for weight in self._in_use.now(pl_module)]
+        require_same_layers(type(self).__name__, names)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the weights before the first step."""

@@ -135,7 +135,9 @@ class WeightRegularization(Callback):
         """Find weights that were made only now, and check that an optimizer trains some."""
         weights = self._in_use.find(pl_module)
         self._in_use.tell(pl_module)
-        require_same_layers(type(self).__name__, [f"{weight.label} {tuple(weight.shape)}" for weight in weights])
+        with parametrizations_at_rest(pl_module):  # a shape may have to be computed
+            names = [f"{weight.label} {tuple(weight.shape)}" for weight in weights]
+        require_same_layers(type(self).__name__, names)
         self._check_trained(trainer, weights)
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise MisconfigurationException(

@@ -1,4 +1,5 @@
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -109,8 +110,8 @@ class TwoOptimizers(Recorder):
 def test_manual_optimization_with_two_optimizers():
     model, logger = TwoOptimizers(), Keeps()
     fit(model, make_batches(5), [watch(every_n_steps=3)], logger=logger, max_epochs=1)
-    assert list(logger.metrics) == [0, 4, 6, 10]
-    torch.testing.assert_close(logger.metrics[4], expected(model.values("head", 4)))
+    assert list(logger.metrics) == [0, 3]  # batches, of which each is a step of both
+    torch.testing.assert_close(logger.metrics[3], expected(model.values("head", 6)))
 
 
 class Grouped(Recorder):
@@ -182,7 +183,9 @@ def test_layers_split_by_a_compression_are_found(layers):
     ranks = {"backbone.0": 2, "head": 1}
     splits = LowRankCompression("*", ranks=ranks, unit="steps", search_at=0, factorize_at=2, figures=False)
     model, monitor = Recorder(), watch(layers)
-    fit(model, make_batches(2), [splits, monitor] if layers == "*" else [monitor, splits])
+    said = pytest.warns(UserWarning, match="no weight is left to work on") if layers == "head" else nullcontext()
+    with said:
+        fit(model, make_batches(2), [splits, monitor] if layers == "*" else [monitor, splits])
     expected = {} if layers == "head" else {"backbone.0.0": [3, 4], "backbone.0.1": [3, 4]}
     expected |= {name: [0, 1, 2] for name in ranks if layers in (name, "*")}  # two vectors have no spectrum
     expected |= {"backbone.2": [0, 1, 2, 3, 4]} if layers == "*" else {}

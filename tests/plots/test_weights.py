@@ -74,7 +74,7 @@ def test_singular_values_of_unusual_matrices():
 
 
 def test_sums_up_zeros_and_what_is_not_finite():
-    assert summarize_spectrum(torch.zeros(3)) == (1.0, 1.0, 0.0)
+    assert summarize_spectrum(torch.zeros(3))[:3] == (1.0, 1.0, 0.0)
     assert all(number != number for number in summarize_spectrum(torch.tensor([torch.nan, torch.nan])))
 
 
