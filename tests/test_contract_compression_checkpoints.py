@@ -19,6 +19,8 @@ from tests.models import Batches, fit
 STEPS = 18  # of three epochs; the choice is made before step 11, and carried out behind step 12
 PLAIN = {"warm-up": 2, "choice": 7, "frozen": 11}
 SMALL = {"just made": 13, "fine-tuned": 15, "finished": STEPS}
+# Said once at the surgery, where a best checkpoint is of the dense network.
+pytestmark = pytest.mark.filterwarnings("ignore:.*compare with the small network only:UserWarning")
 every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in COMPRESSIONS.items()])
 
 

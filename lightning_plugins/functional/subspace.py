@@ -60,7 +60,7 @@ def top_singular_subspace(
 
     Example:
         >>> weight = torch.diag(torch.tensor([1.0, 3.0, 2.0]))
-        >>> top_singular_subspace(weight, 2).values
+        >>> top_singular_subspace(weight, 2).values.round(decimals=4)
         tensor([3., 2.])
     """
     check_matrices("weight", weight)

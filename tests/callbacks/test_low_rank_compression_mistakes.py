@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from lightning_plugins.callbacks import LowRankCompression, VNERegularization
+from lightning_plugins.callbacks import LowRankCompression
 from lightning_plugins.schedules import Linear
 from tests.models import Batches, Classifier, fit, make_batches
 
@@ -120,7 +120,6 @@ def grouped() -> Classifier:
         (Classifier, {}, {"max_epochs": -1, "max_steps": -1}, "`max_epochs=-1` has no end; pass `unit='steps'`"),
         (Classifier, {}, {"others": [EMAWeightAveraging()]}, "EMAWeightAveraging averages parameters"),
         (Classifier, {}, {"others": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging averages parameters"),
-        (Classifier, {"layers": "head"}, {"others": [VNERegularization("head", 0.1)]}, "'head' .*it has hooks"),
     ],
 )
 def test_wrong_combinations_are_named(model, arguments, trainer, message):
@@ -179,6 +178,7 @@ trainer:
         cost: params
         p: 1
         scheme: 1
+        calibration: false
         search_at: 4
         factorize_at: 9
         unit: steps

@@ -458,7 +458,7 @@ def _trained(rank: int, form: dict[str, Any], strategy: Any) -> dict[str, Any]:
 
     class Counts(StableRankRegularization):
         def _term(self, target: Any, matrix: Tensor) -> Any:
-            seen.append((target.weight.label, matrix.numel()))
+            seen.append((target.label, matrix.numel()))
             return super()._term(target, matrix)
 
     model = seeded(OverRanks, optimizer="adamw")

@@ -202,7 +202,8 @@ def _is_last(module: nn.Module) -> bool:
     shape = getattr(module, "normalized_shape", None)
     if shape is not None:
         return len(tuple(shape)) == 1
-    return isinstance(module, _LAST) or type(module).__name__ == "Conv1D"  # transformers' linear layer
+    name = type(module).__name__  # transformers' linear layer, and the norm that each of its families has for itself
+    return isinstance(module, _LAST) or name == "Conv1D" or name.endswith("RMSNorm")
 
 
 def _is_neutral(module: nn.Module) -> bool:

@@ -82,6 +82,7 @@ def layer_costs(
         TypeError: If ``inputs`` is of another kind.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 10))
         >>> layer_costs(net, "0", cost="flops", inputs=torch.zeros(5, 3, 4, 4))
         {'0': LayerCost(dense=8640, per_rank=1400, full_rank=8)}
@@ -125,6 +126,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
         ValueError: If ``inputs`` is None.
 
     Example:
+        >>> import torch
         >>> run(nn.Flatten(), {"input": torch.zeros(2, 3, 4)}).shape
         torch.Size([2, 12])
     """
