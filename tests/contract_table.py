@@ -806,8 +806,12 @@ SETTINGS = {
     teacher: start
     outputs: null
     layers: {backbone.1: backbone.1}
+    network: ""
     temperature: 2.0
     weight: 30.0
+    mask: null
+    layout: null
+    projection_rate: 0.001
     schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
 """,
     ),
