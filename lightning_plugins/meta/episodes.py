@@ -136,7 +136,7 @@ class EpisodeLoader:
             generator=torch.Generator().manual_seed(0),  # of the workers' seeds: the global one stays where it is
         )
         self._position = 0  # batches handed out in this epoch
-        self._begun = False  # whether a pass over this epoch has begun
+        self._begun: int | None = None  # the epoch of a pass that has begun and not come to its end
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that begins next.
@@ -145,7 +145,7 @@ class EpisodeLoader:
             epoch: Its number, from 0.
         """
         self.sampler.set_epoch(epoch)
-        self._begun = False
+        self._begun = None
 
     def __len__(self) -> int:
         """Number of this rank's batches in a whole epoch."""
@@ -153,13 +153,13 @@ class EpisodeLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one epoch, or what a loaded state left of it."""
-        if self._begun:  # the pass before was left early
+        if self._begun == self.sampler.epoch:  # the pass before was left early, and nobody (Lightning does) moved on
             self.sampler.set_epoch(self.sampler.epoch + 1)
-        self._begun, self._position = True, self.sampler.start
+        self._begun, self._position = self.sampler.epoch, self.sampler.start
         for batch in self._loader:
             self._position += 1
             if self._position == len(self):  # before the last one is handed out: not everybody asks for one more
-                self._begun, self._position = False, 0
+                self._begun, self._position = None, 0
                 self.sampler.set_epoch(self.sampler.epoch + 1)
             yield batch
 
