@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightning_plugins._lightning import PACKAGE, LightningModule, MisconfigurationException, ModelParallelStrategy
-from lightning_plugins.callbacks._rows import capture
+from lightning_plugins.callbacks._rows.hooks import Hook
 from lightning_plugins.callbacks._trainer.requirements import require_supported_strategy
 from lightning_plugins.mixins._packages import refuse_other_package
 
@@ -73,7 +73,7 @@ def refuse_hooks(network: nn.Module) -> None:
     """
     for name, module in network.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if getattr(hook, "__module__", None) == capture.__name__:
+            if isinstance(hook, Hook):
                 raise MisconfigurationException(
                     f"`layers`: {name!r} of the network runs inside of the inner loop, once for every step and for all"
                     f" tasks at once, where a callback cannot take its tensor. Pass `features={name!r}` to the mixin"
