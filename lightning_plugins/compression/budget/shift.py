@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_plugins.compression.budget.budget import Budget
 from lightning_plugins.compression.gates.masks import ChannelMasks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
+from lightning_plugins.compression.gates.threshold_function import without_noise
 
 _FURTHEST = 8.0
 _HIGHEST = 0.9  # of a threshold, as a share of the largest singular value there is
@@ -85,7 +86,9 @@ class BudgetShift:
         if self.thresholds is None:
             return {}
         # Infinite values, which no threshold passes, fill the rows of smaller layers.
-        table = pad_sequence(list(spectra), batch_first=True, padding_value=torch.inf)
+        table = pad_sequence(
+            [without_noise(spectrum) for spectrum in spectra], batch_first=True, padding_value=torch.inf
+        )
         raised = self._raised(shifts, spectra) * self.thresholds.scales[:, None]
         below = torch.searchsorted(table, raised.to(table), right=True)
         rows = zip(self.sizes.items(), below, strict=True)

@@ -16,6 +16,7 @@ from lightning_plugins.compression.gates.threshold_function import (
     decompose_wide,
     lowering,
     wide_view,
+    without_noise,
 )
 from lightning_plugins.functional.spectrum import at_least_float32, full_precision
 
@@ -106,7 +107,7 @@ class RankThresholds(nn.Module):
             for index, name in enumerate(self.layers):
                 spectrum = self._steps[index].decompose_anew()
                 largest = spectrum.amax().clamp_min(torch.finfo(spectrum.dtype).tiny)
-                found[name] = ((spectrum - self.tau(index)) / largest).flip(0)
+                found[name] = ((without_noise(spectrum) - self.tau(index)) / largest).flip(0)
         return found
 
     def hard_ranks(self) -> dict[str, int]:

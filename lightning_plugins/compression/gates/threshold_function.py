@@ -160,9 +160,22 @@ class Values(Function):
             return _product((rows * (grad / _safe(values))) @ rows.mT, wide), None, None, None
 
 
+def without_noise(values: Tensor) -> Tensor:
+    """Return singular values, with zeros for those below the root of the rounding error of their Gram matrix.
+
+    A matrix with rows that a mask has closed has as many singular values of zero. What a decomposition gives for them
+    is noise, of which some would pass a threshold of zero, and which ones differs from machine to machine.
+    """
+    return torch.where(values > _noise(values), values, 0)
+
+
+def _noise(values: Tensor) -> Tensor:
+    return torch.finfo(values.dtype).eps ** 0.5 * values.amax()
+
+
 def _safe(values: Tensor) -> Tensor:
-    """Singular values to divide by: below the root of the rounding error of the Gram matrix they are noise."""
-    least = torch.finfo(values.dtype).eps ** 0.5 * values.amax()
+    """Singular values to divide by, none of them below their noise."""
+    least = _noise(values)
     return torch.maximum(values, least).clamp_min(torch.finfo(values.dtype).tiny ** 0.25)
 
 
