@@ -666,6 +666,7 @@ SETTINGS = {
             MutualInformationMonitor(
                 "backbone",
                 pairs="halves",
+                loss_candidates=8,
                 settings=EstimateSettings(critic="bilinear", fit=CriticSettings(max_steps=0)),
             )
         ],

@@ -25,10 +25,11 @@ Result = tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]
 
 
 def outcome(model: nn.Module, callbacks: Sequence[Callback], settings: dict[str, Any]) -> Result:
-    """Weights, logged values and the callbacks' states after training."""
+    """Weights, logged values, and what a checkpoint holds of the callbacks after training."""
     trainer = fit(model, settings.pop("batches", BATCHES), callbacks, **settings)
     weights = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
-    return weights, dict(trainer.callback_metrics), [callback.state_dict() for callback in callbacks]
+    held = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)["callbacks"]
+    return weights, dict(trainer.callback_metrics), [held.get(callback.state_key) for callback in callbacks]
 
 
 def assert_ranks_equal(results: list[Result], expected: Result, name: str) -> None:

@@ -19,7 +19,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_lightning_module,
     require_supported_strategy,
 )
-from lightning_plugins.distributed import is_distributed
+from lightning_plugins.distributed import is_distributed, world_size
 from lightning_plugins.functional.class_information import infonce_ceiling
 from lightning_plugins.information import (
     CriticSettings,
@@ -136,9 +136,9 @@ class MutualInformationMonitor(Callback):
             self._attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the losses of a checkpoint; they are those of all processes, so one takes them."""
+        """Bring the losses of a checkpoint to the device; every process goes on from the mean of all."""
         if self._loss is not None:
-            self._loss = self._loss.to(pl_module.device) * float(trainer.is_global_zero)
+            self._loss = self._loss.to(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -220,9 +220,9 @@ class MutualInformationMonitor(Callback):
         return {"loss": self._loss, "warned": self._warned}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the losses of all processes, where `state_dict` knows those of its own."""
+        """Save the mean of all processes' losses, where `state_dict` knows those of its own."""
         if is_distributed() and self.loss_candidates is not None:
-            checkpoint["callbacks"][self.state_key] = {**self.state_dict(), "loss": self._loss_of_all(pl_module)}
+            checkpoint["callbacks"][self.state_key] = {**self.state_dict(), "loss": self._mean_loss(pl_module)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -252,14 +252,16 @@ class MutualInformationMonitor(Callback):
             )
         return labels
 
-    def _loss_of_all(self, pl_module: LightningModule) -> Tensor:
+    def _mean_loss(self, pl_module: LightningModule) -> Tensor:
+        """Sum and number of losses, each as its mean over the processes."""
         own = torch.zeros(2, dtype=torch.float32, device=pl_module.device) if self._loss is None else self._loss.clone()
         if is_distributed():
             torch.distributed.all_reduce(own)
+            own /= world_size()
         return own
 
     def _log_loss(self, pl_module: LightningModule, probabilities: Tensor | None) -> None:
-        total, count = self._loss_of_all(pl_module).tolist()
+        total, count = self._mean_loss(pl_module).tolist()
         self._loss = None
         if self.loss_candidates is None or count == 0:
             return
