@@ -267,3 +267,23 @@ def _few(names: Sequence[str], kind: str) -> str:
     if len(names) <= 6:
         return ", ".join(names) or f"no {kind}"
     return f"{', '.join(names[:3])}, …, {', '.join(names[-2:])} ({len(names)} {kind}s)"
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the module that stands in a model under a name now, wrapper segments included.
+
+    Args:
+        model: The model.
+        name: A name of ``model.named_modules()``, of this or an earlier time.
+
+    Returns:
+        The module; None where there is none any more.
+
+    Example:
+        >>> module_at(nn.Sequential(nn.Linear(2, 3)), "0")
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+    module: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        module = module._modules.get(part) if module is not None else None
+    return module

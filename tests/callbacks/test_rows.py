@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plugins.callbacks import LayerCall, RepresentationMonitor, VNERegularization
+from lightning_plugins.callbacks import LayerCall, LowRankCompression, RepresentationMonitor, VNERegularization
 from lightning_plugins.callbacks._rows.capture import LayerRows
 from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.functional import von_neumann_entropy
 from tests._processes import run_on_ranks
 from tests.contract_ranks import act_as_rank
-from tests.models import Batches, entropy_by_autograd, fit
+from tests.models import Batches, Classifier, entropy_by_autograd, fit, make_batches
 
 N, L, C = 4, 6, 5
 
@@ -375,3 +376,17 @@ def test_a_monitor_measures_nested_tensors_of_a_padded_encoder():
     torch.testing.assert_close(
         logged["representation/val/net.layers.0/entropy"], logged["representation/train/net.layers.0/entropy"]
     )
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("layer", ["head", "head:input"])
+def test_a_layer_that_is_replaced_in_training_is_followed(layer: str, first: bool):
+    """By its factors, say; whichever of the callbacks comes first."""
+    model, batches = Classifier(lr=0.0), make_batches(2)
+    splits = LowRankCompression("head", ranks={"head": 1}, unit="steps", search_at=0, factorize_at=2, figures=False)
+    term = VNERegularization(layer, 0.1)
+    trainer = fit(model, batches, [term, splits] if first else [splits, term], max_epochs=3)
+    assert isinstance(model.head, nn.Sequential)  # control
+    features = model.backbone(batches[-1][0].double())
+    expected = von_neumann_entropy(model.head(features) if layer == "head" else features)
+    torch.testing.assert_close(trainer.callback_metrics["vne/head/entropy"].double(), expected.detach())

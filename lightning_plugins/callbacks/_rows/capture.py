@@ -17,7 +17,7 @@ from lightning_plugins.callbacks._rows.layouts import LayerLayout
 from lightning_plugins.callbacks._rows.masks import LayerCall, Parameters
 from lightning_plugins.callbacks._rows.rows import Rows
 from lightning_plugins.callbacks._rows.select import selected
-from lightning_plugins.selection import TensorRef, select_tensors
+from lightning_plugins.selection import TensorRef, module_at, select_tensors
 
 _OWN = Rows()
 
@@ -62,6 +62,8 @@ class LayerRows:
         self._rows = rows
         self._needs_gradient = needs_gradient
         self._references = _labelled(select_tensors(model, layers))
+        names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+        self._places = {label: names[id(reference.module)] for label, reference in self._references.items()}
         self._layouts: dict[str, LayerLayout] = {
             label: rows.layout_of(model, reference) for label, reference in self._references.items()
         }
@@ -108,6 +110,7 @@ class LayerRows:
         """
         self._clear()
         self._batch = batch
+        self._follow()
         if not self._stays:
             self._hook()
         self._active = True
@@ -188,6 +191,19 @@ class LayerRows:
         self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         # compiled code can't be left by an error and go on
         self._handles.append(module.register_forward_hook(leave, always_call=not self._stays))
+
+    def _follow(self) -> None:
+        """Look at what stands in the place of a layer that was replaced, as by its factors."""
+        changed = False
+        for label, reference in self._references.items():
+            module = module_at(self._model, self._places[label])
+            if module is not None and module is not reference.module:
+                self._references[label] = reference._replace(module=module)
+                self._layouts[label] = self._rows.layout_of(self._model, self._references[label])
+                changed = True
+        if changed and self._handles:
+            self._unhook()
+            self._hook()
 
     def _unhook(self) -> None:
         for handle in self._handles:

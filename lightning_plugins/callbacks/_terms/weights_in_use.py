@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from lightning_plugins._lightning import LightningModule, rank_zero_info, rank_zero_warn
-from lightning_plugins.selection import select_modules
+from lightning_plugins.selection import module_at, select_modules
 from lightning_plugins.weights import WeightMatrix
 
 Found = TypeVar("Found")
@@ -58,7 +58,7 @@ class WeightsInUse(Generic[Found]):
         Returns:
             What is there, possibly nothing.
         """
-        if all(_at(pl_module, name) is module for name, module in self._places):
+        if all(module_at(pl_module, name) is module for name, module in self._places):
             return self._found
         modules = dict(pl_module.named_modules())
         layers = [
@@ -96,13 +96,6 @@ class WeightsInUse(Generic[Found]):
         modules = {id(m): m for m in (self._weight_of(each).module for each in found)}
         self._found = found
         self._places = [(names[key], module) for key, module in modules.items() if key in names]
-
-
-def _at(model: nn.Module, name: str) -> nn.Module | None:
-    module: nn.Module | None = model
-    for part in name.split(".") if name else ():
-        module = module._modules.get(part) if module is not None else None
-    return module
 
 
 def _has_shape(parameter: nn.Parameter) -> bool:
