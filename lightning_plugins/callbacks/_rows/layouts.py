@@ -160,19 +160,21 @@ def _of_inside(module: nn.Module, shape: tuple[int, ...], *, selected: bool = Fa
     Returns:
         A layout; None where types and widths do not agree on one.
     """
-    kinds: set[str] = set()
-    widths: set[int] = set()
+    widths_of: dict[str, set[int]] = {}
     for layer in module.modules():
         rank = _rank(layer)
         if rank is not None or isinstance(layer, _ANY_RANK):
-            kinds.add("NC..." if rank in {None, len(shape) - 2} else "other")
+            kind = "NC..." if rank in {None, len(shape) - 2} else "other"
         elif _is_last(layer) or isinstance(layer, _SEQUENCES):
-            kinds.add("N...C" if not isinstance(layer, _SEQUENCES) or _batch_first(layer) else "LNC")
+            kind = "N...C" if not isinstance(layer, _SEQUENCES) or _batch_first(layer) else "LNC"
         else:
             continue
-        widths.update(_widths(layer))
-    by_width = {"NC...": shape[1] in widths, "N...C": shape[-1] in widths}
-    decided = [layout for layout, there in by_width.items() if there]
+        widths_of.setdefault(kind, set()).update(_widths(layer))
+    kinds, widths = set(widths_of), set().union(*widths_of.values())
+    places = {"NC...": shape[1], "N...C": shape[-1]}
+    decided = [layout for layout, width in places.items() if width in widths]
+    if len(decided) == 2 and len(kinds) > 1:  # a width of the one kind may be a size of the other by chance
+        decided = [layout for layout in decided if places[layout] in widths_of.get(layout, ())]
     if len(kinds) == 1 and kinds <= {"NC...", "N...C"} and (decided or not selected):
         (kind,) = kinds
         return None if len(decided) == 1 and decided[0] != kind else kind  # type: ignore[return-value]  # narrowed above
