@@ -170,7 +170,8 @@ def without_noise(values: Tensor) -> Tensor:
 
 
 def _noise(values: Tensor) -> Tensor:
-    return torch.finfo(values.dtype).eps ** 0.5 * values.amax()
+    noise: Tensor = torch.finfo(values.dtype).eps ** 0.5 * values.amax()
+    return noise
 
 
 def _safe(values: Tensor) -> Tensor:
