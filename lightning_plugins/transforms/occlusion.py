@@ -10,18 +10,18 @@ from lightning_plugins.functional.hidden_points import hidden_points
 from lightning_plugins.functional.range_image import RangeGrid, close_gaps, nearest_ranges
 
 TOLERANCE = 0.3  # metres behind a return within which another is still seen
-# Cells across a beam's own: odd numbers, so that one is in the middle. A point fills its cell and so widens the outline
-# by half a cell; an object of few rows needs the finer ones for that to be little.
-_FINER, _FINEST, _SMALL = 3, 7, 16
+# A point fills its cell, so the outline grows by half a cell on every side. With so many fine cells across the object
+# that is less than a hundredth of it, however few beams meet it: at 60 m a car is four rows high.
+_ACROSS = 128
 _FAR = 1e3  # radius of inversion, as a ratio to the range, of what stands at different distances
 
 
 def object_returns(points: Tensor, grid: RangeGrid) -> tuple[Tensor, Tensor]:
     """Take an object's returns: one on each beam that meets it, at the nearest of its surfaces.
 
-    The points are laid on a grid three or seven times as fine, whose gaps are closed as far as the points are apart; a
-    beam meets the object if the cell in its middle is covered. So an object keeps its outline, one that stands nearer
-    than it was seen gets its points, and no surface shines through another in front.
+    The points are laid on a finer grid, with at least 128 cells along and across the object, whose gaps are closed as
+    far as the points are apart; a beam meets the object if the cell in its middle is covered. So an object keeps its
+    outline, one that stands nearer than it was seen gets its points, and no surface shines through another in front.
 
     Args:
         points: Shape ``(n, C)``, at their place; the sensor is the origin.
@@ -35,19 +35,26 @@ def object_returns(points: Tensor, grid: RangeGrid) -> tuple[Tensor, Tensor]:
     inside = (cells >= 0).nonzero().flatten()
     if len(inside) == 0:
         return points[:0], inside
-    rows = cells[inside] // grid.columns
-    finer = _FINEST if int(rows.max() - rows.min()) < _SMALL else _FINER
-    fine = RangeGrid(finer * grid.rows, finer * grid.columns, grid.lowest, grid.highest)
+    rows, columns = cells[inside] // grid.columns, cells[inside] % grid.columns
+    half = grid.columns // 2
+    finer = _fineness(rows), _fineness((columns - columns[0] + half) % grid.columns)
+    fine = RangeGrid(finer[0] * grid.rows, finer[1] * grid.columns, grid.lowest, grid.highest)
     places, image = _closed(fine.cells(points[inside])[0], ranges[inside], fine, finer)
     row, column = places // fine.columns, places % fine.columns
-    hit = (row % finer == finer // 2) & (column % finer == finer // 2) & (image < math.inf)
-    row, column, image = row[hit] // finer, column[hit] // finer, image[hit]
+    hit = (row % finer[0] == finer[0] // 2) & (column % finer[1] == finer[1] // 2) & (image < math.inf)
+    row, column, image = row[hit] // finer[0], column[hit] // finer[1], image[hit]
     elevation = grid.lowest + (row + 0.5) * (grid.highest - grid.lowest) / grid.rows
     azimuth = ((column + 0.5) / grid.columns - 0.5) * 2 * math.pi
     level = image * elevation.cos()
     xyz = torch.stack([level * azimuth.cos(), level * azimuth.sin(), image * elevation.sin()], dim=1).to(points)
     own = inside[_nearest_number(grid.cells(points[inside])[0], row * grid.columns + column)]
     return torch.cat([xyz, points[own, 3:]], dim=1), own
+
+
+def _fineness(numbers: Tensor) -> int:
+    """Fine cells to a beam's own: an odd number of at least three, so that one is in the middle."""
+    count = int(numbers.max() - numbers.min()) + 1
+    return max(3, 2 * math.ceil((_ACROSS / count - 1) / 2) + 1)
 
 
 def _nearest_number(cells: Tensor, wanted: Tensor) -> Tensor:
@@ -59,7 +66,7 @@ def _nearest_number(cells: Tensor, wanted: Tensor) -> Tensor:
     return order[torch.where(nearer, before, after)]
 
 
-def _closed(cells: Tensor, ranges: Tensor, grid: RangeGrid, finer: int) -> tuple[Tensor, Tensor]:
+def _closed(cells: Tensor, ranges: Tensor, grid: RangeGrid, finer: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The cells around one object and its closed range image there; only that part of the grid is looked at."""
     rows, columns = cells // grid.columns, cells % grid.columns
     middle, half = columns[0], grid.columns // 2  # columns are counted from one of the object, so that none is torn
@@ -75,12 +82,13 @@ def _closed(cells: Tensor, ranges: Tensor, grid: RangeGrid, finer: int) -> tuple
     return places.flatten(), closed.flatten()
 
 
-def _window(count: int, height: int, width: int, grid: RangeGrid, finer: int) -> tuple[int, int]:
+def _window(count: int, height: int, width: int, grid: RangeGrid, finer: tuple[int, int]) -> tuple[int, int]:
     """How wide a gap between points may be: three times their mean distance, were half of them in front."""
     tall, wide = (grid.highest - grid.lowest) / grid.rows, 2 * math.pi / grid.columns
     spacing = math.sqrt(height * tall * width * wide / max(count / 2, 1))
     rows, columns = (
-        2 * math.ceil(min(1.5 * spacing / size, limit)) + 1 for size, limit in ((tall, 4 * finer), (wide, 12 * finer))
+        2 * math.ceil(min(1.5 * spacing / size, limit)) + 1
+        for size, limit in ((tall, 4 * finer[0]), (wide, 12 * finer[1]))
     )
     return rows, columns
 
