@@ -57,15 +57,27 @@ class RangeGrid:
             The cell, ``row * columns + column``, of each point, -1 for one above or below the rows or at the origin;
             and each point's range. Both of shape ``(..., N)``.
         """
+        up, around, distance = self.shares(points)
+        row = (up * self.rows).floor()
+        column = (around * self.columns).long() % self.columns
+        inside = (row >= 0) & (row < self.rows) & (distance > 0)
+        return torch.where(inside, row.nan_to_num().long() * self.columns + column, -1), distance
+
+    def shares(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tell where in the grid points lie, for grids of any fineness with these edges.
+
+        Args:
+            points: Shape ``(..., N, C)``, x, y and z first.
+
+        Returns:
+            The share of the way from the lowest to the highest edge, that of a turn from azimuth -pi, and the range,
+            each of shape ``(..., N)``. A share times a number of rows or columns, rounded down, is the cell.
+        """
         check_points("points", points)
         x, y, z = points[..., 0], points[..., 1], points[..., 2]
         level = torch.hypot(x, y)
-        distance = torch.hypot(level, z)
-        share = (torch.atan2(z, level) - self.lowest) / (self.highest - self.lowest)
-        row = (share * self.rows).floor()
-        column = ((torch.atan2(y, x) / (2 * math.pi) + 0.5) * self.columns).long() % self.columns
-        inside = (row >= 0) & (row < self.rows) & (distance > 0)
-        return torch.where(inside, row.nan_to_num().long() * self.columns + column, -1), distance
+        up = (torch.atan2(z, level) - self.lowest) / (self.highest - self.lowest)
+        return up, torch.atan2(y, x) / (2 * math.pi) + 0.5, torch.hypot(level, z)
 
 
 def nearest_ranges(cells: Tensor, ranges: Tensor, grid: RangeGrid) -> Tensor:

@@ -1,7 +1,7 @@
 """Whole-body augmentation (DR.CPO), and ground-truth sampling, which it is compared with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,35 +9,18 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_fraction, check_non_negative_int
 from lightning_plugins.data.object_bank import ObjectBank
-from lightning_plugins.functional.boxes import bev_overlap, points_in_boxes, rotate_z
-from lightning_plugins.functional.ground import ground_height
 from lightning_plugins.functional.range_image import RangeGrid
 from lightning_plugins.transforms import occlusion
+from lightning_plugins.transforms.body import Body, completed, cut_out
 from lightning_plugins.transforms.frame import Frame, FrameTransform, check_area
+from lightning_plugins.transforms.places import BirdsEye, first_free
+from lightning_plugins.transforms.returns import object_returns
 
 STAGES = ("construction", "placement", "self_occlusion", "external_occlusion")
 OCCLUDERS = ("range_image", "hull")
 MIN_POINTS = 5
 GRID = RangeGrid(rows=64, columns=2048, lowest=-0.4346, highest=0.0436)  # about that of KITTI's sensor
 _TRIES = 20  # places drawn for an object before it is given up
-_CANDIDATES = 10
-_ONE_SIDED = frozenset({"Pedestrian"})  # classes whose sides do not mirror each other
-
-
-@dataclass(frozen=True)
-class Body:
-    """An object to insert: points in the frame of its box, the box, its class and the object of each point."""
-
-    points: Tensor
-    box: Tensor
-    label: str
-    source: Tensor
-
-    def placed(self) -> Tensor:
-        """The points at the place of the box."""
-        points = rotate_z(self.points, self.box[6])
-        points[:, :3] += self.box[:3]
-        return points
 
 
 class WholeBodyAugmentation(FrameTransform):
@@ -114,12 +97,16 @@ class WholeBodyAugmentation(FrameTransform):
             The augmented frame.
         """
         bodies: list[Body] = []
+        taken = list(frame.boxes)
         for label, target in self.targets.items():
             members = self.bank.members(label)
             for number in rng.choice(members, max(0, target - frame.labels.count(label))):
-                body = self.place(self.construct(int(number), rng), frame, bodies, rng)
-                bodies += [] if body is None else [body]
-        return self.insert(frame, bodies)
+                body = self._free(self.construct(int(number), rng), taken, rng)
+                if body is not None:
+                    bodies.append(body)
+                    taken.append(body.box)
+        around = BirdsEye(frame.points)
+        return self._insert(frame, self._on_ground(bodies, around), around)
 
     def construct(self, number: int, rng: np.random.Generator) -> Body:
         """Complete an object of the bank, unless the stage is left out.
@@ -131,27 +118,9 @@ class WholeBodyAugmentation(FrameTransform):
         Returns:
             The object in the frame of its box, which grows to hold all points.
         """
-        one = self.bank[number]
         if "construction" not in self.stages:
-            points = torch.from_numpy(one.points.copy())
-            return Body(points, torch.from_numpy(one.box.copy()), one.label, torch.full((len(points),), number))
-        chosen, occupancy = [number], self.bank.occupancy(number).astype(np.float64)
-        level = occupancy[occupancy > 0].mean()
-        for other in rng.permutation(self.bank.candidates(number))[:_CANDIDATES].tolist():
-            if (occupancy > level).mean() > self.fill:
-                break
-            chosen.append(other)
-            occupancy += self.bank.occupancy(other)
-        clouds = [torch.from_numpy(self.bank[other].points.copy()) for other in chosen]
-        source = torch.repeat_interleave(torch.tensor(chosen), torch.tensor([len(cloud) for cloud in clouds]))
-        points = torch.cat(clouds)
-        if one.label not in _ONE_SIDED:
-            mirrored = points.clone()
-            mirrored[:, 1] *= -1
-            points, source = torch.cat([points, mirrored]), source.repeat(2)
-        box = torch.from_numpy(one.box.copy())
-        box[3:6] = torch.maximum(box[3:6], 2 * points[:, :3].abs().amax(dim=0) + 0.01)
-        return Body(points, box, one.label, source)
+            return cut_out(self.bank, number)
+        return completed(self.bank, number, self.fill, rng)
 
     def place(self, body: Body, frame: Frame, others: Sequence[Body], rng: np.random.Generator) -> Body | None:
         """Find a place for an object: a new one, or the one where it was seen if the stage is left out.
@@ -165,23 +134,28 @@ class WholeBodyAugmentation(FrameTransform):
         Returns:
             The object at its place, or None if there is none without an overlap in bird's-eye view.
         """
+        free = self._free(body, [*frame.boxes, *(other.box for other in others)], rng)
+        return None if free is None else self._on_ground([free], BirdsEye(frame.points))[0]
+
+    def _free(self, body: Body, taken: Sequence[Tensor], rng: np.random.Generator) -> Body | None:
+        """The object at a free place, at its old height."""
         boxes = body.box[None].repeat(_TRIES if "placement" in self.stages else 1, 1)
         if "placement" in self.stages:
             low, high = (
                 [*side, angle] for side, angle in zip(zip(*self.area, strict=True), (-np.pi, np.pi), strict=True)
             )
             boxes[:, [0, 1, 6]] = torch.from_numpy(rng.uniform(low, high, (_TRIES, 3))).to(boxes)
-        taken = torch.cat([frame.boxes.to(boxes), *(other.box[None] for other in others)])
-        free = (~bev_overlap(boxes, taken).any(dim=1)).nonzero().flatten().tolist()
-        if not free:
-            return None
-        box = boxes[free[0]].clone()
-        if "placement" in self.stages:
-            around = (frame.points[:, 0] - box[0]).abs().le(3) & (frame.points[:, 1] - box[1]).abs().le(3)
-            height = ground_height(frame.points[around].to(box), box[None, :2])[0]
-            if not height.isnan():
-                box[2] = height + box[5] / 2
-        return replace(body, box=box)
+        first = first_free(boxes, taken)
+        return None if first is None else replace(body, box=boxes[first])
+
+    def _on_ground(self, bodies: Sequence[Body], around: BirdsEye) -> list[Body]:
+        """The objects on the ground of the frame, where they have a new place and there are points enough."""
+        if "placement" not in self.stages or not bodies:
+            return list(bodies)
+        boxes = torch.stack([body.box for body in bodies])
+        heights = torch.from_numpy(around.ground(boxes[:, :2].numpy())).to(boxes)
+        boxes[:, 2] = torch.where(heights.isnan(), boxes[:, 2], heights + boxes[:, 5] / 2)
+        return [replace(body, box=box) for body, box in zip(bodies, boxes, strict=True)]
 
     def insert(self, frame: Frame, bodies: Sequence[Body]) -> Frame:
         """Put placed objects into a frame, with the stages of occlusion that are taken.
@@ -196,49 +170,47 @@ class WholeBodyAugmentation(FrameTransform):
         Raises:
             ValueError: If the objects' points have not as many columns as the frame's.
         """
+        return self._insert(frame, bodies, BirdsEye(frame.points))
+
+    def _insert(self, frame: Frame, bodies: Sequence[Body], around: BirdsEye) -> Frame:
         for body in bodies:
             if body.points.shape[1] != frame.points.shape[1]:
                 raise ValueError(
                     f"`bank` and frame must have points of the same columns, got {body.points.shape[1]} and "
                     f"{frame.points.shape[1]}"
                 )
-        clouds = [body.placed().to(frame.points) for body in bodies]
-        seen = [self.returns(cloud) for cloud in clouds]
-        bodies = [replace(body, source=body.source[own]) for body, (_, own) in zip(bodies, seen, strict=True)]
-        clouds = [cloud for cloud, _ in seen]
-        stay = [number for number, cloud in enumerate(clouds) if len(cloud) >= MIN_POINTS]
-        bodies, clouds = [bodies[number] for number in stay], [clouds[number] for number in stay]
+        seen = self._returns([body.placed().to(frame.points) for body in bodies])
+        stay = [number for number, (cloud, _) in enumerate(seen) if len(cloud) >= MIN_POINTS]
+        clouds = [seen[number][0] for number in stay]
+        bodies = [replace(bodies[number], source=bodies[number].source[seen[number][1]]) for number in stay]
         if not bodies:
             return frame
         boxes = torch.stack([body.box for body in bodies]).to(frame.points)
-        frame = frame.without(_inside_any(frame.points, boxes), min_points=MIN_POINTS)
+        frame = frame.without(around.inside(boxes), min_points=MIN_POINTS)
         if "external_occlusion" in self.stages:
-            if self.occluder == "hull":
-                behind, hidden = occlusion.hidden_by_hull(frame.points, clouds)
-            else:
-                whole = "self_occlusion" in self.stages  # else they are not what a sensor gets back
-                shadows = clouds if whole else [occlusion.object_returns(cloud, self.grid)[0] for cloud in clouds]
-                behind, hidden = occlusion.hidden_in_range_image(frame.points, clouds, shadows, self.grid)
+            behind, hidden = self._occlude(frame, clouds)
             frame = frame.without(behind, min_points=MIN_POINTS)
         else:
             hidden = [torch.zeros(len(cloud), dtype=torch.bool) for cloud in clouds]
         return _merged(frame, bodies, clouds, hidden)
 
-    def returns(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Take what the sensor gets back of an object alone; all its points, if self-occlusion is left out.
-
-        Args:
-            points: Shape ``(n, C)``, at their place.
-
-        Returns:
-            Points of shape ``(k, C)``, and the number of the point that each of them is or has its features from.
-        """
+    def _returns(self, clouds: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What the sensor gets back of each object alone, and the numbers of the points; all, without the stage."""
         if "self_occlusion" not in self.stages:
-            return points, torch.arange(len(points))
+            return [(cloud, torch.arange(len(cloud))) for cloud in clouds]
         if self.occluder == "range_image":
-            return occlusion.object_returns(points, self.grid)
-        kept = occlusion.visible_by_hull(points).nonzero().flatten()
-        return points[kept], kept
+            return object_returns(clouds, self.grid)
+        kept = [occlusion.visible_by_hull(cloud).nonzero().flatten() for cloud in clouds]
+        return [(cloud[numbers], numbers) for cloud, numbers in zip(clouds, kept, strict=True)]
+
+    def _occlude(self, frame: Frame, clouds: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Which of the frame's points, and of each object's, are hidden."""
+        if self.occluder == "hull":
+            return occlusion.hidden_by_hull(frame.points, clouds)
+        shadows = clouds
+        if "self_occlusion" not in self.stages:  # all points are there, which are not what a sensor gets back
+            shadows = [cloud for cloud, _ in object_returns(clouds, self.grid)]
+        return occlusion.hidden_in_range_image(frame.points, clouds, shadows, self.grid)
 
 
 class GroundTruthSampling(WholeBodyAugmentation):
@@ -290,16 +262,6 @@ def check_targets(bank: ObjectBank, targets: Mapping[str, int]) -> dict[str, int
         except ValueError as error:
             raise ValueError(f"`targets`: {error}") from None
     return dict(targets)
-
-
-def _inside_any(points: Tensor, boxes: Tensor) -> Tensor:
-    inside = torch.zeros(len(points), dtype=torch.bool)
-    for box in boxes:
-        reach = float(box[3:5].norm()) / 2
-        near = ((points[:, 0] - box[0]).abs() <= reach) & ((points[:, 1] - box[1]).abs() <= reach)
-        rows = near.nonzero().flatten()
-        inside[rows] |= points_in_boxes(points[rows], box[None])[:, 0]
-    return inside
 
 
 def _merged(frame: Frame, bodies: Sequence[Body], clouds: Sequence[Tensor], hidden: Sequence[Tensor]) -> Frame:
