@@ -41,14 +41,12 @@ def mean_and_interval(values: Sequence[float], digits: int) -> str:
 
 
 def _commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.stdout.strip() or "unknown"
+    """The commit, with "-dirty" where a tracked file differs from it; measurements being stored are not meant."""
+    folder = Path(__file__).parent
+    found = subprocess.run(["git", "describe", "--always"], cwd=folder, capture_output=True, text=True, check=False)
+    changed = ["git", "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)*.json"]
+    dirty = subprocess.run(changed, cwd=folder, capture_output=True, check=False).returncode != 0
+    return f"{found.stdout.strip()}{'-dirty' * dirty}" if found.returncode == 0 else "unknown"
 
 
 def _processor(device: str) -> str:

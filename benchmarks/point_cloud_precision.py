@@ -4,33 +4,33 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "point_cloud_augmentation.py"
 METHODS = ("none", "ground-truth sampling", "PolarMix", "DR.CPO")
+SHARES = ("0.1", "0.3", "1.0")
 
 
 def run(seeds: int, load: Callable[[], dict], keep: Callable[[str, object], None]) -> None:
-    """Train what is not stored yet, seeds first, each in the example's own script."""
-    for seed in range(seeds):
-        for share in ("0.1", "0.3", "1.0"):
-            for method in METHODS:
-                name = f"{share}/{method}/{seed}"
-                found = load().get("precision", {})
-                if name in found:
-                    continue
-                settings = {"EXAMPLE_SEED": str(seed), "EXAMPLE_SHARE": share, "EXAMPLE_METHODS": method}
-                done = subprocess.run(
-                    [sys.executable, str(EXAMPLE)],
-                    env={**os.environ, **settings},
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                )
-                match = re.search(r"average precision, .*: ([\d.]+)", done.stdout)
-                if match is None:
-                    raise RuntimeError(f"{EXAMPLE.name} printed no average precision:\n{done.stdout}")
-                found[name] = float(match[1])
-                keep("precision", found)
-                print(name, found[name], flush=True)
+    """Train what is not stored yet, the smallest share first, each seed in one run of the example's own script."""
+    for share in SHARES:
+        for seed in range(seeds):
+            found = load().get("precision", {})
+            missing = [method for method in METHODS if f"{share}/{method}/{seed}" not in found]
+            if missing:
+                settings = {"EXAMPLE_SEED": str(seed), "EXAMPLE_SHARE": share, "EXAMPLE_METHODS": ",".join(missing)}
+                for method, value in _trained(settings):
+                    found[f"{share}/{method}/{seed}"] = value
+                    keep("precision", found)  # each as it comes, so that a stopped run goes on from here
+                    print(share, method, seed, value, flush=True)
+
+
+def _trained(settings: dict[str, str]) -> Iterator[tuple[str, float]]:
+    command, environment = [sys.executable, "-u", str(EXAMPLE)], {**os.environ, **settings}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            if match := re.match(r"average precision, (.*): ([\d.]+)", line):
+                yield match[1], float(match[2])
+    if process.returncode:
+        raise RuntimeError(f"{EXAMPLE.name} failed with {settings}, exit status {process.returncode}")

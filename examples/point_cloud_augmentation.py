@@ -3,12 +3,10 @@
 #
 # A small network finds cars in generated scenes: a spinning sensor of 16 beams over a ground with cars, pedestrians,
 # walls and poles. Only a few frames have labels. It is trained without augmentation, with ground-truth sampling, with
-# PolarMix
-# and with whole-body augmentation (DR.CPO), and scored by average precision on frames that it has not seen.
+# PolarMix and with whole-body augmentation (DR.CPO), and scored by average precision on frames that it has not seen.
 #
-# What is compared is shown for one seed and is no claim: one training tells little. `benchmarks/point_cloud.py
-# precision`
-# repeats it over seeds and shares of the frames.
+# What is compared is shown for one seed and is no claim: one training tells little.
+# `benchmarks/point_cloud.py precision` repeats it over seeds and shares of the frames.
 
 # %%
 import os
@@ -58,7 +56,8 @@ def show(figure, name):
 # %%
 scenes = RaycastScenes(FRAMES, SENSOR, seed=1, objects={"Car": 5, "Pedestrian": 3})
 held_out = [RaycastScenes(HELD_OUT, SENSOR, seed=2, objects={"Car": 5, "Pedestrian": 3})[n] for n in range(HELD_OUT)]
-labelled = [scenes[number] for number in range(max(1, round(SHARE * FRAMES)))]
+count = max(1, round(SHARE * FRAMES))
+labelled = [scenes[(SEED * count + number) % FRAMES] for number in range(count)]  # another seed labels other frames
 bank = ObjectBank.from_frames(labelled)
 area = ((-45.0, 45.0), (-40.0, 40.0))
 AUGMENTATIONS = {
@@ -136,8 +135,7 @@ class GridDetector(LightningModule):
 # ## Average precision
 #
 # A detection is a cell that scores higher than its eight neighbours, right if it is a car's or beside it; each car
-# counts
-# once.
+# counts once.
 
 
 # %%
