@@ -1,6 +1,6 @@
 """Augmented frames against re-simulated scans, hidden points against geometry, times, memory, average precision.
 
-    python benchmarks/point_cloud.py sphere rescan time bank memory overlaps
+    python benchmarks/point_cloud.py hidden rescan time bank memory overlaps frame
     python benchmarks/point_cloud.py precision --seeds 5       # hours; goes on where it was stopped
     python benchmarks/point_cloud.py --page docs/benchmarks/point_cloud.md
 
@@ -18,6 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import point_cloud_hidden
 import torch
 from _report import describe_machine
 
@@ -36,45 +37,6 @@ PLACES = 12  # per distance
 def cuboid(distance: float, azimuth: float, yaw: float, height: float = SENSOR.height) -> Shape:
     x, y = distance * math.cos(azimuth), distance * math.sin(azimuth)
     return Shape((x, y, SIZE[2] / 2 - height, *SIZE, yaw), label="Car")
-
-
-def sphere() -> dict[str, object]:
-    """Recall and precision of the visible points of a sphere, by distance and radius factor."""
-    rng = np.random.default_rng(0)
-    points = torch.from_numpy(rng.normal(size=(20_000, 3)))
-    points /= points.norm(dim=1, keepdim=True)
-    rows = []
-    open3d = _open3d()
-    for distance in (2.0, 5.0, 20.0):
-        truth = points[:, 0] > 1 / distance
-        for factor in (10.0, 100.0, 1000.0):
-            began = time.process_time()
-            found = {"ours": ~hidden_points(points, (distance, 0.0, 0.0), factor)}
-            seconds = time.process_time() - began
-            if open3d is not None:
-                found["open3d"] = open3d(points, (distance, 0.0, 0.0), factor * (distance + 1))
-            for name, visible in found.items():
-                hits = float((visible & truth).sum())
-                row = {"by": name, "distance": distance, "factor": factor, "seconds": round(seconds, 3)}
-                rows.append({**row, "recall": hits / float(truth.sum()), "precision": hits / float(visible.sum())})
-                print(rows[-1], flush=True)
-    return {"rows": rows, "open3d": open3d is not None}
-
-
-def _open3d():
-    try:
-        import open3d
-    except ImportError:
-        return None
-
-    def visible(points, viewpoint, radius):
-        cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points.numpy()))
-        _, kept = cloud.hidden_point_removal(list(viewpoint), radius)
-        mask = torch.zeros(len(points), dtype=torch.bool)
-        mask[torch.tensor(kept)] = True
-        return mask
-
-    return visible
 
 
 def rescan() -> dict[str, object]:
@@ -140,7 +102,7 @@ def summary(rows: list[tuple[int, ...]]) -> dict[str, float]:
 
 
 def timing() -> dict[str, object]:
-    """Processor seconds of a frame, median of interleaved runs."""
+    """Processor seconds of a frame: median and minimum of interleaved runs."""
     small = RaycastScenes(40, SpinningSensor(beams=32, columns=1024, lowest=-22, highest=3), seed=1)
     large = RaycastScenes(1, SpinningSensor(beams=64, columns=2048, lowest=-24, highest=4), seed=2, scenery=40)
     bank = ObjectBank.from_frames(small)
@@ -155,7 +117,7 @@ def timing() -> dict[str, object]:
             cases[f"{name}, {occluder}"] = (transform, frame)
     times = defaultdict(list)
     added = {}
-    for run in range(8):
+    for run in range(16):
         for name, (transform, frame) in cases.items():
             transform.set_epoch(run)
             began = time.process_time()
@@ -229,7 +191,7 @@ def frame_pass() -> dict[str, object]:
 
 
 PARTS = {
-    "sphere": sphere,
+    "hidden": point_cloud_hidden.run,
     "rescan": rescan,
     "time": timing,
     "bank": bank_time,

@@ -81,7 +81,7 @@ class BirdsEye:
         rows, own = self.near(places, radius)
         x, y, z = (self.points[rows, axis].astype(np.float64) for axis in range(3))
         x, y = (x - places[own, 0]) / radius, (y - places[own, 1]) / radius
-        close = x**2 + y**2 <= 1
+        close = (x**2 + y**2 <= 1) & np.isfinite(z)
         counts = np.bincount(own[close], minlength=len(places))
         known = np.flatnonzero(counts >= 5)
         close &= counts[own] >= 5
