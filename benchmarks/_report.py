@@ -34,10 +34,13 @@ _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def mean_and_interval(values: Sequence[float], digits: int) -> str:
     """The mean over training seeds with the half-width of its 95 % interval, by Student's t."""
     mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
+    return mean if len(values) < 2 else f"{mean} ± {half_width(values):.{digits}f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean of at least two values, by Student's t."""
     quantile = _QUANTILES[len(values) - 2] if len(values) - 2 < len(_QUANTILES) else 1.96
-    return f"{mean} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _commit() -> str:

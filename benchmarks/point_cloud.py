@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +43,15 @@ def cuboid(distance: float, azimuth: float, yaw: float, height: float = SENSOR.h
 def rescan() -> dict[str, object]:
     """Frames with an inserted cuboid against scans of the scene with that cuboid in it."""
     rng = np.random.default_rng(0)
-    views = (cuboid(rng.uniform(5, 25), rng.uniform(-3, 3), rng.uniform(-3, 3)) for _ in range(150))
+    views = [cuboid(rng.uniform(5, 25), rng.uniform(-3, 3), rng.uniform(-3, 3)) for _ in range(150)]
     bank = ObjectBank.from_frames(frame_of([view], scan([view], SENSOR)) for view in views)
+    noisy = ObjectBank.from_frames(frame_of([view], scan([view], replace(SENSOR, noise=0.02), rng)) for view in views)
     methods = {
         "range image": WholeBodyAugmentation(bank, {}, grid=SENSOR.grid),
         "range image, all ten candidates": WholeBodyAugmentation(bank, {}, grid=SENSOR.grid, fill=1.0),
         "hull": WholeBodyAugmentation(bank, {}, grid=SENSOR.grid, occluder="hull"),
+        "hull, range noise 0.02 m": WholeBodyAugmentation(noisy, {}, grid=SENSOR.grid, occluder="hull"),
+        "range image, range noise 0.02 m": WholeBodyAugmentation(noisy, {}, grid=SENSOR.grid),
         "range image, not completed": WholeBodyAugmentation(
             bank, {}, grid=SENSOR.grid, stages=["placement", "self_occlusion", "external_occlusion"]
         ),
@@ -72,7 +76,7 @@ def rescan() -> dict[str, object]:
                     own = ObjectBank.from_frames([frame_of([view], seen)])
                     body = GroundTruthSampling(own, {}).construct(0, rng)
                 else:
-                    body = method.construct(int(rng.integers(len(bank))), rng)
+                    body = method.construct(int(rng.integers(len(method.bank))), rng)
                     body.box[[0, 1, 6]] = torch.tensor([view.box[0], view.box[1], view.box[6]])
                     body.box[2] = view.box[2]
                 found = method.insert(frame, [body])
@@ -107,13 +111,19 @@ def timing() -> dict[str, object]:
     large = RaycastScenes(1, SpinningSensor(beams=64, columns=2048, lowest=-24, highest=4), seed=2, scenery=40)
     bank = ObjectBank.from_frames(small)
     cases = {}
-    for name, frames, count, limit in (("17,000 and 10", small, 10, 17_000), ("120,000 and 40", large, 40, 120_000)):
+    whole, near = ((5.0, 65.0), (-35.0, 35.0)), ((5.0, 35.0), (-20.0, 20.0))  # near, hardly an object is dropped
+    for name, frames, count, limit, area in (
+        ("17,000 and 10", small, 10, 17_000, whole),
+        ("17,000 and 10, within 40 m", small, 10, 17_000, near),
+        ("120,000 and 40", large, 40, 120_000, whole),
+        ("120,000 and 40, within 40 m", large, 40, 120_000, near),
+    ):
         frame = frames[0]
         keep = np.random.default_rng(0).permutation(len(frame["points"]))[:limit]
         frame = {"points": frame["points"][keep], "boxes": np.zeros((0, 7), np.float32), "labels": []}
         for occluder in ("range_image", "hull"):
             targets = {"Car": count // 2, "Pedestrian": count // 4, "Cyclist": count - count // 2 - count // 4}
-            transform = WholeBodyAugmentation(bank, targets, occluder=occluder, grid=frames.sensor.grid)
+            transform = WholeBodyAugmentation(bank, targets, occluder=occluder, grid=frames.sensor.grid, area=area)
             cases[f"{name}, {occluder}"] = (transform, frame)
     times = defaultdict(list)
     added = {}
