@@ -72,6 +72,8 @@ def rescan() -> dict[str, object]:
                 continue
             frame = Frame.read({"points": empty.points, "boxes": np.zeros((0, 7)), "labels": []})
             for name, method in methods.items():
+                if method.occluder == "hull" and number % 3:  # a hull of 90,000 points takes its time
+                    continue
                 if name == "ground-truth sampling":  # an object of a bank that was seen at that very place
                     own = ObjectBank.from_frames([frame_of([view], seen)])
                     body = GroundTruthSampling(own, {}).construct(0, rng)
