@@ -234,6 +234,31 @@ MISTAKES = {
         ValueError,
         "points of the same columns, got 4 and 3",
     ),
+    "points of bfloat16": (
+        lambda: frame(points=GENERATED.bfloat16()),
+        TypeError,
+        "`points` must be float16, float32 or float64, got torch.bfloat16",
+    ),
+    "points with gradients": (
+        lambda: frame(points=GENERATED.clone().requires_grad_()),
+        ValueError,
+        r"`points` must not carry gradients.*points.detach\(\)",
+    ),
+    "points on a device": (
+        lambda: frame(points=GENERATED.to("meta"), boxes=[], labels=[]),
+        ValueError,
+        "`points` must be on the CPU, got meta; `BatchAugmentation`",
+    ),
+    "negative index": (
+        lambda: frame(index=-1),
+        ValueError,
+        "`index` must be a number of at least 0, got -1; without it",
+    ),
+    "name as index": (
+        lambda: frame(index="left"),
+        ValueError,
+        "`index` must be a number of at least 0, got 'left'",
+    ),
     "nothing to mix": (
         lambda: PolarMix([]),
         ValueError,

@@ -47,13 +47,13 @@ class Frame:
             raise ValueError(
                 f"a frame must have `points`, `boxes` and `labels`, got {sorted(sample)} without {missing}"
             )
-        points = torch.as_tensor(sample["points"])
+        points = _tensor(sample["points"])
         if points.ndim != 2 or points.shape[1] < 3 or not points.is_floating_point():
             raise ValueError(
                 "`points` must be floating with shape (n, 3 or more), "
                 f"got {points.dtype} with shape {tuple(points.shape)}"
             )
-        boxes = torch.as_tensor(sample["boxes"]).to(points)
+        boxes = _tensor(sample["boxes"]).to(points)
         labels = [*sample["labels"]]
         if boxes.numel() == 0:
             boxes = boxes.reshape(0, 7)
@@ -65,7 +65,7 @@ class Frame:
             if not isinstance(label, str):
                 raise TypeError(f"`labels` must be names of classes, got {label!r} ({type(label).__name__})")
         source = sample.get("source")
-        own = torch.full((len(points),), -1) if source is None else torch.as_tensor(source)
+        own = torch.full((len(points),), -1) if source is None else _tensor(source)
         return cls(points, boxes, [str(label) for label in labels], own)
 
     def without(self, points: Tensor, *, min_points: int) -> "Frame":
@@ -121,8 +121,14 @@ class FrameTransform(ABC):
 
         Returns:
             A new dictionary with the same kinds of arrays and a ``source`` for each point: -1 for the frame's own.
+
+        Raises:
+            TypeError: If the sample is no mapping, its labels are no names, or its points have a type that NumPy lacks.
+            ValueError: If a key is missing, a shape or the ``index`` is wrong, or the points are on another device or
+                carry gradients.
         """
         frame = Frame.read(sample)
+        _check_plain(frame.points)
         return self.augment(frame, self._rng(sample, frame)).write(sample)
 
     @abstractmethod
@@ -134,7 +140,37 @@ class FrameTransform(ABC):
         if index is None:
             digest = hashlib.blake2b(frame.points.contiguous().numpy().tobytes(), digest_size=8).digest()
             return np.random.default_rng([self.seed, int(self._epoch), int.from_bytes(digest, "little"), 1])
-        return np.random.default_rng([self.seed, int(self._epoch), int(index)])
+        try:
+            number = check_non_negative_int("index", int(index))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"`index` must be a number of at least 0, got {index!r}; without it the points tell the frame"
+            ) from None
+        return np.random.default_rng([self.seed, int(self._epoch), number])
+
+
+def _tensor(values: Any) -> Tensor:
+    """The values as a tensor, without a copy unless they are read-only, as arrays that are mapped into memory are."""
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()
+    return torch.as_tensor(values)
+
+
+def _check_plain(points: Tensor) -> None:
+    """Refuse points that NumPy cannot share.
+
+    Raises:
+        TypeError: If NumPy lacks their type.
+        ValueError: If they are on another device, or carry gradients.
+    """
+    if points.device.type != "cpu":
+        raise ValueError(
+            f"`points` must be on the CPU, got {points.device}; `BatchAugmentation` augments batches on any device"
+        )
+    if points.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise TypeError(f"`points` must be float16, float32 or float64, got {points.dtype}")
+    if points.requires_grad:
+        raise ValueError("`points` must not carry gradients, got requires_grad=True; pass `points.detach()`")
 
 
 def check_area(area: Sequence[Sequence[float]]) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -1,5 +1,7 @@
 """Whole-body augmentation: what it inserts, what it hides, and that it is the same in any worker."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,16 @@ def test_keeps_kinds_features_and_other_keys(kind):
     known = {float(value) for value in np.unique(BANK.arrays["points"][:, 3])}
     assert set(np.asarray(result["points"])[mine, 3].tolist()) <= known
     assert len(result["points"]) == len(result["source"])
+
+
+def test_read_only_frames_are_left_alone_without_a_warning(tmp_path):
+    """As they come from files that are mapped into memory."""
+    np.save(tmp_path / "points.npy", FRAMES[0]["points"])
+    mapped = np.load(tmp_path / "points.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = whole()({**FRAMES[0], "points": mapped})
+    assert_equal(result, whole()(FRAMES[0]))
 
 
 class Augmented(Dataset):
