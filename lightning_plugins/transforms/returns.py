@@ -33,7 +33,9 @@ def object_returns(clouds: Sequence[Tensor], grid: RangeGrid) -> list[tuple[Tens
     if not sum(sizes):
         return [(cloud, torch.zeros(0, dtype=torch.int64)) for cloud in clouds]
     ends = np.cumsum(sizes)[:-1]
-    shares = [np.split(share.numpy(), ends) for share in grid.shares(torch.cat(list(clouds)))]
+    points = torch.cat([cloud[:, :3] for cloud in clouds])
+    exact = points if points.dtype == torch.float64 else points.float()  # half precision cannot count the fine cells
+    shares = [np.split(share.numpy(), ends) for share in grid.shares(exact)]
     met = [_meet(*own, grid) for own in zip(*shares, strict=True)]
     rows, columns, ranges, _ = (np.concatenate(parts) for parts in zip(*met, strict=True))
     elevation = grid.lowest + (rows + 0.5) * ((grid.highest - grid.lowest) / grid.rows)

@@ -72,6 +72,18 @@ def test_returns_equal_those_of_one_object_after_the_other(seed):
         assert torch.equal(steps[rows, own], steps[rows, nearest])  # of two as near either will do
 
 
+def test_half_precision_gives_the_beams_of_single():
+    """Of points that half precision holds; the fine cells of a turn are more than it can count."""
+    rng = np.random.default_rng(0)
+    cloud = torch.from_numpy(turned(surface(2000, rng), 0.4, (-8.0, 0.3, -1.0))).half()
+    ((half, own),) = object_returns([cloud], SENSOR.grid)
+    ((single, numbers),) = object_returns([cloud.float()], SENSOR.grid)
+    assert half.dtype == torch.float16
+    assert torch.equal(own, numbers)
+    torch.testing.assert_close(half, single.half())
+    assert len(half) > 1000
+
+
 @pytest.mark.parametrize(("epoch", "dtype"), [(0, np.float32), (1, np.float64), (2, np.float32)])
 def test_a_frame_is_augmented_as_by_one_object_after_the_other(epoch, dtype):
     near = ((3.0, 12.0), (-12.0, 12.0))
