@@ -101,7 +101,7 @@ def _plane_heights(x: np.ndarray, y: np.ndarray, z: np.ndarray, counts: np.ndarr
     starts, group = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
     one = np.ones_like(x)
     products = np.stack([x * x, x * y, x, y * y, y, one, x * z, y * z, z])
-    kept = one
+    kept, plane = one, np.zeros((len(counts), 3))
     for step in range(7):
         sums = np.add.reduceat(products * kept, starts, axis=1)
         gram, right = sums[[0, 1, 2, 1, 3, 4, 2, 4, 5]].T.reshape(-1, 3, 3).copy(), sums[6:].T[..., None]

@@ -36,7 +36,7 @@ def object_returns(clouds: Sequence[Tensor], grid: RangeGrid) -> list[tuple[Tens
     points = torch.cat([cloud[:, :3] for cloud in clouds])
     exact = points if points.dtype == torch.float64 else points.float()  # half precision cannot count the fine cells
     shares = [np.split(share.numpy(), ends) for share in grid.shares(exact)]
-    met = [_meet(*own, grid) for own in zip(*shares, strict=True)]
+    met = [_meet(up, around, ranges, grid) for up, around, ranges in zip(*shares, strict=True)]
     rows, columns, ranges, _ = (np.concatenate(parts) for parts in zip(*met, strict=True))
     elevation = grid.lowest + (rows + 0.5) * ((grid.highest - grid.lowest) / grid.rows)
     azimuth = ((columns + 0.5) / grid.columns - 0.5) * (2 * math.pi)
