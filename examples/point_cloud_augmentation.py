@@ -3,12 +3,13 @@
 #
 # A small network finds cars in generated scenes: a spinning sensor of 16 beams over a ground with cars, pedestrians,
 # walls and poles. Only a few frames have labels. It is trained without augmentation, with ground-truth sampling, with
-# PolarMix
-# and with whole-body augmentation (DR.CPO), and scored by average precision on frames that it has not seen.
+# PolarMix and with whole-body augmentation (DR.CPO), and scored by average precision on frames that it has not seen.
 #
 # What is compared is shown for one seed and is no claim: one training tells little. `benchmarks/point_cloud.py
-# precision`
-# repeats it over seeds and shares of the frames.
+# precision` repeats it over seeds and shares of the frames.
+
+# %%
+# %pip install --quiet 'lightning-plugins[lightning,pointcloud,plots]'
 
 # %%
 import os

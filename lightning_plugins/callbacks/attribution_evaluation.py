@@ -12,6 +12,7 @@ from lightning_plugins._checks import check_choice, check_non_negative_int, chec
 from lightning_plugins._lightning import (
     Callback,
     DDPStrategy,
+    DeepSpeedStrategy,
     LightningModule,
     MisconfigurationException,
     SingleDeviceStrategy,
@@ -138,10 +139,11 @@ class AttributionEvaluation(Callback):
         """Check the strategy, the network and the layers that methods need."""
         require_lightning_module(type(self).__name__, pl_module)
         strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
-                f"AttributionEvaluation supports a single device and DDP, got {type(strategy).__name__}: gradients of"
-                " inputs and hooks need whole parameters; evaluate the trained checkpoint with `strategy='ddp'`"
+                f"AttributionEvaluation supports a single device and DDP, got {type(strategy).__name__}; pass "
+                "`strategy='ddp'`, for example for the trained checkpoint: gradients of inputs and hooks need whole "
+                "parameters"
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
