@@ -3,7 +3,8 @@
 Every training takes the same number of steps under one schedule of the learning rate and delivers a network within the
 same share of the dense network's operations. Torch-Pruning removes channels at two fifths of the training, in even
 shares of all layers (its default), the largest share that meets the budget, and fine-tunes for the rest with a fresh
-optimizer: "Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms.
+optimizer: "Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms;
+"global" ranks the channels of all layers together and leaves each layer a twentieth.
 
 The digits are those of scikit-learn; the glyphs are thirty characters, drawn by the seed, in the fonts that come with
 matplotlib, turned, scaled and shifted by chance. A seed chooses the training images, the initial network and the order
@@ -52,6 +53,7 @@ METHODS = (
     "masks, magnitude",
     "Torch-Pruning, magnitude",
     "Torch-Pruning, BN",
+    "Torch-Pruning, magnitude, global",
 )
 
 
@@ -108,11 +110,12 @@ def prune(model: Classifier, budget: float, method: str) -> None:
 
     def pruned(share: float) -> Classifier:
         smaller = copy.deepcopy(model)
-        importance = tp.importance.BNScaleImportance() if method.endswith("BN") else tp.importance.MagnitudeImportance()
+        importance = tp.importance.BNScaleImportance() if "BN" in method else tp.importance.MagnitudeImportance()
         heads = [smaller.net.get_classifier()]
         inputs = smaller.example_input_array
+        wholly = {"global_pruning": True, "max_pruning_ratio": 0.95} if method.endswith("global") else {}
         tp.pruner.BasePruner(
-            smaller.net, inputs, importance=importance, pruning_ratio=share, ignored_layers=heads
+            smaller.net, inputs, importance=importance, pruning_ratio=share, ignored_layers=heads, **wholly
         ).step()
         return smaller
 
@@ -248,9 +251,9 @@ TEXT = """# Channels, ranks or both within a budget: accuracy against Torch-Prun
 600 training images of ten digits or of thirty characters, batches of 100, AdamW under one cycle of its learning rate,
 from scratch.
 `HybridCompression` chooses channels and ranks together, `RankScheduling` ranks alone, `MaskScheduling` channels alone
-(learned, or by magnitude); Torch-Pruning removes even shares of channels at two fifths of the training. Intervals are
-95 % over training seeds. "Minus the better Torch-Pruning" compares seed by seed with the more accurate of its two
-criteria *for that seed*, which favours Torch-Pruning. The script is `benchmarks/hybrid_compression_study.py`; its
+(learned, or by magnitude); Torch-Pruning removes even shares of channels of all layers at two fifths of the training,
+or those that are last among all ("global"). Intervals are 95 % over training seeds. "Minus the better Torch-Pruning"
+compares seed by seed with the more accurate of its rows *for that seed*, which favours Torch-Pruning. The script is `benchmarks/hybrid_compression_study.py`; its
 results are in `hybrid_compression.json`.
 
 {machine}
