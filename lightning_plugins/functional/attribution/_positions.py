@@ -30,7 +30,7 @@ def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]
             "`masks` must have the shape (B, *spatial) of `attributions`, with or without channels, got"
             f" {tuple(masks.shape)} for attributions of shape {tuple(attributions.shape)}"
         )
-    if maps[:1].numel() == 0 and len(maps):
+    if 0 in maps.shape[1:]:
         raise ValueError(f"`attributions` must have at least one position, got shape {tuple(attributions.shape)}")
     return maps.flatten(1), masks.flatten(1).to(maps.device) != 0
 
