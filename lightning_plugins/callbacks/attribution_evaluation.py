@@ -30,8 +30,7 @@ from lightning_plugins.callbacks._attribution.untouched import untouched
 from lightning_plugins.callbacks._monitors.figures import hand_to_loggers
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
 from lightning_plugins.distributed import is_distributed
-from lightning_plugins.functional.attribution.faithfulness import Explain
-from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, checked_logits, checked_target
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, checked_logits, checked_target
 from lightning_plugins.metrics.attribution.localization import LocalizationMetric
 from lightning_plugins.plots import require_matplotlib
 

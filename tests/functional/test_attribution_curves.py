@@ -24,7 +24,7 @@ from lightning_plugins.functional.attribution import (
     scaled_curve,
     sensitivity,
 )
-from lightning_plugins.functional.attribution.faithfulness import noise_of
+from lightning_plugins.functional.attribution.infidelity import noise_of
 from lightning_plugins.functional.attribution.random import random_bits, random_uniform, sample_keys, split_keys
 from lightning_plugins.functional.attribution.replacement import REPLACEMENTS
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice
 from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins.functional.attribution.faithfulness import Explain
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys
 from lightning_plugins.functional.attribution.replacement import Patches
+from lightning_plugins.functional.attribution.scoring import Explain
 
 WITH_LAYER = ("gradcam", "guided_gradcam")
 GUIDED = ("guided_backprop", "guided_gradcam")

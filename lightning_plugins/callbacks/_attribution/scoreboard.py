@@ -9,8 +9,7 @@ from torchmetrics import Metric
 from lightning_plugins._checks import check_choice
 from lightning_plugins.callbacks._attribution.report import AttributionReport
 from lightning_plugins.functional.attribution import random_attributions
-from lightning_plugins.functional.attribution.faithfulness import Explain
-from lightning_plugins.functional.attribution.scoring import Forward
+from lightning_plugins.functional.attribution.scoring import Explain, Forward
 from lightning_plugins.metrics.attribution import (
     AttributionAUROC,
     AttributionLocalization,

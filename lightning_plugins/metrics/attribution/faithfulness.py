@@ -13,9 +13,8 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     sensitivity,
 )
-from lightning_plugins.functional.attribution.faithfulness import Explain
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys
-from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, Forward
 from lightning_plugins.metrics.attribution.base import AttributionMetric
 
 
