@@ -164,16 +164,22 @@ def test_methods_that_fail_take_their_hooks_off():
     assert after == before
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+HALF = {"16-true": torch.half, "16-mixed": torch.half, "bf16-true": torch.bfloat16, "bf16-mixed": torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", [*HALF, "64-true"])
 def test_precisions(precision):
-    methods = {name: CAPTUM[name] for name in ("saliency", "gradcam", "guided_backprop", "deeplift", "lime")}
-    exact, _ = evaluate(methods)
-    half, _ = evaluate(methods, run={"precision": precision})
-    for row, own in exact.report.scores.items():
-        wanted = own["iou"]["score"]
-        assert half.report.scores[row]["iou"]["score"] == pytest.approx(
-            wanted, abs=0.05 if "bf16" in precision else 1e-4
-        )
+    # numbers that all precisions have, since samples draw their random numbers from their contents
+    data = [(x.to(HALF.get(precision, x.dtype)).float(), y, masks) for x, y, masks in batches()]
+    names = ("saliency", "gradcam", "guided_backprop", "deeplift", "lime", "kernel_shap")
+    methods, metrics = {name: CAPTUM[name] for name in names}, ["iou", "rank_accuracy", "auroc"]
+    exact, _ = evaluate(methods, data=data, metrics=metrics)
+    own, _ = evaluate(methods, data=data, metrics=metrics, run={"precision": precision})
+    for row, cells in exact.report.scores.items():
+        tolerance = 0.05 if precision in HALF and row != "random" else 1e-4
+        for name, cell in cells.items():
+            found = own.report.scores[row][name]["score"]
+            assert found == pytest.approx(cell["score"], abs=tolerance), (row, name)
 
 
 @pytest.mark.parametrize("limit", [1, 5, 1000])

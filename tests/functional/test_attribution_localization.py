@@ -143,6 +143,19 @@ def test_half_precision_and_huge_values():
         assert score(1e37 * maps, masks).score.isfinite().all()
 
 
+@pytest.mark.parametrize("score", [*SCORES, lambda a, m: top_k_intersection(a, m, 400)])
+def test_a_default_dtype_of_half_precision_changes_nothing(score):
+    """Lightning's `16-true` makes it the default: quotients of counts would be rounded, and above 65,504 infinite."""
+    maps, masks = torch.rand(2, 1000).mul(8).round(), torch.rand(2, 1000) < 0.4
+    wanted = score(maps, masks)
+    torch.set_default_dtype(torch.half)
+    try:
+        found = score(maps, masks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_equals_quantus_where_definitions_meet():
     from tools.attribution_oracle import data
 

@@ -194,11 +194,11 @@ def _lrp(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
 
 
 def _lime(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
-    return _sampled(attr.Lime(_logits(call)), call, x, target)
+    return _sampled(attr.Lime, call, x, target)
 
 
 def _kernel_shap(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
-    return _sampled(attr.KernelShap(_logits(call)), call, x, target)
+    return _sampled(attr.KernelShap, call, x, target)
 
 
 def _gradcam(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
@@ -212,19 +212,29 @@ def _guided_gradcam(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> 
     return attr.GuidedGradCam(call.network, call.layer).attribute(x, target=target, **options)
 
 
-def _sampled(method: Any, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _sampled(kind: Any, call: Call, x: Tensor, target: Tensor) -> Tensor:
     """LIME and KernelSHAP look at one sample at a time, with random numbers that belong to it."""
+    # The regressions are at least in float32, whatever a Trainer has made the default of new tensors: KernelSHAP's
+    # weights of a million are infinite in half precision.
+    usual = torch.get_default_dtype()
+
+    def forward(copies: Tensor) -> Tensor:
+        with _new_tensors_in(usual):
+            return _logits(call)(copies.to(x.dtype))
+
     options = {"n_samples": 200, "perturbations_per_eval": call.limit, **call.options}
     patch = options.pop("patch", 16)
     if "feature_mask" not in options:
         options["feature_mask"] = Patches(tuple(x.shape[2:] or x.shape[1:]), patch, x.device).ids[
             (None,) * (1 + (x.ndim > 2))
         ]
-    parts = []
-    for sample, label, key in zip(x.split(1), target.split(1), sample_keys(x).tolist(), strict=True):
+    wide = x if x.dtype == torch.float64 else x.float()
+    method, parts = kind(forward), []
+    for sample, label, key in zip(wide.split(1), target.split(1), sample_keys(x).tolist(), strict=True):
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed((key + call.seed) % 2**63)
-            parts.append(method.attribute(sample, target=label, **options).detach())
+            with _new_tensors_in(wide.dtype):
+                parts.append(method.attribute(sample, target=label, **options).detach())
     return torch.cat(parts)
 
 
@@ -261,6 +271,16 @@ def _logits_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _interpolation(x: Tensor) -> str:
     return {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
+
+
+@contextmanager
+def _new_tensors_in(dtype: torch.dtype) -> Iterator[None]:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 @contextmanager

@@ -16,16 +16,21 @@ def expected_hits(maps: Tensor, truth: Tensor, size: Tensor) -> Tensor:
         size: How many positions are taken of each map, shape ``(B,)``.
 
     Returns:
-        Shape ``(B,)``.
+        Shape ``(B,)``, in the dtype of ``maps``.
     """
-    return hits_above(maps, truth, _nth_largest(maps, size.clamp_min(1)), size)
+    return hits_above(maps, truth, _nth_largest(maps, size.clamp_min(1).long()), size)
 
 
 def hits_above(maps: Tensor, truth: Tensor, least: Tensor, size: Tensor | int) -> Tensor:
     """Count positions of the truth among the ``size`` largest, of which ``least`` of shape ``(B, 1)`` is the last."""
     above, tied = maps > least, maps == least
-    wanted = size - above.sum(1)  # of the tied ones
-    return (above & truth).sum(1) + (tied & truth).sum(1) * wanted / tied.sum(1).clamp_min(1)
+    wanted = size - count(above, maps)  # of the tied ones
+    return count(above & truth, maps) + count(tied & truth, maps) * wanted / count(tied, maps).clamp_min(1)
+
+
+def count(chosen: Tensor, maps: Tensor) -> Tensor:
+    """Count the positions in each row, in the dtype of ``maps``: quotients of integers would take the default dtype."""
+    return chosen.sum(1, dtype=maps.dtype)
 
 
 def pairs_in_order(maps: Tensor, truth: Tensor) -> Tensor:

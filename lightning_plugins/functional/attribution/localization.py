@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
 from lightning_plugins.functional.attribution._positions import flat_positions
-from lightning_plugins.functional.attribution._ties import expected_hits, hits_above, pairs_in_order
+from lightning_plugins.functional.attribution._ties import count, expected_hits, hits_above, pairs_in_order
 
 
 class LocalizationScores(NamedTuple):
@@ -56,7 +56,7 @@ def localization_iou(attributions: Tensor, masks: Tensor) -> LocalizationScores:
         the small variance of the hits among ties.
     """
     maps, truth = flat_positions(attributions, masks)
-    size = truth.sum(1)
+    size = count(truth, maps)
     hits, rate = expected_hits(maps, truth, size), size / maps.shape[1]
     return _defined(hits / (2 * size - hits), rate / (2 - rate), maps, truth)
 
@@ -83,7 +83,7 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Localization
         Arras et al., Information Fusion 2022, https://arxiv.org/abs/2003.07258.
     """
     maps, truth = flat_positions(attributions, masks)
-    size = truth.sum(1)
+    size = count(truth, maps)
     return _defined(expected_hits(maps, truth, size) / size, size / maps.shape[1], maps, truth)
 
 
@@ -113,7 +113,7 @@ def top_k_intersection(attributions: Tensor, masks: Tensor, k: int) -> Localizat
     if check_positive_int("k", k) > maps.shape[1]:
         raise ValueError(f"`k` must be at most the number of positions, {maps.shape[1]}, got {k}")
     hits = hits_above(maps, truth, maps.topk(k, dim=1).values[:, -1:], k)
-    return _defined(hits / k, truth.sum(1) / maps.shape[1], maps, truth)
+    return _defined(hits / k, count(truth, maps) / maps.shape[1], maps, truth)
 
 
 def attribution_localization(attributions: Tensor, masks: Tensor, *, weighted: bool = False) -> LocalizationScores:
@@ -145,8 +145,8 @@ def attribution_localization(attributions: Tensor, masks: Tensor, *, weighted: b
     maps, truth = flat_positions(attributions, masks)
     positive = maps.clamp_min(0)
     positive = positive / positive.amax(1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # sums stay finite
-    total, rate = positive.sum(1), truth.sum(1) / maps.shape[1]
-    share = torch.where(total > 0, (positive * truth).sum(1) / total, rate.to(maps.dtype))
+    total, rate = positive.sum(1), count(truth, maps) / maps.shape[1]
+    share = torch.where(total > 0, (positive * truth).sum(1) / total, rate)
     share = share.clamp_max(1.0)  # the two sums round apart
     return _defined(share / rate if weighted else share, rate / rate if weighted else rate, maps, truth)
 
@@ -180,8 +180,8 @@ def pointing_game(attributions: Tensor, masks: Tensor, *, tolerance: int = 0) ->
     if tolerance:
         wide = _dilated(truth.reshape(masks.shape), tolerance).reshape(truth.shape)  # a channel of one stays one
     largest = maps == maps.amax(1, keepdim=True)
-    score = (largest & wide).sum(1) / largest.sum(1)
-    return _defined(score, wide.sum(1) / maps.shape[1], maps, truth)
+    score = count(largest & wide, maps) / count(largest, maps)
+    return _defined(score, count(wide, maps) / maps.shape[1], maps, truth)
 
 
 def attribution_auroc(attributions: Tensor, masks: Tensor) -> LocalizationScores:
@@ -206,7 +206,7 @@ def attribution_auroc(attributions: Tensor, masks: Tensor) -> LocalizationScores
         Mann and Whitney, 1947.
     """
     maps, truth = flat_positions(attributions, masks)
-    size = truth.sum(1)
+    size = count(truth, maps)
     pairs = size * (maps.shape[1] - size)
     score = 0.5 + 0.5 * pairs_in_order(maps, truth).to(maps.dtype) / pairs  # 0 / 0 for a full mask
     return _defined(score, torch.full_like(score, 0.5).where(pairs > 0, torch.nan), maps, truth)

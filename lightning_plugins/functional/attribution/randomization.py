@@ -84,7 +84,7 @@ def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
     """Drawn on the CPU, so that devices agree; a constant parameter, such as a new bias, gets a little noise."""
     spread = value.float().std(correction=0).cpu()
     scale = torch.where(spread > 0, spread, 0.01)
-    return torch.randn(value.shape, generator=generator) * scale + value.float().mean().cpu()
+    return torch.randn(value.shape, generator=generator, dtype=torch.float32) * scale + value.float().mean().cpu()
 
 
 @contextmanager
