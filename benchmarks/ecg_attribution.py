@@ -38,6 +38,7 @@ from lightning_plugins.metrics import (
 TEST_PATIENTS = ("200", "105", "114")
 LENGTH = 1024  # samples of 1/180 s
 PATCHES = LENGTH // 16  # curves replace one after the other, up to the last
+SETS = 100  # of positions, for faithfulness
 ATTRIBUTION = "MIT-BIH Arrhythmia Database, PhysioNet, Open Data Commons Attribution License 1.0, Moody and Mark 2001"
 
 
@@ -130,7 +131,7 @@ def evaluation(train: ECGWindows, samples: int, draws: int) -> AttributionEvalua
         "degradation": DegradationScore(steps=PATCHES, baseline=False),
         "AOPC MoRF": RegionPerturbation(steps=PATCHES, baseline=False),
         "AOPC LeRF": RegionPerturbation(order="least", steps=PATCHES, baseline=False),
-        "faithfulness": FaithfulnessCorrelation(draws=100),
+        "faithfulness": FaithfulnessCorrelation(draws=SETS),
     }
     return AttributionEvaluation(
         methods, mask=2, metrics=metrics, select=0.9, classes=[1], max_samples=samples, examples=0
@@ -204,6 +205,7 @@ def main() -> None:
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     records = load(arguments.records)
     settings = f"steps={arguments.steps} samples={arguments.samples} draws={arguments.draws}"
+    settings += f" points={PATCHES} sets={SETS}"
     for seed in arguments.seeds:
         for by in arguments.splits:
             key = f"{by} {seed} {settings}"

@@ -127,6 +127,7 @@ def test_channels_are_summed_and_space_may_have_any_dimensions():
         wanted = score(maps.sum(1).reshape(3, -1), masks.reshape(3, -1)).score
         torch.testing.assert_close(score(maps, masks).score, wanted)
         torch.testing.assert_close(score(maps, masks[:, None]).score, wanted)
+        torch.testing.assert_close(score(maps.sum(1), masks[:, None]).score, wanted)
 
 
 def test_tolerance_widens_along_every_dimension():

@@ -138,6 +138,8 @@ def checked_metrics(metrics: Sequence[str] | Mapping[str, Metric], limit: int) -
         found = dict(metrics)
     else:
         names = (metrics,) if isinstance(metrics, str) else metrics
+        if isinstance(names, Metric) or any(isinstance(name, Metric) for name in names):
+            raise TypeError("`metrics` must be names, or a mapping of names as in {'iou': LocalizationIoU()}")
         found = {name: METRICS[check_choice("metrics", name, METRICS)](limit) for name in names}
     if not found:
         raise ValueError(f"`metrics` must have at least one metric, got none; there are {', '.join(METRICS)}")

@@ -21,8 +21,8 @@ def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]
     maps = checked_maps(attributions)
     if not isinstance(masks, Tensor):
         raise TypeError(f"`masks` must be a tensor, got {type(masks).__name__}; `spans_to_mask` makes one of spans")
-    if masks.shape != maps.shape and masks.ndim == maps.ndim and masks.ndim > 2 and masks.shape[1] == 1:
-        masks = masks[:, 0]
+    if masks.shape != maps.shape and masks.ndim in {maps.ndim, maps.ndim + 1} and masks.shape[1:2] == (1,):
+        masks = masks[:, 0] if masks.ndim > 2 else masks
     if maps.ndim == masks.ndim + 1:
         maps = maps.sum(1)
     if maps.shape != masks.shape:
