@@ -161,7 +161,7 @@ def test_methods_that_fail_take_their_hooks_off():
     assert after == before
 
 
-HALF = {"16-true": torch.half, "16-mixed": torch.half, "bf16-true": torch.bfloat16, "bf16-mixed": torch.bfloat16}
+HALF = {"16-true": torch.half, "bf16-true": torch.bfloat16, "bf16-mixed": torch.bfloat16}
 
 
 @pytest.mark.parametrize("precision", [*HALF, "64-true"])

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from captum.attr import Saliency
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_plugins.callbacks import AttributionEvaluation
+from lightning_plugins.callbacks._attribution.refusals import check_layer
 from lightning_plugins.metrics import LocalizationIoU
 from tests.callbacks.test_attribution_evaluation import Net, evaluate, gradient
 
@@ -116,6 +118,12 @@ def test_wrong_tensors_are_named(name):
     build, arguments, error, message = IN_TEST_VALUES[name]
     with pytest.raises(error, match=message):
         evaluate(**{"methods": ["saliency"], **arguments}, model=build())
+
+
+def test_grad_cam_needs_inputs_with_positions():
+    layer = nn.Linear(4, 2)
+    with pytest.raises(MisconfigurationException, match=r"has the positions of the inputs, which are \(1, 4\)"):
+        check_layer("gradcam", layer, layer, torch.rand(1, 4))
 
 
 def test_sharded_strategies_are_refused():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from lightning_plugins.functional.attribution import (
@@ -21,7 +22,8 @@ from lightning_plugins.functional.attribution import (
     scaled_curve,
     sensitivity,
 )
-from lightning_plugins.functional.attribution.replacement import REPLACEMENTS
+from lightning_plugins.functional.attribution.random import random_normal, sample_keys
+from lightning_plugins.functional.attribution.replacement import REPLACEMENTS, Patches, blurred, replacements
 
 ORACLE = json.loads((Path(__file__).parent / "attribution_oracle.json").read_text(encoding="utf-8"))
 LENGTH, PATCH = 22, 4  # the last window is shorter
@@ -79,6 +81,29 @@ def test_curve_equals_numpy(rule, order, channels):
     rows = zip(x.numpy(), maps.numpy(), target.tolist(), strict=True)
     wanted = [curve_by_hand(model, a, b, t, kind, order=order, sequential=sequential) for a, b, t in rows]
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(2, 40), (2, 9, 13)], ids=str)
+def test_blur_equals_scipy(shape):
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    wanted = [[gaussian_filter(channel.numpy(), 2.0, mode="nearest", radius=6) for channel in sample] for sample in x]
+    torch.testing.assert_close(blurred(x, 2.0), torch.tensor(np.array(wanted)))
+
+
+def test_noise_is_that_of_the_sample_about_the_mean_or_within_its_range():
+    x = torch.randn(3, 2, LENGTH, dtype=torch.float64)
+    keys, patches = sample_keys(x), Patches((LENGTH,), PATCH, x.device)
+    noise = random_normal(keys, 2 * LENGTH, seed=5).reshape(x.shape)
+    found = replacements(x, Perturbation(PATCH, "gaussian", value=0.3, seed=5), patches, keys)
+    means = [np.repeat(row[s : s + PATCH].mean(), len(row[s : s + PATCH])) for row in x.numpy().reshape(6, -1)
+             for s in range(0, LENGTH, PATCH)]  # fmt: skip
+    torch.testing.assert_close(found, torch.tensor(np.concatenate(means)).reshape(x.shape) + 0.3 * noise.double())
+    found = replacements(x, Perturbation(PATCH, "uniform"), patches, keys)
+    low, high = x.flatten(1).amin(1)[:, None, None], x.flatten(1).amax(1)[:, None, None]
+    assert bool(((found >= low) & (found <= high)).all())
+    assert found.std() > 0.5
+    made = replacements(x, Perturbation(PATCH, lambda inputs: 2 * inputs), patches, keys)
+    torch.testing.assert_close(made, 2 * x)
 
 
 def test_sequential_lines_differ_from_those_of_the_original():

@@ -1,10 +1,13 @@
 """Faithfulness, infidelity, sensitivity and random parameters against NumPy and Captum."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from captum.metrics import infidelity as captum_infidelity
 from captum.metrics import sensitivity_max
+from scipy.stats import spearmanr
 
 from lightning_plugins.functional.attribution import (
     faithfulness_correlation,
@@ -13,6 +16,7 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     sensitivity,
 )
+from lightning_plugins.functional.attribution._correlation import spearman
 from lightning_plugins.functional.attribution.infidelity import noise_of
 from lightning_plugins.functional.attribution.random import random_bits, random_uniform, sample_keys, split_keys
 from tests.functional.test_attribution_curves import LENGTH, batch, network
@@ -101,6 +105,17 @@ def test_random_numbers_belong_to_samples():
     assert abs(torch.corrcoef(uniform[:, :2].T)[0, 1]) < 0.15
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_spearman_equals_scipy(ties):
+    a, b = torch.randn(2, 4, 30, dtype=torch.float64)
+    if ties:
+        a, b = a.clamp_min(0), (2 * b).round()
+    wanted = [spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    torch.testing.assert_close(spearman(a, b), torch.tensor(wanted, dtype=torch.float64))
+    a[0], b[1, 3] = 1.0, math.nan
+    assert spearman(a, b).isnan().tolist() == [True, True, False, False]
+
+
 def test_randomized_parameters_are_put_back():
     model = network()
     x, _, target = batch()
@@ -114,8 +129,11 @@ def test_randomized_parameters_are_put_back():
     assert list(found) == ["3", "1"]
     assert found["1"].abs().max() < 0.9
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-    alone = parameter_randomization(model, explain, x, target, order="independent", absolute=True)
-    assert alone["1"].shape == (5,)
+    alone = parameter_randomization(model, explain, x, target, order="independent")
+    torch.testing.assert_close(alone["3"], found["3"])  # the last layer goes first, in both orders
+    assert (alone["1"] - found["1"]).abs().max() > 0.01
+    absolute = parameter_randomization(model, explain, x, target, absolute=True)
+    assert (absolute["1"] - found["1"]).abs().max() > 0.01
     with pytest.raises(KeyError):
         parameter_randomization(model, lambda a, b: {}[len(before)], x, target)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)

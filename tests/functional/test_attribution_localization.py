@@ -72,6 +72,15 @@ def test_equals_numpy_in_float64(score, seed, length, ties):
     torch.testing.assert_close(found.random, wanted, equal_nan=True)
 
 
+@given(seed=st.integers(0, 2**31), length=st.integers(2, 40), ties=st.booleans())
+def test_top_k_equals_numpy_in_float64(seed, length, ties):
+    a, m = sample(seed, length, ties)
+    k = 1 + seed % length
+    found = top_k_intersection(torch.tensor(a)[None], torch.tensor(m)[None], k)
+    torch.testing.assert_close(found.score, torch.tensor([expected_hits(a, m, k) / k], dtype=torch.float64))
+    torch.testing.assert_close(found.random, torch.tensor([m.mean()], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("score", SCORES, ids=lambda f: f.__name__)
 def test_a_constant_map_gives_the_baseline(score):
     masks = torch.zeros(3, 10)

@@ -101,11 +101,11 @@ def check_layer(name: str, network: nn.Module, layer: nn.Module, inputs: Tensor)
     finally:
         handle.remove()
     shapes = [tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in seen]
-    if not seen or not all(isinstance(one, Tensor) and one.ndim == inputs.ndim for one in seen):
+    space = inputs.ndim > 2
+    if not (space and seen and all(isinstance(one, Tensor) and one.ndim == inputs.ndim for one in seen)):
         raise MisconfigurationException(
-            f"`methods[{name!r}]['layer']` must be a layer whose output has the positions of the inputs, of shape"
-            f" (n, C{', ...' * (inputs.ndim - 2)}), got {shapes or 'one that is not run'}; take the last one before the"
-            " pooling"
+            f"`methods[{name!r}]['layer']` must be a layer whose output has the positions of the inputs, which are"
+            f" {tuple(inputs.shape)}, got {shapes or 'one that is not run'}; take the last one before the pooling"
         )
 
 
