@@ -255,7 +255,7 @@ def test_in_validation_of_a_training_without_touching_it():
     assert callback.report.samples == 18
 
 
-def rank_report(rank, bounds):
+def rank_report(rank, bounds, classes):
     if len(bounds) > 2:
         act_as_rank(rank, len(bounds) - 1)
         mine = shard(batches(), bounds)
@@ -266,16 +266,20 @@ def rank_report(rank, bounds):
     metrics = ["iou", "attribution_localization", "degradation", "infidelity"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        callback, _ = evaluate(methods, data=mine, metrics=metrics, run=run)
+        callback, _ = evaluate(methods, data=mine, metrics=metrics, run=run, classes=classes)
     return json.loads(callback.report.to_json())
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("bounds", [(0, 2, 6), (0, 3, 5, 6)], ids=["two", "three"])
-def test_unequal_ranks_equal_one_process(bounds, tmp_path):
-    expected = rank_report(0, (0, 6))
-    for found in run_on_ranks(rank_report, len(bounds) - 1, tmp_path, bounds):
-        assert (found["samples"], found["seen"]) == (18, 18)
+@pytest.mark.parametrize(
+    ("bounds", "classes", "samples"),
+    [((0, 2, 6), None, 18), ((0, 3, 4, 6), [1], 6)],
+    ids=["two", "three, one of which chooses no sample"],
+)
+def test_unequal_ranks_equal_one_process(bounds, classes, samples, tmp_path):
+    expected = rank_report(0, (0, 6), classes)
+    for found in run_on_ranks(rank_report, len(bounds) - 1, tmp_path, bounds, classes):
+        assert (found["samples"], found["seen"]) == (samples, 18)
         for row, own in expected["scores"].items():
             for name, cell in own.items():
                 assert found["scores"][row][name]["score"] == pytest.approx(cell["score"], abs=1e-4), (row, name)
