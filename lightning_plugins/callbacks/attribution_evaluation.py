@@ -48,10 +48,11 @@ class AttributionEvaluation(Callback):
     """Explain chosen samples of every batch by several methods and score the maps; the model stays as it was.
 
     The scores of all ranks and batches are summed exactly. Logged through ``pl_module.log``:
-    ``attribution/<method>[/abs]/<metric>``, and ``attribution/random/<metric>`` for random maps; `report` has them
-    beside the random baseline and the skill, as a table and as JSON. Figures go to the logger, or to files without
-    one that takes images: ``attribution/degradation``, the curves, and ``attribution/example_<n>``, maps over inputs.
-    Gradients of inputs are taken outside of inference mode and within the Trainer's precision.
+    ``attribution/<method>[/abs]/<metric>``, and ``attribution/random/<metric>`` for random maps; `report`, None
+    until the stage has run, has them beside the random baseline and the skill, as a table and as JSON. Figures go to
+    the logger, or to files without one that takes images: ``attribution/degradation``, the curves, and
+    ``attribution/example_<n>``, maps over inputs. Gradients of inputs are taken outside of inference mode and within
+    the Trainer's precision.
 
     Args:
         methods: Names of Captum's methods (extra ``attribution``), or a mapping from names to what they are made with:
