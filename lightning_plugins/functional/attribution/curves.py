@@ -97,7 +97,9 @@ def perturbation_curve(
 
         curve = score_copies(forward, make, target, len(counts), limit, output)
     finite = torch.isfinite(maps).flatten(1).all(1)
-    return torch.where(finite[:, None], curve[:, point.to(x.device)], torch.nan)
+    if len(point) > curve.shape[1]:
+        curve = curve[:, point.to(x.device)]
+    return torch.where(finite[:, None], curve, torch.nan)
 
 
 def patch_places(sums: Tensor, keys: Tensor, *, order: Order = "most", seed: int = 0) -> Tensor:
