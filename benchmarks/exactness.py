@@ -131,8 +131,10 @@ norm, in float64. Every loss is compared with itself. lightly's losses have `gat
 
 Batches of unequal sizes are what the last batch of an epoch, padded text and samplers without `drop_last` give.
 lightly's Barlow Twins loss standardises the rows of each process by themselves, so that it is another loss on two
-processes than on one. Its LeJEPA loss is as exact as the terms here. What lightly's losses do better: they are whole losses
-of two views, with the invariance, and there are many more of them.
+processes than on one. Its LeJEPA loss is as exact as the terms here.
+
+What lightly's losses do better: they are whole losses of two views, with the invariance, and there are many more of
+them.
 """
 
 
