@@ -1,16 +1,19 @@
 """Costs of the attribution metrics: against Quantus on a CPU, and what they ask of an accelerator.
 
     python benchmarks/attribution_metrics.py                 # localization and perturbation against Quantus 0.6
+    python benchmarks/attribution_metrics.py --page          # docs/benchmarks/attribution_metrics.md from the last run
     python benchmarks/attribution_metrics.py --device cuda   # synchronisations, passes and memory of a curve
 
-Quantus is no dependency: it is found where PYTHONPATH says. CPU time of one thread, both in turn, medians of the pairs.
+Quantus is no dependency: it is found where PYTHONPATH says. CPU time of one thread, both in turn; the least of several
+rounds, since others' work on the machine can only add to it.
 """
 
 import argparse
-import statistics
+import json
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,14 +24,15 @@ from lightning_plugins.functional.attribution import (
     Perturbation,
     attribution_auroc,
     attribution_localization,
-    localization_iou,
     perturbation_curve,
     pointing_game,
     relevance_rank_accuracy,
     top_k_intersection,
 )
 
-SAMPLES, LENGTH = 512, 2048
+SAMPLES, LENGTH, PERTURBED = 512, 2048, 8
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
+QUIET: dict[str, object] = {"disable_warnings": True, "display_progressbar": False, "abs": False, "normalise": False}
 
 
 def data(samples: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,46 +46,40 @@ def data(samples: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, maps, masks
 
 
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float, list[float]]:
-    """CPU seconds of both, and the ratios of the pairs."""
+def in_turn(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Least CPU seconds of both, their ratio, and the smallest ratio of a pair."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for run, kept in zip((ours, theirs), times, strict=True):
             start = time.process_time()
             run()
             kept.append(time.process_time() - start)
-    ratios = sorted(b / a for a, b in zip(*times, strict=True))
-    return statistics.median(times[0]), statistics.median(times[1]), ratios
+    pairs = min(b / a for a, b in zip(*times, strict=True))
+    here, there = min(times[0]), min(times[1])
+    return {"here": here, "quantus": there, "times": there / here, "least of the pairs": pairs}
 
 
-def localization(rounds: int) -> None:
+def localization(rounds: int) -> dict[str, dict[str, float]]:
     import quantus
 
     x, maps, masks = data(SAMPLES, LENGTH)
-    quiet = {"disable_warnings": True, "display_progressbar": False, "abs": False, "normalise": False}
     pairs = {
-        "attribution localization": (attribution_localization, quantus.AttributionLocalisation(**quiet)),
-        "rank accuracy": (relevance_rank_accuracy, quantus.RelevanceRankAccuracy(**quiet)),
-        "pointing game": (pointing_game, quantus.PointingGame(**quiet)),
-        "top-k intersection": (lambda a, m: top_k_intersection(a, m, 512), quantus.TopKIntersection(k=512, **quiet)),
-        "AUROC": (attribution_auroc, quantus.AUC(**quiet)),
+        "attribution localization": (attribution_localization, quantus.AttributionLocalisation(**QUIET)),
+        "rank accuracy": (relevance_rank_accuracy, quantus.RelevanceRankAccuracy(**QUIET)),
+        "pointing game": (pointing_game, quantus.PointingGame(**QUIET)),
+        "top-k intersection": (lambda a, m: top_k_intersection(a, m, 512), quantus.TopKIntersection(k=512, **QUIET)),
+        "AUROC": (attribution_auroc, quantus.AUC(**QUIET)),
     }
     arrays = {"x_batch": x.numpy(), "a_batch": maps.numpy(), "s_batch": masks.numpy().astype(bool)}
     labels, model = np.zeros(SAMPLES, dtype=int), nn.Flatten()
-    rows = []
-    for name, (own, other) in pairs.items():
-        ours, theirs, ratios = in_turn(
+    return {
+        name: in_turn(
             lambda own=own: own(maps, masks),
             lambda other=other: other(model=model, y_batch=labels, batch_size=SAMPLES, device="cpu", **arrays),
             rounds,
         )
-        row = [name, f"{1e3 * ours:.1f}", f"{1e3 * theirs:.0f}", f"{statistics.median(ratios):.1f}"]
-        rows.append([*row, f"{ratios[0]:.1f} to {ratios[-1]:.1f}"])
-    start = time.process_time()
-    localization_iou(maps, masks)
-    rows.append(["IoU", f"{1e3 * (time.process_time() - start):.1f}", "-", "-", "-"])
-    print(f"{SAMPLES} samples of {LENGTH}; milliseconds of CPU time\n")
-    print(markdown_table(["", "here", "Quantus", "times", "range"], rows))
+        for name, (own, other) in pairs.items()
+    }
 
 
 def network() -> nn.Module:
@@ -90,29 +88,60 @@ def network() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 2)).eval()
 
 
-def perturbation(rounds: int) -> None:
+def perturbation(rounds: int) -> dict[str, float]:
     import quantus
 
-    x, maps, _ = data(8, LENGTH)
-    target, model = torch.zeros(8, dtype=torch.long), network()
-    other = quantus.RegionPerturbation(
-        patch_size=16,
-        regions_evaluation=100,
-        perturb_baseline="black",
-        abs=False,
-        normalise=False,
-        disable_warnings=True,
-        display_progressbar=False,
-    )
+    x, maps, _ = data(PERTURBED, LENGTH)
+    target, model = torch.zeros(PERTURBED, dtype=torch.long), network()
+    other = quantus.RegionPerturbation(patch_size=16, regions_evaluation=100, perturb_baseline="black", **QUIET)
     arrays = {"x_batch": x.numpy(), "a_batch": maps.numpy(), "y_batch": target.numpy()}
-    how = Perturbation(patch=16, replacement="min")
-    ours, theirs, ratios = in_turn(
-        lambda: perturbation_curve(model, x, maps, target, perturbation=how, steps=100, max_forward_batch=8),
-        lambda: other(model=model, batch_size=8, device="cpu", softmax=True, **arrays),
-        rounds,
-    )
-    print(f"\nregion perturbation, 8 samples of {LENGTH}, 100 patches, 8 inputs in a pass: {ours:.2f} s here,")
-    print(f"{theirs:.2f} s in Quantus, {statistics.median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    settings = {"perturbation": Perturbation(16, "min"), "steps": 100, "max_forward_batch": PERTURBED}
+
+    def ours() -> object:
+        return perturbation_curve(model, x, maps, target, **settings)
+
+    def theirs() -> object:
+        return other(model=model, batch_size=PERTURBED, device="cpu", softmax=True, **arrays)
+
+    return {**in_turn(ours, theirs, rounds), "passes here": passes(model, ours), "passes there": passes(model, theirs)}
+
+
+def passes(model: nn.Module, run: Callable[[], object]) -> int:
+    """How often a model is called."""
+    seen: list[int] = []
+    handle = model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    run()
+    handle.remove()
+    return len(seen)
+
+
+def page(found: dict[str, object]) -> str:
+    """The page of the documentation."""
+    rows = [
+        [name, f"{1e3 * row['here']:.0f}", f"{1e3 * row['quantus']:.0f}", *ratios(row)]
+        for name, row in found["localization"].items()
+    ]
+    curve = found["region perturbation"]
+    times = f"{1e3 * curve['here']:.0f}", f"{1e3 * curve['quantus']:.0f}"
+    rows.append(["region perturbation", *times, *ratios(curve)])
+    table = markdown_table(["", "here, ms", "Quantus, ms", "times", "least of the pairs"], rows)
+    return f"""# Attribution metrics against Quantus
+
+`python benchmarks/attribution_metrics.py` writes this page and [its numbers](attribution_metrics.json):
+{found["where"]}; Quantus {found["version"]}.
+
+CPU time of one thread on a shared machine, here and there in turn: the least of {found["rounds"]} rounds, the ratio of
+these, and the smallest ratio within a round. Localization: {SAMPLES} maps of {LENGTH:,} positions. Region perturbation:
+{PERTURBED} signals of {LENGTH:,} samples, 100 windows of 16, both with {PERTURBED} inputs in a forward pass.
+
+{table}
+
+Forward passes rule in region perturbation: {curve["passes here"]} here, {curve["passes there"]} there.
+"""
+
+
+def ratios(row: dict[str, float]) -> list[str]:
+    return [f"{row['times']:.1f}", f"{row['least of the pairs']:.1f}"]
 
 
 def on_device(device: str) -> None:
@@ -160,15 +189,26 @@ def on_device(device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--page", action="store_true", help="write the page from the stored numbers alone")
+    parser.add_argument("--out", type=Path, default=DOCS / "attribution_metrics.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(describe_machine(arguments.device), "\n")
-    if arguments.device == "cpu":
-        localization(arguments.rounds)
-        perturbation(arguments.rounds)
-    else:
+    if arguments.device != "cpu":
+        print(describe_machine(arguments.device), "\n")
         on_device(arguments.device)
+        return
+    if not arguments.page:
+        import quantus
+
+        where = describe_machine("cpu").rpartition("; commit")[0]
+        found = {"where": where, "version": quantus.__version__, "rounds": arguments.rounds}
+        found["localization"] = localization(arguments.rounds)
+        found["region perturbation"] = perturbation(arguments.rounds)
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    text = page(json.loads(arguments.out.read_text()))
+    arguments.out.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plugins.callbacks import AttributionEvaluation
 from lightning_plugins.data import ECGRecord, ECGWindows, ecg_windows, read_ecg_folder, synthetic_ecg
-from lightning_plugins.functional.attribution import Perturbation
 from lightning_plugins.metrics import (
     AttributionAUROC,
     AttributionLocalization,
@@ -38,6 +37,8 @@ from lightning_plugins.metrics import (
 
 TEST_PATIENTS = ("200", "105", "114")
 LENGTH = 1024  # samples of 1/180 s
+PATCHES = LENGTH // 16  # curves replace one after the other, up to the last
+SETS = 100  # of positions, for faithfulness
 ATTRIBUTION = "MIT-BIH Arrhythmia Database, PhysioNet, Open Data Commons Attribution License 1.0, Moody and Mark 2001"
 
 
@@ -127,10 +128,10 @@ def evaluation(train: ECGWindows, samples: int, draws: int) -> AttributionEvalua
         "pointing": PointingGame(),
         "attr. loc.": AttributionLocalization(),
         "AUROC": AttributionAUROC(),
-        "degradation": DegradationScore(steps=16, baseline=False),
-        "AOPC MoRF": RegionPerturbation(steps=20, baseline=False),
-        "AOPC LeRF": RegionPerturbation(order="least", steps=20, baseline=False),
-        "faithfulness": FaithfulnessCorrelation(draws=30, perturbation=Perturbation(patch=1, replacement="zero")),
+        "degradation": DegradationScore(steps=PATCHES, baseline=False),
+        "AOPC MoRF": RegionPerturbation(steps=PATCHES, baseline=False),
+        "AOPC LeRF": RegionPerturbation(order="least", steps=PATCHES, baseline=False),
+        "faithfulness": FaithfulnessCorrelation(draws=SETS),
     }
     return AttributionEvaluation(
         methods, mask=2, metrics=metrics, select=0.9, classes=[1], max_samples=samples, examples=0
@@ -161,6 +162,7 @@ def run(records: list[ECGRecord], by: str, seed: int, arguments: argparse.Namesp
     report = json.loads(callback.report.to_json())
     share = test.masks[test.labels == 1].float().mean().item()
     return {
+        "where": describe_machine("cuda" if arguments.device in {"gpu", "cuda"} else "cpu"),
         "accuracy": logged["accuracy"],
         "majority": max(test.labels.float().mean().item(), 1 - test.labels.float().mean().item()),
         "mask share": share,
@@ -202,17 +204,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     records = load(arguments.records)
+    settings = f"steps={arguments.steps} samples={arguments.samples} draws={arguments.draws}"
+    settings += f" points={PATCHES} sets={SETS}"
     for seed in arguments.seeds:
         for by in arguments.splits:
-            key = f"{by} {seed} steps={arguments.steps} samples={arguments.samples} draws={arguments.draws}"
+            key = f"{by} {seed} {settings}"
             if key not in kept:
                 kept[key] = run(records, by, seed, arguments)
                 arguments.json.write_text(json.dumps(kept, indent=1))
-            print(key, kept[key]["accuracy"], kept[key]["samples"], flush=True)
-    print(describe_machine("cuda" if arguments.device in {"gpu", "cuda"} else "cpu"))
+            print(key, kept[key]["where"], flush=True)
     for by in arguments.splits:
-        if wanted := [value for key, value in kept.items() if key.startswith(f"{by} ")]:
-            print(show(by, wanted))
+        print(show(by, [kept[f"{by} {seed} {settings}"] for seed in arguments.seeds]))
     print(f"Data: {ATTRIBUTION if arguments.records else 'generated'}")
 
 

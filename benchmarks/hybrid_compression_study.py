@@ -1,11 +1,18 @@
-"""Accuracy within a budget of operations, against Torch-Pruning: several networks, data sets and training seeds.
+"""Accuracy within a budget of operations, against Torch-Pruning: networks, data sets, budgets and training seeds.
 
 Every training takes the same number of steps under one schedule of the learning rate and delivers a network within the
 same share of the dense network's operations. Torch-Pruning removes channels at two fifths of the training, in even
 shares of all layers (its default), the largest share that meets the budget, and fine-tunes for the rest with a fresh
-optimizer: "Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms.
+optimizer: "Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms;
+"global" ranks the channels of all layers together and leaves each layer a twentieth.
 
-    python benchmarks/hybrid_compression_study.py --networks test_resnet resnet18 --budgets 0.5 0.3
+The digits are those of scikit-learn; the glyphs are thirty characters, drawn by the seed, in the fonts that come with
+matplotlib, turned, scaled and shifted by chance. A seed chooses the training images, the initial network and the order
+of the batches, the same for all methods; differences are paired by seed.
+
+    python benchmarks/hybrid_compression_study.py                      # what is missing, and the page
+    python benchmarks/hybrid_compression_study.py --minutes 10         # as much as begins within ten minutes
+    python benchmarks/hybrid_compression_study.py --networks resnet18 --budgets 0.5
 
 Every training's result is kept in a file and read from there, so that a run that was stopped goes on.
 """
@@ -13,29 +20,30 @@ Every training's result is kept in a file and read from there, so that a run tha
 import argparse
 import json
 import logging
-import math
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from _report import describe_machine, markdown_table
+from _report import describe_machine, markdown_table, mean_and_interval
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
+from lightning_plugins.meta import GlyphFewShot
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 from digits import Classifier, Digits
 
-STORE = ROOT / "results" / "local" / "hybrid_compression_study.json"
+STORE = ROOT / "docs" / "benchmarks" / "hybrid_compression.json"
 TRAIN, BATCH = 600, 100
 AT = 0.4  # where Torch-Pruning removes channels, as a share of the training
 METHODS = (
@@ -45,18 +53,35 @@ METHODS = (
     "masks, magnitude",
     "Torch-Pruning, magnitude",
     "Torch-Pruning, BN",
+    "Torch-Pruning, magnitude, global",
 )
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # two-sided, n seeds
 
 
-def loaders(seed: int) -> tuple[DataLoader, DataLoader]:
+def digits(seed: int) -> tuple[Dataset, Dataset]:
     """Training images, drawn by the seed, and all the others."""
-    digits = Digits()
-    images = torch.cat([digits.train.tensors[0], digits.val.tensors[0]])
-    labels = torch.cat([digits.train.tensors[1], digits.val.tensors[1]])
+    whole = Digits()
+    images = torch.cat([whole.train.tensors[0], whole.val.tensors[0]])
+    labels = torch.cat([whole.train.tensors[1], whole.val.tensors[1]])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    parts = [TensorDataset(images[part], labels[part]) for part in (order[:TRAIN], order[TRAIN:])]
-    return DataLoader(parts[0], BATCH, shuffle=True), DataLoader(parts[1], 256)
+    train, test = (TensorDataset(images[part], labels[part]) for part in (order[:TRAIN], order[TRAIN:]))
+    return train, test
+
+
+def glyphs(seed: int) -> tuple[Dataset, Dataset]:
+    """Twenty training images of each of thirty characters, and twice as many of the same for the test."""
+    characters = GlyphFewShot("train", ways=30, shots=TRAIN // 30, queries=TRAIN // 15, jitter=1.5)
+    parts = characters.sample(1, torch.Generator().manual_seed(seed))
+    train, test = (TensorDataset(F.interpolate(2 * x[0] - 1, size=(32, 32), mode="bilinear"), y[0]) for x, y in parts)
+    return train, test
+
+
+DATA: dict[str, Callable[[int], tuple[Dataset, Dataset]]] = {"digits": digits, "glyphs": glyphs}
+CLASSES = {"digits": 10, "glyphs": 30}
+
+
+def loaders(data: str, seed: int) -> tuple[DataLoader, DataLoader]:
+    train, test = DATA[data](seed)
+    return DataLoader(train, BATCH, shuffle=True), DataLoader(test, 256)
 
 
 def callback(method: str, budget: float) -> Callback:
@@ -85,11 +110,12 @@ def prune(model: Classifier, budget: float, method: str) -> None:
 
     def pruned(share: float) -> Classifier:
         smaller = copy.deepcopy(model)
-        importance = tp.importance.BNScaleImportance() if method.endswith("BN") else tp.importance.MagnitudeImportance()
-        heads = [m for m in smaller.net.modules() if isinstance(m, nn.Linear) and m.out_features == 10]
+        importance = tp.importance.BNScaleImportance() if "BN" in method else tp.importance.MagnitudeImportance()
+        heads = [smaller.net.get_classifier()]
         inputs = smaller.example_input_array
+        wholly = {"global_pruning": True, "max_pruning_ratio": 0.95} if method.endswith("global") else {}
         tp.pruner.BasePruner(
-            smaller.net, inputs, importance=importance, pruning_ratio=share, ignored_layers=heads
+            smaller.net, inputs, importance=importance, pruning_ratio=share, ignored_layers=heads, **wholly
         ).step()
         return smaller
 
@@ -130,25 +156,41 @@ def fit_with_torch_pruning(model: Classifier, loader: DataLoader, epochs: int, b
     model.eval()
 
 
-def run(network: str, method: str, budget: float, seed: int, epochs: int) -> dict[str, float]:
+class Case(NamedTuple):
+    """One training."""
+
+    data: str
+    network: str
+    method: str
+    budget: float
+    seed: int
+    epochs: int
+
+    @property
+    def key(self) -> str:
+        return " | ".join(map(str, self))
+
+
+def run(case: Case) -> dict[str, float]:
     """Accuracy, the share of the operations that is left, and how much is left of channels and by ranks."""
-    loader, rest = loaders(seed)
-    seed_everything(seed, verbose=False)
-    model = Classifier(network)
+    loader, rest = loaders(case.data, case.seed)
+    seed_everything(case.seed, verbose=False)
+    model = Classifier(case.network, classes=CLASSES[case.data])
     dense, begun = flops(model.eval()), time.process_time()
     model.train()
     found: dict[str, float] = {}
-    if method.startswith("Torch-Pruning"):
-        fit_with_torch_pruning(model, loader, epochs, budget, method)
+    if case.method.startswith("Torch-Pruning"):
+        fit_with_torch_pruning(model, loader, case.epochs, case.budget, case.method)
     else:
-        callbacks = [] if method == "dense" else [callback(method, budget)]
+        callbacks = [] if case.method == "dense" else [callback(case.method, case.budget)]
         settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = Trainer(max_epochs=epochs, callbacks=callbacks, enable_checkpointing=False, **settings)
+        trainer = Trainer(max_epochs=case.epochs, callbacks=callbacks, enable_checkpointing=False, **settings)
         trainer.fit(model, loader)
         if callbacks:
             report = callbacks[0].report
-            kept = {name: (part.left, part.of) for name, part in report.kept.items()}
-            found["units"] = sum(k for k, _ in kept.values()) / max(1, sum(of for _, of in kept.values()))
+            kept = [(part.left, part.of) for part in report.kept.values()]
+            if kept:
+                found["units"] = sum(left for left, _ in kept) / sum(of for _, of in kept)
             found["split"] = len(report.ranks)
     seconds = time.process_time() - begun
     model.eval()
@@ -157,56 +199,113 @@ def run(network: str, method: str, budget: float, seed: int, epochs: int) -> dic
     return {"accuracy": right / len(rest.dataset), "share": flops(model) / dense, "seconds": seconds, **found}
 
 
-def interval(scores: list[float]) -> str:
-    mean = statistics.mean(scores)
-    if len(scores) < 2:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {T_95.get(len(scores), 2.0) * statistics.stdev(scores) / math.sqrt(len(scores)):.1f}"
+Store = dict[str, dict[str, float]]
 
 
-def table(store: dict[str, dict[str, float]], wanted: list[tuple[str, str, float]], options: Any) -> str:
-    rows = []
-    for network, method, budget in wanted:
-        keys = [f"{network} {method} {budget} {seed} {options.epochs}" for seed in range(options.seeds)]
-        found = [store[key] for key in keys if key in store]
-        if found:
-            scores = [100 * one["accuracy"] for one in found]
-            units = [100 * one["units"] for one in found if "units" in one]
-            left = f"{statistics.mean(units):.0f}" if units else "-"
-            cells = [f"{budget:g}", f"{max(one['share'] for one in found):.3f}", left, interval(scores), len(scores)]
-            rows.append([network, method, *cells, f"{statistics.mean(one['seconds'] for one in found):.0f}"])
-    heads = ["network", "method", "budget", "operations left, at most", "channels left in %", "accuracy in %", "seeds"]
-    return markdown_table([*heads, "CPU seconds"], [[str(cell) for cell in row] for row in rows])
+def row(store: Store, cases: list[Case], rivals: dict[int, float]) -> list[str]:
+    """A line of the table.
+
+    Args:
+        store: What has run.
+        cases: The seeds of one setting.
+        rivals: The accuracy of the better of Torch-Pruning's two, by seed.
+    """
+    found = {case.seed: store[case.key] for case in cases if case.key in store}
+    scores = {seed: 100 * one["accuracy"] for seed, one in found.items()}
+    units = [100 * one["units"] for one in found.values() if "units" in one]
+    both = sorted(set(scores) & set(rivals))
+    lead = mean_and_interval([scores[seed] - rivals[seed] for seed in both], 1) if len(both) > 1 else "-"
+    return [
+        cases[0].method,
+        f"{cases[0].budget:g}",
+        f"{max(one['share'] for one in found.values()):.3f}",
+        f"{statistics.mean(units):.0f}" if units else "-",
+        mean_and_interval(list(scores.values()), 1),
+        lead,
+        str(len(found)),
+        f"{statistics.mean(one['seconds'] for one in found.values()):.0f}",
+    ]
+
+
+def tables(store: Store, cases: list[Case]) -> str:
+    """One table for each network, data set and length of training."""
+    parts = []
+    for network, data, epochs in dict.fromkeys((case.network, case.data, case.epochs) for case in cases):
+        here = [case for case in cases if case[:2] == (data, network) and case.epochs == epochs and case.key in store]
+        rows = []
+        for budget, method in dict.fromkeys((case.budget, case.method) for case in here):
+            best: dict[int, float] = {}
+            for case in here:
+                if case.budget == budget and case.method.startswith("Torch-Pruning"):
+                    best[case.seed] = max(best.get(case.seed, 0.0), 100 * store[case.key]["accuracy"])
+            rows.append(row(store, [c for c in here if (c.budget, c.method) == (budget, method)], best))
+        if rows:
+            heads = ["method", "budget", "FLOPs left, at most", "channels left in %", "accuracy in %"]
+            heads += ["minus the better Torch-Pruning", "seeds", "CPU seconds"]
+            parts.append(f"**{network}, {data}, {epochs} epochs**\n\n{markdown_table(heads, rows)}")
+    return "\n\n".join(parts)
+
+
+TEXT = """# Channels, ranks or both within a budget: accuracy against Torch-Pruning
+
+600 training images of ten digits or of thirty characters, batches of 100, AdamW under one cycle of its learning rate,
+from scratch.
+`HybridCompression` chooses channels and ranks together, `RankScheduling` ranks alone, `MaskScheduling` channels alone
+(learned, or by magnitude); Torch-Pruning removes even shares of channels of all layers at two fifths of the training,
+or those that are last among all ("global"). Intervals are 95 % over training seeds. "Minus the better Torch-Pruning"
+compares seed by seed with the more accurate of its rows *for that seed*, which favours Torch-Pruning. The script is
+`benchmarks/hybrid_compression_study.py`; its results are in `hybrid_compression.json`.
+
+{machine}
+
+{tables}
+"""
+
+
+def planned(options: argparse.Namespace) -> list[Case]:
+    """Seed by seed, so that what has run after a while is even."""
+    return [
+        Case(data, network, method, budget, seed, options.epochs)
+        for seed in options.seeds
+        for network in options.networks
+        for data in options.data
+        for budget, methods in [(1.0, ["dense"]), *((budget, options.methods) for budget in options.budgets)]
+        for method in methods
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["test_resnet"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--epochs", type=int, default=36)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.3])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.3, 0.2])
     parser.add_argument("--store", type=Path, default=STORE)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    store: dict[str, dict[str, float]] = json.loads(options.store.read_text()) if options.store.exists() else {}
-    options.store.parent.mkdir(parents=True, exist_ok=True)
-    wanted = [
-        case
-        for network in options.networks
-        for case in [(network, "dense", 1.0), *((network, m, b) for b in options.budgets for m in options.methods)]
-    ]
-    for seed in range(options.seeds):
-        for network, method, budget in wanted:
-            name = f"{network} {method} {budget} {seed} {options.epochs}"
-            if name not in store:
-                store[name] = run(network, method, budget, seed, options.epochs)
-                options.store.write_text(json.dumps(store, indent=1))
-                print(name, store[name], flush=True)
-    print(describe_machine("cpu"))
-    print(table(store, wanted, options))
+    kept: dict[str, Any] = json.loads(options.store.read_text()) if options.store.exists() else {"results": {}}
+    store: Store = kept["results"]
+    end = time.monotonic() + 60 * options.minutes
+    for case in planned(options):
+        if case.key not in store and time.monotonic() < end:
+            store[case.key] = run(case)
+            kept["machine"] = describe_machine("cpu")
+            options.store.write_text(json.dumps(kept, indent=1) + "\n")
+            print(case.key, store[case.key], flush=True)
+    known = [Case(*_typed(key.split(" | "))) for key in store]
+    page = TEXT.format(machine=kept["machine"], tables=tables(store, known))
+    options.store.with_suffix(".md").write_text(page)
+    print(page)
+
+
+def _typed(parts: list[str]) -> tuple[str, str, str, float, int, int]:
+    data, network, method, budget, seed, epochs = parts
+    return data, network, method, float(budget), int(seed), int(epochs)
 
 
 if __name__ == "__main__":

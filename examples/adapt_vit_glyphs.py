@@ -15,7 +15,7 @@
 # task to task. The accuracies are printed, without and with adaptation; so short a training does not tell their order.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots]'
+# %pip install --quiet 'lightning-plugins[lightning,plots]'
 
 # %%
 import os

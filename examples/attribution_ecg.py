@@ -10,7 +10,7 @@
 # random.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots,attribution]'
+# %pip install --quiet 'lightning-plugins[lightning,plots,attribution]'
 
 # %%
 import os

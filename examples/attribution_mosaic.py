@@ -8,7 +8,7 @@
 # quarter.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,plots]' scikit-learn
 
 # %%
 import os

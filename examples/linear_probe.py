@@ -8,7 +8,7 @@
 # **Claim**: the digit becomes linearly readable with depth, and the ink, which the task does not need, becomes less so.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,plots]' scikit-learn
 
 # %%
 import os

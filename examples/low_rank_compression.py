@@ -9,7 +9,7 @@
 # **Claim**: with 80 % of the weights of its layers removed, the ResNet is within three points of the dense one.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots,timm]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,plots,timm]' scikit-learn
 
 # %%
 import os

@@ -13,7 +13,9 @@
 # a lower bound can be loose. The tables of the two other parts are shown without a claim.
 
 # %%
-# In a notebook elsewhere: %pip install 'lightning-plugins[plots,information]' scikit-learn
+# %pip install --quiet 'lightning-plugins[plots,information]' scikit-learn
+
+# %%
 import math
 import os
 import sys

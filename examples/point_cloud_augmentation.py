@@ -9,6 +9,9 @@
 # `benchmarks/point_cloud.py precision` repeats it over seeds and shares of the frames.
 
 # %%
+# %pip install --quiet 'lightning-plugins[lightning,pointcloud,plots]'
+
+# %%
 import os
 import tempfile
 import warnings

@@ -9,7 +9,7 @@
 # without the term. It does not show that the term helps here: on these digits the learning rate is what matters.
 
 # %%
-# %pip install --quiet 'lightning-plugins[search,plots,cli]'
+# %pip install --quiet 'lightning-plugins[lightning,search,plots,cli]'
 
 # %%
 import os

@@ -9,7 +9,7 @@
 # twenty are lost.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots,timm]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,plots,timm]' scikit-learn
 
 # %%
 import copy

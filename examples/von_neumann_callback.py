@@ -8,7 +8,7 @@
 # accuracy is within two points of what it was.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots,timm]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,plots,timm]' scikit-learn
 
 # %%
 import os

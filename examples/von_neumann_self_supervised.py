@@ -10,7 +10,7 @@
 # two points at least, and not more than a point worse than those of SimCLR and Barlow Twins.
 
 # %%
-# %pip install --quiet 'lightning-plugins[plots]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,plots]' scikit-learn
 
 # %%
 import math

@@ -7,7 +7,7 @@
 # **Claim**: the file and the same callbacks written in Python train the same weights, bit for bit.
 
 # %%
-# %pip install --quiet 'lightning-plugins[cli,timm]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,cli,timm]' scikit-learn
 
 # %%
 import os

@@ -274,6 +274,7 @@ class Setting:
         logged: The names they log, all of them.
         yaml: The same callbacks as LightningCLI reads them.
         sharded: Whether they work on sharded parameters; else `setup` refuses them.
+        any_strategy: Whether they touch no parameter, no activation and no gradient, so that no strategy is refused.
     """
 
     callbacks: Callable[[], list[Callback]]
@@ -284,6 +285,7 @@ class Setting:
     kind: type[Model] = ByHand
     tolerance: dict[str, float] = field(default_factory=dict)
     sharded: bool = True
+    any_strategy: bool = False
 
     def make(self, kind: type[Model] = Model, **arguments: Any) -> Model:
         """The model that the callbacks are put on."""
@@ -691,6 +693,7 @@ SETTINGS = {
         lambda: [EarlyTermination("val_loss", history="curves.jsonl", total=1000)],
         by_hand=None,
         logged=(),
+        any_strategy=True,
         yaml="""
 - class_path: lightning_plugins.callbacks.EarlyTermination
   init_args:
@@ -826,6 +829,7 @@ SETTINGS = {
         kind=CloudsByHand,
         model={"clouds": True},
         logged=("point_cloud/share",),
+        any_strategy=True,
         yaml=f"""
 - class_path: lightning_plugins.callbacks.PointCloudAugmentation
   init_args:

@@ -1,5 +1,9 @@
 """Generated and recorded electrocardiograms, and mosaics: the truth is where it is said to be."""
 
+import dataclasses
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +79,22 @@ def test_npz_and_wfdb_records_read_alike(tmp_path):
     torch.testing.assert_close(first.signal, second.signal, atol=1e-6, rtol=0)
     assert [record.name for record in read_ecg_folder(tmp_path)] == ["one"]
     assert [record.name for record in read_ecg_folder(tmp_path / "w", ["two"])] == ["two"]
+
+
+def test_the_study_keeps_patients_apart(monkeypatch):
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    study = importlib.import_module("ecg_attribution")
+    names = ["106", "119", "116", *study.TEST_PATIENTS]
+    records = [dataclasses.replace(synthetic_ecg(30, seed=seed), name=name) for seed, name in enumerate(names)]
+    own = {name: ecg_windows([record], study.LENGTH).signals for name, record in zip(names, records, strict=True)}
+    train, test = study.split(records, "patient")
+    torch.testing.assert_close(train.signals, torch.cat([own[name] for name in ("106", "119", "116")]))
+    torch.testing.assert_close(test.signals, torch.cat([own[name] for name in ("200", "105", "114")]))
+    train, test = study.split(records, "window")
+    whole = torch.cat(list(own.values()))
+    torch.testing.assert_close(test.signals, whole[2::3])
+    assert len(train.labels) + len(test.labels) == len(whole)
 
 
 def test_mosaics_know_their_tile():

@@ -37,7 +37,7 @@ def test_programs_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch)
 
 def test_first_program_of_the_readme_is_the_guides():
     (started,) = programs(ROOT / "docs" / "guide" / "start.md")
-    assert tool("check_wheel").first_program() == started
+    assert tool("check_wheel").first_program("lightning.pytorch") == started
 
 
 def test_broken_links_are_found(tmp_path):

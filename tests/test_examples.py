@@ -114,7 +114,15 @@ def test_notebook_needs_no_file_beside_it_and_installs_what_it_imports(script):
     assert "__file__" not in source
     cells = [cell for cell in jupytext.read(script.with_suffix(".ipynb")).cells if cell.cell_type == "code"]
     assert cells[0].source.startswith("%pip install --quiet 'lightning-plugins[")
-    for module, package in {"timm": "timm", "sklearn": "scikit-learn", "lightning_plugins.plots": "plots"}.items():
+    packages = {
+        "lightning": "lightning,",  # the package needs only its other name, pytorch_lightning
+        "timm": "timm",
+        "sklearn": "scikit-learn",
+        "scipy": "scipy",
+        "transformers": "huggingface",
+        "lightning_plugins.plots": "plots",
+    }
+    for module, package in packages.items():
         named = re.search(rf"^from {module}\b|^import {module}\b", source, re.MULTILINE)
         assert not named or package in cells[0].source or (module == "sklearn" and "search" in cells[0].source)
 

@@ -16,6 +16,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))  # the script imports its neighbours as it does when it is run
 gpu_check = importlib.import_module("gpu_check")
 gpu_tables = importlib.import_module("gpu_tables")
+further_cases = importlib.import_module("gpu_parts.further_cases")
 networks = importlib.import_module("gpu_parts.networks")
 numerics = importlib.import_module("gpu_parts.numerics")
 recorder = importlib.import_module("gpu_parts.recorder")
@@ -65,7 +66,7 @@ def test_the_contract_passes_on_one_process_and_on_two(tmp_path, capsys):
 
 def test_every_function_and_callback_has_a_row():
     functions = {case.function for case in numerics.cases().values()}
-    assert functions | {*numerics.CONTAINERS} == set(functional.__all__)
+    assert functions | {*numerics.CONTAINERS, *further_cases.ON_THE_HOST} == set(functional.__all__)
     assert all(issubclass(getattr(functional, name), tuple) for name in numerics.CONTAINERS)
     made = {type(make()).__name__ for make in networks.CALLBACKS.values()}
     assert made | networks.NOT_IN_A_STEP.keys() == set(callbacks.__all__)

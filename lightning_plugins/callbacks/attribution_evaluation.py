@@ -12,6 +12,7 @@ from lightning_plugins._checks import check_choice, check_non_negative_int, chec
 from lightning_plugins._lightning import (
     Callback,
     DDPStrategy,
+    DeepSpeedStrategy,
     LightningModule,
     MisconfigurationException,
     SingleDeviceStrategy,
@@ -20,17 +21,17 @@ from lightning_plugins._lightning import (
 )
 from lightning_plugins.callbacks._attribution.batches import Key, key_name, resolve_key, take
 from lightning_plugins.callbacks._attribution.examples import Examples
-from lightning_plugins.callbacks._attribution.methods import build_method, check_network
+from lightning_plugins.callbacks._attribution.methods import build_method
+from lightning_plugins.callbacks._attribution.refusals import check_layer, check_logits, check_network
 from lightning_plugins.callbacks._attribution.report import AttributionReport
 from lightning_plugins.callbacks._attribution.scoreboard import DEFAULT_METRICS, RANDOM, Scoreboard, checked_metrics
 from lightning_plugins.callbacks._attribution.selection import Selection
-from lightning_plugins.callbacks._attribution.settings import Methods, check_methods, find_network, method_calls
+from lightning_plugins.callbacks._attribution.settings import Methods, check_methods, find_network, method_calls, named
 from lightning_plugins.callbacks._attribution.untouched import untouched
 from lightning_plugins.callbacks._monitors.figures import hand_to_loggers
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
 from lightning_plugins.distributed import is_distributed
-from lightning_plugins.functional.attribution.faithfulness import Explain
-from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, checked_logits, checked_target
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, checked_target, class_scores
 from lightning_plugins.metrics.attribution.localization import LocalizationMetric
 from lightning_plugins.plots import require_matplotlib
 
@@ -47,10 +48,11 @@ class AttributionEvaluation(Callback):
     """Explain chosen samples of every batch by several methods and score the maps; the model stays as it was.
 
     The scores of all ranks and batches are summed exactly. Logged through ``pl_module.log``:
-    ``attribution/<method>[/abs]/<metric>``, and ``attribution/random/<metric>`` for random maps; `report` has them
-    beside the random baseline and the skill, as a table and as JSON. Figures go to the logger, or to files without
-    one that takes images: ``attribution/degradation``, the curves, and ``attribution/example_<n>``, maps over inputs.
-    Gradients of inputs are taken outside of inference mode and within the Trainer's precision.
+    ``attribution/<method>[/abs]/<metric>``, and ``attribution/random/<metric>`` for random maps; `report`, None
+    until the stage has run, has them beside the random baseline and the skill, as a table and as JSON. Figures go to
+    the logger, or to files without one that takes images: ``attribution/degradation``, the curves, and
+    ``attribution/example_<n>``, maps over inputs. Gradients of inputs are taken outside of inference mode and within
+    the Trainer's precision.
 
     Args:
         methods: Names of Captum's methods (extra ``attribution``), or a mapping from names to what they are made with:
@@ -138,10 +140,11 @@ class AttributionEvaluation(Callback):
         """Check the strategy, the network and the layers that methods need."""
         require_lightning_module(type(self).__name__, pl_module)
         strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
-                f"AttributionEvaluation supports a single device and DDP, got {type(strategy).__name__}: gradients of"
-                " inputs and hooks need whole parameters; evaluate the trained checkpoint with `strategy='ddp'`"
+                f"AttributionEvaluation supports a single device and DDP, got {type(strategy).__name__}; pass "
+                "`strategy='ddp'`, for example for the trained checkpoint: gradients of inputs and hooks need whole "
+                "parameters"
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,9 +196,9 @@ class AttributionEvaluation(Callback):
             self._board.to(pl_module.device)
         calls = method_calls(self.methods, network, limit=self.max_forward_batch)
         self._explain = {
-            name: call if not isinstance(call, tuple) else build_method(*call) for name, call in calls.items()
+            name: build_method(*call) if isinstance(call, tuple) else named(name, call) for name, call in calls.items()
         }
-        self._captum = {name: call[0] for name, call in calls.items() if isinstance(call, tuple)}
+        self._captum = {name: call for name, call in calls.items() if isinstance(call, tuple)}
         self._checked = False
         self._kept = Examples(self.examples)
         self.selection.begin()
@@ -206,12 +209,12 @@ class AttributionEvaluation(Callback):
             taken = {name: take(name, key, batch).detach().clone() for name, key in self.keys.items()}
             inputs, target, masks = taken["inputs"], taken["target"], taken.get("mask")
             checked_target(target, len(inputs))
+            self._check(network, inputs)
             chosen = self.selection.choose(self._probabilities(network, inputs, target), target)
             if not len(chosen):
                 return
             inputs, target = inputs[chosen], target[chosen]
             masks = masks[chosen] if masks is not None else None
-            self._check(network, inputs)
             maps = {
                 name: self._board.update(name, network, explain, inputs, target, masks)
                 for name, explain in {**self._explain, RANDOM: _none}.items()
@@ -220,17 +223,17 @@ class AttributionEvaluation(Callback):
                 self._kept.add(inputs, maps, masks)
 
     def _check(self, network: nn.Module, inputs: Tensor) -> None:
-        if not self._checked:
-            for name in self._captum.values():
-                check_network(name, network, inputs[:1])
+        if not self._checked and len(inputs):
+            check_logits(network, inputs[:1])
+            for name, (method, call) in self._captum.items():
+                check_network(method, network, inputs[:1])
+                if call.layer is not None:
+                    check_layer(name, network, call.layer, inputs[:1])
             self._checked = True
 
     def _probabilities(self, network: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
-        parts = []
-        for part in inputs.split(self.max_forward_batch):
-            with torch.no_grad():
-                parts.append(checked_logits(network(part), len(part), "probability").softmax(1))
-        return torch.cat(parts).gather(1, target[:, None])[:, 0]
+        parts = zip(inputs.split(self.max_forward_batch), target.split(self.max_forward_batch), strict=True)
+        return torch.cat([class_scores(network, *part, output="probability") for part in parts])
 
     def _summarize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         counts = torch.tensor([self.selection.chosen, self.selection.seen], device=pl_module.device)

@@ -163,7 +163,7 @@ def alternating(weight: Tensor, metric: Tensor, rank: int) -> Tensor:
 
 def error(weight: Tensor, small: Tensor, metric: Tensor) -> float:
     rest = (weight - small).flatten(1)
-    return float(((rest @ metric) * rest).sum())
+    return float(((rest @ metric) * rest).sum().detach())
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 5), (5, 7)])

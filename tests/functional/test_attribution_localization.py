@@ -72,6 +72,15 @@ def test_equals_numpy_in_float64(score, seed, length, ties):
     torch.testing.assert_close(found.random, wanted, equal_nan=True)
 
 
+@given(seed=st.integers(0, 2**31), length=st.integers(2, 40), ties=st.booleans())
+def test_top_k_equals_numpy_in_float64(seed, length, ties):
+    a, m = sample(seed, length, ties)
+    k = 1 + seed % length
+    found = top_k_intersection(torch.tensor(a)[None], torch.tensor(m)[None], k)
+    torch.testing.assert_close(found.score, torch.tensor([expected_hits(a, m, k) / k], dtype=torch.float64))
+    torch.testing.assert_close(found.random, torch.tensor([m.mean()], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("score", SCORES, ids=lambda f: f.__name__)
 def test_a_constant_map_gives_the_baseline(score):
     masks = torch.zeros(3, 10)
@@ -127,6 +136,7 @@ def test_channels_are_summed_and_space_may_have_any_dimensions():
         wanted = score(maps.sum(1).reshape(3, -1), masks.reshape(3, -1)).score
         torch.testing.assert_close(score(maps, masks).score, wanted)
         torch.testing.assert_close(score(maps, masks[:, None]).score, wanted)
+        torch.testing.assert_close(score(maps.sum(1), masks[:, None]).score, wanted)
 
 
 def test_tolerance_widens_along_every_dimension():
@@ -141,6 +151,19 @@ def test_half_precision_and_huge_values():
     for score in SCORES:
         torch.testing.assert_close(score(maps.half(), masks).score, score(maps.half().float(), masks).score)
         assert score(1e37 * maps, masks).score.isfinite().all()
+
+
+@pytest.mark.parametrize("score", [*SCORES, lambda a, m: top_k_intersection(a, m, 400)])
+def test_a_default_dtype_of_half_precision_changes_nothing(score):
+    """Lightning's `16-true` makes it the default: quotients of counts would be rounded, and above 65,504 infinite."""
+    maps, masks = torch.rand(2, 1000).mul(8).round(), torch.rand(2, 1000) < 0.4
+    wanted = score(maps, masks)
+    torch.set_default_dtype(torch.half)
+    try:
+        found = score(maps, masks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_equals_quantus_where_definitions_meet():

@@ -62,8 +62,8 @@ BY_FORWARD = {
     "degradation": lambda **k: DegradationScore(steps=5, perturbation=HOW, **k),
     "degradation, summed": lambda **k: DegradationScore(steps=5, perturbation=HOW, reduction="sum", **k),
     "aopc": lambda **k: RegionPerturbation(steps=4, perturbation=HOW, **k),
-    "deletion": lambda **k: RegionPerturbation("deletion", steps=6, perturbation=HOW, **k),
-    "insertion": lambda **k: RegionPerturbation("insertion", steps=6, perturbation=HOW, **k),
+    "deletion": lambda **k: RegionPerturbation("deletion", perturbation=HOW, **k),
+    "insertion": lambda **k: RegionPerturbation("insertion", perturbation=HOW, **k),
     "faithfulness": lambda **k: FaithfulnessCorrelation(draws=6, share=0.2, **k),
     "infidelity": lambda **k: Infidelity(draws=4, **k),
     "sensitivity": lambda **k: Sensitivity(draws=3, **k),
@@ -121,6 +121,19 @@ def test_values_are_those_of_the_functions():
     torch.testing.assert_close(found["insertion"].score, torch.trapezoid(least.flip(1)).mean() / 6)
     random = perturbation_curve(model, x, random_attributions(x), target, perturbation=HOW, steps=6)
     torch.testing.assert_close(found["deletion"].random, torch.trapezoid(random).mean() / 6)
+
+
+def test_insertion_goes_from_an_empty_input_to_the_whole_one_however_many_patches_there_are():
+    x, _, _, target = data(3)
+    metric = RegionPerturbation("insertion", perturbation=Perturbation(1, "zero"), baseline=False)
+    long = x.repeat(1, 1, 6)  # 144 patches, more than the hundred steps of the published area
+
+    def forward(inputs):  # its class is as sure as the input is whole
+        kept = (inputs != 0).flatten(1).double().mean(1)
+        return torch.stack([kept, 1 - kept, 0 * kept], 1).clamp_min(1e-300).log()
+
+    metric.update(forward, long, long, 0 * target)
+    assert metric.compute().score.item() == pytest.approx(0.5)
 
 
 def test_degradation_scales_the_mean_curves_of_each_class():
@@ -233,7 +246,7 @@ def test_unequal_ranks_equal_one_process(bounds, tmp_path):
         (
             lambda: LocalizationIoU(num_classes=2).update(torch.rand(2, 4), torch.ones(2, 4), torch.tensor([0, 2])),
             ValueError,
-            "`classes` must be in 0 to 1, got 0 to 2",
+            "`classes` must be in 0 to 1, the classes of `num_classes=2`, got 0 to 2",
         ),
         (
             lambda: LocalizationIoU(num_classes=2).update(torch.rand(2, 4), torch.ones(2, 4), torch.ones(2)),
@@ -244,6 +257,21 @@ def test_unequal_ranks_equal_one_process(bounds, tmp_path):
         (lambda: DegradationScore(reduction="max"), ValueError, "`reduction` must be 'sum' or 'mean'"),
         (lambda: RegionPerturbation("delete"), ValueError, "`kind` must be .* did you mean 'deletion'"),
         (lambda: RegionPerturbation("deletion", order="least"), ValueError, "`order='least'` is for `kind='aopc'`"),
+        (
+            lambda: RegionPerturbation("insertion", steps=100),
+            ValueError,
+            "`steps` of `kind='insertion'` are all patches",
+        ),
+        (
+            lambda: update("aopc", RegionPerturbation(num_classes=2), slice(0, 11)),
+            ValueError,
+            "`target` must be in 0 to 1, the classes of `num_classes=2`, got 0 to 2",
+        ),
+        (
+            lambda: update("degradation", DegradationScore(2), slice(0, 11)),
+            ValueError,
+            "`target` must be in 0 to 1, the classes of `num_classes=2`, got 0 to 2",
+        ),
         (lambda: FaithfulnessCorrelation(share=2.0), ValueError, "`share` must be in"),
         (lambda: Sensitivity(draws=0), ValueError, "`draws` must be at least 1"),
     ],

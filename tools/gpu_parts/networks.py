@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 from lightning_plugins.callbacks import (
     CalibrationRecorder,
+    CollapseAlarm,
+    Distillation,
     HybridCompression,
     LayerProbe,
     LowRankCompression,
     MaskScheduling,
     RankScheduling,
     RepresentationMonitor,
+    RepresentationRegularization,
+    SpectralNormCap,
     SpectrumMonitor,
     StableRankRegularization,
     VNERegularization,
+    WeightRegularization,
 )
+from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
 
 WIDTH, CLASSES, ROWS = 128, 10, 96
 LATER = {"cost": "params", "unit": "steps", "begin": 1, "end": 10_000}  # the choice is under way in every step
@@ -31,6 +37,11 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "stable rank": lambda: StableRankRegularization("backbone*", 0.01),
     "stable rank, p=2": lambda: StableRankRegularization("backbone*", 0.01, rank=16, p=2),
     "stable rank, p=1": lambda: StableRankRegularization("backbone*", 0.01, rank=16, p=1),
+    "coding rate": lambda: RepresentationRegularization("backbone", CodingRate(), weight=0.01),
+    "soft orthogonality": lambda: WeightRegularization("backbone*", SoftOrthogonality(), weight=0.01),
+    "spectral norm cap": lambda: SpectralNormCap("backbone*", 2.0),
+    "distillation": lambda: Distillation(temperature=2.0, weight=1.0),
+    "collapse alarm": lambda: CollapseAlarm("backbone", minimum=1.1, every_n_steps=10_000),
     "representation monitor": lambda: RepresentationMonitor("backbone", every_n_steps=1, figures=False),
     "spectrum monitor": lambda: SpectrumMonitor("*", every_n_steps=10_000, figures=False),
     "layer probe": lambda: LayerProbe("backbone.1", 1, stages=["train"], controls=["projection"], figures=False),
@@ -49,10 +60,14 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
 NOT_IN_A_STEP = {
     "AttributionEvaluation": "explains batches of a validation or test, outside of training steps",
     "EarlyTermination": "decides on the CPU, once an epoch, from a metric that is logged",
+    "LayerCall": "what a mask is made from; no callback",
+    "MutualInformationMonitor": "adds up the loss of a contrastive module; it fits its critic after a validation",
+    "PointCloudAugmentation": "changes batches of point clouds, with the functions that `numerics` goes through",
+    "RepresentationCollapseError": "an error",
     "probe_layers": "a loop of its own over batches, with what `LayerProbe` does to each",
 }
 # These choose among steps; that a step of theirs differs from that of a bare training is not the gradient of a term.
-TERMS = ("vne", "stable rank", "stable rank, p=2", "stable rank, p=1")
+TERMS = ("vne", "stable rank", "stable rank, p=2", "stable rank, p=1", "coding rate", "soft orthogonality")
 FEW = ("vne, queue", "stable rank, p=2", "representation monitor", "hybrid")  # enough for a test of the check itself
 
 

@@ -1,12 +1,13 @@
 """Every function in float32, TF32 and bfloat16 on the device, against float64 on the CPU of the same rounded inputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu_parts import further_cases
+from gpu_parts.case import Case, at_least_float, matrix, rows
 from gpu_parts.recorder import Recorder
 from lightning_plugins import functional
 
@@ -14,38 +15,6 @@ PART = "numerics"
 # Relative errors, in the Frobenius norm, of value and gradient. Spectra are computed in float32 whatever the inputs
 # are; the gradient of bfloat16 inputs is rounded to bfloat16.
 BOUNDS = {"float32": (1e-3, 6e-3), "tf32": (5e-3, 3e-2), "bfloat16": (5e-3, 2e-2)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A function with inputs.
-
-    Attributes:
-        function: Its name in `lightning_plugins.functional`.
-        inputs: Makes the inputs, in float64.
-        call: Calls it.
-        smooth: Whether it has a gradient.
-    """
-
-    function: str
-    inputs: Callable[[], tuple[Tensor, ...]]
-    call: Callable[..., Tensor]
-    smooth: bool = True
-
-
-def rows(n: int, d: int) -> Callable[[], tuple[Tensor]]:
-    """Embeddings whose spectrum falls off tenfold."""
-    return lambda: (torch.randn(n, d, dtype=torch.float64) * torch.linspace(1, 0.1, d, dtype=torch.float64),)
-
-
-def matrix(m: int, n: int) -> Callable[[], tuple[Tensor]]:
-    """Singular values that are apart, from 1 down to a hundredth."""
-
-    def make() -> tuple[Tensor]:
-        u, _, v = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64), full_matrices=False)
-        return (u * torch.logspace(0, -2, min(m, n), dtype=torch.float64) @ v,)
-
-    return make
 
 
 def gram() -> tuple[Tensor]:
@@ -77,7 +46,14 @@ def cases() -> dict[str, Case]:
     found["autocorrelation_eigenvalues"] = Case(
         "autocorrelation_eigenvalues", rows(96, 64), f.autocorrelation_eigenvalues, smooth=False
     )
-    return found | _of_weights() | _of_masks() | _of_probes() | _of_integers()
+    found |= _of_weights() | further_cases.of_embeddings()
+    return found | _without_rows()
+
+
+def _without_rows() -> dict[str, Case]:
+    """Those that take something else than one matrix of rows or weights."""
+    found = _of_masks() | _of_probes() | _of_integers()
+    return found | further_cases.of_distillation() | further_cases.of_information() | further_cases.of_clouds()
 
 
 def _of_weights() -> dict[str, Case]:
@@ -164,11 +140,6 @@ def _of_integers() -> dict[str, Case]:
     return {name: Case(name, device, call, smooth=False) for name, call in calls.items()}
 
 
-def at_least_float(x: Tensor) -> Tensor:
-    """What sums of squares are made of, whatever the rows were rounded to."""
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
 # Named tuples, in which the functions of `_of_probes` take and give their tensors.
 CONTAINERS = ("Evidence", "HeldOutSums", "ProbeScores")
 
@@ -228,14 +199,18 @@ def check_degenerate(case: Case, device: str) -> None:
 
 def run(recorder: Recorder) -> None:
     table = cases()
-    if missing := set(functional.__all__) - {case.function for case in table.values()} - {*CONTAINERS}:
+    if (
+        missing := set(functional.__all__)
+        - {case.function for case in table.values()}
+        - {*CONTAINERS, *further_cases.ON_THE_HOST}
+    ):
         with recorder.item(PART, "coverage"):
             raise LookupError(f"no case for {sorted(missing)}: add one to {__name__}")
     for name, case in table.items():
         with recorder.item(PART, name) as data:
             recorder.require_time()
             data |= check(case, recorder.device)
-            if case.function not in {"matrix_entropy", *_of_masks(), *_of_probes(), *_of_integers()}:
+            if case.function not in {"matrix_entropy", *_without_rows()}:
                 check_degenerate(case, recorder.device)
             if data["problems"]:
                 raise ArithmeticError("; ".join(data["problems"]))

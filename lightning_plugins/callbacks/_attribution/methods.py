@@ -1,5 +1,6 @@
 """Captum's methods by name, as functions from inputs and classes to attributions of the same positions."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,18 +9,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice
 from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins.functional.attribution.faithfulness import Explain
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys
 from lightning_plugins.functional.attribution.replacement import Patches
+from lightning_plugins.functional.attribution.scoring import Explain
 
 WITH_LAYER = ("gradcam", "guided_gradcam")
-GUIDED = ("guided_backprop", "guided_gradcam")
-HOOKED = (*GUIDED, "deeplift", "deeplift_shap", "lrp")  # which see the modules of a network, not its functions
 
 
 @dataclass(frozen=True)
@@ -81,65 +79,18 @@ def build_method(name: str, call: Call) -> Explain:
     return explain
 
 
-def check_network(name: str, network: nn.Module, inputs: Tensor) -> None:
-    """Refuse networks that a method would explain wrongly without a word.
-
-    Guided backpropagation, DeepLIFT and LRP put hooks on modules. They do not see a function such as ``F.relu``, and a
-    module that is called twice, or writes over its input, mixes up what they store.
+def known_options(name: str) -> set[str]:
+    """The options of a method: those of Captum's ``attribute``, and what is decided here.
 
     Args:
-        name: Name of the method.
-        network: The network.
-        inputs: Some inputs of it.
+        name: One of `METHODS`.
 
-    Raises:
-        MisconfigurationException: If the method has no module to hook, or one that it cannot.
+    Returns:
+        Their names.
     """
-    if name not in HOOKED:
-        return
-    relus = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.ReLU)]
-    names: dict[nn.Module, str] = {module: path for path, module in relus}
-    if inplace := [path for path, module in relus if module.inplace]:
-        raise MisconfigurationException(
-            f"{name} cannot hook ReLUs that write over their input, got {inplace}; build them with `inplace=False`"
-        )
-    calls: dict[nn.Module, int] = dict.fromkeys(names, 0)
-
-    def count(module: nn.Module, *_: Any) -> None:
-        calls[module] += 1
-
-    handles = [module.register_forward_hook(count) for module in names]
-    try:
-        with torch.no_grad(), _Relus() as seen:
-            network(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if shared := [names[module] for module, times in calls.items() if times > 1]:
-        raise MisconfigurationException(
-            f"{name} needs a ReLU of its own at every place, got {shared} called several times in a forward pass; "
-            "build one `nn.ReLU()` for each"
-        )
-    if seen.count > sum(calls.values()):
-        raise MisconfigurationException(
-            f"{name} sees modules alone, got {seen.count - sum(calls.values())} ReLU(s) called as functions, such as "
-            "`F.relu(x)`; build `nn.ReLU()` modules"
-        )
-    if name in GUIDED and not calls:
-        raise MisconfigurationException(f"{name} changes the gradient of ReLUs, and {type(network).__name__} has none")
-
-
-class _Relus(torch.overrides.TorchFunctionMode):
-    """Counts calls of the ReLU, as a function or through its module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in {F.relu, torch.relu, torch.Tensor.relu, torch.relu_, torch.Tensor.relu_}
-        with torch._C.DisableTorchFunction():  # `F.relu` calls `torch.relu`: one call, counted once
-            return func(*args, **(kwargs or {}))
+    parameters = inspect.signature(getattr(require_captum(), _CLASSES[name]).attribute).parameters
+    own = {"method", *(("layer",) if name in WITH_LAYER else ()), *_OWN_OPTIONS.get(name, ())}
+    return {*parameters, *own} - {"self", "inputs", "target", "return_convergence_delta"}
 
 
 def _saliency(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
@@ -194,11 +145,11 @@ def _lrp(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
 
 
 def _lime(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
-    return _sampled(attr.Lime(_logits(call)), call, x, target)
+    return _sampled(attr.Lime, call, x, target)
 
 
 def _kernel_shap(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
-    return _sampled(attr.KernelShap(_logits(call)), call, x, target)
+    return _sampled(attr.KernelShap, call, x, target)
 
 
 def _gradcam(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> Any:
@@ -212,19 +163,29 @@ def _guided_gradcam(attr: ModuleType, call: Call, x: Tensor, target: Tensor) -> 
     return attr.GuidedGradCam(call.network, call.layer).attribute(x, target=target, **options)
 
 
-def _sampled(method: Any, call: Call, x: Tensor, target: Tensor) -> Tensor:
+def _sampled(kind: Any, call: Call, x: Tensor, target: Tensor) -> Tensor:
     """LIME and KernelSHAP look at one sample at a time, with random numbers that belong to it."""
+    # The regressions are at least in float32, whatever a Trainer has made the default of new tensors: KernelSHAP's
+    # weights of a million are infinite in half precision.
+    usual = torch.get_default_dtype()
+
+    def forward(copies: Tensor) -> Tensor:
+        with _new_tensors_in(usual):
+            return _logits(call)(copies.to(x.dtype))
+
     options = {"n_samples": 200, "perturbations_per_eval": call.limit, **call.options}
     patch = options.pop("patch", 16)
     if "feature_mask" not in options:
         options["feature_mask"] = Patches(tuple(x.shape[2:] or x.shape[1:]), patch, x.device).ids[
             (None,) * (1 + (x.ndim > 2))
         ]
-    parts = []
-    for sample, label, key in zip(x.split(1), target.split(1), sample_keys(x).tolist(), strict=True):
+    wide = x if x.dtype == torch.float64 else x.float()
+    method, parts = kind(forward), []
+    for sample, label, key in zip(wide.split(1), target.split(1), sample_keys(x).tolist(), strict=True):
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed((key + call.seed) % 2**63)
-            parts.append(method.attribute(sample, target=label, **options).detach())
+            with _new_tensors_in(wide.dtype):
+                parts.append(method.attribute(sample, target=label, **options).detach())
     return torch.cat(parts)
 
 
@@ -242,6 +203,20 @@ METHODS: dict[str, Callable[[ModuleType, Call, Tensor, Tensor], Any]] = {
     "gradcam": _gradcam,
     "guided_gradcam": _guided_gradcam,
 }
+_CLASSES = {
+    "saliency": "Saliency",
+    "integrated_gradients": "IntegratedGradients",
+    "input_x_gradient": "InputXGradient",
+    "guided_backprop": "GuidedBackprop",
+    "lrp": "LRP",
+    "lime": "Lime",
+    "kernel_shap": "KernelShap",
+    "deeplift": "DeepLift",
+    "deeplift_shap": "DeepLiftShap",
+    "gradcam": "LayerGradCam",
+    "guided_gradcam": "GuidedGradCam",
+}
+_OWN_OPTIONS = {"lime": ("patch", "seed"), "kernel_shap": ("patch", "seed"), "deeplift_shap": ("seed",)}
 _COPIES = {"deeplift": 2, "deeplift_shap": 8}  # inputs that a method makes of one
 
 
@@ -261,6 +236,16 @@ def _logits_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _interpolation(x: Tensor) -> str:
     return {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
+
+
+@contextmanager
+def _new_tensors_in(dtype: torch.dtype) -> Iterator[None]:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from torchmetrics import Metric
 from lightning_plugins._checks import check_choice
 from lightning_plugins.callbacks._attribution.report import AttributionReport
 from lightning_plugins.functional.attribution import random_attributions
-from lightning_plugins.functional.attribution.faithfulness import Explain
-from lightning_plugins.functional.attribution.scoring import Forward
+from lightning_plugins.functional.attribution.scoring import Explain, Forward
 from lightning_plugins.metrics.attribution import (
     AttributionAUROC,
     AttributionLocalization,
@@ -139,6 +138,8 @@ def checked_metrics(metrics: Sequence[str] | Mapping[str, Metric], limit: int) -
         found = dict(metrics)
     else:
         names = (metrics,) if isinstance(metrics, str) else metrics
+        if isinstance(names, Metric) or any(isinstance(name, Metric) for name in names):
+            raise TypeError("`metrics` must be names, or a mapping of names as in {'iou': LocalizationIoU()}")
         found = {name: METRICS[check_choice("metrics", name, METRICS)](limit) for name in names}
     if not found:
         raise ValueError(f"`metrics` must have at least one metric, got none; there are {', '.join(METRICS)}")

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, nearest
 from lightning_plugins._lightning import LightningModule, MisconfigurationException
-from lightning_plugins.callbacks._attribution.methods import METHODS, WITH_LAYER, Call, require_captum
-from lightning_plugins.functional.attribution.faithfulness import Explain
+from lightning_plugins.callbacks._attribution.methods import METHODS, WITH_LAYER, Call, known_options
+from lightning_plugins.functional.attribution._positions import maps_of_inputs
+from lightning_plugins.functional.attribution.scoring import Explain
 
 Methods = str | Sequence[str] | Mapping[str, str | Mapping[str, Any] | Callable[[Tensor, Tensor], Tensor] | None]
 
@@ -30,7 +31,9 @@ def check_methods(methods: Methods) -> dict[str, dict[str, Any] | Explain]:
         methods = [methods]
     if not isinstance(methods, Mapping):
         if not isinstance(methods, Sequence):
-            raise TypeError(f"`methods` must be names, or a mapping of names, got {type(methods).__name__}")
+            raise TypeError(
+                f"`methods` must be names, or a mapping as in {{'mine': function}}, got {type(methods).__name__}"
+            )
         methods = dict.fromkeys(methods)
     if not methods:
         raise ValueError(f"`methods` must have at least one method, got none; by name there are {', '.join(METHODS)}")
@@ -81,9 +84,42 @@ def method_calls(
     return calls
 
 
+def named(name: str, explain: Explain) -> Explain:
+    """The method of a user's own, whose maps are checked where they come from.
+
+    Args:
+        name: Its name.
+        explain: Maps inputs and classes to attributions.
+
+    Returns:
+        The same, raising a `MisconfigurationException` for what is no map of its inputs.
+    """
+
+    def checked(inputs: Tensor, target: Tensor) -> Tensor:
+        maps: object = explain(inputs, target)
+        if not isinstance(maps, Tensor) or not maps.is_floating_point():
+            got = str(maps.dtype) if isinstance(maps, Tensor) else type(maps).__name__
+            raise MisconfigurationException(f"`methods[{name!r}]` must return a floating tensor, got {got}")
+        try:
+            maps_of_inputs(maps, inputs)
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"`methods[{name!r}]` must return maps of its inputs' shape {tuple(inputs.shape)}, with any number of"
+                f" channels or without, got {tuple(maps.shape)}"
+            ) from error
+        return maps
+
+    return checked
+
+
 def _checked(name: str, value: object) -> dict[str, Any] | Explain:
     if not isinstance(name, str):
-        raise TypeError(f"`methods` must have strings as names, got {name!r} ({type(name).__name__})")
+        raise TypeError(
+            f"`methods` must have strings as names, got {name!r} ({type(name).__name__}); callables go in a mapping,"
+            " {'mine': function}"
+        )
+    if isinstance(value, nn.Module) and name in METHODS:
+        raise TypeError(f"`methods[{name!r}]` must be the name of a layer, a string, got {type(value).__name__} itself")
     if callable(value):
         return value
     if isinstance(value, str):
@@ -91,7 +127,7 @@ def _checked(name: str, value: object) -> dict[str, Any] | Explain:
     if value is not None and not isinstance(value, Mapping):
         raise TypeError(
             f"`methods[{name!r}]` must be a layer's name, a mapping of options, a callable or None, got"
-            f" {type(value).__name__}"
+            f" {type(value).__name__}{'; give its `attribute`' if hasattr(value, 'attribute') else ''}"
         )
     options = {"method": name, **(value or {})}
     method = check_choice("methods", options["method"], METHODS)
@@ -101,7 +137,11 @@ def _checked(name: str, value: object) -> dict[str, Any] | Explain:
         )
     if method not in WITH_LAYER and "layer" in options:
         raise ValueError(f"`methods[{name!r}]` takes no layer, got {options['layer']!r}")
-    require_captum()
+    known = known_options(method)
+    if unknown := [option for option in options if option not in known]:
+        near = nearest(unknown[0], known, limit=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
+        raise ValueError(f"`methods[{name!r}]` has no option {unknown[0]!r}; {hint}")
     return options
 
 

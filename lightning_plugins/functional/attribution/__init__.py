@@ -9,11 +9,8 @@ from lightning_plugins.functional.attribution.curves import (
     perturbation_curve,
     scaled_curve,
 )
-from lightning_plugins.functional.attribution.faithfulness import (
-    faithfulness_correlation,
-    infidelity,
-    sensitivity,
-)
+from lightning_plugins.functional.attribution.faithfulness import faithfulness_correlation
+from lightning_plugins.functional.attribution.infidelity import infidelity
 from lightning_plugins.functional.attribution.localization import (
     LocalizationScores,
     attribution_auroc,
@@ -27,6 +24,7 @@ from lightning_plugins.functional.attribution.random import random_attributions
 from lightning_plugins.functional.attribution.randomization import parameter_randomization
 from lightning_plugins.functional.attribution.replacement import Perturbation
 from lightning_plugins.functional.attribution.scoring import class_scores
+from lightning_plugins.functional.attribution.sensitivity import sensitivity
 from lightning_plugins.functional.attribution.spans import beat_spans, boxes_to_mask, spans_to_mask
 
 __all__ = [

@@ -21,8 +21,8 @@ def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]
     maps = checked_maps(attributions)
     if not isinstance(masks, Tensor):
         raise TypeError(f"`masks` must be a tensor, got {type(masks).__name__}; `spans_to_mask` makes one of spans")
-    if masks.shape != maps.shape and masks.ndim == maps.ndim and masks.ndim > 2 and masks.shape[1] == 1:
-        masks = masks[:, 0]
+    if masks.shape != maps.shape and masks.ndim in {maps.ndim, maps.ndim + 1} and masks.shape[1:2] == (1,):
+        masks = masks[:, 0] if masks.ndim > 2 else masks
     if maps.ndim == masks.ndim + 1:
         maps = maps.sum(1)
     if maps.shape != masks.shape:
@@ -30,7 +30,7 @@ def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]
             "`masks` must have the shape (B, *spatial) of `attributions`, with or without channels, got"
             f" {tuple(masks.shape)} for attributions of shape {tuple(attributions.shape)}"
         )
-    if maps[:1].numel() == 0 and len(maps):
+    if 0 in maps.shape[1:]:
         raise ValueError(f"`attributions` must have at least one position, got shape {tuple(attributions.shape)}")
     return maps.flatten(1), masks.flatten(1).to(maps.device) != 0
 

@@ -80,7 +80,7 @@ def perturbation_curve(
     target = checked_target(target, len(x)).to(x.device)
     patches, keys = Patches(tuple(x.shape[2:]), how.patch, x.device), sample_keys(x)
     places = patch_places(patches.sums(maps), keys, order=order, seed=how.seed)
-    counts = steps_of(patches.count, steps, spread=spread)
+    counts, point = steps_of(patches.count, steps, spread=spread).unique(return_inverse=True)  # none is scored twice
 
     def as_given(copies: Tensor) -> Tensor:
         return copies[:, 0] if inputs.ndim == 2 else copies
@@ -97,6 +97,8 @@ def perturbation_curve(
 
         curve = score_copies(forward, make, target, len(counts), limit, output)
     finite = torch.isfinite(maps).flatten(1).all(1)
+    if len(point) > curve.shape[1]:
+        curve = curve[:, point.to(x.device)]
     return torch.where(finite[:, None], curve, torch.nan)
 
 

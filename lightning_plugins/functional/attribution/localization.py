@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
 from lightning_plugins.functional.attribution._positions import flat_positions
+from lightning_plugins.functional.attribution._ties import count, expected_hits, hits_above, pairs_in_order
 
 
 class LocalizationScores(NamedTuple):
@@ -55,8 +56,8 @@ def localization_iou(attributions: Tensor, masks: Tensor) -> LocalizationScores:
         the small variance of the hits among ties.
     """
     maps, truth = flat_positions(attributions, masks)
-    size = truth.sum(1)
-    hits, rate = _expected_hits(maps, truth, size), size / maps.shape[1]
+    size = count(truth, maps)
+    hits, rate = expected_hits(maps, truth, size), size / maps.shape[1]
     return _defined(hits / (2 * size - hits), rate / (2 - rate), maps, truth)
 
 
@@ -82,8 +83,8 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Localization
         Arras et al., Information Fusion 2022, https://arxiv.org/abs/2003.07258.
     """
     maps, truth = flat_positions(attributions, masks)
-    size = truth.sum(1)
-    return _defined(_expected_hits(maps, truth, size) / size, size / maps.shape[1], maps, truth)
+    size = count(truth, maps)
+    return _defined(expected_hits(maps, truth, size) / size, size / maps.shape[1], maps, truth)
 
 
 def top_k_intersection(attributions: Tensor, masks: Tensor, k: int) -> LocalizationScores:
@@ -111,8 +112,8 @@ def top_k_intersection(attributions: Tensor, masks: Tensor, k: int) -> Localizat
     maps, truth = flat_positions(attributions, masks)
     if check_positive_int("k", k) > maps.shape[1]:
         raise ValueError(f"`k` must be at most the number of positions, {maps.shape[1]}, got {k}")
-    hits = _hits_above(maps, truth, maps.topk(k, dim=1).values[:, -1:], k)
-    return _defined(hits / k, truth.sum(1) / maps.shape[1], maps, truth)
+    hits = hits_above(maps, truth, maps.topk(k, dim=1).values[:, -1:], k)
+    return _defined(hits / k, count(truth, maps) / maps.shape[1], maps, truth)
 
 
 def attribution_localization(attributions: Tensor, masks: Tensor, *, weighted: bool = False) -> LocalizationScores:
@@ -144,8 +145,8 @@ def attribution_localization(attributions: Tensor, masks: Tensor, *, weighted: b
     maps, truth = flat_positions(attributions, masks)
     positive = maps.clamp_min(0)
     positive = positive / positive.amax(1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # sums stay finite
-    total, rate = positive.sum(1), truth.sum(1) / maps.shape[1]
-    share = torch.where(total > 0, (positive * truth).sum(1) / total, rate.to(maps.dtype))
+    total, rate = positive.sum(1), count(truth, maps) / maps.shape[1]
+    share = torch.where(total > 0, (positive * truth).sum(1) / total, rate)
     share = share.clamp_max(1.0)  # the two sums round apart
     return _defined(share / rate if weighted else share, rate / rate if weighted else rate, maps, truth)
 
@@ -179,8 +180,8 @@ def pointing_game(attributions: Tensor, masks: Tensor, *, tolerance: int = 0) ->
     if tolerance:
         wide = _dilated(truth.reshape(masks.shape), tolerance).reshape(truth.shape)  # a channel of one stays one
     largest = maps == maps.amax(1, keepdim=True)
-    score = (largest & wide).sum(1) / largest.sum(1)
-    return _defined(score, wide.sum(1) / maps.shape[1], maps, truth)
+    score = count(largest & wide, maps) / count(largest, maps)
+    return _defined(score, count(wide, maps) / maps.shape[1], maps, truth)
 
 
 def attribution_auroc(attributions: Tensor, masks: Tensor) -> LocalizationScores:
@@ -205,41 +206,14 @@ def attribution_auroc(attributions: Tensor, masks: Tensor) -> LocalizationScores
         Mann and Whitney, 1947.
     """
     maps, truth = flat_positions(attributions, masks)
-    sort = maps.sort(1)
-    ranks = (_first_of_ties(sort.values) + _last_of_ties(sort.values)).to(maps.dtype) / 2 + 1
-    size = truth.sum(1).to(ranks.dtype)
-    won = (ranks * truth.gather(1, sort.indices)).sum(1) - size * (size + 1) / 2
-    score = won / (size * (maps.shape[1] - size))  # 0 / 0 for a full mask
-    return _defined(score, torch.full_like(score, 0.5).where(size < maps.shape[1], torch.nan), maps, truth)
-
-
-def _expected_hits(maps: Tensor, truth: Tensor, size: Tensor) -> Tensor:
-    """Positions of the truth among the ``size`` largest, where tied ones are drawn at random."""
-    ordered = maps.sort(1, descending=True).values
-    least = ordered.gather(1, (size - 1).clamp_min(0)[:, None])  # the value of the last that is taken
-    return _hits_above(maps, truth, least, size)
-
-
-def _hits_above(maps: Tensor, truth: Tensor, least: Tensor, size: Tensor | int) -> Tensor:
-    above, tied = maps > least, maps == least
-    wanted = size - above.sum(1)  # of the tied ones
-    return (above & truth).sum(1) + (tied & truth).sum(1) * wanted / tied.sum(1).clamp_min(1)
-
-
-def _first_of_ties(ordered: Tensor) -> Tensor:
-    """In sorted rows, the number of the first position that has the value of each."""
-    at = torch.arange(ordered.shape[1], device=ordered.device)
-    begins = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
-    return torch.where(begins, at, 0).cummax(1).values
-
-
-def _last_of_ties(ordered: Tensor) -> Tensor:
-    """In sorted rows, the number of the last position that has the value of each."""
-    return ordered.shape[1] - 1 - _first_of_ties(ordered.flip(1)).flip(1)
+    size = count(truth, maps)
+    pairs = size * (maps.shape[1] - size)
+    score = 0.5 + 0.5 * pairs_in_order(maps, truth).to(maps.dtype) / pairs  # 0 / 0 for a full mask
+    return _defined(score, torch.full_like(score, 0.5).where(pairs > 0, torch.nan), maps, truth)
 
 
 def _defined(score: Tensor, random: Tensor, maps: Tensor, truth: Tensor) -> LocalizationScores:
-    usable = torch.isfinite(maps).all(1) & truth.any(1)
+    usable = torch.isfinite(maps.amax(1)) & torch.isfinite(maps.amin(1)) & truth.any(1)  # both pass on a NaN
     kept = (torch.where(usable, part.to(maps.dtype), torch.nan) for part in (score, random))
     return LocalizationScores(*kept)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_non_negative_int
+from lightning_plugins.functional.attribution._correlation import spearman
 from lightning_plugins.functional.attribution._positions import checked_maps
-from lightning_plugins.functional.attribution.faithfulness import pearson
 
 
 def parameter_randomization(
@@ -80,35 +80,11 @@ def parameter_randomization(
     return similar
 
 
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Correlate the ranks of the rows of two matrices; tied values share the mean of their ranks.
-
-    Args:
-        a: Shape ``(B, n)``.
-        b: Shape ``(B, n)``.
-
-    Returns:
-        Shape ``(B,)``, in ``[-1, 1]``; NaN where a row is constant or not finite.
-
-    Example:
-        >>> spearman(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[3.0, 5.0, 6.0]])).round(decimals=3)
-        tensor([1.])
-    """
-    finite = (torch.isfinite(a) & torch.isfinite(b)).all(1)
-    return torch.where(finite, pearson(_ranks(a), _ranks(b)), torch.nan)
-
-
-def _ranks(rows: Tensor) -> Tensor:
-    rows = rows.contiguous()
-    ordered = rows.sort(1).values
-    return (torch.searchsorted(ordered, rows) + torch.searchsorted(ordered, rows, right=True)).to(rows) / 2
-
-
 def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
     """Drawn on the CPU, so that devices agree; a constant parameter, such as a new bias, gets a little noise."""
     spread = value.float().std(correction=0).cpu()
     scale = torch.where(spread > 0, spread, 0.01)
-    return torch.randn(value.shape, generator=generator) * scale + value.float().mean().cpu()
+    return torch.randn(value.shape, generator=generator, dtype=torch.float32) * scale + value.float().mean().cpu()
 
 
 @contextmanager

@@ -172,10 +172,10 @@ def lines(inputs: Tensor, patches: Patches, neighbours: Tensor) -> Tensor:
     at = torch.arange(length, device=inputs.device)
     before = patches.ids * window - 1
     behind = (before + window + 1).clamp_max(length)
-    share = (at - before) / (behind - before)
+    share = (at - before).to(inputs.dtype) / (behind - before)
     left = neighbours[..., torch.where(before >= 0, before, behind.clamp_max(length - 1))]
     right = neighbours[..., torch.where(behind < length, behind, before)]
-    return torch.lerp(left, right, share.to(inputs.dtype))
+    return torch.lerp(left, right, share)
 
 
 def blurred(inputs: Tensor, sigma: float) -> Tensor:

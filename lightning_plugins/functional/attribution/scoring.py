@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_plugins._checks import check_choice
 
 Forward = Callable[[Tensor], Tensor]
+Explain = Callable[[Tensor, Tensor], Tensor]  # from inputs and their classes to maps
 Output = Literal["probability", "logit"]
 OUTPUTS: tuple[Output, ...] = ("probability", "logit")
 MAX_FORWARD_BATCH = 256  # copies of a sample in one forward pass, unless a caller says otherwise

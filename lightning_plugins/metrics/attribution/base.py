@@ -70,59 +70,61 @@ class AttributionMetric(SumMetric):
         score, random = total / count, baseline / count
         return AttributionScore(score, random, skill_of(score, random, self.best), count, undefined)
 
-    def add(self, scores: Tensor, random: Tensor, classes: Tensor | None) -> None:
+    def add(self, scores: Tensor, random: Tensor, classes: Tensor | None, *, name: str = "classes") -> None:
         """Add samples to the sums of their classes.
 
         Args:
             scores: Shape ``(B,)``; NaN for a sample that has none.
             random: The scores of random maps, shape ``(B,)``.
             classes: Integers of shape ``(B,)``; needed where the metric has ``num_classes``.
+            name: What ``classes`` is called where it was given.
 
         Raises:
             TypeError: If ``classes`` is not of integers.
             ValueError: If classes are missing, or of another shape or range.
         """
-        index = self.class_index(classes, len(scores)).to(self.count.device)
+        index = class_rows(name, classes, len(scores), self.num_classes).to(self.count.device)
         defined = (torch.isfinite(scores) & torch.isfinite(random)).to(index.device)
-        for name, values in (("total", scores), ("random_total", random)):
-            sums = getattr(self, name)
+        for state, values in (("total", scores), ("random_total", random)):
+            sums = getattr(self, state)
             kept = torch.where(defined, values.detach().to(sums), 0.0)
-            setattr(self, name, sums.index_add(0, index, kept))
+            setattr(self, state, sums.index_add(0, index, kept))
         self.count = self.count.index_add(0, index, defined.long())
         self.undefined = self.undefined.index_add(0, index, (~defined).long())
 
-    def class_index(self, classes: Tensor | None, rows: int) -> Tensor:
-        """The row of the sums that each sample belongs to.
 
-        Args:
-            classes: Integers of shape ``(rows,)``, or None for a metric without classes.
-            rows: Number of samples.
+def class_rows(name: str, classes: Tensor | None, rows: int, num_classes: int | None) -> Tensor:
+    """The row of the sums that each sample belongs to.
 
-        Returns:
-            Integers of shape ``(rows,)``.
+    Args:
+        name: The argument's name, for the message.
+        classes: Integers of shape ``(rows,)``, or None for a metric without classes.
+        rows: Number of samples.
+        num_classes: Of the metric; None where all samples are of one class.
 
-        Raises:
-            TypeError: If ``classes`` is not of integers.
-            ValueError: If classes are missing, or of another shape or range.
-        """
-        if self.num_classes is None:
-            return torch.zeros(rows, dtype=torch.long)
-        if classes is None:
-            raise ValueError(f"`classes` must be given to a metric with `num_classes={self.num_classes}`, got None")
-        if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dtype == torch.bool:
-            kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
-            raise TypeError(f"`classes` must be a tensor of integers, got {kind}")
-        if classes.shape != (rows,):
-            raise ValueError(f"`classes` must have shape ({rows},), got {tuple(classes.shape)}")
-        if (
-            classes.device.type == "cpu"
-            and rows
-            and not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes
-        ):
-            raise ValueError(
-                f"`classes` must be in 0 to {self.num_classes - 1}, got {int(classes.min())} to {int(classes.max())}"
-            )
-        return classes.long()
+    Returns:
+        Integers of shape ``(rows,)``.
+
+    Raises:
+        TypeError: If ``classes`` is not of integers.
+        ValueError: If classes are missing, or of another shape or range.
+    """
+    if num_classes is None:
+        return torch.zeros(rows, dtype=torch.long)
+    if classes is None:
+        raise ValueError(f"`{name}` must be given to a metric with `num_classes={num_classes}`, got None")
+    if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dtype == torch.bool:
+        kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
+        raise TypeError(f"`{name}` must be a tensor of integers, got {kind}")
+    if classes.shape != (rows,):
+        raise ValueError(f"`{name}` must have shape ({rows},), got {tuple(classes.shape)}")
+    on_host = classes.device.type == "cpu"  # elsewhere a look at the values would wait for the device
+    if on_host and rows and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+        raise ValueError(
+            f"`{name}` must be in 0 to {num_classes - 1}, the classes of `num_classes={num_classes}`, got"
+            f" {int(classes.min())} to {int(classes.max())}"
+        )
+    return classes.long()
 
 
 def skill_of(score: Tensor, random: Tensor, best: float) -> Tensor:

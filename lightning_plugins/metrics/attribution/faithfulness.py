@@ -13,13 +13,13 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     sensitivity,
 )
-from lightning_plugins.functional.attribution.faithfulness import Explain
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys
-from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, Forward
 from lightning_plugins.metrics.attribution.base import AttributionMetric
+from lightning_plugins.metrics.attribution.by_forward import ForwardMetric
 
 
-class FaithfulnessCorrelation(AttributionMetric):
+class FaithfulnessCorrelation(ForwardMetric):
     """Mean correlation of attributions with drops of the score; see `faithfulness_correlation`.
 
     The random baseline is 0, the expectation for maps that know nothing of the model.
@@ -57,24 +57,12 @@ class FaithfulnessCorrelation(AttributionMetric):
         per_class: bool = False,
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
-        super().__init__(num_classes=num_classes, per_class=per_class)
+        super().__init__(num_classes=num_classes, per_class=per_class, max_forward_batch=max_forward_batch)
         self.draws, self.share = check_positive_int("draws", draws), check_fraction("share", share)
         self.perturbation = perturbation
-        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
 
-    def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
-        """Add the samples of one batch; their class is ``target`` where the metric has classes.
-
-        Args:
-            forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
-            inputs: Shape ``(B, [C,] *spatial)``.
-            attributions: The same shape, with any number of channels or without that dimension.
-            target: Class of each sample, integers of shape ``(B,)``.
-
-        Raises:
-            TypeError: If a tensor is of the wrong kind.
-            ValueError: If shapes do not go together, or a class is out of range.
-        """
+    def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Score each sample; see `faithfulness_correlation`."""
         scores = faithfulness_correlation(
             forward,
             inputs,
@@ -85,10 +73,10 @@ class FaithfulnessCorrelation(AttributionMetric):
             perturbation=self.perturbation,
             max_forward_batch=self.max_forward_batch,
         )
-        self.add(scores, torch.zeros_like(scores), target)
+        return scores, torch.zeros_like(scores)
 
 
-class Infidelity(AttributionMetric):
+class Infidelity(ForwardMetric):
     """Mean squared error of maps as predictions of what noise does; lower is better; see `infidelity`.
 
     The baseline is that of random maps of the same size on the same samples.
@@ -128,28 +116,16 @@ class Infidelity(AttributionMetric):
         per_class: bool = False,
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
-        super().__init__(num_classes=num_classes, per_class=per_class)
+        super().__init__(num_classes=num_classes, per_class=per_class, max_forward_batch=max_forward_batch)
         self.draws, self.std = check_positive_int("draws", draws), check_finite_number("std", std)
         self.normalize, self.seed = normalize, check_non_negative_int("seed", seed)
-        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
 
-    def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
-        """Add the samples of one batch; their class is ``target`` where the metric has classes.
-
-        Args:
-            forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
-            inputs: Shape ``(B, ...)``.
-            attributions: The same shape, or one channel.
-            target: Class of each sample, integers of shape ``(B,)``.
-
-        Raises:
-            TypeError: If a tensor is of the wrong kind.
-            ValueError: If shapes do not go together, or a class is out of range.
-        """
+    def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Score each sample; see `infidelity`."""
         maps = random_normal(sample_keys(inputs), math.prod(inputs.shape[1:]), seed=self.seed + 7).reshape(inputs.shape)
         size = attributions.detach().flatten(1).float().norm(dim=1) / maps.flatten(1).norm(dim=1)
         random = self._errors(forward, inputs, maps * size.reshape(-1, *[1] * (inputs.ndim - 1)), target)
-        self.add(self._errors(forward, inputs, attributions, target), random, target)
+        return self._errors(forward, inputs, attributions, target), random
 
     def _errors(self, forward: Forward, inputs: Tensor, maps: Tensor, target: Tensor) -> Tensor:
         return infidelity(
@@ -220,7 +196,7 @@ class Sensitivity(AttributionMetric):
             ValueError: If shapes do not go together, or a class is out of range.
         """
         random = self._changes(lambda x, _: random_attributions(x, seed=self.seed), inputs, target)
-        self.add(self._changes(explain, inputs, target), random, target)
+        self.add(self._changes(explain, inputs, target), random, target, name="target")
 
     def _changes(self, explain: Explain, inputs: Tensor, target: Tensor) -> Tensor:
         return sensitivity(

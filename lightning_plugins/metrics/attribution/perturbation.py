@@ -16,7 +16,8 @@ from lightning_plugins.functional.attribution import (
 )
 from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
 from lightning_plugins.metrics._sums import SumMetric
-from lightning_plugins.metrics.attribution.base import AttributionMetric, AttributionScore, skill_of
+from lightning_plugins.metrics.attribution.base import AttributionScore, class_rows, skill_of
+from lightning_plugins.metrics.attribution.by_forward import ForwardMetric
 
 Reduction = Literal["sum", "mean"]
 Kind = Literal["aopc", "deletion", "insertion"]
@@ -98,9 +99,7 @@ class DegradationScore(SumMetric):
             TypeError: If a tensor is of the wrong kind.
             ValueError: If shapes do not go together, or a class is out of range.
         """
-        index = target if self.num_classes is not None else torch.zeros_like(target)
-        if index.device.type == "cpu" and len(index) and int(index.max()) >= len(self.count):
-            raise ValueError(f"`target` must be in 0 to {len(self.count) - 1}, got {int(index.max())}")
+        index = class_rows("target", target, len(inputs), self.num_classes).to(self.count.device)
         maps = (attributions, random_attributions(inputs)) if self.baseline else (attributions,)
         found = torch.stack(
             [
@@ -108,14 +107,13 @@ class DegradationScore(SumMetric):
                 for own in maps
             ]
         )
-        defined = torch.isfinite(found).all(-1).all(0).all(0)
-        kept = torch.where(defined[:, None], found, 0.0).to(self.curves)
-        index = index.to(self.count.device)
+        defined = torch.isfinite(found).all(-1).all(0).all(0).to(index.device)
+        kept = torch.where(defined[:, None], found.to(self.curves), 0.0)
         added = torch.zeros_like(self.curves)
         added[: len(maps)].index_add_(2, index, kept)
         self.curves = self.curves + added
-        self.count = self.count.index_add(0, index, defined.long().to(index.device))
-        self.undefined = self.undefined.index_add(0, index, (~defined).long().to(index.device))
+        self.count = self.count.index_add(0, index, defined.long())
+        self.undefined = self.undefined.index_add(0, index, (~defined).long())
 
     def compute(self) -> AttributionScore:
         """Score of all samples of all batches and ranks.
@@ -163,18 +161,18 @@ class DegradationScore(SumMetric):
         )
 
 
-class RegionPerturbation(AttributionMetric):
+class RegionPerturbation(ForwardMetric):
     """Area of the curve of a class's probability as patches are replaced one by one.
 
     ``"aopc"`` is the area over it, the mean of ``y_0 - y_k``, with the most relevant patches first, higher is better;
     ``"deletion"`` the area under it, lower is better. ``"insertion"`` reads the curve of the least relevant patches
-    first from its end: the most relevant ones come back first into an input that has none, higher is better; it needs
-    as many steps as patches.
+    first from its end: the most relevant ones come back first into an input that has none, higher is better.
 
     Args:
         kind: ``"aopc"``, ``"deletion"`` or ``"insertion"``.
         order: ``"most"`` or ``"least"`` relevant first, for ``"aopc"``, of which the latter should be small.
-        steps: Number of points after the first, one patch each; the last ones repeat where there are fewer patches.
+        steps: Number of points after the first, one patch each; the last ones repeat where there are fewer patches. If
+            None 100 for ``"aopc"``, and for the others as many as there are patches, which ``"insertion"`` needs.
         perturbation: How patches are replaced; by zeros in windows of 16 if None.
         baseline: Whether random maps are measured too; without, ``random`` and ``skill`` are NaN.
         num_classes: Number of classes, for results by class.
@@ -205,43 +203,34 @@ class RegionPerturbation(AttributionMetric):
         kind: Kind = "aopc",
         *,
         order: Literal["most", "least"] = "most",
-        steps: int = 100,
+        steps: int | None = None,
         perturbation: Perturbation | None = None,
         baseline: bool = True,
         num_classes: int | None = None,
         per_class: bool = False,
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
-        super().__init__(num_classes=num_classes, per_class=per_class)
+        super().__init__(num_classes=num_classes, per_class=per_class, max_forward_batch=max_forward_batch)
         self.kind = check_choice("kind", kind, ("aopc", "deletion", "insertion"))
         self.order: Literal["most", "least"] = order
         check_choice("order", order, ("most", "least"))
         if kind != "aopc" and order != "most":
             raise ValueError(f"`order='least'` is for `kind='aopc'`; {kind!r} has an order of its own")
-        self.steps = check_positive_int("steps", steps)
+        if kind == "insertion" and steps is not None:
+            raise ValueError(f"`steps` of `kind='insertion'` are all patches, got {steps!r}; leave it None")
+        published = 100 if kind == "aopc" else None
+        self.steps = published if steps is None else check_positive_int("steps", steps)
         self.perturbation = perturbation or Perturbation(replacement="zero")
         self.baseline = baseline
-        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
         self.best = 0.0 if kind == "deletion" else 1.0
 
-    def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
-        """Add the samples of one batch; their class is ``target`` where the metric has classes.
-
-        Args:
-            forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
-            inputs: Shape ``(B, [C,] *spatial)``.
-            attributions: The same shape, with any number of channels or without that dimension.
-            target: Class of each sample, integers of shape ``(B,)``.
-
-        Raises:
-            TypeError: If a tensor is of the wrong kind.
-            ValueError: If shapes do not go together, or a class is out of range.
-        """
+    def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Area of the curve of each sample, and that of a random map."""
         scores = self._areas(forward, inputs, attributions, target)
         random = torch.zeros_like(scores)
         if self.baseline:
             random = self._areas(forward, inputs, random_attributions(inputs), target)
-        self.add(scores, random, target)
+        return scores, random
 
     def compute(self) -> AttributionScore:
         """Mean over all samples of all batches and ranks.

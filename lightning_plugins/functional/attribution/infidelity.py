@@ -1,0 +1,124 @@
+"""Whether attributions predict what noise on the inputs does to the score."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins.functional.attribution._positions import checked_maps
+from lightning_plugins.functional.attribution.random import random_normal, sample_keys, split_keys
+from lightning_plugins.functional.attribution.scoring import (
+    MAX_FORWARD_BATCH,
+    Forward,
+    Output,
+    checked_target,
+    score_copies,
+)
+
+
+def infidelity(
+    forward: Forward,
+    inputs: Tensor,
+    attributions: Tensor,
+    target: Tensor,
+    *,
+    draws: int = 10,
+    std: float = 0.1,
+    normalize: bool = True,
+    seed: int = 0,
+    output: Output = "logit",
+    max_forward_batch: int = MAX_FORWARD_BATCH,
+) -> Tensor:
+    """Mean squared difference between what attributions predict of noise on the inputs and what the model does.
+
+    With noise ``I`` it is the mean of ``(a . I - (f(x) - f(x - I)))**2``, in squared units of the score; the smaller,
+    the better.
+
+    Args:
+        forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
+        inputs: Shape ``(B, ...)``.
+        attributions: The same shape; a single channel is shared out evenly over several of ``inputs``.
+        target: Class of each sample, integers of shape ``(B,)``.
+        draws: How often noise is drawn for each sample.
+        std: Its standard deviation.
+        normalize: Whether each map is first scaled by the factor that fits best: most attributions have no scale of
+            their own, and without this the result is ruled by it.
+        seed: Of the noise, which is a function of it and of the sample.
+        output: ``"logit"`` of the class, or its ``"probability"``.
+        max_forward_batch: The largest number of inputs in one forward pass.
+
+    Returns:
+        Shape ``(B,)``, at least 0.
+
+    Raises:
+        TypeError: If a tensor is of the wrong kind.
+        ValueError: If shapes do not go together or an argument is out of its range.
+
+    Example:
+        >>> forward = lambda x: torch.stack([3 * x.sum(1), x.sum(1)], 1)
+        >>> x = torch.ones(1, 4)
+        >>> infidelity(forward, x, torch.full((1, 4), 3.0), torch.tensor([0]), normalize=False) < 1e-9
+        tensor([True])
+
+    Source:
+        Yeh et al., NeurIPS 2019, https://arxiv.org/abs/1901.09392.
+    """
+    check_positive_int("draws", draws)
+    check_non_negative_int("seed", seed)
+    limit = check_positive_int("max_forward_batch", max_forward_batch)
+    if check_finite_number("std", std) <= 0:
+        raise ValueError(f"`std` must be above 0, got {std!r}")
+    x, maps = inputs.detach(), _elementwise(attributions, inputs)
+    target, keys = checked_target(target, len(x)).to(x.device), sample_keys(x)
+    dots = maps.new_zeros(len(x), draws + 1)
+
+    def make(samples: Tensor, points: Tensor) -> Tensor:
+        noise = noise_of(x, keys, samples, points, std, seed)
+        noise = noise * (points > 0).to(noise).reshape(-1, *[1] * (x.ndim - 1))
+        dots[samples, points] = (maps[samples] * noise).flatten(1).sum(1)
+        return (x[samples] - noise.to(x)).to(x)
+
+    scores = score_copies(forward, make, target, draws + 1, limit, output)
+    change, predicted = (scores[:, :1] - scores[:, 1:]).to(dots), dots[:, 1:]
+    if normalize:
+        square = predicted.square().sum(1, keepdim=True)
+        factor = (predicted * change).sum(1, keepdim=True) / torch.where(square > 0, square, 1.0)
+        predicted = factor * predicted
+    return (predicted - change).square().mean(1)
+
+
+def noise_of(inputs: Tensor, keys: Tensor, samples: Tensor, draws: Tensor, std: float, seed: int) -> Tensor:
+    """Gaussian noise for chosen draws of chosen samples.
+
+    Args:
+        inputs: Shape ``(B, ...)``.
+        keys: Keys of the samples, shape ``(B,)``.
+        samples: Which of them, shape ``(n,)``.
+        draws: Which draw of each, shape ``(n,)``.
+        std: Standard deviation.
+        seed: Of the stream.
+
+    Returns:
+        Shape ``(n, ...)``, float32.
+
+    Example:
+        >>> noise_of(torch.ones(2, 3), torch.tensor([1, 2]), torch.tensor([0]), torch.tensor([5]), 0.1, seed=0).shape
+        torch.Size([1, 3])
+    """
+    flat = random_normal(split_keys(keys[samples], draws), math.prod(inputs.shape[1:]), seed=seed)
+    return std * flat.reshape(len(samples), *inputs.shape[1:])
+
+
+def _elementwise(attributions: Tensor, inputs: Tensor) -> Tensor:
+    maps = checked_maps(attributions)
+    if maps.ndim == inputs.ndim - 1 and inputs.ndim > 2:
+        maps = maps.unsqueeze(1)
+    if inputs.ndim > 2 and maps.ndim == inputs.ndim and maps.shape[1] == 1:
+        maps = (maps / inputs.shape[1]).expand(-1, inputs.shape[1], *maps.shape[2:])
+    if maps.shape != inputs.shape:
+        raise ValueError(
+            f"`attributions` must have the shape {tuple(inputs.shape)} of `inputs`, or one channel, got"
+            f" {tuple(attributions.shape)}"
+        )
+    return maps

@@ -1,0 +1,60 @@
+"""What the metrics share that ask the model about changed inputs."""
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from lightning_plugins._checks import check_positive_int
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
+from lightning_plugins.metrics.attribution.base import AttributionMetric
+
+
+class ForwardMetric(AttributionMetric):
+    """Base of the metrics that compare a map with what the model does.
+
+    The model is handed to ``update`` and is no part of the metric.
+
+    Args:
+        num_classes: Number of classes, for results by class.
+        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        max_forward_batch: The largest number of inputs in one forward pass.
+
+    Raises:
+        TypeError: If a number is no int.
+        ValueError: If one is less than 1, or ``num_classes`` missing where results by class are wanted.
+    """
+
+    def __init__(
+        self, *, num_classes: int | None = None, per_class: bool = False, max_forward_batch: int = MAX_FORWARD_BATCH
+    ) -> None:
+        super().__init__(num_classes=num_classes, per_class=per_class)
+        self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
+
+    def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
+        """Add the samples of one batch; their class is ``target`` where the metric has classes.
+
+        Args:
+            forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
+            inputs: Shape ``(B, [C,] *spatial)``.
+            attributions: The same shape, with any number of channels or without that dimension.
+            target: Class of each sample, integers of shape ``(B,)``.
+
+        Raises:
+            TypeError: If a tensor is of the wrong kind.
+            ValueError: If shapes do not go together, or a class is out of range.
+        """
+        self.add(*self.score(forward, inputs, attributions, target), target, name="target")
+
+    @abstractmethod
+    def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Score each sample; subclasses say how.
+
+        Args:
+            forward: As in ``update``.
+            inputs: As in ``update``.
+            attributions: As in ``update``.
+            target: As in ``update``.
+
+        Returns:
+            Scores and those of random maps, shape ``(B,)`` each.
+        """
