@@ -1,4 +1,4 @@
-"""What choosing channels and ranks under a budget adds to a training step, and what the smaller network gains in time.
+"""Time that choosing channels and ranks under a budget adds to a training step, and that the smaller network saves.
 
 The network is trained bare, with masks, and with masks and thresholds, in turns and step by step, so that drift of the
 machine's speed falls on all alike. A step is the forward and backward pass and the step of scores and thresholds, as

@@ -19,7 +19,7 @@ UNITS: tuple[Unit, ...] = ("steps", "epochs", "fraction")
 
 
 class Progress(NamedTuple):
-    """How far a training has come.
+    """Progress of a training.
 
     Attributes:
         step: Optimizer steps done; batches under manual optimization, where several optimizers may step.
@@ -49,7 +49,7 @@ class Schedule(ABC):
 
     @property
     def needs_total(self) -> bool:
-        """Whether the schedule counts in fractions of a training whose length must be known."""
+        """True if the schedule counts in fractions of a training whose length must be known."""
         return getattr(self, "unit", None) == "fraction"
 
     def __repr__(self) -> str:
@@ -265,7 +265,7 @@ class Warmup(Schedule):
 
     @property
     def needs_total(self) -> bool:
-        """Whether this schedule or the one after it counts in fractions of training."""
+        """True if this schedule or the one after it counts in fractions of training."""
         return self.unit == "fraction" or self.after.needs_total
 
     def __call__(self, progress: Progress) -> float:

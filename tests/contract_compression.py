@@ -43,7 +43,7 @@ class Row:
 
     @property
     def learned(self) -> bool:
-        """Whether gradients choose."""
+        """True if gradients choose."""
         callback: Callback = self.callback()
         return bool(vars(callback)["settings"].learned)
 

@@ -163,7 +163,7 @@ class LowRankCompression(Callback):
 
     @property
     def finished(self) -> bool:
-        """Whether the layers have been split."""
+        """True if the layers have been split."""
         return self.report is not None or self._small
 
     @property
@@ -281,7 +281,7 @@ class LowRankCompression(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found, whether the layers are split, and the state of the regularisation."""
+        """Return the ranks found, the phase, and the state of the regularisation."""
         penalty = self._penalty_state if self._penalty is None else self._penalty.state_dict()
         report = None if self.report is None else self.report.to_json()
         more = {"small": self._small, "jump": self._jump}

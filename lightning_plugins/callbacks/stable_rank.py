@@ -171,7 +171,7 @@ class StableRankRegularization(WeightRegularization):
         return tuple(matrix.new_empty((*batch, *shape), dtype=dtype) for shape in [(), *shapes])
 
     def _followed(self, weight: WeightMatrix, matrix: Tensor) -> int:
-        """How many vectors are followed; 0 where a decomposition at each step costs no more."""
+        """Return the number of vectors to follow; 0 where a decomposition at each step costs no more."""
         # The error of the last vector wanted shrinks the faster, the more stand behind it. After many steps a weight is
         # no longer where its vectors were left.
         rank, p = self._rank_and_power(weight)
@@ -186,5 +186,5 @@ class StableRankRegularization(WeightRegularization):
 
 
 def _takes_products(matrix: Tensor) -> bool:
-    """Whether products are quicker than a decomposition of the Gram matrix, which leaves an accelerator idle."""
+    """Return whether products are faster than a decomposition of the Gram matrix, which leaves an accelerator idle."""
     return matrix.is_cuda and min(matrix.shape[-2:]) >= _PRODUCTS_FROM

@@ -24,7 +24,7 @@ def flops(model: Any) -> int:
 
 
 class Watch(Callback):
-    """What the module and the callback are like at every step."""
+    """Record of module and callback at every step."""
 
     def __init__(self) -> None:
         self.parameters: list[list[int]] = []

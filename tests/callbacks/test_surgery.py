@@ -75,7 +75,7 @@ class Swap(Callback):
 
 
 def known(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, Any]]:
-    """What the optimizers remember, by the parameters' names."""
+    """State of the optimizers, by the parameters' names."""
     names = {parameter: name for name, parameter in pl_module.named_parameters()}
     states = [(names[p], state) for o in trainer.optimizers for p, state in o.state.items()]
     return {name: {key: copy.deepcopy(value) for key, value in state.items()} for name, state in states}

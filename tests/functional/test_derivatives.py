@@ -1,4 +1,4 @@
-"""What can't be differentiated again says so on every way; what can is right on every way."""
+"""Derivatives that do not exist are refused on every way to them; those that do are right on every way."""
 
 import ast
 from pathlib import Path

@@ -66,7 +66,7 @@ class Net(nn.Sequential):
 
 
 class Own(GAPMixin, LightningModule):
-    """What a user writes: the network and the loss, and the arguments to be set from outside."""
+    """The code a user writes: the network and the loss, and the arguments to be set from outside."""
 
     def __init__(self, width: int = 5, gain_rate: float = 0.1) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""What every term of a loss promises; a new one is found in `lightning_plugins.regularizers` and needs no row here."""
+"""Promises of every term of a loss; a new one is found in `lightning_plugins.regularizers` and needs no row here."""
 
 from typing import Any
 

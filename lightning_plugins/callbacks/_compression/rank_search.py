@@ -144,7 +144,7 @@ def load_batches(trainer: Trainer, pl_module: LightningModule, source: Iterable[
 
 
 def score_function(pl_module: LightningModule, score: str | Score | None) -> Score:
-    """What `beam_search` calls.
+    """Return the function of module and batch that `beam_search` calls for scores.
 
     Args:
         pl_module: The module.

@@ -65,12 +65,12 @@ class RankSource:
 
     @property
     def scores(self) -> bool:
-        """Whether there is a search that looks at data."""
+        """True if there is a search that looks at data."""
         return self.ranks is None and self.search == "beam"
 
     @property
     def needs_data(self) -> bool:
-        """Whether there is a search or a calibration that looks at data."""
+        """True if there is a search or a calibration that looks at data."""
         return self.scores or self.calibration is not None
 
     def require(self, name: str, pl_module: LightningModule) -> None:
@@ -145,7 +145,7 @@ class RankSource:
         return {name: rank for name, rank in found.items() if rank <= costs[name].break_even}
 
     def calibrated(self, trainer: Trainer, pl_module: LightningModule) -> Calibration | None:
-        """What the layers receive at this moment, where the calibration is wanted; all ranks call."""
+        """Return the calibration of the layers at this moment, None if none is asked for; all processes call."""
         if self.calibration is None:
             return None
         batches, score = self._data(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""What was kept of every layer over a training, of bounded length, and its pictures."""
+"""Record of the share of every layer that was kept over a training, of bounded length, and its figures."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the callbacks that compress under a budget have in common: phases, own optimizer, surgery, checkpoints."""
+"""Base of the callbacks that compress under a budget: phases, own optimizer, surgery, checkpoints."""
 
 import weakref
 from typing import Any
@@ -75,7 +75,7 @@ class ScheduledCompression(Callback):
 
     @property
     def finished(self) -> bool:
-        """Whether the network is the small one."""
+        """True if the network is the small one."""
         return self.report is not None or self._small
 
     @property
@@ -312,6 +312,6 @@ class ScheduledCompression(Callback):
 
 
 def _unscaling(trainer: Trainer, device: torch.device) -> Tensor | None:
-    """What undoes the scale of fp16: Lightning unscales the parameters of the user's optimizer only."""
+    """Return the factor that undoes the scale of fp16: Lightning unscales the user's optimizer's parameters only."""
     scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else 1 / scaler.scale(torch.ones((), device=device))

@@ -1,4 +1,4 @@
-"""What a compression under a budget is told, checked once for all callbacks that do it."""
+"""Settings of a compression under a budget, checked once for all callbacks that do it."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,12 +80,12 @@ class CompressionSettings:
 
     @property
     def learned(self) -> bool:
-        """Whether gradients choose."""
+        """True if gradients choose."""
         return self.criterion == "learned"
 
     @property
     def way(self) -> Schedule:
-        """How far the choice is, from 0 to 1, as a function of training progress."""
+        """Progress of the choice, from 0 to 1, as a function of training progress."""
         if self.schedule is not None:
             return self.schedule
         shape = Linear if self.learned else Cubic
@@ -93,7 +93,7 @@ class CompressionSettings:
 
     @property
     def rates(self) -> ChoiceRates:
-        """How fast scores and thresholds move."""
+        """Step sizes of scores and thresholds."""
         return ChoiceRates(scores=self.learning_rate, thresholds=self.threshold_learning_rate, beta_max=self.beta_max)
 
 

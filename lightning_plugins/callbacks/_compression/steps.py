@@ -1,4 +1,4 @@
-"""What a module's steps do with channels that its forward pass does not show: auxiliary heads, decoders, losses."""
+"""Uses of channels in a module's steps that its forward pass does not show: auxiliary heads, decoders, losses."""
 
 import copy
 from typing import Any

@@ -28,7 +28,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class PendingFigures(Generic[Key]):
-    """What has changed since it was drawn; drawing takes at most a twentieth of the time.
+    """Figures that have changed since they were drawn; drawing takes at most a twentieth of the time.
 
     Args:
         build: Makes the figure of a key, and the tag to show it under; None if nothing is to be drawn.

@@ -145,7 +145,7 @@ def _compile_anew(pl_module: LightningModule) -> None:
 
 
 def _fresh_optimizers(pl_module: LightningModule) -> list[Optimizer] | None:
-    """What a resumed training would begin with; None if the module cannot tell."""
+    """Return the optimizers with which a resumed training would begin; None if the module cannot tell."""
     attributes = dict(vars(pl_module))
     try:
         with isolate_rng():

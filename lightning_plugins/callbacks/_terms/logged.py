@@ -72,7 +72,7 @@ def _total(pl_module: LightningModule, name: str, value: Tensor) -> tuple[Any, i
 
 
 def _batch(trainer: Trainer) -> tuple[Any, ...]:
-    """What tells one batch from another."""
+    """Return a value that tells one batch from another."""
     if trainer.training:
         loop: Any = trainer.fit_loop.epoch_loop
     else:

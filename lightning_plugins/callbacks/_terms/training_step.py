@@ -19,7 +19,7 @@ from lightning_plugins.callbacks._terms.logged import log_sum
 
 
 class StepListener(Protocol):
-    """What a callback offers in order to take part in the training step."""
+    """Interface by which a callback takes part in the training step."""
 
     method: str  # what its penalties are logged under
 

@@ -56,7 +56,7 @@ def epochs_done(trainer: Trainer) -> int:
 
 
 def in_epoch(trainer: Trainer) -> bool:
-    """Whether, in ``on_train_epoch_start``, batches of the epoch have been trained on already.
+    """Return whether, in ``on_train_epoch_start``, batches of the epoch have been trained on already.
 
     Lightning calls that hook in the middle of an epoch where a resumed training is resumed once more. The batch
     progress, which a checkpoint restores, tells; in a sound call it still is that of the complete epoch before.
@@ -69,7 +69,7 @@ def in_epoch(trainer: Trainer) -> bool:
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
-    """Whether, in ``on_train_epoch_end``, no other epoch is to come, as far as the limits of the Trainer tell."""
+    """Return whether, in ``on_train_epoch_end``, no other epoch follows, as far as the limits of the Trainer tell."""
     steps_over = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return steps_over or (trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs_done(trainer))
 

@@ -1,4 +1,4 @@
-"""What a network with masks and ranks costs, as a number with a gradient; a multiplier; and a projection within it."""
+"""The cost of a network with masks and ranks, as a number with a gradient; its multiplier; a choice within it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -249,7 +249,7 @@ class Multiplier:
 
 
 class Projection(NamedTuple):
-    """What `project` decided.
+    """Decision of `project`.
 
     Attributes:
         kept: For every group a boolean tensor: which units stay.

@@ -203,7 +203,7 @@ class BudgetedNetwork:
         return share, {name: rank.detach() for name, rank in ranks.items()}
 
     def kept(self) -> list[Tensor]:
-        """Which units stay so far: those with positive scores, or all of them."""
+        """Return the units that stay so far: those with positive scores, or all of them."""
         if self.masks is None:
             return [torch.ones(group.size, dtype=torch.bool) for group in self.groups]
         return self.masks.kept()
@@ -222,7 +222,7 @@ class BudgetedNetwork:
         return {group.name: keep.float().mean() for group, keep in zip(self.groups, kept, strict=True)}
 
     def choose(self) -> Projection:
-        """What stays if the choice is made now, by scores and thresholds, within the budget.
+        """Choose units and ranks by the present scores and thresholds, within the budget.
 
         Where the budget leaves room, it is filled with the best of the channels whose scores are below zero.
 

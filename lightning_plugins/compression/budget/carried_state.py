@@ -1,4 +1,4 @@
-"""How what an optimizer remembers of a weight is carried over to what takes its place."""
+"""Carry an optimizer's state of a weight over to the parameters that replace it."""
 
 from collections.abc import Mapping, Sequence
 

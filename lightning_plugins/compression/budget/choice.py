@@ -15,7 +15,7 @@ _SETTLED = 0.9  # of the way, from which on the cost is that of the budget
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceRates:
-    """How fast scores and thresholds move.
+    """Step sizes of scores and thresholds.
 
     Attributes:
         scores: The learning rate of the scores, in logits of the masks.

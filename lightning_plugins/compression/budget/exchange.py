@@ -1,4 +1,4 @@
-"""How far thresholds on singular values rise where scores of channels fall by one, by what either does to the loss."""
+"""Exchange rate between thresholds on singular values and scores of channels, by the effect of each on the loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +56,7 @@ class Exchange:
         self.sums += torch.where(found.isfinite().all(), found, 0)
 
     def rate(self) -> Tensor:
-        """How far thresholds rise, in shares of the largest singular value, where scores fall by one; a scalar."""
+        """Return the rise of thresholds, in shares of the largest singular value, when scores fall by one; a scalar."""
         fall, rise, of_channels, of_ranks = self.sums
         known = (of_ranks > 0) & (fall > 0) & (rise > 0)
         harm = (of_channels / torch.where(known, of_ranks, 1)).clamp(*_BOUNDS)

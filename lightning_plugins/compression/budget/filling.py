@@ -1,4 +1,4 @@
-"""What a choice under a budget is made among, and the best of it that fits."""
+"""Candidates of a choice under a budget, and the best of them that fit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -87,7 +87,7 @@ def check_kept_shapes(budget: Budget, kept: Sequence[Tensor], scores: Sequence[T
 
 
 class _State:
-    """How many units and singular values are left, and what leaves next."""
+    """Numbers of units and singular values that are left, and the next to leave."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How much the loss is expected to rise where a channel or a singular direction leaves, for what that saves."""
+"""Expected rise of the loss when a channel or a singular direction is removed, per cost saved."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -123,7 +123,7 @@ class Saliency:
 
 
 def _costs(budget: Budget, device: torch.device) -> list[Tensor]:
-    """What a unit of every group costs in the dense network, as a share of it."""
+    """Return the cost of a unit of every group in the dense network, as a share of the network's."""
     masks = [torch.ones(group.size, dtype=torch.float64, requires_grad=True) for group in budget.groups]
     if not masks:
         return []

@@ -1,4 +1,4 @@
-"""How far scores and thresholds move, all together, for a network to cost what it is to cost."""
+"""Shift of all scores and thresholds at which a network meets its budget."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How a model is run over calibration data."""
+"""Run a model over calibration data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which channels of which tensors stand or fall together, read from Torch-Pruning's dependency graph."""
+"""Channels of tensors that can only be removed together, read from Torch-Pruning's dependency graph."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -228,7 +228,7 @@ def _kind(module: Any, side: str) -> str | None:
 
 
 def _within_heads(module: Any, index: int) -> bool:
-    """Whether a norm without this channel must be one over the size of a head: it does not see the number of heads."""
+    """Return whether a norm without this channel must be one over the size of a head, and ignores their number."""
     if isinstance(module, nn.PReLU):
         return module.num_parameters == 1
     return isinstance(module, nn.LayerNorm) and index >= module.normalized_shape[-1]

@@ -220,7 +220,7 @@ def _shared(model: nn.Module) -> set[str]:
 
 
 def _is_computed(module: nn.Module) -> bool:
-    """Whether a weight is not a parameter: a parametrization, weight or spectral norm, or torch's pruning."""
+    """Return whether a weight is computed: by a parametrization, weight or spectral norm, or torch's pruning."""
     return is_parametrized(module) or (isinstance(module, _PRODUCERS) and "weight" not in module._parameters)
 
 

@@ -28,7 +28,7 @@ class _Trial(NamedTuple):
 def tried(
     model: nn.Module, groups: _Groups, inputs: Any, run: Run = run
 ) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
-    """Which of the groups can be removed from the model exactly.
+    """Return the groups that can be removed from the model exactly.
 
     The whole model is run first, in the types it can run in and with weights with which its outputs are finite. Each
     of the two searches behind it runs at most two networks per group.
@@ -94,7 +94,7 @@ def _largest(
 
 
 def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
-    """How the masked model differs from the smaller one; empty if it does not."""
+    """Describe the difference between the masked model and the smaller one; empty if there is none."""
     generator = torch.Generator().manual_seed(0)
     kept = []
     for index, group in enumerate(groups):

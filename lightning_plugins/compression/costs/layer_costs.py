@@ -1,4 +1,4 @@
-"""What layers cost, dense and at every rank: weights, or floating-point operations of a forward pass."""
+"""Costs of layers, dense and at every rank: weights, or floating-point operations of a forward pass."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

@@ -91,7 +91,7 @@ class ChannelMasks(nn.Module):
         self.set_hard()
 
     def kept(self) -> list[Tensor]:
-        """Which units have positive scores: a boolean tensor for each group."""
+        """Return the units with positive scores: a boolean tensor for each group."""
         return [scores.detach() > 0 for scores in self.scores]
 
     def values(self) -> list[Tensor]:

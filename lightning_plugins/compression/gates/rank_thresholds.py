@@ -101,7 +101,7 @@ class RankThresholds(nn.Module):
         return ranks
 
     def margins(self) -> dict[str, Tensor]:
-        """How far every singular value is above the threshold, as shares of the largest, in falling order."""
+        """Return the margin of every singular value over the threshold, as shares of the largest, in falling order."""
         found = {}
         with torch.no_grad():
             for index, name in enumerate(self.layers):
@@ -214,12 +214,12 @@ class Thresholded(nn.Module):
         return next((step for step in self._steps() if isinstance(step, Masked) and step.deferred), None)
 
     def _scale(self, wide: Tensor) -> Tensor | None:
-        """What multiplies the rows before they are lowered."""
+        """Return the factors of the rows before they are lowered."""
         mask = self._deferred()
         return None if mask is None else mask.row_scale().to(wide.dtype)
 
     def _versions(self) -> Any:
-        """What changes when the weight that reaches this step does."""
+        """Return a key that changes when the weight that reaches this step does."""
         steps = self._steps()
         others = [step.versions() for step in steps if step is not self and hasattr(step, "versions")]
         return [steps.original.data_ptr(), steps.original._version, *others]
@@ -248,7 +248,7 @@ class Thresholded(nn.Module):
         return self._basis
 
     def _matrices(self, basis: Basis, tau: Tensor, held: bool) -> Lowering:
-        """What the weight is multiplied by. Where it is held, so is the threshold."""
+        """Return the matrices that multiply the weight. Where it is held, so is the threshold."""
         value = self._thresholds[0].values[self.index]
         key = (value.data_ptr(), value._version)
         if self._lowering is None or (key != self._tau_key and not held):

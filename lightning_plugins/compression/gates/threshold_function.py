@@ -181,7 +181,7 @@ def _safe(values: Tensor) -> Tensor:
 
 
 def _kept(values: Tensor, tau: Tensor) -> Tensor:
-    """Which singular values are above the threshold; without threshold all are."""
+    """Return which singular values are above the threshold; without threshold all are."""
     return (values > tau) | (tau <= 0)
 
 

@@ -1,4 +1,4 @@
-"""Which layers can be split in two, and why others cannot."""
+"""Find layers that can be split in two, and say why others cannot."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -126,7 +126,7 @@ def _reason_of_weight(module: Layer) -> str | None:
 
 
 def _overrides(module: Layer, own: type[nn.Module]) -> bool:
-    """Whether the module's forward pass is another than that of torch's class."""
+    """Return whether the module's forward pass is another than that of torch's class."""
     methods = ["forward", "__call__", *(["_conv_forward"] if own is not nn.Linear else [])]
     replaced = any(method in vars(module) for method in methods)
     if (type(module).__module__, type(module).__name__) in _SAME:
@@ -160,7 +160,7 @@ def _pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def is_low_rank_pair(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two layers behind one another are a low-rank form of one.
+    """Return whether two consecutive layers are a low-rank form of one.
 
     Args:
         first: The first layer.

@@ -17,7 +17,7 @@ _FORMAT = 1
 
 
 class SearchState:
-    """What a search has found so far.
+    """Results of a search so far.
 
     Attributes:
         levels: The trace.
