@@ -204,7 +204,7 @@ def test_a_known_gradient_cannot_be_differentiated_again():
     factor = torch.ones((), dtype=torch.float64, requires_grad=True)
     loss = loop(batch(), batch(seed=1)).loss * factor
     (first,) = torch.autograd.grad(loss, loop.model[0].weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         first.sum().backward()
 
 
