@@ -195,9 +195,7 @@ def test_the_message_says_what_and_what_to_do_instead():
     first, none = refuse_derivatives((x.detach() * 2, None), (x,), "`f`: the gradient")
     assert none is None
     torch.testing.assert_close(first.detach(), torch.full((3,), 2.0))
-    with pytest.raises(
-        RuntimeError, match=r"^`f`: the gradient cannot be differentiated again; look in"
-    ):
+    with pytest.raises(RuntimeError, match=r"^`f`: the gradient cannot be differentiated again; look in"):
         first.sum().backward()
 
 

@@ -132,12 +132,9 @@ class RankSource:
             if self.scores:
                 try_score(trainer, pl_module, load_batches(trainer, pl_module, source, 1)[0], self.score)
 
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, int], float]:
-        """The ranks by layer name, and the fraction of the layers' cost that they leave; all ranks call."""
-        found = self._search(trainer, pl_module) if self.ranks is None else dict(self.ranks)
-        costs = costs_of(trainer, pl_module, list(found), self.cost, self.scheme)
-        kept = sum(cost.at(found[name]) for name, cost in costs.items())
-        return found, kept / sum(cost.dense for cost in costs.values())
+    def find(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
+        """The ranks by layer name; all processes call."""
+        return self._search(trainer, pl_module) if self.ranks is None else dict(self.ranks)
 
     def smaller(self, trainer: Trainer, pl_module: LightningModule, found: dict[str, int]) -> dict[str, int]:
         """The ranks of the layers that are split: with them there are fewer weights."""
