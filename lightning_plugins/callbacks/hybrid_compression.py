@@ -51,12 +51,11 @@ class HybridCompression(ScheduledCompression):
         multiple_of: Numbers of channels and ranks are multiples of this, for speed; heads are not rounded.
         refresh_every: In how many steps the weights are decomposed once. 1 gives the exact gradient always; 4 gives it
             on average, at half of the cost.
-        figures: Whether to draw masks, ranks, cost and the network that is left; needs matplotlib.
+        figures: Whether to draw masks, ranks, cost and the network that is left, if matplotlib is there.
 
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
-        ImportError: If ``figures`` are wanted and matplotlib is missing.
 
     Attributes:
         report: Once the network is small, a `lightning_plugins.compression.CompressionReport`: parameters and, where
@@ -92,7 +91,7 @@ class HybridCompression(ScheduledCompression):
         min_channels: int = 1,
         multiple_of: int = 1,
         refresh_every: int = 1,
-        figures: bool = False,
+        figures: bool = True,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -104,8 +103,8 @@ class HybridCompression(ScheduledCompression):
                 end=end,
                 unit=unit,
                 keep=keep,
-                minimum=min_channels,
-                multiple=multiple_of,
+                min_channels=min_channels,
+                multiple_of=multiple_of,
                 figures=figures,
                 masks=True,
                 ranks=True,

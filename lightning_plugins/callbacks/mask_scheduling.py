@@ -35,12 +35,11 @@ class MaskScheduling(ScheduledCompression):
         keep: Layers that stay as they are, in the form of ``layers``.
         min_channels: The least number of units that stay in a group of channels.
         multiple_of: Numbers of channels are multiples of this, for speed; heads are not rounded.
-        figures: Whether to draw masks, cost and the network that is left; needs matplotlib.
+        figures: Whether to draw masks, cost and the network that is left, if matplotlib is there.
 
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
-        ImportError: If ``figures`` are wanted and matplotlib is missing.
 
     Attributes:
         report: As that of `HybridCompression`.
@@ -74,7 +73,7 @@ class MaskScheduling(ScheduledCompression):
         keep: str | list[str] | None = None,
         min_channels: int = 1,
         multiple_of: int = 1,
-        figures: bool = False,
+        figures: bool = True,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -87,8 +86,8 @@ class MaskScheduling(ScheduledCompression):
                 end=end,
                 unit=unit,
                 keep=keep,
-                minimum=min_channels,
-                multiple=multiple_of,
+                min_channels=min_channels,
+                multiple_of=multiple_of,
                 figures=figures,
                 masks=True,
                 learning_rate=learning_rate,

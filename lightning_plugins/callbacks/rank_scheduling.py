@@ -29,12 +29,11 @@ class RankScheduling(ScheduledCompression):
         multiple_of: Ranks are multiples of this, for speed.
         refresh_every: In how many steps the weights are decomposed once. 1 gives the exact gradient always; 4 gives it
             on average, at half of the cost.
-        figures: Whether to draw ranks, cost and the network that is left; needs matplotlib.
+        figures: Whether to draw ranks, cost and the network that is left, if matplotlib is there.
 
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
-        ImportError: If ``figures`` are wanted and matplotlib is missing.
 
     Attributes:
         report: As that of `HybridCompression`.
@@ -65,7 +64,7 @@ class RankScheduling(ScheduledCompression):
         min_rank: int = 1,
         multiple_of: int = 1,
         refresh_every: int = 1,
-        figures: bool = False,
+        figures: bool = True,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -77,8 +76,8 @@ class RankScheduling(ScheduledCompression):
                 end=end,
                 unit=unit,
                 keep=keep,
-                minimum=min_rank,
-                multiple=multiple_of,
+                min_channels=min_rank,
+                multiple_of=multiple_of,
                 figures=figures,
                 ranks=True,
                 threshold_learning_rate=threshold_learning_rate,

@@ -34,21 +34,7 @@ def plan_network(
     Raises:
         ValueError: If nothing can be chosen, or the budget cannot be met.
     """
-    network = BudgetedNetwork(
-        pl_module,
-        settings.layers,
-        settings.budget,
-        cost=settings.cost,
-        inputs=inputs,
-        masks=settings.masks,
-        ranks=settings.ranks,
-        keep=settings.keep,
-        minimum=settings.minimum,
-        multiple=settings.multiple,
-        refresh_every=settings.refresh_every,
-        groups=groups,
-        attach=False,
-    )
+    network = BudgetedNetwork(pl_module, settings, inputs=inputs, groups=groups, attach=False)
     network.followed = not settings.masks or groups is not None
     if network.untouched:
         rank_zero_warn(f"{name}: of what `layers` matches, {network.untouched}")

@@ -26,6 +26,7 @@ from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwor
 from lightning_plugins.compression.budget.choice import Choice
 from lightning_plugins.compression.costs.network_costs import measure_network
 from lightning_plugins.compression.networks.plain_names import plain_names
+from lightning_plugins.plots.style import has_matplotlib
 
 _SOFT, _WHOLE, _HARD = "soft", "whole", "hard"
 _PARTS = ("channel_masks", "rank_thresholds")
@@ -219,7 +220,7 @@ class ScheduledCompression(CompressingCallback):
         self._share = choice.cost / network.budget.dense
         self._record.add(trainer.global_step, self._share, network.kept_shares(choice.kept), choice.ranks, last=True)
         self._deliver(trainer, pl_module, report, last=last)
-        if settings.figures and trainer.is_global_zero:
+        if settings.figures and trainer.is_global_zero and has_matplotlib():
             self._record.draw(trainer, report, settings)
 
 

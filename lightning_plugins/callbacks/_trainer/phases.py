@@ -2,10 +2,10 @@
 
 from itertools import pairwise
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_fraction
+from lightning_plugins._checks import check_choice
 from lightning_plugins._lightning import MisconfigurationException, Trainer
 from lightning_plugins.callbacks._trainer.progress import training_progress
-from lightning_plugins.schedules import UNITS, Piecewise, Unit
+from lightning_plugins.schedules import UNITS, Piecewise, Unit, check_position
 
 
 def check_phases(unit: Unit, **positions: float | None) -> None:
@@ -23,13 +23,7 @@ def check_phases(unit: Unit, **positions: float | None) -> None:
     check_choice("unit", unit, UNITS)
     given = {name: at for name, at in positions.items() if at is not None}
     for name, at in given.items():
-        if unit == "fraction":
-            try:
-                check_fraction(name, at)
-            except ValueError as error:
-                raise ValueError(f"{error} (with `unit='fraction'`; 'steps' and 'epochs' count further)") from None
-        elif check_finite_number(name, at) < 0:
-            raise ValueError(f"`{name}` must be at least 0, got {at!r}")
+        check_position(name, at, unit)
     for earlier, later in pairwise(given):
         if given[earlier] > given[later]:
             raise ValueError(

@@ -1,17 +1,19 @@
 """A network whose channels and ranks are chosen under one budget while it trains, and which is then made smaller."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.budget.carried_state import chained, sliced_heir, split_layers
+from lightning_plugins.compression.budget.choice_settings import ChoiceSettings
 from lightning_plugins.compression.budget.filling import largest_within, rank_layers
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.budget.score_targets import ScoreTargets, weight_norms
 from lightning_plugins.compression.budget.shift import BudgetShift
+from lightning_plugins.compression.budget.soft_share import soft_share
 from lightning_plugins.compression.channels.find import channel_groups, groups_from_state, groups_to_state
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import shrink
@@ -29,16 +31,8 @@ class BudgetedNetwork:
 
     Args:
         model: The model, dense. It keeps its parameters as objects until `shrink`.
-        layers: The layers to choose in.
-        budget: The share of the cost that may be left.
-        cost: ``"params"`` or ``"flops"``.
+        settings: The layers to choose in, and what may be left.
         inputs: What the model takes; for ranks under ``"params"`` it is not needed.
-        masks: Whether channels are chosen.
-        ranks: Whether ranks are.
-        keep: Layers that stay as they are.
-        minimum: The least number of units of a group, and the least rank.
-        multiple: Numbers of units and ranks are multiples of this.
-        refresh_every: See `apply_thresholds`.
         groups: The state of the groups of channels, where they are known.
         attach: Whether masks and thresholds are put on at once; else `attach` does it later.
 
@@ -52,29 +46,21 @@ class BudgetedNetwork:
     def __init__(
         self,
         model: nn.Module,
-        layers: str | Sequence[str],
-        budget: float,
+        settings: ChoiceSettings,
         *,
-        cost: Literal["params", "flops"],
         inputs: Any,
-        masks: bool,
-        ranks: bool,
-        keep: str | Sequence[str] | None = None,
-        minimum: int = 1,
-        multiple: int = 1,
-        refresh_every: int = 1,
         groups: Iterable[dict[str, Any]] | None = None,
         attach: bool = True,
     ) -> None:
-        self.model, self.minimum, self.multiple = model, minimum, multiple
+        self.model, self.settings = model, settings
+        layers, keep, cost = settings.layers, settings.keep, settings.cost
         self.groups: list[ChannelGroup] = []
-        if masks:
+        if settings.masks:
             found = None if groups is None else groups_from_state(groups)
             self.groups = channel_groups(model, inputs, layers, keep=keep or ()) if found is None else found
         counted = inputs if cost == "flops" else None
-        self._ranked = rank_layers(model, layers, keep, inputs=counted) if ranks else []
-        self._counted: dict[str, Any] = {"target": budget, "cost": cost, "inputs": counted}
-        self._refresh_every = refresh_every
+        self._ranked = rank_layers(model, layers, keep, inputs=counted) if settings.ranks else []
+        self._counted: dict[str, Any] = {"target": settings.budget, "cost": cost, "inputs": counted}
         kept = select_kept(model, keep)
         touched = [member.parameter for group in self.groups for member in group.members] + self._ranked
         self.untouched = untouched(model, layers, touched, kept)
@@ -109,8 +95,8 @@ class BudgetedNetwork:
         """Put masks and thresholds on; the model computes what it did."""
         before = computed_names(self.model)
         self.masks = apply_masks(self.model, self.groups) if self.groups else None
-        ranked = self._ranked
-        self.thresholds = apply_thresholds(self.model, ranked, refresh_every=self._refresh_every) if ranked else None
+        ranked, every = self._ranked, self.settings.refresh_every
+        self.thresholds = apply_thresholds(self.model, ranked, refresh_every=every) if ranked else None
         # Names of parameters that are computed from others now, with the names of these.
         self.renamed = {plain: own for plain, own in computed_names(self.model).items() if plain not in before}
         self.shift = BudgetShift(self.budget, self.masks, self.thresholds)
@@ -157,8 +143,7 @@ class BudgetedNetwork:
 
     def parameters(self) -> list[nn.Parameter]:
         """The scores, and the thresholds behind them."""
-        scores = [] if self.masks is None else list(self.masks.scores)
-        return scores + ([] if self.thresholds is None else list(self.thresholds.values))
+        return [parameter for part in self.kinds() for parameter in part]
 
     def kinds(self) -> list[list[nn.Parameter]]:
         """The scores, and the thresholds, of those there are."""
@@ -180,27 +165,8 @@ class BudgetedNetwork:
             return [] if self.thresholds is None else [step.spectrum() for step in self.thresholds._steps]
 
     def share(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of the cost that masks and soft ranks leave, with gradients to `parameters`, and these ranks.
-
-        The value is that of the budget. A rank has a gradient also where it is still so high that the layer is cheaper
-        as one: no threshold would ever begin to rise otherwise.
-
-        Returns:
-            The share, a scalar, and the soft ranks by layer, without gradients.
-        """
-        masks = None if self.masks is None else self.masks.values()
-        if self.thresholds is None:
-            return self.budget.share(masks), {}
-        ranks = self.thresholds.soft_ranks()
-        share = self.budget.share(masks, {name: rank.detach() for name, rank in ranks.items()})
-        with torch.enable_grad():
-            # At rank zero every layer is in two, and its cost grows with the rank as that of a layer in two does.
-            none = {name: torch.zeros_like(rank, requires_grad=True) for name, rank in ranks.items()}
-            fixed = None if masks is None else [mask.detach() for mask in masks]
-            slopes = torch.autograd.grad(self.budget.share(fixed, none), list(none.values()))
-        for slope, rank in zip(slopes, ranks.values(), strict=True):
-            share = share + (slope * (rank - rank.detach())).double()
-        return share, {name: rank.detach() for name, rank in ranks.items()}
+        """The share of the cost that masks and soft ranks leave, and these ranks; see `soft_share`."""
+        return soft_share(self.budget, self.masks, self.thresholds)
 
     def kept(self) -> list[Tensor]:
         """Return the units that stay so far: those with positive scores, or all of them."""
@@ -235,7 +201,7 @@ class BudgetedNetwork:
         if kept and not self.masks_are_final:
             filled = largest_within(self.budget, scores, ranks, self.budget.limit)
             kept = [one | other for one, other in zip(kept, filled, strict=True)]
-        return project(self.budget, kept, scores, ranks, margins, minimum=self.minimum, multiple=self.multiple)
+        return self._project(kept, scores, ranks, margins)
 
     def choose_heaviest(self, share: float) -> Projection:
         """The channels with the largest weights that fit into a share of the cost.
@@ -250,7 +216,7 @@ class BudgetedNetwork:
         self.budget.limit = max(full, int(share * self.budget.dense))
         try:
             kept = largest_within(self.budget, scores, None, self.budget.limit)
-            return project(self.budget, kept, scores, minimum=self.minimum, multiple=self.multiple)
+            return self._project(kept, scores)
         finally:
             self.budget.limit = full
 
@@ -261,13 +227,17 @@ class BudgetedNetwork:
         margins = {name: margin / float(self.shift.exchange) for name, margin in self.thresholds.margins().items()}
         return {name: max(1, int((margin > 0).sum())) for name, margin in margins.items()}, margins
 
+    def _project(self, *chosen: Any) -> Projection:
+        least, step = self.settings.min_channels, self.settings.multiple_of
+        return project(self.budget, *chosen, min_channels=least, multiple_of=step)
+
     def _check_budget(self) -> None:
         nothing = [torch.zeros(group.size, dtype=torch.bool) for group in self.groups]
         scores = [torch.zeros(group.size) for group in self.groups]
         least = dict.fromkeys(self.budget.ranks, 1)
         margins = {name: torch.zeros(1) for name in least}
         try:
-            project(self.budget, nothing, scores, least, margins, minimum=self.minimum, multiple=self.multiple)
+            self._project(nothing, scores, least, margins)
         except ValueError as error:
             raise ValueError(str(error).replace("`target`", "`budget`")) from None
 
