@@ -125,17 +125,17 @@ class LowRankCompression(CompressingCallback):
         self.figures = check_figures(figures)
         self.ratio, self.weight, self.scheme, self.cost = ratio, weight, scheme, cost
         self._source = RankSource(
-            self.layers,
-            ratio,
+            layers=self.layers,
+            ratio=ratio,
             search=search,
             search_options=search_options,
             score=score,
-            data=search_data,
-            batches=search_batches,
+            search_data=search_data,
+            search_batches=search_batches,
             ranks=ranks,
+            calibration=calibration,
             cost=cost,
             scheme=scheme,
-            calibration=calibration,
         )
         check_phases(unit, search_at=search_at, factorize_at=factorize_at)
         self.search_at, self.factorize_at, self.unit = search_at, factorize_at, unit

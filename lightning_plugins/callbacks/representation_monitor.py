@@ -39,8 +39,8 @@ class RepresentationMonitor(Callback):
 
     In validation every batch counts, in training the batches of every n-th optimizer step. Only Gram matrices are
     summed on the way, on the device and without waiting for it; at the end of the epoch the sums of all processes give
-    the metrics, however the rows were split, and the eigenvalue spectrum of the epoch. A layer that a step calls several
-    times gives the rows of all calls. Training rows come from weights that change while they are gathered.
+    the metrics, however the rows were split, and the eigenvalue spectrum of the epoch. A layer that is called several
+    times in a step gives the rows of all calls. Training rows come from weights that change meanwhile.
 
     Logged through ``pl_module.log``, for each layer: ``representation/<train|val>/<layer>/<metric>``, and a figure
     ``representation/<train|val>/<layer>/spectrum`` that shows the spectra over the training steps. TensorBoard and
