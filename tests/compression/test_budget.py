@@ -157,6 +157,17 @@ def test_numbers_are_multiples_and_not_below_the_minimum():
     assert result.cost <= budget.limit
 
 
+def test_numbers_of_heads_are_no_multiples():
+    net, x = build("transformer")
+    groups = channel_groups(net, x)
+    assert [group.size for group in groups if group.attention] == [4, 4]
+    budget = Budget(net, groups, target=0.99)
+    kept = [torch.arange(group.size) < (2 if group.attention else group.size // 2 + 1) for group in groups]
+    result = project(budget, kept, [torch.ones(group.size) for group in groups], multiple_of=3)
+    for group, keep in zip(groups, result.kept, strict=True):
+        assert int(keep.sum()) == 2 if group.attention else int(keep.sum()) % 3 == 0 or bool(keep.all())
+
+
 def test_a_layer_that_is_kept_whole_stays_whole():
     net, x = build("residual")
     groups = channel_groups(net, x, keep="stem.0")
