@@ -30,7 +30,7 @@ from typing import Any
 from mutation_operators import OPERATORS, Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE, SEED, MOST_FILES, PATIENCE = "lightning_plugins", 0, 5, 240.0
+PACKAGE, SEED, MOST_FILES, PATIENCE = "lightning_plugins", 0, 5, 120
 RESULTS = ROOT / "docs" / "benchmarks" / "mutation.json"
 PAGE = ROOT / "docs" / "benchmarks" / "mutation.md"
 COPIED = (PACKAGE, "tests", "tools", "examples", "benchmarks", "docs")
@@ -113,38 +113,51 @@ def mirrors(root: Path, path: str) -> list[str]:
     return [name for *_, name in sorted(ranked)[:MOST_FILES]]
 
 
-def run_tests(root: Path, tests: list[str], seconds: float) -> tuple[str, list[str]]:
-    """Run tests up to the first failure.
+class Tests:
+    """Runs tests of a checkout in a process of their own, up to the first failure.
 
     Args:
-        root: The checkout.
-        tests: Files, or single tests.
-        seconds: After so long the tests count as hanging.
-
-    Returns:
-        ``"passed"``, ``"failed"``, ``"timeout"``, ``"broken"`` or ``"none"``, and the tests that failed.
+        seconds: Computing time after which tests count as hanging.
+        heavy: Whether what most tests import is imported once for all of them.
     """
-    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow and not distributed", "-rfE"]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+
+    def __init__(self, seconds: int, *, heavy: bool = True) -> None:
+        self.seconds = seconds
+        command = [sys.executable, str(Path(__file__).with_name("mutation_server.py")), *["--heavy"] * heavy]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._server = subprocess.Popen(command, env=environment, **pipes)
+
+    def __enter__(self) -> "Tests":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.communicate()
+
+    def __call__(self, root: Path, tests: list[str]) -> tuple[str, list[str]]:
+        """Run files, or single tests.
+
+        Returns:
+            ``"passed"``, ``"failed"``, ``"timeout"``, ``"broken"`` or ``"none"``, and the tests that failed.
+        """
+        print(
+            json.dumps({"root": str(root), "tests": tests, "seconds": self.seconds}),
+            file=self._server.stdin,
+            flush=True,
         )
-    except subprocess.TimeoutExpired:
-        return "timeout", []
-    outcome = {0: "passed", 1: "failed", 5: "none"}.get(done.returncode, "broken")
-    return outcome, re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+        code, text = json.loads(self._server.stdout.readline())
+        outcome = {None: "timeout", 0: "passed", 1: "failed", 5: "none"}.get(code, "broken")
+        return outcome, re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", text, re.MULTILINE)
 
 
-def plant(copy: Path, mutant: Mutant, tests: list[str], seconds: float) -> dict[str, Any]:
+def plant(copy: Path, mutant: Mutant, tests: list[str], run_tests: Tests) -> dict[str, Any]:
     """Plant a fault in a copy of the checkout, and see what the tests say.
 
     Args:
         copy: The copy, whole before and afterwards.
         mutant: The fault.
         tests: The test files.
-        seconds: As for `run_tests`.
+        run_tests: Runs them.
 
     Returns:
         The outcome, the tests that noticed, and the time.
@@ -157,10 +170,10 @@ def plant(copy: Path, mutant: Mutant, tests: list[str], seconds: float) -> dict[
     while True:
         file.write_text(mutant.applied(source), encoding="utf-8")
         try:
-            outcome, failed = run_tests(copy, [*tests, *(f"--deselect={name}" for name in wrong)], seconds)
+            outcome, failed = run_tests(copy, [*tests, *(f"--deselect={name}" for name in wrong)])
         finally:
             file.write_text(source, encoding="utf-8")
-        if outcome != "failed" or not failed or run_tests(copy, failed, seconds)[0] == "passed":
+        if outcome != "failed" or not failed or run_tests(copy, failed)[0] == "passed":
             return {"outcome": outcome, "by": failed, "seconds": round(time.monotonic() - began, 1)}
         wrong += failed
 
@@ -179,7 +192,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def run(root: Path, results: Path, count: int, seconds: float, patience: float = PATIENCE) -> dict[str, Any]:
+def run(root: Path, results: Path, count: int, seconds: float, *, heavy: bool = True) -> dict[str, Any]:
     """Plant faults that were not planted before.
 
     Args:
@@ -187,7 +200,7 @@ def run(root: Path, results: Path, count: int, seconds: float, patience: float =
         results: The JSON file to go on from, replaced after every fault.
         count: The number of faults to have in it.
         seconds: After so long no other fault is planted.
-        patience: As ``seconds`` of `run_tests`.
+        heavy: As for `Tests`.
 
     Returns:
         The results.
@@ -198,7 +211,7 @@ def run(root: Path, results: Path, count: int, seconds: float, patience: float =
     )
     commit = revision.stdout.strip()
     known = {result["name"] for result in state["results"]}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Tests(PATIENCE, heavy=heavy) as run_tests:
         copy = Path(folder)
         for name in COPIED:
             if (root / name).exists():
@@ -212,7 +225,7 @@ def run(root: Path, results: Path, count: int, seconds: float, patience: float =
             if mutant.name in known:
                 continue
             tests = mirrors(root, mutant.path)
-            found = plant(copy, mutant, tests, patience)
+            found = plant(copy, mutant, tests, run_tests)
             shown = {key: getattr(mutant, key) for key in ("name", "path", "line", "operator", "before", "after")}
             state["results"].append({**shown, "tests": tests, **found, "commit": commit, "note": ""})
             save(results, state)
@@ -246,7 +259,7 @@ def page(state: dict[str, Any]) -> str:
         f"{len(results)} faults, drawn with seed {state['seed']}, the tests noticed **{noticed}**{share}.",
         "",
         f"In detail: {details}. A test counts only if it passes without the fault.",
-        "*Timeout*: the tests hang with the fault; *broken*: they cannot be collected; both are noticed. *None*: no test",
+        "*Timeout*: tests hang with the fault; *broken*: they cannot be collected; both are noticed. *None*: no test",
         "file was found.",
         "",
         *table(results, lambda result: result["operator"], "operator"),

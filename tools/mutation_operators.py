@@ -149,6 +149,19 @@ OPERATORS: dict[str, Callable[[ast.AST], ast.AST | None]] = {
 }
 
 
+CHANGED = (  # kinds of nodes that an operator may change: copies of all others would take most of the time
+    ast.Compare,
+    ast.BinOp,
+    ast.Constant,
+    ast.BoolOp,
+    ast.UnaryOp,
+    ast.Call,
+    ast.AugAssign,
+    ast.Expr,
+    ast.IfExp,
+)
+
+
 def program_nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """Nodes of functions, without annotations, decorators, messages, and what type checkers alone read."""
     for child in ast.iter_child_nodes(tree):
@@ -188,7 +201,7 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         before = data[start:end].decode()
-        for operator, change in OPERATORS.items():
+        for operator, change in OPERATORS.items() if isinstance(node, CHANGED) else ():
             changed = change(copy.deepcopy(node))
             if changed is not None:
                 after = ast.unparse(changed)
