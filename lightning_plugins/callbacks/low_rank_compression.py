@@ -56,7 +56,7 @@ class LowRankCompression(CompressingCallback):
             default the negative loss of the module's training step, whose logging is silenced meanwhile.
         search_data: Batches to score, best held out from training; or the name of a method of the module or datamodule
             that returns them. By default the first ``search_batches`` of the training data, without shuffling. All
-            ranks must have the same.
+            processes must have the same.
         search_batches: How many batches are scored at the most.
         ranks: Ranks by layer name, instead of a search.
         calibration: Whether layers are truncated by what they put out on ``search_data``; or options of `Calibration`.

@@ -46,8 +46,8 @@ class SpectrumMonitor(Callback):
 
     A figure ``spectrum/<layer>`` shows the spectra over the training steps. TensorBoard and Weights & Biases get it as
     an image, for any other logger, or none, it is a PNG file in the logger's directory or the Trainer's
-    `default_root_dir`. Figures are drawn on rank zero, at the end of epochs as long as that takes less than a twentieth
-    of the time, and at the end.
+    `default_root_dir`. One process draws, at the end of epochs as long as that takes less than a twentieth of the time,
+    and at the end.
 
     A layer that another callback puts in place of a chosen one is found by its name; where that is a sequence, as of a
     factorised layer, the layers in it are looked at from then on.

@@ -34,7 +34,7 @@ class StableRankRegularization(WeightRegularization):
     not depend on the scale of a weight, so keep weight decay on.
 
     The gradient is a closed form that is added once an optimizer step, however many batches are accumulated: after the
-    ranks' gradients were averaged and an fp16 scaler undone, before clipping. The layers are shared out over the ranks
+    processes' gradients were averaged and an fp16 scaler undone, before clipping. The layers are shared out over them
     and the gradients exchanged. It works for manual optimization too. The loss that is logged is without the term. A
     weight that has no gradient at a step (frozen, or not used) gets none from the term either. One that is computed by
     a parametrization, a norm or pruning passes the gradient on to the parameters it is computed from.

@@ -1,4 +1,4 @@
-"""A network in training as something that is chosen in: planned at the start, and tried with the training's steps."""
+"""A network in training whose channels and ranks are chosen: planned at the start, tried with the training's steps."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -44,7 +44,7 @@ def plan_network(
 def require_fitting_steps(
     name: str, trainer: Trainer, pl_module: LightningModule, network: BudgetedNetwork, batch: Any
 ) -> None:
-    """Leave out groups of channels that the module's steps cannot do without, and say so; all ranks call.
+    """Leave out groups of channels that the module's steps cannot do without, and warn; all processes call.
 
     Args:
         name: Of the callback.

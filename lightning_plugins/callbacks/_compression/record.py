@@ -60,7 +60,7 @@ class ChoiceRecord:
             self._rows = [row for row in self._rows if row["step"] % self.every == 0]
 
     def draw(self, trainer: Trainer, report: CompressionReport, settings: CompressionSettings) -> None:
-        """Hand the pictures to the loggers; on rank zero.
+        """Hand the figures to the loggers; on the first process.
 
         Args:
             trainer: The Trainer.

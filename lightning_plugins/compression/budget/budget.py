@@ -91,8 +91,8 @@ class Budget:
         Args:
             masks: For every group a tensor of shape ``(..., size)`` in [0, 1]; None for all ones.
             ranks: For layers among those with ranks a tensor of shape ``(...)``; a layer that is missing is dense.
-            bend: 1 where a layer with a rank costs at most what it costs as one. 0 where it costs what it costs in two
-                whatever the rank, so that the cost of the whole falls from the first singular value on. Between, the
+            bend: 1 for the cost of the cheaper form, dense or factorised. 0 for that of the factorised form whatever
+                the rank, so that the cost falls with the first singular value that is removed. Between, a weighted
                 mean of both.
 
         Returns:
@@ -123,7 +123,7 @@ class Budget:
 
         Args:
             kept: For every group a boolean tensor of shape ``(size,)``; None where all stay.
-            ranks: Ranks by layer; a layer that is missing, or not smaller in two, is dense.
+            ranks: Ranks by layer; a layer that is missing, or not smaller when factorised, is dense.
 
         Returns:
             The cost.
@@ -253,7 +253,7 @@ class Projection(NamedTuple):
 
     Attributes:
         kept: For every group a boolean tensor: which units stay.
-        ranks: The ranks of the layers that are to be split in two; the others stay as one.
+        ranks: The ranks of the layers to factorise; the others stay dense.
         cost: The exact cost of the network that is left.
     """
 

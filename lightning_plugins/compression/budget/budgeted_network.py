@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
-from lightning_plugins.compression.budget.carried_state import chained, sliced_heir, split_layers
+from lightning_plugins.compression.budget.carried_state import chained, sliced_replacement, split_layers
 from lightning_plugins.compression.budget.choice_settings import ChoiceSettings
 from lightning_plugins.compression.budget.filling import largest_within, rank_layers
 from lightning_plugins.compression.budget.projection import project
@@ -22,7 +22,7 @@ from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks,
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of
 from lightning_plugins.compression.networks.plain_names import computed_names
-from lightning_plugins.compression.networks.replacements import Heirs
+from lightning_plugins.compression.networks.replacements import Replacements
 from lightning_plugins.selection import select_kept
 
 
@@ -109,10 +109,10 @@ class BudgetedNetwork:
         self.bypass()
 
     def bypass(self, bypass: bool = True) -> None:
-        """Choose whether thresholds are passed by.
+        """Choose whether weights bypass the thresholds.
 
         Args:
-            bypass: Which.
+            bypass: Whether they do.
         """
         if self.thresholds is not None:
             self.thresholds.bypass = bypass
@@ -142,11 +142,11 @@ class BudgetedNetwork:
         self.bypass(False)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The scores, and the thresholds behind them."""
+        """The scores, then the thresholds."""
         return [parameter for part in self.kinds() for parameter in part]
 
     def kinds(self) -> list[list[nn.Parameter]]:
-        """The scores, and the thresholds, of those there are."""
+        """The scores, and the thresholds, each if there are any."""
         parts = [None if self.masks is None else self.masks.scores]
         parts += [None if self.thresholds is None else self.thresholds.values]
         return [list(part) for part in parts if part is not None]
@@ -156,7 +156,7 @@ class BudgetedNetwork:
         self.scores.begin(self.shift)
 
     def follow_saliency(self) -> None:
-        """Move scores along with what the loss says of their channels; see `ScoreTargets`."""
+        """Move scores to the saliency of their channels; see `ScoreTargets`."""
         self.scores.follow(self.shift)
 
     def spectra(self) -> list[Tensor]:
@@ -257,21 +257,21 @@ class BudgetedNetwork:
         self.be_hard(choice.kept)
         bake(self.model)
 
-    def shrink(self, choice: Projection) -> Heirs:
-        """Remove from the baked model what does not stay.
+    def shrink(self, choice: Projection) -> Replacements:
+        """Remove the units and singular values that were not chosen from the baked model.
 
         Args:
             choice: What stays.
 
         Returns:
-            The heirs of the parameters that are gone.
+            The replacements of each removed parameter.
         """
         before = dict(self.model.named_parameters(remove_duplicate=False))
         cut: dict[nn.Parameter, Any] = {}
         slices = shrink(self.model, self.groups, choice.kept) if self.groups else {}
         for name, cuts in slices.items():
             if name in before:  # and is no buffer
-                cut[before[name]] = [sliced_heir(self.model.get_parameter(name), dict(cuts))]
+                cut[before[name]] = [sliced_replacement(self.model.get_parameter(name), dict(cuts))]
         return chained(cut, split_layers(self.model, choice.ranks, scheme=1) if choice.ranks else {})
 
     def state_dict(self) -> dict[str, Any]:

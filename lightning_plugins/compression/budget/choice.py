@@ -59,7 +59,7 @@ class Choice:
         self.network.be_soft(self._beta)
 
     def step(self, unscale: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take a step with the gradients of weights, scores and thresholds; all ranks call.
+        """Take a step with the gradients of weights, scores and thresholds; all processes call.
 
         Args:
             unscale: What the gradients of scores and thresholds are multiplied by.

@@ -103,7 +103,7 @@ def count_terms(
 def beyond_layers(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any) -> dict[int, int]:
     """Return the cost saved when a unit that also indexes a standalone parameter is removed.
 
-    A matrix that is a parameter of no layer may be multiplied by, which no layer's operations tell.
+    A matrix that is a parameter of no layer may be multiplied with; the FLOPs of layers do not show that.
 
     Args:
         model: The network.
@@ -111,7 +111,7 @@ def beyond_layers(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any)
         inputs: What it takes.
 
     Returns:
-        Operations without the first unit, taken from those of the whole, by the numbers of such groups.
+        FLOPs of the network less those without the first unit, by the indices of such groups.
     """
     layers = {
         name for name, module in clean_modules(model).items() if isinstance(module, _WEIGHTED) or is_transposed(module)

@@ -125,7 +125,7 @@ class _State:
         return self.budget.cost(self.masks() if self.budget.groups else None, self.ranks)
 
     def split(self) -> dict[str, int]:
-        """The ranks below which a layer is smaller in two."""
+        """The ranks below which a layer is smaller when factorised."""
         sides = self.budget.sides(self.masks() if self.budget.groups else None)
         return {
             name: rank for name, rank in self.ranks.items() if rank * sum(sides[name]) < sides[name][0] * sides[name][1]
@@ -143,7 +143,7 @@ class _State:
         sides = self.budget.sides(self.masks() if self.budget.groups else None)
         for place, (name, rank) in enumerate(self.ranks.items()):
             rows, columns = sides[name]
-            largest = (rows * columns - 1) // (rows + columns)  # the largest rank that is smaller in two
+            largest = (rows * columns - 1) // (rows + columns)  # the largest rank at which the factors are smaller
             lower = (min(rank, largest + 1) - 1) // self.multiple * self.multiple
             if lower >= max(1, self.minimum):
                 candidate = (self._margin(name, lower), len(self.counts) + place, name, lower)

@@ -13,7 +13,7 @@ from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.threshold_function import Basis, wide_view
 
 _DECAY = 0.9
-_OPEN = 0.1  # masks below it tell nothing of the channel behind them
+_OPEN = 0.1  # masks below it say nothing about their channel
 _LEAST_COST = 1e-3  # of the average unit's: one that saves nothing is not worth more than a thousand others
 
 

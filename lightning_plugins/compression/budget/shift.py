@@ -26,7 +26,7 @@ class BudgetShift:
     Scores of all groups move alike, and so do the thresholds of all layers, which stop short of the largest singular
     value: a weight of zeros would be the end of its network. A unit counts as long as its score is positive, as a
     singular value does as long as it is above its threshold, and nothing moves back further than it has come: where
-    the cost is flat, as that of a layer whose rank is still too high for two, scores would run away from thresholds.
+    the cost is flat, as that of a layer whose rank is too high to factorise it, scores would run away from thresholds.
 
     Args:
         budget: What counts the cost.
@@ -34,8 +34,8 @@ class BudgetShift:
         thresholds: The thresholds, or None.
 
     Attributes:
-        exchange: What thresholds rise by, in shares of the largest singular value, where scores fall by one.
-        total: How far scores have fallen so far.
+        exchange: Rise of thresholds, in shares of the largest singular value, when scores fall by one.
+        total: Fall of the scores so far.
     """
 
     def __init__(self, budget: Budget, masks: ChannelMasks | None, thresholds: RankThresholds | None) -> None:
@@ -44,7 +44,7 @@ class BudgetShift:
         self.exchange, self.total = torch.ones_like(beta), torch.zeros_like(beta)
         self.sizes = {} if thresholds is None else {name: min(budget.sides()[name]) for name in thresholds.layers}
         full = {name: torch.tensor(float(size)) for name, size in self.sizes.items()}
-        # Without the bend of its cost a layer of full rank is dearer in two than as one.
+        # Without the correction a factorised layer at full rank costs more than the dense one.
         self.whole = float(budget.share(None, full, bend=0.0))
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class BudgetShift:
 
         Args:
             spectra: For every layer with a threshold the singular values of its weight, in rising order.
-            done: How much of what the budget takes is to be gone, in [0, 1].
+            done: The part of the reduction that is to be reached, in [0, 1].
 
         Returns:
             The share of the cost that is left, a scalar, and the ranks by layer.

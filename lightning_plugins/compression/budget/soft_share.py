@@ -13,8 +13,8 @@ def soft_share(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of the cost that masks and soft ranks leave, with gradients to both, and these ranks.
 
-    The value is that of the budget. A rank has a gradient also where it is still so high that the layer is cheaper
-    as one: no threshold would ever begin to rise otherwise.
+    The value is that of the budget. A rank has a gradient also where it is so high that the dense layer is cheaper: no
+    threshold would ever begin to rise otherwise.
 
     Args:
         budget: The budget.
@@ -30,7 +30,7 @@ def soft_share(
     ranks = thresholds.soft_ranks()
     share = budget.share(kept, {name: rank.detach() for name, rank in ranks.items()})
     with torch.enable_grad():
-        # At rank zero every layer is in two, and its cost grows with the rank as that of a layer in two does.
+        # At rank zero every layer is factorised, and its cost grows with the rank as that of factors does.
         none = {name: torch.zeros_like(rank, requires_grad=True) for name, rank in ranks.items()}
         fixed = None if kept is None else [mask.detach() for mask in kept]
         slopes = torch.autograd.grad(budget.share(fixed, none), list(none.values()))

@@ -67,7 +67,7 @@ class _Sets:
 
 
 def bundles(model: nn.Module, example_inputs: Any) -> list[Bundle]:
-    """Trace a model, and find out which channels stand or fall together.
+    """Trace a model, and find the channels that can only be removed together.
 
     Args:
         model: The model, in evaluation mode, with parameters that take gradients.
@@ -251,7 +251,7 @@ def _limit(module: Any, side: str) -> int:
 
 
 def parameters_of(model: nn.Module, owner: str, side: str) -> Iterator[tuple[str, int, str]]:
-    """The tensors that hold a side of a layer: their names, the dimension, and what they are to the channel.
+    """The tensors that hold a side of a layer: their names, the dimension, and their role for the channel.
 
     Args:
         model: The model.

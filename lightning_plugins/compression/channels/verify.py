@@ -18,7 +18,7 @@ _ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, Attr
 
 
 class _Trial(NamedTuple):
-    """A copy of a model with weights of some kind, what it takes, and how near two outputs are that are the same."""
+    """A copy of a model with weights of some kind, its inputs, and the tolerance of equal outputs."""
 
     model: nn.Module
     inputs: Any
@@ -163,7 +163,7 @@ def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _jittered(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy whose parameters are moved a little, so that equal ones are told apart."""
+    """A copy with a little noise on its parameters, so that equal ones differ."""
     model, generator = _copied(model, dtype), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -136,7 +136,10 @@ def _overrides(module: Layer, own: type[nn.Module]) -> bool:
 
 def _reasons_in(model: nn.Module) -> dict[nn.Module, str]:
     """Why layers cannot be split where they stand in this model."""
-    reasons = {layer: f"is more than called: {what}; leave it dense" for layer, what in readers(model).items()}
+    reasons = {
+        layer: f"has a weight that is also read elsewhere ({what}); leave it dense"
+        for layer, what in readers(model).items()
+    }
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for module in model.modules():
         if any(uses[id(p)] > 1 for p in module._parameters.values()):

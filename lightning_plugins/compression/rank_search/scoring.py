@@ -93,8 +93,8 @@ class CandidateScores:
             mine = torch.tensor([total, mean, float(len(self._counts))], dtype=torch.float64, device=self._device())
             if not torch.equal(sum_over_ranks(mine), mine * world_size()) and math.isfinite(total):
                 raise ValueError(
-                    "`batches` must be the same on every rank, since each rank scores its share of the candidates on "
-                    f"all of them; but rank {dist.get_rank()} scores the start with {mean!r} and others do not; "
+                    "`batches` must be the same on every process, since each scores its share of the candidates on "
+                    f"all of them; but process {dist.get_rank()} scores the start with {mean!r} and others do not; "
                     "leave out the distributed sampler"
                 )
         return self._checked(mean)
