@@ -24,22 +24,23 @@ from lightning_plugins.schedules import Schedule
 
 
 class LowRankCompression(CompressingCallback):
-    """Train a network to a wanted size: its weights become products of two smaller ones, within one ``trainer.fit``.
+    """Train a network to a wanted size within one ``trainer.fit``: its weights become products of two smaller ones.
 
     1. Up to ``search_at`` the network trains as it is.
-    2. There a search finds a rank for each layer such that the fraction ``ratio`` of the layers' cost goes.
-    3. From then on the modified stable rank presses the weights to these ranks (see `StableRankRegularization`).
-    4. At the first start of an epoch from ``factorize_at`` on, or else at the end of training, each layer is replaced
-       by two, in the same place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. What the optimizers remember is
-       carried over to the factors, and schedulers and DDP go on.
+    2. There a search finds a rank for each layer such that the fraction ``ratio`` of the layers' cost is removed.
+    3. From then on the modified stable rank drives the weights to these ranks (see `StableRankRegularization`).
+    4. At the first start of an epoch from ``factorize_at`` on, or else at the end of training, each layer is factorised
+       in place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. The state of the optimizers is carried over to the
+       factors, and schedulers and DDP go on.
     5. The rest of training fine-tunes the small network.
 
     Afterwards the module is the small network. Its checkpoints are loaded by every Trainer that has this callback, or
     whose module has `lightning_plugins.mixins.CompressionMixin`, which `load_from_checkpoint` needs too; anywhere else
     `lightning_plugins.compression.restore_structure` gives a fresh module the structure first.
 
-    Each phase can be left out: ``ranks`` replaces the search, ``weight=0`` the regularisation, ``factorize_at=None``
-    the factors and the fine-tuning. A module that this callback has compressed is in later trainings only fine-tuned.
+    Each phase can be left out: ``ranks`` replaces the search, ``weight=0`` omits the regularisation,
+    ``factorize_at=None`` the factors and the fine-tuning. Later trainings of a module that this callback has compressed
+    only fine-tune it.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be split: linear

@@ -12,10 +12,10 @@ class MaskScheduling(ScheduledCompression):
 
     The phases are those of `HybridCompression`, without thresholds on singular values.
 
-    With ``criterion="magnitude"`` nothing is learned beside the weights: every ``update_every`` steps the channels with
-    the largest weights stay that fit into the share of the cost that ``schedule`` gives, and the others are masked. A
-    closed channel keeps its weights, which only weight decay changes, and opens again if they are among the largest at
-    a later update.
+    With ``criterion="magnitude"`` nothing is learned besides the weights: every ``update_every`` steps the channels
+    with the largest weights that fit into the scheduled share of the cost are kept, and the others are masked. A masked
+    channel keeps its weights, which only weight decay changes, and is unmasked if they are among the largest at a later
+    update.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can lose channels.
@@ -23,13 +23,14 @@ class MaskScheduling(ScheduledCompression):
         cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
         criterion: ``"learned"``: masks ``sigmoid(beta * a)``. ``"magnitude"``: norms of the weights that compute a
             channel, in units of the group's mean.
-        schedule: How far the choice is, from 0 to 1, as a function of training progress
+        schedule: Progress of the choice, from 0 to 1, as a function of training progress
             (`lightning_plugins.schedules`). By default from ``begin`` to ``end`` a straight line for learned masks,
             whose ``beta`` then grows exponentially, and a cubic for magnitudes.
         begin: When masks begin to act, in ``unit``.
         end: When the choice is made, in ``unit``.
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        learning_rate: Of the scores, in logits of the masks: scores move by ``learning_rate / beta`` in a typical step.
+        learning_rate: Step size of the mask scores, divided by ``beta`` so that a mask's logit moves by
+            ``learning_rate`` in a typical step.
         beta_max: The inverse temperature at ``end``.
         update_every: Steps between two choices by magnitude.
         keep: Layers that stay as they are, in the form of ``layers``.

@@ -44,7 +44,7 @@ def plan_network(
 def require_fitting_steps(
     name: str, trainer: Trainer, pl_module: LightningModule, network: BudgetedNetwork, batch: Any
 ) -> None:
-    """Leave out groups of channels that the module's steps cannot do without, and warn; all processes call.
+    """Keep groups of channels whole that the module's steps need, and warn; all processes call.
 
     Args:
         name: Of the callback.

@@ -35,10 +35,10 @@ _PARTS = ("channel_masks", "rank_thresholds")
 class ScheduledCompression(CompressingCallback):
     """Choose channels and ranks under a budget while a network trains, then make it smaller and train on.
 
-    `HybridCompression` says what happens when. Masks and thresholds are on the module between ``begin`` and the
-    surgery only, so that the module restores a checkpoint, makes its optimizers and is wrapped by DDP as it is without
-    them: no optimizer of the user's ever sees a score, and no parameter group changes. Scores and thresholds have an
-    optimizer of their own that steps with the user's, and stand in the callback's part of a checkpoint.
+    `HybridCompression` describes the phases. Masks and thresholds are attached between ``begin`` and the surgery only,
+    so that the module restores a checkpoint, makes its optimizers and is wrapped by DDP without them: the user's
+    optimizers never see a score, and no parameter group changes. Scores and thresholds have their own optimizer, which
+    steps with the user's, and are saved in the callback's part of a checkpoint.
 
     Args:
         settings: The arguments of the subclass.

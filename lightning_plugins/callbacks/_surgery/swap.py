@@ -1,9 +1,9 @@
 """The one place that swaps parameters of a module while a Trainer trains them.
 
-Optimizers keep their groups, and each group its settings and its identity, to which schedulers refer. What an optimizer
-remembers of a parameter is carried over to those that take its place, and DDP is wrapped anew. An optimizer's state is
-saved by position, so the parameters are put into the order of a fresh ``configure_optimizers``: a resumed training,
-whose module has the new structure from the start, would give moments to the wrong parameters otherwise.
+Optimizers keep their groups, and each group its settings and its identity, to which schedulers refer. The state of a
+parameter is carried over to its replacements, and DDP is wrapped anew. An optimizer's state is saved by position, so
+the parameters are put into the order of a fresh ``configure_optimizers``: otherwise a resumed training, whose module
+has the new structure from the start, would give moments to the wrong parameters.
 """
 
 import copy
@@ -53,7 +53,7 @@ _Groups = list[list[nn.Parameter]]
 
 
 def require_operable(name: str, trainer: Trainer) -> None:
-    """Refuse strategies and callbacks that keep hold of parameters; for ``setup``.
+    """Refuse strategies and callbacks that hold references to parameters; for ``setup``.
 
     Raises:
         MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
@@ -84,7 +84,7 @@ def require_operable_optimizers(name: str, trainer: Trainer) -> None:
     """Refuse optimizers whose state belongs to no single parameter as it stands; for ``on_fit_start``.
 
     Raises:
-        MisconfigurationException: For LBFGS, ASGD and optimizers that shard their state over ranks.
+        MisconfigurationException: For LBFGS, ASGD and optimizers that shard their state over processes.
     """
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, LBFGS | ASGD) or hasattr(optimizer, "consolidate_state_dict"):

@@ -19,7 +19,7 @@ def largest_within(
     """The units with the largest scores of all groups, as many as cost no more than a limit.
 
     Args:
-        budget: What counts the cost.
+        budget: The budget, which counts the cost.
         scores: For each group a tensor of shape ``(size,)`` on the CPU.
         ranks: Ranks by layer.
         limit: The limit.

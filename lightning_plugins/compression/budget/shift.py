@@ -19,17 +19,17 @@ _POINTS, _ROUNDS = 17, 4  # of the search: what is found is within 2 * 8 / 16 **
 class BudgetShift:
     """Moves scores down and thresholds up, or back, in one direction, to where the network has a given cost.
 
-    The cost falls along the direction, so that there is one such place, and it is found without a derivative, at
-    several points at once, and without waiting for the device. A step along the gradient of the cost would do little
-    where masks are nearly zeros and ones, and then too much.
+    The cost falls along the direction, so that there is one such place. It is found without derivatives, evaluated at
+    several points at once, and without waiting for the device. A step along the gradient of the cost would change
+    little where masks are nearly zeros and ones, and then too much.
 
     Scores of all groups move alike, and so do the thresholds of all layers, which stop short of the largest singular
-    value: a weight of zeros would be the end of its network. A unit counts as long as its score is positive, as a
+    value: a network with a weight of zeros cannot recover. A unit counts as long as its score is positive, as a
     singular value does as long as it is above its threshold, and nothing moves back further than it has come: where
     the cost is flat, as that of a layer whose rank is too high to factorise it, scores would run away from thresholds.
 
     Args:
-        budget: What counts the cost.
+        budget: The budget, which counts the cost.
         masks: The masks, or None.
         thresholds: The thresholds, or None.
 

@@ -1,4 +1,4 @@
-"""The thresholds of a model as a module, and the step that one of them is on the way to a weight."""
+"""The thresholds of a model as a module, and the parametrization by which one acts on a weight."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +46,7 @@ class RankThresholds(nn.Module):
         self._steps: list[Thresholded] = []  # in a list: they are submodules of the layers
 
     def forward(self, x: Any) -> Any:
-        """Hand on what comes in: in a model that is an ``nn.Sequential`` this module is its last.
+        """Return the input: in an ``nn.Sequential`` this module is called last.
 
         Args:
             x: Anything.
