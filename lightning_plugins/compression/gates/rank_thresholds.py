@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins.compression.gates.annealed import Annealed
 from lightning_plugins.compression.gates.masked_weight import Masked
 from lightning_plugins.compression.gates.threshold_function import (
     Basis,
@@ -21,7 +21,7 @@ from lightning_plugins.compression.gates.threshold_function import (
 from lightning_plugins.functional.spectrum import at_least_float32, full_precision
 
 
-class RankThresholds(nn.Module):
+class RankThresholds(Annealed):
     """The thresholds of all layers of a model, and the ranks they leave. Made by `apply_thresholds`.
 
     Attributes:
@@ -32,7 +32,6 @@ class RankThresholds(nn.Module):
         refresh_every: In how many optimizer steps every weight is decomposed once.
     """
 
-    beta: Tensor
     scales: Tensor
 
     def __init__(self, layers: Sequence[str], scales: Tensor, *, beta: float, init: float, refresh_every: int) -> None:
@@ -44,30 +43,6 @@ class RankThresholds(nn.Module):
         self.refresh_every = refresh_every
         self.bypass = False
         self._steps: list[Thresholded] = []  # in a list: they are submodules of the layers
-
-    def forward(self, x: Any) -> Any:
-        """Return the input: in an ``nn.Sequential`` this module is called last.
-
-        Args:
-            x: Anything.
-
-        Returns:
-            The same.
-        """
-        return x
-
-    def set_beta(self, beta: float) -> None:
-        """Set the inverse temperature of the soft ranks.
-
-        Args:
-            beta: A positive number.
-
-        Raises:
-            ValueError: If it is not positive.
-        """
-        if check_finite_number("beta", beta) <= 0:
-            raise ValueError(f"`beta` must be positive, got {beta!r}")
-        self.beta.fill_(beta)
 
     def clamp_(self) -> None:
         """Raise negative thresholds to 0; after every optimizer step."""
