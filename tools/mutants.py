@@ -146,7 +146,7 @@ class Tests:
             flush=True,
         )
         code, text = json.loads(self._server.stdout.readline())
-        outcome = {None: "timeout", 0: "passed", 1: "failed", 5: "none"}.get(code, "broken")
+        outcome = {None: "timeout", 0: "passed", 1: "failed", 4: "none", 5: "none"}.get(code, "broken")
         return outcome, re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", text, re.MULTILINE)
 
 
@@ -219,12 +219,12 @@ def run(root: Path, results: Path, count: int, seconds: float, *, heavy: bool = 
         for file in root.glob("*.*"):
             if file.is_file():
                 shutil.copy(file, copy)
-        for mutant in drawn(root, state["seed"]):
+        for mutant in drawn(copy, state["seed"]):
             if len(state["results"]) >= count or time.monotonic() - began > seconds:
                 break
             if mutant.name in known:
                 continue
-            tests = mirrors(root, mutant.path)
+            tests = mirrors(copy, mutant.path)
             found = plant(copy, mutant, tests, run_tests)
             shown = {key: getattr(mutant, key) for key in ("name", "path", "line", "operator", "before", "after")}
             state["results"].append({**shown, "tests": tests, **found, "commit": commit, "note": ""})
