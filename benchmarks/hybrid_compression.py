@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_plugins.compression import compression_report
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
-from lightning_plugins.compression.budget.choice_settings import ChoiceSettings
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 
 RATE = 0.01
 

@@ -11,7 +11,7 @@ from lightning_plugins._deprecation import renamed
 from lightning_plugins.compression.budget.budget import Multiplier, Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
-from lightning_plugins.compression.budget.choice_settings import ChoiceSettings
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.mixins._packages import refuse_other_package
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
-from lightning_plugins.compression.budget.choice_settings import ChoiceSettings
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 from tests.callbacks.budgets import seeded
 from tests.compression.networks import NETWORKS, build
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
-from lightning_plugins.compression.budget.choice_settings import ChoiceSettings
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 from tests.callbacks.budgets import seeded
 
 

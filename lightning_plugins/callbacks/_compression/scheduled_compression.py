@@ -9,11 +9,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plugins._lightning import LightningModule, Trainer, isolate_rng
-from lightning_plugins.callbacks._compression.budgeting import as_written, plan_network, require_fitting_steps
+from lightning_plugins.callbacks._compression.budgeting import (
+    as_written,
+    budget_report,
+    plan_network,
+    require_fitting_steps,
+)
 from lightning_plugins.callbacks._compression.compressing_callback import CompressingCallback
 from lightning_plugins.callbacks._compression.costs import example_inputs
 from lightning_plugins.callbacks._compression.record import ChoiceRecord
-from lightning_plugins.callbacks._compression.report import budget_report
 from lightning_plugins.callbacks._compression.requirements import require_alone, require_compression
 from lightning_plugins.callbacks._compression.settings import CompressionSettings
 from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors

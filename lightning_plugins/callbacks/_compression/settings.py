@@ -7,7 +7,7 @@ from lightning_plugins._checks import check_choice, check_finite_number, check_p
 from lightning_plugins.callbacks._monitors.figures import check_figures
 from lightning_plugins.callbacks._trainer.phases import check_phases
 from lightning_plugins.compression.budget.choice import ChoiceRates
-from lightning_plugins.compression.budget.choice_settings import ChoiceSettings
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 from lightning_plugins.schedules import Cubic, Linear, Schedule, Unit
 
 Criterion = Literal["learned", "magnitude"]

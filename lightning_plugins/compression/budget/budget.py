@@ -118,6 +118,30 @@ class Budget:
         cost: Tensor = (terms.factor * entries).sum(-1) + (terms.per_unit * units).sum(-1) + self._constant
         return cost / self.dense
 
+    def soft_share(self, masks: Sequence[Tensor] | None, ranks: Mapping[str, Tensor]) -> Tensor:
+        """As `share`, with a gradient to ranks also where they are so high that the dense layer is cheaper.
+
+        No threshold would ever begin to rise otherwise.
+
+        Args:
+            masks: As for `share`.
+            ranks: As for `share`.
+
+        Returns:
+            Scalar in float64.
+        """
+        if not ranks:
+            return self.share(masks)
+        share = self.share(masks, {name: rank.detach() for name, rank in ranks.items()})
+        with torch.enable_grad():
+            # At rank zero every layer is factorised, and its cost grows with the rank as that of factors does.
+            none = {name: torch.zeros_like(rank, requires_grad=True) for name, rank in ranks.items()}
+            fixed = None if masks is None else [mask.detach() for mask in masks]
+            slopes = torch.autograd.grad(self.share(fixed, none), list(none.values()))
+        for slope, rank in zip(slopes, ranks.values(), strict=True):
+            share = share + (slope * (rank - rank.detach())).double()
+        return share
+
     def cost(self, kept: Sequence[Tensor] | None = None, ranks: Mapping[str, int] | None = None) -> int:
         """The cost of the network that masks of zeros and ones and whole ranks leave, exactly.
 

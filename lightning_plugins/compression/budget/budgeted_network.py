@@ -8,12 +8,10 @@ from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.budget.carried_state import chained, sliced_replacement, split_layers
-from lightning_plugins.compression.budget.choice_settings import ChoiceSettings
-from lightning_plugins.compression.budget.filling import largest_within, rank_layers
+from lightning_plugins.compression.budget.filling import ChoiceSettings, largest_within, rank_layers
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.budget.score_targets import ScoreTargets, weight_norms
 from lightning_plugins.compression.budget.shift import BudgetShift
-from lightning_plugins.compression.budget.soft_share import soft_share
 from lightning_plugins.compression.channels.find import channel_groups, groups_from_state, groups_to_state
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import shrink
@@ -165,8 +163,10 @@ class BudgetedNetwork:
             return [] if self.thresholds is None else [step.spectrum() for step in self.thresholds._steps]
 
     def share(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of the cost that masks and soft ranks leave, and these ranks; see `soft_share`."""
-        return soft_share(self.budget, self.masks, self.thresholds)
+        """The share of the cost that masks and soft ranks leave, and these ranks; see `Budget.soft_share`."""
+        masks = None if self.masks is None else self.masks.values()
+        ranks = {} if self.thresholds is None else self.thresholds.soft_ranks()
+        return self.budget.soft_share(masks, ranks), {name: rank.detach() for name, rank in ranks.items()}
 
     def kept(self) -> list[Tensor]:
         """Return the units that stay so far: those with positive scores, or all of them."""
