@@ -49,7 +49,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "lightning_plugins/cli/_compress.py:compress": "every parameter is an option of the command line",
         "lightning_plugins/compression/rank_search/beam_search.py:beam_search": FLAT,
         "lightning_plugins/functional/attribution/curves.py:perturbation_curve": METHOD,
-        "lightning_plugins/functional/attribution/faithfulness.py:infidelity": METHOD,
+        "lightning_plugins/functional/attribution/infidelity.py:infidelity": METHOD,
     },
 }
 
