@@ -47,9 +47,10 @@ test-oldest:  ## Run the tests with the oldest torch, Lightning and torchmetrics
 test-newest:  ## Run the tests with the newest ones, in .venv-newest
 	PYTHON=$(PYTHON) tools/test_versions.sh newest .venv-newest
 
-lint: $(INSTALLED)  ## Check style and format
+lint: $(INSTALLED)  ## Check style, format, docstring openings, numbers of parameters and lengths
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_house.py
 
 format: $(INSTALLED)  ## Repair style and format where that can be done automatically
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""What the benchmarks say of where they ran, and the tables they print."""
+"""Description of the machine that benchmarks print, and their tables."""
 
 import datetime
 import math

@@ -107,7 +107,7 @@ def perturbation(rounds: int) -> dict[str, float]:
 
 
 def passes(model: nn.Module, run: Callable[[], object]) -> int:
-    """How often a model is called."""
+    """Count the calls of a model."""
     seen: list[int] = []
     handle = model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     run()

@@ -70,7 +70,7 @@ Results = dict[Setting, dict[str, Any]]
 
 
 class Study(NamedTuple):
-    """What is to be run."""
+    """Settings of a run."""
 
     search: int = 200  # iterations
     iterations: int = 400

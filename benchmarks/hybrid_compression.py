@@ -1,4 +1,4 @@
-"""What choosing channels and ranks under a budget adds to a training step, and what the smaller network gains in time.
+"""Time that choosing channels and ranks under a budget adds to a training step, and that the smaller network saves.
 
 The network is trained bare, with masks, and with masks and thresholds, in turns and step by step, so that drift of the
 machine's speed falls on all alike. A step is the forward and backward pass and the step of scores and thresholds, as
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_plugins.compression import compression_report
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 
 RATE = 0.01
 
@@ -35,8 +36,9 @@ class Form:
         self.net, self.seconds = net, list[float]()
         self.network: BudgetedNetwork | None = None
         if ranks is not None:
-            settings: dict[str, Any] = {"cost": "flops", "inputs": inputs, "masks": True, "ranks": ranks}
-            self.network = BudgetedNetwork(net, "*", budget, refresh_every=every if ranks else 1, **settings)
+            held: dict[str, Any] = {"ranks": ranks, "refresh_every": every if ranks else 1}
+            settings = ChoiceSettings(budget=budget, cost="flops", masks=True, **held)
+            self.network = BudgetedNetwork(net, settings, inputs=inputs)
             self.network.begin()
             self.network.be_soft(10.0)
             self.optimizer = ChoiceOptimizer(self.network.kinds())

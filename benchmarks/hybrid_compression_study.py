@@ -86,12 +86,12 @@ def loaders(data: str, seed: int) -> tuple[DataLoader, DataLoader]:
 
 def callback(method: str, budget: float) -> Callback:
     if method == "masks":
-        return MaskScheduling("net.*", budget)
+        return MaskScheduling("net.*", budget, figures=False)
     if method == "ranks":
-        return RankScheduling("net.*", budget, refresh_every=4)
+        return RankScheduling("net.*", budget, figures=False, refresh_every=4)
     if method == "masks, magnitude":
-        return MaskScheduling("net.*", budget, criterion="magnitude")
-    return HybridCompression("net.*", budget, refresh_every=4)
+        return MaskScheduling("net.*", budget, figures=False, criterion="magnitude")
+    return HybridCompression("net.*", budget, figures=False, refresh_every=4)
 
 
 def flops(model: nn.Module) -> int:

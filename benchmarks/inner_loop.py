@@ -1,4 +1,4 @@
-"""What an inner loop costs, against a plain one that does what the published code of GAP does, and against others.
+"""Time of an inner loop, against a plain one that does as the published code of GAP, and against others.
 
 All forms of one piece of work run in turns, so that drift of the machine's speed falls on all alike; ratios are medians
 over the turns. Times are those of the processor, and of the clock on a GPU. The plain loop takes one task after the

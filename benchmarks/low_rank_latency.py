@@ -1,4 +1,4 @@
-"""What factorising a ResNet-18 gains in time, beside what its floating-point operations promise.
+"""Time saved by factorising a ResNet-18, beside the saving its floating-point operations promise.
 
 The network is factorised in several ways to several ratios (the share of the layers' operations that goes away), and
 the dense and all factorised networks run in turns, so that drift of the machine's speed falls on all alike. Weights are
@@ -65,7 +65,7 @@ def forms(dense: nn.Module, x: Tensor, ratios: list[float]) -> dict[str, tuple[n
 
 
 def split(dense: nn.Module, ranks: dict[str, int], scheme: Literal[1, 2]) -> nn.Module:
-    """What `factorize` gives, with random weights: many decompositions would take longer than the measurement."""
+    """Factorise with random weights: many decompositions would take longer than the measurement."""
     small = copy.deepcopy(dense)
     for name, rank in ranks.items():
         pair = empty_low_rank_layer(small.get_submodule(name), rank, scheme=scheme)

@@ -50,7 +50,7 @@ RECEIVED = 128  # `tcpi_bytes_received` in Linux's `struct tcp_info`
 
 @dataclass(frozen=True)
 class Size:
-    """What the exchanges depend on.
+    """Sizes on which the exchanges depend.
 
     Attributes:
         rows: Rows of a process.

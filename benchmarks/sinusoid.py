@@ -141,7 +141,7 @@ def run_cell(cell: tuple[str, str, int, int], *, folder: Path, iterations: int, 
 
 
 def table(folder: Path) -> str:
-    """What the files say."""
+    """Return the table of the results in a folder."""
     found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What penalties on all weights of a network add to a training step, and how exact their gradients are.
+"""Time that penalties on all weights of a network add to a training step, and the error of their gradients.
 
 In one training of a ResNet-18 every form of `StableRankRegularization` runs at every step, one after the other, beside
 the gradient from a full singular value decomposition of each weight. So drift of the machine's speed falls on all

@@ -1,4 +1,4 @@
-"""What each term and the alarm add to a training step, as a share of it.
+"""Time that each term and the alarm add to a training step, as a share of it.
 
 A term of representations is timed on the input of a ResNet-18's last layer (32 x 512), forward and backward; a term of
 weights on all weights of the network, as its callback adds it; the alarm as one measurement. All are interleaved in one
@@ -63,7 +63,7 @@ OF_WEIGHTS: dict[str, nn.Module] = {
 
 
 def candidates(model: nn.Module, device: str) -> dict[str, Callable[[], object]]:
-    """What is timed, by its name in the table."""
+    """Return the terms that are timed, by their names in the table."""
     torch.manual_seed(0)
     rows = torch.randn(ROWS, WIDTH, device=device).relu()
     weights = [weight.take(weight.tensor.detach()) for weight in select_weight_matrices(model, "*")]

@@ -1,4 +1,4 @@
-"""What masks on channels and thresholds on singular values add to a training step.
+"""Time that masks on channels and thresholds on singular values add to a training step.
 
 One network is trained in every form in turn, step by step, so that drift of the machine's speed falls on all alike, and
 weights change between the steps of a form. A step is a forward and a backward pass, and the gradient of the soft ranks

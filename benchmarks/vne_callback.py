@@ -1,4 +1,4 @@
-"""What `VNERegularization` adds to a training step, measured inside one run.
+"""Time that `VNERegularization` adds to a training step, measured inside one run.
 
 Every second step carries the term (``every_n_steps=2``), so that steps with and without it alternate and drift of the
 machine's speed falls on both alike. Beside the whole steps the term is timed alone: its forward inside the step, and

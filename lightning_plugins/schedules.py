@@ -19,7 +19,7 @@ UNITS: tuple[Unit, ...] = ("steps", "epochs", "fraction")
 
 
 class Progress(NamedTuple):
-    """How far a training has come.
+    """Progress of a training.
 
     Attributes:
         step: Optimizer steps done; batches under manual optimization, where several optimizers may step.
@@ -49,7 +49,7 @@ class Schedule(ABC):
 
     @property
     def needs_total(self) -> bool:
-        """Whether the schedule counts in fractions of a training whose length must be known."""
+        """True if the schedule counts in fractions of a training whose length must be known."""
         return getattr(self, "unit", None) == "fraction"
 
     def __repr__(self) -> str:
@@ -93,8 +93,8 @@ class _Ramp(Schedule):
             raise ValueError(
                 f"`until` must be given with `unit={unit!r}`; only fractions have an end of their own, 1.0"
             )
-        self.begin = _check_position("begin", begin, unit)
-        self.until = _check_position("until", 1.0 if until is None else until, unit)
+        self.begin = check_position("begin", begin, unit)
+        self.until = check_position("until", 1.0 if until is None else until, unit)
         self.unit = unit
         if self.begin > self.until:
             raise ValueError(f"`begin` must not be after `until`, got begin={begin!r}, until={self.until!r}")
@@ -219,13 +219,12 @@ class Piecewise(Schedule):
         for name, numbers in (("boundaries", boundaries), ("values", values)):
             if isinstance(numbers, str) or not isinstance(numbers, Sequence):
                 raise TypeError(f"`{name}` must be a list of numbers, got {numbers!r}")
-        self.boundaries = [_check_position(f"boundaries[{i}]", b, unit) for i, b in enumerate(boundaries)]
+        self.boundaries = [check_position(f"boundaries[{i}]", b, unit) for i, b in enumerate(boundaries)]
         self.values = [float(check_finite_number(f"values[{i}]", value)) for i, value in enumerate(values)]
         self.unit = unit
         if any(left >= right for left, right in itertools.pairwise(self.boundaries)):
             raise ValueError(f"`boundaries` must rise, got {boundaries!r}")
-        if len(values) != len(boundaries) + 1:
-            wanted = len(boundaries) + 1
+        if len(values) != (wanted := len(boundaries) + 1):
             raise ValueError(f"`values` must have one entry more than `boundaries`: {wanted}, got {len(values)}")
 
     def __call__(self, progress: Progress) -> float:
@@ -259,13 +258,13 @@ class Warmup(Schedule):
             raise TypeError(
                 f"`after` must be a Schedule, got {type(after).__name__}; did you mean `Constant({after!r})`?"
             )
-        self.duration = _check_position("duration", duration, unit)
+        self.duration = check_position("duration", duration, unit)
         self.after = Constant() if after is None else after
         self.unit = unit
 
     @property
     def needs_total(self) -> bool:
-        """Whether this schedule or the one after it counts in fractions of training."""
+        """True if this schedule or the one after it counts in fractions of training."""
         return self.unit == "fraction" or self.after.needs_total
 
     def __call__(self, progress: Progress) -> float:
@@ -274,7 +273,7 @@ class Warmup(Schedule):
         return self.after(progress) * (position / self.duration if position < self.duration else 1.0)
 
 
-def _check_position(name: str, value: float, unit: Unit) -> float:
+def check_position(name: str, value: float, unit: Unit) -> float:
     """Return a position in ``unit`` as a float, so that 1 and 1.0 read alike in a ``repr``."""
     if unit == "fraction":
         try:
@@ -287,16 +286,13 @@ def _check_position(name: str, value: float, unit: Unit) -> float:
 
 
 def _position(progress: Progress, unit: Unit) -> float:
-    if unit == "steps":
-        return progress.step
-    if unit == "epochs":
-        return progress.epoch
+    if unit != "fraction":
+        return progress.step if unit == "steps" else progress.epoch
     if progress.fraction is not None:
         return progress.fraction
-    if progress.total_steps is not None:
-        return progress.step / max(progress.total_steps, 1)
-    if progress.total_epochs is not None:
-        return progress.epoch / max(progress.total_epochs, 1)
+    for done, total in ((progress.step, progress.total_steps), (progress.epoch, progress.total_epochs)):
+        if total is not None:
+            return done / max(total, 1)
     raise ValueError(
         "`unit='fraction'` needs the length of training, but `total_steps` and `total_epochs` are unknown (as with "
         "max_epochs=-1); use `unit='steps'` or `unit='epochs'`"

@@ -1,4 +1,4 @@
-"""Which layers: dotted names, globs over dotted names and module types; near misses are named in the error.
+"""Selection of layers: dotted names, globs over dotted names and module types; errors name near misses.
 
 ``layers`` is a dotted module name (``"backbone.fc"``), a glob over dotted names whose ``*`` crosses dots (``"net*"``
 takes all whose name starts with ``net``), or a sequence of these. Where tensors are meant and not weights,
@@ -254,7 +254,7 @@ def _meant(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Whether the module has a forward of its own: lists and dicts of modules have none, so hooks never run."""
+    """Return whether the module has a forward of its own: lists and dicts of modules have none, so hooks never run."""
     return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 

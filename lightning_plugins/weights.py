@@ -43,7 +43,7 @@ class WeightMatrix(NamedTuple):
 
     @property
     def is_computed(self) -> bool:
-        """Whether a parametrization, norm or pruning computes it from other parameters at this moment."""
+        """True if a parametrization, norm or pruning computes it from other parameters at this moment."""
         return self.parameter not in self.module._parameters
 
     @property

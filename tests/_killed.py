@@ -80,7 +80,7 @@ def _prepared(nursery: Callable[[Path], None], folder: Path) -> None:
 
 
 def _ends(ranks: int, folder: Path, name: str, train: Callable[..., Any], args: tuple[Any, ...]) -> list[int]:
-    """How each of the processes ended, as ``waitpid`` tells it."""
+    """Exit status of each process, as ``waitpid`` tells it."""
     children = []
     for rank in range(ranks):
         child = os.fork()

@@ -1,4 +1,4 @@
-"""What every test gets: one thread, no network, a fixed seed, and an empty working directory."""
+"""Setting of every test: one thread, no network, a fixed seed, and an empty working directory."""
 
 import os
 

@@ -43,7 +43,7 @@ class Row:
 
     @property
     def learned(self) -> bool:
-        """Whether gradients choose."""
+        """True if gradients choose."""
         callback: Callback = self.callback()
         return bool(vars(callback)["settings"].learned)
 
@@ -121,7 +121,7 @@ init_args:
         """
 class_path: lightning_plugins.callbacks.MaskScheduling
 init_args: {layers: "*", budget: 0.5, cost: params, criterion: magnitude, update_every: 3, begin: 3, end: 11,
-  unit: steps}
+  unit: steps, figures: false}
 """,
     ),
     "ranks": Row(

@@ -300,7 +300,7 @@ class Setting:
 
     @property
     def remembers(self) -> bool:
-        """Whether a batch is seen together with earlier ones."""
+        """True if a batch is seen together with earlier ones."""
         return bool(self.by_hand and self.by_hand.get("queue_size"))
 
 

@@ -1,4 +1,4 @@
-"""What every public callback promises, in one process; the table stands in `tests.contract_table`."""
+"""Promises of every public callback, in one process; the table stands in `tests.contract_table`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What every compression under a budget promises, in one process; the table is `tests.contract_compression`."""
+"""Promises of every compression under a budget, in one process; the table is `tests.contract_compression`."""
 
 import inspect
 import sys

@@ -1,4 +1,4 @@
-"""What every compression under a budget promises of several processes; the table is `tests.contract_compression`."""
+"""Promises of every compression under a budget over several processes; see `tests.contract_compression`."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What every public callback promises of several processes: unequal ranks train like one that sees the whole batch."""
+"""Promises of every public callback over several processes: unequal ones train like one with the whole batch."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise

@@ -46,7 +46,7 @@ JOBS = [
 
 
 def train(rank: int, job: Job, folder: Path, dies: bool = False, ckpt_path: Path | None = None) -> dict[str, Any]:
-    """What there is after training; checkpoints are written only if it ``dies``."""
+    """Return the state after training; checkpoints are written only if it ``dies``."""
     setting, batches = SETTINGS[job.setting], BATCHES
     settings: dict[str, Any] = {"accumulate_grad_batches": job.accumulate, "ckpt_path": ckpt_path}
     if job.ranks > 1:

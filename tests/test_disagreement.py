@@ -90,7 +90,7 @@ def made(does: str = "", **settings: Any) -> Uneven:
 
 
 def attempt(model: Uneven, callbacks: list[Callback], bounds: Sequence[int] = (0, 3, 8)) -> dict[str, Any]:
-    """What came of a training: the error, or weights and log."""
+    """Outcome of a training: the error, or weights and log."""
     try:
         trainer = fit(model, shard(BATCHES, bounds), callbacks, strategy="ddp", devices=2, max_epochs=1)
     except Exception as error:  # noqa: BLE001  # it is looked at by the test

@@ -23,7 +23,7 @@ OWN_CONTRACTS = {
 
 
 def has_card(name: str) -> bool:
-    """Whether a card with the required headings has a use of the name in it."""
+    """Return whether a card with the required headings shows a use of the name."""
     return any(
         re.search(rf"\b{name}\b", text) and all(f"\n## {heading}\n" in text for heading in HEADINGS)
         for text in CARDS.values()

@@ -111,7 +111,7 @@ def names_in(archive: Path) -> list[str]:
 
 
 def complaints(archive: Path) -> list[str]:
-    """What is wrong with the contents of a wheel or an sdist, in words."""
+    """Complaints about the contents of a wheel or an sdist."""
     names = names_in(archive)
     found = [f"{archive.name} holds {name}" for name in names if re.search(r"(^|/)(tests?|conftest\.py)(/|$)", name)]
     if not any(name.rpartition("/")[2] == "LICENSE" for name in names):

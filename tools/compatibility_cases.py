@@ -1,4 +1,4 @@
-"""What compatibility.py tries: a network and a layer of it; here those of timm."""
+"""Cases of compatibility.py, each a network and a layer of it; here those of timm."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ def timm_task(name: str, task: type[Task] = Task, *, recompute: bool = False) ->
 
 
 def timm_layers(name: str) -> list[str]:
-    """What the classifier takes, or the classifiers: timm says how they are called."""
+    """Inputs of the classifier, or of the classifiers: timm knows their names."""
     classifiers = timm.get_pretrained_cfg(name).classifier
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     return [f"backbone.{classifier}:input" for classifier in classifiers if classifier not in UNUSED]

@@ -1,4 +1,4 @@
-"""How compatibility.py tries a case: one training step without the callback and one with it, and what must hold."""
+"""Trial of a case of compatibility.py: a training step without the callback and one with it, compared."""
 
 import math
 import re
@@ -22,7 +22,7 @@ WEIGHT = 1.0
 
 @dataclass
 class Outcome:
-    """What came of a case; ``problem`` is empty if all was as it should be."""
+    """Outcome of a case; ``problem`` is empty if all was as it should be."""
 
     case: Case
     parameters: int = 0

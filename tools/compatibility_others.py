@@ -1,4 +1,4 @@
-"""What compatibility.py tries besides timm: transformers from configurations, and modules that come with Lightning."""
+"""Cases of compatibility.py besides timm: transformers from configurations, and modules of Lightning."""
 
 from collections.abc import Callable
 from typing import Any

@@ -44,7 +44,7 @@ BEGIN, END = "<!-- written by tools/factorization.py: begin -->", "<!-- end -->"
 
 @dataclass
 class Outcome:
-    """What came of a model; ``problem`` is empty if all was as it should be."""
+    """Outcome of a model; ``problem`` is empty if all was as it should be."""
 
     family: str
     model: str

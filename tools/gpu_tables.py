@@ -36,7 +36,7 @@ def verdict(met: bool) -> str:
 
 
 def outcomes(parts: dict[str, Items]) -> str:
-    """How many items of each part passed."""
+    """Number of items of each part that passed."""
     rows = []
     for name, items in parts.items():
         counts = Counter(entry["status"] for label, entry in items.items() if label != "part")
@@ -47,7 +47,7 @@ def outcomes(parts: dict[str, Items]) -> str:
 
 
 def problems(parts: dict[str, Items]) -> str:
-    """What did not pass, with the last line of its error; one line for items that differ in precision alone."""
+    """Items that failed, with the last line of the error; one line for items that differ in precision alone."""
     lines: dict[str, str] = {}
     for part, items in parts.items():
         for name, entry in items.items():

@@ -34,7 +34,7 @@ def notebook_of(script: Path) -> str:
 
 
 def is_result(output: dict[str, Any]) -> bool:
-    """Whether a reader wants to see it: what was printed, drawn, or the value of a cell."""
+    """True for results that a reader wants to see: printed, drawn, or the value of a cell."""
     return (
         output.get("name") == "stdout"
         or output["output_type"] == "execute_result"

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -66,6 +66,16 @@ def settle(model: nn.Module) -> None:
             parameter.data.copy_(torch.rand(parameter.shape, generator=generator) * 0.5)
 
 
+def shrunk_difference(model: nn.Module, groups: list[Any], kept: list[Tensor], inputs: Any) -> float:
+    """Make a model smaller, and return the relative difference of its outputs from those with masks."""
+    apply_masks(model, groups).set_kept(kept)
+    expected = tensors_in(run(model, inputs))
+    bake_masks(model)
+    shrink(model, groups, kept)
+    got = tensors_in(run(model, inputs))
+    return max(float((one - other).abs().max() / one.abs().max()) for one, other in zip(expected, got, strict=True))
+
+
 def try_model(name: str) -> Row:
     began = time.perf_counter()
     torch.manual_seed(0)
@@ -86,14 +96,7 @@ def try_model(name: str) -> Row:
     kept = [torch.randperm(group.size, generator=generator) >= max(1, group.size // 3) for group in groups]
     budgets = Budget(model, groups, target=1.0), Budget(model, groups, target=1.0, cost="flops", inputs=inputs)
     masked = copy.deepcopy(model)
-    apply_masks(masked, groups).set_kept(kept)
-    expected = tensors_in(run(masked, inputs))
-    bake_masks(masked)
-    shrink(masked, groups, kept)
-    got = tensors_in(run(masked, inputs))
-    difference = max(
-        float((one - other).abs().max() / one.abs().max()) for one, other in zip(expected, got, strict=True)
-    )
+    difference = shrunk_difference(masked, groups, kept, inputs)
     left = sum(parameter.numel() for parameter in masked.parameters()), counted(masked, inputs)
     wrong = [
         cost

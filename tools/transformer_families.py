@@ -179,7 +179,7 @@ def come_again(model: nn.Module, kind: Any, inputs: dict[str, Tensor]) -> None:
 
 
 def expressed(model: nn.Module, groups: list[Any], kind: Any) -> str:
-    """What the configuration says where every layer loses a half of its units."""
+    """Say whether the configuration expresses a model whose every layer lost half of its units."""
     before = copy.deepcopy(model.config.to_dict())
     shrink(model, groups, [torch.arange(group.size) >= group.size // 2 for group in groups])
     with TemporaryDirectory() as folder:

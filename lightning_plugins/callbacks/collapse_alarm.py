@@ -218,7 +218,7 @@ class CollapseAlarm(Callback):
         self.teardown(trainer, pl_module, stage="fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far: counts, best values, remembered rows and alarms."""
+        """Return counts, best values, remembered rows and alarms."""
         return {
             "below": dict(self._below),
             "best": dict(self._best),

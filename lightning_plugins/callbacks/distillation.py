@@ -252,7 +252,7 @@ class Distillation(Callback):
         return self._calls
 
     def _taught(self, call: NetworkCall, teacher: nn.Module) -> NetworkCall:
-        """What the teacher makes of the same arguments."""
+        """Return the teacher's outputs for the same arguments."""
         recorder = self._calls[1]  # type: ignore[index]  # the student's calls have just been taken
         with torch.no_grad(), recorder.recording():
             teacher(*call.args, **call.kwargs)

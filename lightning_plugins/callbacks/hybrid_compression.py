@@ -13,50 +13,50 @@ class HybridCompression(ScheduledCompression):
     1. Up to ``begin`` the network trains as it is.
     2. From there to ``end`` masks on channels, ``sigmoid(beta * a)`` with learned scores ``a``, and thresholds on the
        singular values of weights, learned as well, act on the weights, while ``beta`` rises from 1 to ``beta_max``.
-       After every step of theirs all scores move down and all thresholds up, so far that the cost is the one that the
-       schedule wants. Scores begin at the norms of their channels' weights. They and the thresholds have an optimizer
-       of their own (Adam without weight decay); the user's optimizer, its groups, schedulers and clipping never see
-       them.
-    3. At ``end`` the masks become zeros and ones, and the least useful channels and singular values go until the cost
-       is within the budget.
+       After each of their steps all scores are lowered and all thresholds raised until the cost is that of the
+       schedule. Scores begin at the norms of their channels' weights. Scores and thresholds have their own optimizer
+       (Adam without weight decay); the user's optimizer, its groups, schedulers and clipping never see them.
+    3. At ``end`` the masks become zeros and ones, and the least useful channels and singular values are removed until
+       the cost is within the budget.
     4. At the first start of an epoch from ``end`` on, or else at the end of training, the channels are removed and the
-       layers of low rank are replaced by two, in the same place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``.
-       What the optimizers remember is cut and projected alike, and schedulers and DDP go on.
+       layers of low rank are factorised in place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. The state of the
+       optimizers is sliced and projected accordingly, and schedulers and DDP go on.
     5. The rest of training fine-tunes the small network.
 
-    The network that is delivered is within the budget, always; if even the smallest is not, the training does not
-    begin. Its checkpoints are loaded by every Trainer that has this callback, or whose module has
+    The final network is always within the budget; if even the smallest one would not be, the training does not begin.
+    Its checkpoints are loaded by every Trainer that has this callback, or whose module has
     `lightning_plugins.mixins.CompressionMixin`, which `load_from_checkpoint` needs too; anywhere else
     `lightning_plugins.compression.restore_structure` gives a fresh module the structure first. Checkpoints from before
     are those of the dense module and load everywhere; the scores stand in the callback's part.
 
-    The module needs an ``example_input_array``, through which channels are followed; torch-pruning must be installed.
+    The module needs an ``example_input_array``, used to trace channel dependencies and to count FLOPs; torch-pruning
+    must be installed.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be compressed.
         budget: The share of the whole network's cost that may be left, between 0 and 1.
         cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
-        schedule: How far the choice is, from 0 to 1, as a function of training progress
-            (`lightning_plugins.schedules`); ``beta`` is ``beta_max`` to that power, and of what the budget takes
-            ``(1 - t) ** 3`` is left. By default a straight line from ``begin`` to ``end``, so that ``beta`` grows
-            exponentially and the cost falls fast at first.
+        schedule: Progress ``t`` of the choice, from 0 to 1, as a function of training progress
+            (`lightning_plugins.schedules`): ``beta`` is ``beta_max ** t``, and ``(1 - t) ** 3`` of the reduction is
+            still to come. By default a straight line from ``begin`` to ``end``, so that ``beta`` grows exponentially
+            and the cost falls fast at first.
         begin: When masks and thresholds begin to act, in ``unit``.
         end: When the choice is made, in ``unit``.
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        learning_rate: Of the scores, in logits of the masks: scores move by ``learning_rate / beta`` in a typical step.
-        threshold_learning_rate: Of the thresholds, which are shares of a layer's largest singular value.
+        learning_rate: Step size of the mask scores, divided by ``beta`` so that a mask's logit moves by
+            ``learning_rate`` in a typical step.
+        threshold_learning_rate: Step size of the thresholds, which are shares of a layer's largest singular value.
         beta_max: The inverse temperature at ``end``.
         keep: Layers that stay as they are, in the form of ``layers``.
         min_channels: The least number of units that stay in a group of channels, and the least rank.
         multiple_of: Numbers of channels and ranks are multiples of this, for speed; heads are not rounded.
-        refresh_every: In how many steps the weights are decomposed once. 1 gives the exact gradient always; 4 gives it
-            on average, at half of the cost.
-        figures: Whether to draw masks, ranks, cost and the network that is left; needs matplotlib.
+        refresh_every: Steps between two decompositions of the weights. 1 gives the exact gradient in every step, 4 on
+            average, at half of the cost.
+        figures: Whether to draw masks, ranks, cost and the network that is left, if matplotlib is there.
 
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
-        ImportError: If ``figures`` are wanted and matplotlib is missing.
 
     Attributes:
         report: Once the network is small, a `lightning_plugins.compression.CompressionReport`: parameters and, where
@@ -92,7 +92,7 @@ class HybridCompression(ScheduledCompression):
         min_channels: int = 1,
         multiple_of: int = 1,
         refresh_every: int = 1,
-        figures: bool = False,
+        figures: bool = True,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -104,8 +104,8 @@ class HybridCompression(ScheduledCompression):
                 end=end,
                 unit=unit,
                 keep=keep,
-                minimum=min_channels,
-                multiple=multiple_of,
+                min_channels=min_channels,
+                multiple_of=multiple_of,
                 figures=figures,
                 masks=True,
                 ranks=True,

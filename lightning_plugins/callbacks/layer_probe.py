@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_choice
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
-from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
+from lightning_plugins.callbacks._monitors.figures import PendingFigures, require_figures
 from lightning_plugins.callbacks._probes.controls import check_controls, require_whole_network
 from lightning_plugins.callbacks._probes.rows import Positions, RowSelection
 from lightning_plugins.callbacks._probes.session import ControlSettings, ProbeSession, check_options
@@ -20,7 +20,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_supported_strategy,
 )
 from lightning_plugins.metrics import ProbeResult
-from lightning_plugins.plots import probe_profile_figure, require_matplotlib
+from lightning_plugins.plots import probe_profile_figure
 from lightning_plugins.selection import check_layers
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ class LayerProbe(Callback):
             raise ValueError("`stages` must name at least one of 'train', 'val' and 'test', got none")
         self.stages = tuple(dict.fromkeys(check_choice("stages", name, STAGES) for name in names))
         self.controls = check_controls(controls)
-        self.figures = check_figures(figures)
-        if figures:
-            require_matplotlib()
+        self.figures = require_figures(figures)
         self.results: dict[str, dict[str, ProbeResult]] = {}
         self.profiles: dict[str, dict[int, dict[str, float]]] = {stage: {} for stage in self.stages}
         self._epoch: int | None = None  # of the training sums

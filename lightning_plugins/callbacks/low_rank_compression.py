@@ -1,51 +1,46 @@
 """A smaller network from one training: search of ranks, regularisation, factors for weights, fine-tuning."""
 
-import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_plugins._lightning import LightningModule, Trainer
+from lightning_plugins.callbacks._compression.compressing_callback import CompressingCallback
 from lightning_plugins.callbacks._compression.costs import network_costs
 from lightning_plugins.callbacks._compression.rank_source import RankSource
-from lightning_plugins.callbacks._compression.recalibration import recalibrate_norms
-from lightning_plugins.callbacks._compression.saved_state import adopt_older_entry, entry_of, warn_of_lost_state
 from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to_loggers
 from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors
-from lightning_plugins.callbacks._surgery.monitors import forget_best, warn_if_unsaved
-from lightning_plugins.callbacks._surgery.restored_structure import StructureHook
-from lightning_plugins.callbacks._surgery.swap import operate, require_operable, require_operable_optimizers
+from lightning_plugins.callbacks._surgery.swap import operate, require_operable
 from lightning_plugins.callbacks._terms.logged import log_value
-from lightning_plugins.callbacks._trainer.phases import check_phases, in_epoch, is_last_epoch, reached, require_end
-from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
+from lightning_plugins.callbacks._trainer.phases import check_phases, reached, require_end
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.compression.budget.carried_state import split_layers
-from lightning_plugins.compression.networks.norm_statistics import NormStatistics
 from lightning_plugins.compression.reports.report import CompressionReport
 from lightning_plugins.plots import compression_figure
 from lightning_plugins.plots.style import has_matplotlib
 from lightning_plugins.schedules import Schedule
 
 
-class LowRankCompression(Callback):
-    """Train a network to a wanted size: its weights become products of two smaller ones, within one ``trainer.fit``.
+class LowRankCompression(CompressingCallback):
+    """Train a network to a wanted size within one ``trainer.fit``: its weights become products of two smaller ones.
 
     1. Up to ``search_at`` the network trains as it is.
-    2. There a search finds a rank for each layer such that the fraction ``ratio`` of the layers' cost goes.
-    3. From then on the modified stable rank presses the weights to these ranks (see `StableRankRegularization`).
-    4. At the first start of an epoch from ``factorize_at`` on, or else at the end of training, each layer is replaced
-       by two, in the same place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. What the optimizers remember is
-       carried over to the factors, and schedulers and DDP go on.
+    2. There a search finds a rank for each layer such that the fraction ``ratio`` of the layers' cost is removed.
+    3. From then on the modified stable rank drives the weights to these ranks (see `StableRankRegularization`).
+    4. At the first start of an epoch from ``factorize_at`` on, or else at the end of training, each layer is factorised
+       in place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. The state of the optimizers is carried over to the
+       factors, and schedulers and DDP go on.
     5. The rest of training fine-tunes the small network.
 
     Afterwards the module is the small network. Its checkpoints are loaded by every Trainer that has this callback, or
     whose module has `lightning_plugins.mixins.CompressionMixin`, which `load_from_checkpoint` needs too; anywhere else
     `lightning_plugins.compression.restore_structure` gives a fresh module the structure first.
 
-    Each phase can be left out: ``ranks`` replaces the search, ``weight=0`` the regularisation, ``factorize_at=None``
-    the factors and the fine-tuning. A module that this callback has compressed is in later trainings only fine-tuned.
+    Each phase can be left out: ``ranks`` replaces the search, ``weight=0`` omits the regularisation,
+    ``factorize_at=None`` the factors and the fine-tuning. Later trainings of a module that this callback has compressed
+    only fine-tune it.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be split: linear
@@ -62,7 +57,7 @@ class LowRankCompression(Callback):
             default the negative loss of the module's training step, whose logging is silenced meanwhile.
         search_data: Batches to score, best held out from training; or the name of a method of the module or datamodule
             that returns them. By default the first ``search_batches`` of the training data, without shuffling. All
-            ranks must have the same.
+            processes must have the same.
         search_batches: How many batches are scored at the most.
         ranks: Ranks by layer name, instead of a search.
         calibration: Whether layers are truncated by what they put out on ``search_data``; or options of `Calibration`.
@@ -86,7 +81,7 @@ class LowRankCompression(Callback):
         report: After the layers were split, a `lightning_plugins.compression.CompressionReport` of the whole network:
             parameters and, where the module has an ``example_input_array``, operations, per layer and in all.
 
-    Logs at every step ``budget/<cost>``, the fraction of the layers' cost that the network has at that time, and
+    Logs at every step ``budget/<cost>``, what the network costs at that time as a share of what it cost dense, and
     ``rank/<layer>`` once the ranks are known.
 
     Example:
@@ -123,83 +118,43 @@ class LowRankCompression(Callback):
         on_nonfinite: Literal["skip", "raise"] = "skip",
         figures: bool = True,
     ) -> None:
-        super().__init__()
         settings: dict[str, Any] = {"p": p, "scheme": scheme, "schedule": schedule, "every_n_steps": every_n_steps}
         self._settings = {"weight": weight, "on_nonfinite": on_nonfinite, **settings}
-        self.layers = StableRankRegularization(layers, **self._settings).layers  # which checks them all
+        super().__init__(StableRankRegularization(layers, **self._settings).layers)  # which checks them all
         if weight < 0:
             raise ValueError(f"`weight` must be at least 0, got {weight!r}; negative values would raise the ranks")
         self.figures = check_figures(figures)
         self.ratio, self.weight, self.scheme, self.cost = ratio, weight, scheme, cost
         self._source = RankSource(
-            self.layers,
-            ratio,
+            layers=self.layers,
+            ratio=ratio,
             search=search,
             search_options=search_options,
             score=score,
-            data=search_data,
-            batches=search_batches,
+            search_data=search_data,
+            search_batches=search_batches,
             ranks=ranks,
+            calibration=calibration,
             cost=cost,
             scheme=scheme,
-            calibration=calibration,
         )
         check_phases(unit, search_at=search_at, factorize_at=factorize_at)
         self.search_at, self.factorize_at, self.unit = search_at, factorize_at, unit
-        self._compressed: weakref.ref[LightningModule] | None = None
-        self._handles: list[RemovableHandle] = []
-        self._structure = StructureHook()
-        self._norms: NormStatistics | None = None
-        self._forget()
 
     def _forget(self) -> None:
+        super()._forget()
         self.found: dict[str, int] | None = None
-        self.report: CompressionReport | None = None
-        self._small = False  # as a checkpoint had it whose callback was another
-        self._jump: int | None = None  # batches since the layers were split
-        self._kept = 1.0  # the fraction of the layers' cost at the ranks that were found
         self._penalty: StableRankRegularization | None = None
         self._penalty_state: dict[str, Any] | None = None
 
-    @property
-    def finished(self) -> bool:
-        """Whether the layers have been split."""
-        return self.report is not None or self._small
-
-    @property
-    def state_key(self) -> str:
-        """The class and the layers, so that a training is resumed with other rates, figures or phases as well."""
-        return self._generate_state_key(layers=self.layers)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the module and the Trainer, and make the module ready for checkpoints of its compressed form."""
+    def _require(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
-        require_lightning_module(name, pl_module)
-        self._structure.made_small = False
-        self._handles.append(pl_module.register_load_state_dict_pre_hook(self._structure))  # type: ignore[no-untyped-call]  # torch's
-        if stage != "fit":
-            return
         require_operable(name, trainer)
-        if trainer.global_step == 0 and (self._compressed is None or self._compressed() is not pl_module):
-            self._forget()  # a new training of another module; a checkpoint's state comes after this hook
         require_end(name, trainer, self.unit)
         self._source.require(name, pl_module)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find this callback's entry under the longer name that an earlier version gave it."""
-        adopt_older_entry(self, self.layers, checkpoint)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the layers, which the module may have only now, and at the optimizers."""
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
-        if not self.finished and self._structure.made_small:
-            warn_of_lost_state(name)
-            self._small = True
-        if self.finished:
-            return
-        require_operable_optimizers(name, trainer)
-        self._norms = NormStatistics(pl_module)
-        self._norms.batches = self._jump
         if self.factorize_at is not None:
             warn_of_mirrors(name, pl_module)
         self._source.warn_of_untouched(name, pl_module)
@@ -208,15 +163,18 @@ class LowRankCompression(Callback):
         else:
             self._source.check_layers(trainer, pl_module)
 
+    def _missed(self) -> str | None:
+        if self.factorize_at is None:
+            return None
+        return (
+            f"`factorize_at={self.factorize_at}` ({self.unit}), so no layer was split; train on, or call "
+            "`lightning_plugins.compression.factorize`"
+        )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the data of the search, while nothing is lost yet if there is none."""
         if self.found is None and not self.finished:
             self._source.check_data(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Search or split if it is time."""
-        if not in_epoch(trainer):
-            self._advance(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Search if it is time: that needs no epoch's boundary."""
@@ -237,8 +195,9 @@ class LowRankCompression(Callback):
     ) -> None:
         """Log the ranks and the cost."""
         self._rest_norms()
-        left = self._kept if self.finished else 1.0
-        log_value(pl_module, f"budget/{self.cost}", left, prog_bar=True)
+        share = 1.0 if self.report is None else replace(self.report, cost=self.cost).share
+        if share is not None:  # as in a training resumed under another cost, which the first part did not count
+            log_value(pl_module, f"budget/{self.cost}", share, prog_bar=True)
         for name, rank in (self.found or {}).items():
             log_value(pl_module, f"rank/{name}", rank)
         if self._penalty is not None:
@@ -248,58 +207,27 @@ class LowRankCompression(Callback):
         """After the last epoch do what is still to be done, before checkpoints of this epoch are written."""
         if self._penalty is not None:
             self._penalty.on_train_epoch_end(trainer, pl_module)
-        if is_last_epoch(trainer):
-            self._advance(trainer, pl_module, last=True)
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is still to be done, if the training was stopped early, and draw the report."""
-        self._advance(trainer, pl_module, last=True)
+        super().on_train_end(trainer, pl_module)
         if self.report is not None and self.figures and trainer.is_global_zero and has_matplotlib():
             hand_to_loggers(trainer, "compression", compression_figure(self.report, title=type(pl_module).__name__))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if the network is not the small one."""
-        if self.factorize_at is not None and not self.finished:
-            rank_zero_warn(
-                f"{type(self).__name__}: the training ended before `factorize_at={self.factorize_at}` ({self.unit}), "
-                "so no layer was split; train on, or call `lightning_plugins.compression.factorize`"
-            )
-        elif self.report is not None:
-            warn_if_unsaved(type(self).__name__, trainer)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module."""
-        self._rest_norms()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().teardown(trainer, pl_module, stage)
         if self._penalty is not None:
             self._penalty.teardown(trainer, pl_module, stage)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the module: ``teardown`` does not run after an exception."""
-        self.teardown(trainer, pl_module, "fit")
-
     def state_dict(self) -> dict[str, Any]:
-        """What was found, whether the layers are split, and the state of the regularisation."""
+        """Return the ranks found, the report, and the state of the regularisation."""
         penalty = self._penalty_state if self._penalty is None else self._penalty.state_dict()
-        report = None if self.report is None else self.report.to_json()
-        more = {"small": self._small, "jump": self._jump}
-        return {"found": self.found, "kept": self._kept, "report": report, "penalty": penalty, **more}
+        return {**super().state_dict(), "found": self.found, "penalty": penalty}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's phase."""
-        self._forget()
-        entry = entry_of(type(self).__name__, state_dict)
-        self.found, self._kept, self._penalty_state = entry("found"), entry("kept"), entry("penalty")
-        if entry("report") is not None:
-            self.report = CompressionReport.from_json(entry("report"))
-        self._small, self._jump = state_dict.get("small", False), state_dict.get("jump")
-
-    def _rest_norms(self) -> None:
-        if self._norms is not None:
-            self._norms.after_batch()
-            self._jump = self._norms.batches
+    def _resume(self, entry: Callable[[str], Any]) -> None:
+        self.found, self._penalty_state = entry("found"), entry("penalty")
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
         """Search or split if it is time, between two epochs."""
@@ -309,12 +237,10 @@ class LowRankCompression(Callback):
             self._find(trainer, pl_module)
         at = self.factorize_at
         if at is not None and reached(trainer, at, self.unit, between_epochs=True):
-            self._split(trainer, pl_module)
-            if last:
-                recalibrate_norms(trainer, pl_module)
+            self._split(trainer, pl_module, last=last)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.found, self._kept = self._source.find(trainer, pl_module)
+        self.found = self._source.find(trainer, pl_module)
         self._regularize(trainer, pl_module)
 
     def _regularize(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -325,13 +251,11 @@ class LowRankCompression(Callback):
             if self._penalty_state is not None:
                 self._penalty.load_state_dict(self._penalty_state)
 
-    def _split(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _split(self, trainer: Trainer, pl_module: LightningModule, *, last: bool) -> None:
         ranks = self._source.smaller(trainer, pl_module, self.found or {})
         before = network_costs(trainer, pl_module)
         settings: Any = {"scheme": self.scheme, "calibration": self._source.calibrated(trainer, pl_module)}
         operate(trainer, pl_module, lambda: split_layers(pl_module, ranks, **settings))
-        self.report = CompressionReport(before, network_costs(trainer, pl_module))
-        self._compressed, self._penalty, self._penalty_state = weakref.ref(pl_module), None, None
-        if self._norms is not None:
-            self._norms.restart()
-        forget_best(type(self).__name__, trainer)
+        self._penalty = self._penalty_state = None
+        report = CompressionReport(before, network_costs(trainer, pl_module))
+        self._deliver(trainer, pl_module, report, last=last)

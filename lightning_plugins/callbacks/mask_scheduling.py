@@ -12,10 +12,10 @@ class MaskScheduling(ScheduledCompression):
 
     The phases are those of `HybridCompression`, without thresholds on singular values.
 
-    With ``criterion="magnitude"`` nothing is learned beside the weights: every ``update_every`` steps the channels with
-    the largest weights stay that fit into the share of the cost that ``schedule`` gives, and the others are masked. A
-    closed channel keeps its weights, which only weight decay changes, and opens again if they are among the largest at
-    a later update.
+    With ``criterion="magnitude"`` nothing is learned besides the weights: every ``update_every`` steps the channels
+    with the largest weights that fit into the scheduled share of the cost are kept, and the others are masked. A masked
+    channel keeps its weights, which only weight decay changes, and is unmasked if they are among the largest at a later
+    update.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can lose channels.
@@ -23,24 +23,24 @@ class MaskScheduling(ScheduledCompression):
         cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
         criterion: ``"learned"``: masks ``sigmoid(beta * a)``. ``"magnitude"``: norms of the weights that compute a
             channel, in units of the group's mean.
-        schedule: How far the choice is, from 0 to 1, as a function of training progress
+        schedule: Progress of the choice, from 0 to 1, as a function of training progress
             (`lightning_plugins.schedules`). By default from ``begin`` to ``end`` a straight line for learned masks,
             whose ``beta`` then grows exponentially, and a cubic for magnitudes.
         begin: When masks begin to act, in ``unit``.
         end: When the choice is made, in ``unit``.
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        learning_rate: Of the scores, in logits of the masks: scores move by ``learning_rate / beta`` in a typical step.
+        learning_rate: Step size of the mask scores, divided by ``beta`` so that a mask's logit moves by
+            ``learning_rate`` in a typical step.
         beta_max: The inverse temperature at ``end``.
         update_every: Steps between two choices by magnitude.
         keep: Layers that stay as they are, in the form of ``layers``.
         min_channels: The least number of units that stay in a group of channels.
         multiple_of: Numbers of channels are multiples of this, for speed; heads are not rounded.
-        figures: Whether to draw masks, cost and the network that is left; needs matplotlib.
+        figures: Whether to draw masks, cost and the network that is left, if matplotlib is there.
 
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
-        ImportError: If ``figures`` are wanted and matplotlib is missing.
 
     Attributes:
         report: As that of `HybridCompression`.
@@ -74,7 +74,7 @@ class MaskScheduling(ScheduledCompression):
         keep: str | list[str] | None = None,
         min_channels: int = 1,
         multiple_of: int = 1,
-        figures: bool = False,
+        figures: bool = True,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -87,8 +87,8 @@ class MaskScheduling(ScheduledCompression):
                 end=end,
                 unit=unit,
                 keep=keep,
-                minimum=min_channels,
-                multiple=multiple_of,
+                min_channels=min_channels,
+                multiple_of=multiple_of,
                 figures=figures,
                 masks=True,
                 learning_rate=learning_rate,

@@ -13,7 +13,7 @@ from lightning_plugins.callbacks._monitors.pairs import EpochPairs
 from lightning_plugins.callbacks._rows.pool import Pool
 from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
 from lightning_plugins.callbacks._rows.rows import Rows
-from lightning_plugins.callbacks._trainer.logged import on_device
+from lightning_plugins.callbacks._terms.logged import log_equal
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_lightning_module,
@@ -280,8 +280,7 @@ class MutualInformationMonitor(Callback):
 
     def _log(self, pl_module: LightningModule, name: str, values: dict[str, float]) -> None:
         for key, value in values.items():
-            # all processes have the same value, and the largest of equal numbers is exactly that number
-            pl_module.log(f"{name}/{key}", on_device(value, pl_module), sync_dist=True, reduce_fx="max")
+            log_equal(pl_module, f"{name}/{key}", value)
 
 
 def _logged(found: MutualInformationEstimate) -> dict[str, float]:

@@ -18,23 +18,22 @@ class RankScheduling(ScheduledCompression):
             layers and convolutions without groups.
         budget: The share of the whole network's cost that may be left, between 0 and 1.
         cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
-        schedule: How far the choice is, from 0 to 1, as a function of training progress
+        schedule: Progress of the choice, from 0 to 1, as a function of training progress
             (`lightning_plugins.schedules`). By default a straight line from ``begin`` to ``end``.
         begin: When thresholds begin to act, in ``unit``.
         end: When the choice is made, in ``unit``.
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        threshold_learning_rate: Of the thresholds, which are shares of a layer's largest singular value.
+        threshold_learning_rate: Step size of the thresholds, which are shares of a layer's largest singular value.
         keep: Layers that stay as they are, in the form of ``layers``.
         min_rank: The least rank of a layer.
         multiple_of: Ranks are multiples of this, for speed.
-        refresh_every: In how many steps the weights are decomposed once. 1 gives the exact gradient always; 4 gives it
-            on average, at half of the cost.
-        figures: Whether to draw ranks, cost and the network that is left; needs matplotlib.
+        refresh_every: Steps between two decompositions of the weights. 1 gives the exact gradient in every step, 4 on
+            average, at half of the cost.
+        figures: Whether to draw ranks, cost and the network that is left, if matplotlib is there.
 
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of the wrong type.
-        ImportError: If ``figures`` are wanted and matplotlib is missing.
 
     Attributes:
         report: As that of `HybridCompression`.
@@ -65,7 +64,7 @@ class RankScheduling(ScheduledCompression):
         min_rank: int = 1,
         multiple_of: int = 1,
         refresh_every: int = 1,
-        figures: bool = False,
+        figures: bool = True,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -77,8 +76,8 @@ class RankScheduling(ScheduledCompression):
                 end=end,
                 unit=unit,
                 keep=keep,
-                minimum=min_rank,
-                multiple=multiple_of,
+                min_channels=min_rank,
+                multiple_of=multiple_of,
                 figures=figures,
                 ranks=True,
                 threshold_learning_rate=threshold_learning_rate,

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
-from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
+from lightning_plugins.callbacks._monitors.figures import PendingFigures, require_figures
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
-from lightning_plugins.callbacks._monitors.loaders import loader_stages, shown_stage
+from lightning_plugins.callbacks._monitors.loaders import loader_stages
 from lightning_plugins.callbacks._monitors.statistics import METRICS, LayerStatistics
 from lightning_plugins.callbacks._rows.masks import Mask
 from lightning_plugins.callbacks._rows.pool import Pool
 from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
 from lightning_plugins.callbacks._rows.rows import Rows
 from lightning_plugins.callbacks._rows.select import Select
-from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
+from lightning_plugins.callbacks._terms.logged import claim_names, log_equal, log_value, release_names
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.progress import steps_done
 from lightning_plugins.callbacks._trainer.requirements import (
@@ -26,7 +26,6 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_lightning_module,
     require_supported_strategy,
 )
-from lightning_plugins.plots import require_matplotlib, spectrum_figure
 from lightning_plugins.selection import check_layers
 
 if TYPE_CHECKING:
@@ -39,17 +38,15 @@ class RepresentationMonitor(Callback):
     """Log and draw the spectra of layers' representations; nothing in the training changes.
 
     In validation every batch counts, in training the batches of every n-th optimizer step. Only Gram matrices are
-    summed on the way, on the device and without waiting for it; at the end of the epoch the sums of all ranks give the
-    metrics, which therefore do not depend on how the rows were split, and the eigenvalue spectrum of the epoch. A layer
-    that a step calls several times gives the rows of all calls. Training rows of one epoch come from weights that
-    change while they are gathered.
+    summed on the way, on the device and without waiting for it; at the end of the epoch the sums of all processes give
+    the metrics, however the rows were split, and the eigenvalue spectrum of the epoch. A layer that is called several
+    times in a step gives the rows of all calls. Training rows come from weights that change meanwhile.
 
     Logged through ``pl_module.log``, for each layer: ``representation/<train|val>/<layer>/<metric>``, and a figure
     ``representation/<train|val>/<layer>/spectrum`` that shows the spectra over the training steps. TensorBoard and
-    Weights & Biases get it as an image, for any other logger, or none, it is a PNG file in the logger's directory or
-    the Trainer's `default_root_dir`. Figures are drawn on rank zero, at the end of epochs as long as that takes less
-    than a twentieth of the time, and at the end. ``trainer.validate()`` logs and draws too; sanity checks do not, and
-    ``trainer.test()`` does as ``test``. Several loaders are kept apart, as ``val_0`` and ``val_1``.
+    Weights & Biases get it as an image, other loggers a PNG file in their directory or the `default_root_dir`. Figures
+    are drawn on process zero, at the end of epochs as long as that takes less than a twentieth of the time, and at the
+    end; also by ``trainer.validate()`` and ``trainer.test()``. Loaders are kept apart, as ``val_0`` and ``val_1``.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
@@ -60,8 +57,8 @@ class RepresentationMonitor(Callback):
         layout: What the dimensions of the tensor are, where the module does not tell.
         every_n_steps: In training, the batches of every n-th optimizer step are measured.
         metrics: Out of ``"entropy"``, ``"effective_rank"``, ``"isotropy"``, ``"correlation_gap"``, ``"rankme"``,
-            ``"stable_rank"``, ``"alpha_req"`` and
-            ``"uniformity"``; see `lightning_plugins.metrics`. The last one keeps all rows and compares all pairs.
+            ``"stable_rank"``, ``"alpha_req"`` and ``"uniformity"``; see `lightning_plugins.metrics`. The last one keeps
+            all rows and compares all pairs.
         figures: Whether to draw; needs matplotlib.
         max_spectra: So many spectra per layer and stage are remembered, and saved in checkpoints: the first, the latest
             and, between them, steps as evenly spaced as can be.
@@ -100,9 +97,7 @@ class RepresentationMonitor(Callback):
         names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         self.metrics = tuple(dict.fromkeys(check_choice("metrics", name, METRICS) for name in names))
         self.max_spectra = check_positive_int("max_spectra", max_spectra)
-        self.figures = check_figures(figures)
-        if figures:
-            require_matplotlib()
+        self.figures = require_figures(figures)
         self._history = SpectrumHistory(self.max_spectra, STAGES)
         self._statistics = {stage: LayerStatistics(self.metrics) for stage in STAGES}
         self._loader = ""  # the stage of the batch under way, out of training
@@ -152,10 +147,9 @@ class RepresentationMonitor(Callback):
             self._attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the sums of a checkpoint; they are those of all ranks, so one rank takes them.
+        """Let one process take over the sums of a checkpoint, which are those of all.
 
-        From a checkpoint taken after an epoch's last batch but before its end, Lightning goes on with the next epoch
-        and calls no hook for the end of the last one; its spectra are remembered here.
+        Resumed between an epoch's last batch and its end, Lightning calls no hook for that end: it is made up for here.
         """
         if self._restored is not None:
             if trainer.is_global_zero:
@@ -296,16 +290,11 @@ class RepresentationMonitor(Callback):
             log_value(pl_module, f"representation/{stage}/{self._names[label]}/left_out", 1.0)
         for label, (values, spectrum) in summaries.items():
             for name, value in values.items() if log else ():
-                # all ranks have the same value, and the largest of equal numbers is exactly that number
-                shown = f"representation/{stage}/{self._names[label]}/{name}"
-                log_value(pl_module, shown, value, sync_dist=True, reduce_fx="max")
+                log_equal(pl_module, f"representation/{stage}/{self._names[label]}/{name}", value)
             if torch.isfinite(spectrum).all():
                 self._history.remember(stage, label, steps_done(trainer), spectrum.float().cpu())
                 self._drawing.add((stage, label))
         self._drawing.draw_if_time(trainer)
 
     def _figure(self, key: tuple[str, str]) -> "tuple[str, Figure]":
-        stage, label = key
-        steps, spectra = self._history.sorted_by_step(stage, label)
-        title = f"{label} in {shown_stage(stage)}"
-        return f"representation/{stage}/{self._names[label]}/spectrum", spectrum_figure(spectra, steps, title=title)
+        return f"representation/{key[0]}/{self._names[key[1]]}/spectrum", self._history.figure(*key)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, Trainer
-from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
+from lightning_plugins.callbacks._monitors.figures import PendingFigures, require_figures
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
 from lightning_plugins.callbacks._terms.weight_gradients import shared_out
@@ -22,7 +22,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
 )
 from lightning_plugins.computed_weights import parametrizations_at_rest
 from lightning_plugins.functional.weight_spectrum import spectrum_dtype, summarize_spectrum, weight_singular_values
-from lightning_plugins.plots import require_matplotlib, weight_spectrum_figure
+from lightning_plugins.plots import weight_spectrum_figure
 from lightning_plugins.selection import check_layers
 from lightning_plugins.weights import WeightMatrix, check_scheme, select_weight_matrices
 
@@ -46,8 +46,8 @@ class SpectrumMonitor(Callback):
 
     A figure ``spectrum/<layer>`` shows the spectra over the training steps. TensorBoard and Weights & Biases get it as
     an image, for any other logger, or none, it is a PNG file in the logger's directory or the Trainer's
-    `default_root_dir`. Figures are drawn on rank zero, at the end of epochs as long as that takes less than a twentieth
-    of the time, and at the end.
+    `default_root_dir`. One process draws, at the end of epochs as long as that takes less than a twentieth of the time,
+    and at the end.
 
     A layer that another callback puts in place of a chosen one is found by its name; where that is a sequence, as of a
     factorised layer, the layers in it are looked at from then on.
@@ -91,9 +91,7 @@ class SpectrumMonitor(Callback):
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         self.scheme: Literal[1, 2] = check_scheme(scheme)
         self.max_spectra = check_positive_int("max_spectra", max_spectra)
-        self.figures = check_figures(figures)
-        if figures:
-            require_matplotlib()
+        self.figures = require_figures(figures)
         self._history = SpectrumHistory(self.max_spectra, (_KEPT,))
         self._next_look = 0  # optimizer steps
         self._in_use = WeightsInUse(type(self).__name__, self.layers, self._select, lambda weight: weight)

@@ -34,7 +34,7 @@ class StableRankRegularization(WeightRegularization):
     not depend on the scale of a weight, so keep weight decay on.
 
     The gradient is a closed form that is added once an optimizer step, however many batches are accumulated: after the
-    ranks' gradients were averaged and an fp16 scaler undone, before clipping. The layers are shared out over the ranks
+    processes' gradients were averaged and an fp16 scaler undone, before clipping. The layers are shared out over them
     and the gradients exchanged. It works for manual optimization too. The loss that is logged is without the term. A
     weight that has no gradient at a step (frozen, or not used) gets none from the term either. One that is computed by
     a parametrization, a norm or pruning passes the gradient on to the parameters it is computed from.
@@ -171,7 +171,7 @@ class StableRankRegularization(WeightRegularization):
         return tuple(matrix.new_empty((*batch, *shape), dtype=dtype) for shape in [(), *shapes])
 
     def _followed(self, weight: WeightMatrix, matrix: Tensor) -> int:
-        """How many vectors are followed; 0 where a decomposition at each step costs no more."""
+        """Return the number of vectors to follow; 0 where a decomposition at each step costs no more."""
         # The error of the last vector wanted shrinks the faster, the more stand behind it. After many steps a weight is
         # no longer where its vectors were left.
         rank, p = self._rank_and_power(weight)
@@ -186,5 +186,5 @@ class StableRankRegularization(WeightRegularization):
 
 
 def _takes_products(matrix: Tensor) -> bool:
-    """Whether products are quicker than a decomposition of the Gram matrix, which leaves an accelerator idle."""
+    """Return whether products are faster than a decomposition of the Gram matrix, which leaves an accelerator idle."""
     return matrix.is_cuda and min(matrix.shape[-2:]) >= _PRODUCTS_FROM

@@ -22,7 +22,7 @@ _OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks")  # wh
 
 
 class Checkpoint(NamedTuple):
-    """What a file holds.
+    """Contents of a file.
 
     Attributes:
         whole: All of it.
@@ -179,7 +179,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> str:
 
 
 def _prefix(incoming: Mapping[str, Tensor], model: nn.Module) -> str:
-    """What stands before the network's names: of all candidates the one under which most are found."""
+    """Return the prefix of the network's names: of all candidates the one under which most are found."""
     names = list(model.state_dict())
     candidates = {""} | {key.removesuffix(name) for name in names for key in incoming if key.endswith(f".{name}")}
     return max(sorted(candidates, key=len), key=lambda prefix: sum(f"{prefix}{name}" in incoming for name in names))
@@ -197,7 +197,7 @@ def _timm_model(name: str) -> Callable[..., Any]:
 
 
 def _hyperparameters(make: Callable[..., Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a LightningModule's constructor takes of the hyperparameters that it has saved."""
+    """Return those of the saved hyperparameters that a LightningModule's constructor takes."""
     saved = checkpoint.whole.get("hyper_parameters", {})
     if not (isinstance(make, type) and hasattr(make, "load_from_checkpoint") and isinstance(saved, Mapping)):
         return {}

@@ -144,7 +144,7 @@ def scan(shapes: Sequence[Shape], sensor: SpinningSensor, rng: np.random.Generat
 
 
 def _towards(shape: Shape, azimuth: np.ndarray) -> np.ndarray:
-    """Whether a ray may hit the circle around a shape."""
+    """Return whether a ray may hit the circle around a shape."""
     x, y, _, length, width, *_ = shape.box
     distance, radius = math.hypot(x, y), math.hypot(length, width) / 2
     if distance <= radius:

@@ -1,6 +1,11 @@
-"""Derivatives that end: a backward that is no graph of operations says so when it is differentiated again."""
+"""Derivatives that do not exist: an error where one is asked for, on every way to it.
 
-from collections.abc import Callable
+Torch's own ``once_differentiable`` ties its error to the incoming gradients alone. Where these are constants, as in
+``torch.autograd.grad(y.sum(), x, create_graph=True)``, nothing leads from the results to the inputs of the function:
+their own derivative is left out without a word. Here the error stands between the results and all they depend on.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -14,10 +19,8 @@ Backward = Callable[..., Any]
 def last_derivative(backward: Backward) -> Backward:
     """Let a ``backward`` be differentiated no further: that raises `RuntimeError`, whatever it is asked of.
 
-    Torch's own ``once_differentiable`` ties its error to the incoming gradients alone. With ``torch.autograd.grad``
-    nothing leads from there to the inputs of the function, so that its part is left out without a word, and a second
-    derivative is wrong. Here the error stands between the results and all that was saved for the backward: save every
-    input that a gradient is returned for.
+    The error stands between the results and all that was saved for the backward: save every input that a gradient is
+    returned for.
 
     Args:
         backward: The static method of a ``torch.autograd.Function``. It runs without a graph.
@@ -34,28 +37,48 @@ def last_derivative(backward: Backward) -> Backward:
             return results
         sources = [tensor for tensor in (*ctx.saved_tensors, *grads) if isinstance(tensor, Tensor)]
         if isinstance(results, Tensor):
-            return _End.apply(results, *sources)
-        return tuple(_End.apply(each, *sources) if isinstance(each, Tensor) else each for each in results)
+            return refuse_derivatives((results,), sources, "this derivative, a closed form,")[0]
+        return refuse_derivatives(results, sources, "this derivative, a closed form,")
 
     return wrapper
 
 
-class _End(Function):
-    """The identity of its first argument; an error to the gradient of anything."""
+def refuse_derivatives(
+    outputs: Sequence[Tensor | None], sources: Sequence[Tensor], what: str
+) -> tuple[Tensor | None, ...]:
+    """Return the results of a backward pass that were computed without a graph, tied to what they depend on.
+
+    Args:
+        outputs: The results; None for inputs without a gradient.
+        sources: The tensors that they depend on, incoming gradients included.
+        what: What can't be differentiated further, to begin the error's message.
+
+    Returns:
+        The results; a derivative of one for a source raises `RuntimeError`.
+    """
+    tensors = [output for output in outputs if output is not None]
+    if not torch.is_grad_enabled() or not tensors or not any(source.requires_grad for source in sources):
+        return tuple(outputs)
+    tied = iter(_Refusal.apply(what, len(tensors), *tensors, *sources))
+    return tuple(None if output is None else next(tied) for output in outputs)
+
+
+class _Refusal(Function):
+    """The identity of its first tensors; an error to the gradient of anything."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(result: Tensor, *sources: Tensor) -> Tensor:
-        return result.clone()
+    def forward(what: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.what = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            "this derivative is a closed form that can't be differentiated again; look in the documentation of the "
-            "function for the order up to which it can, or take an expression of torch's own operations"
+            f"{ctx.what} cannot be differentiated again; look in the documentation of the function for the order up "
+            "to which it can, or take an expression of torch's own operations"
         )

@@ -1,4 +1,4 @@
-"""How far a network's outputs and features are from those of another, its teacher, row by row."""
+"""Distances of a network's outputs and features from those of a teacher, row by row."""
 
 import torch
 from torch import Tensor

@@ -230,7 +230,7 @@ def diagonal_entropy(embeddings: Tensor) -> Tensor:
 
 
 def uses_products(tensor: Tensor, n: int, method: Method) -> bool:
-    """Whether to take matrix products for matrices of ``n`` columns."""
+    """Return whether to take matrix products for matrices of ``n`` columns."""
     if method == "auto":
         return tensor.is_cuda and tensor.dtype == torch.float32 and n >= _FEWEST_COLUMNS_FOR_PRODUCTS
     return method == "products"

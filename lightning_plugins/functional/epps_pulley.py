@@ -10,7 +10,7 @@ from lightning_plugins.functional.spectrum import at_least_float32, check_embedd
 
 
 def epps_pulley(embeddings: Tensor, directions: Tensor, *, knots: int = 17, extent: float = 5.0) -> Tensor:
-    """How far projections of the embeddings are from a standard normal distribution.
+    """Distance of projections of the embeddings from a standard normal distribution.
 
     For each direction the value is ``N * integral(|f(t) - exp(-t ** 2 / 2)| ** 2 * exp(-t ** 2 / 2), t)``, with ``f``
     the empirical characteristic function of the projections, by the trapezoidal rule. The integrand is even, so only

@@ -151,7 +151,7 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alph
 
 
 def _rounds_to_tf32(tensor: Tensor) -> bool:
-    """Whether the user's settings, which are only read here, let matrix products drop mantissa bits."""
+    """Return whether the user's settings, which are only read here, let matrix products drop mantissa bits."""
     if not tensor.is_cuda or tensor.dtype != torch.float32:
         return False
     settings = torch.backends.cuda.matmul

@@ -14,7 +14,7 @@ _ROWS, _COLUMNS = 1024, 4096  # of a block of scores
 
 
 class PairScores(NamedTuple):
-    """What the bounds need of the scores of all anchors with all candidates.
+    """Statistics of the scores of all anchors with all candidates from which the bounds follow.
 
     Attributes:
         positives: Score of each anchor with its own partner, shape ``(A,)``.

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.functional.derivatives import refuse_derivatives
 from lightning_plugins.functional.gram_svd import GramSVD, svd_from_left, unit_scale
-from lightning_plugins.functional.refusal import refuse_derivatives
 from lightning_plugins.functional.spectrum import at_least_float32, check_floating, finite_or_zero, full_precision
 
 Derivative = Literal["constant", "exact"]

@@ -78,7 +78,7 @@ class HeldOutSums(NamedTuple):
 
 
 class ProbeScores(NamedTuple):
-    """How well predictions meet targets on held-out rows, each of shape ``(L, k)``.
+    """Scores of predictions on held-out rows, each of shape ``(L, k)``.
 
     Attributes:
         r2: Coefficient of determination against the mean of the held-out targets: at most 1, below 0 if the mean

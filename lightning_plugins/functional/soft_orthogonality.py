@@ -1,4 +1,4 @@
-"""How far the rows or columns of a weight are from orthonormal ones."""
+"""Distance of the rows or columns of a weight from orthonormal ones."""
 
 from typing import NamedTuple
 

@@ -7,7 +7,7 @@ from lightning_plugins.functional.variance_covariance import off_diagonal
 
 
 def spread_out(embeddings: Tensor) -> Tensor:
-    """How far inner products of different unit rows are from those of the uniform distribution on the sphere.
+    """Distance of the inner products of unit rows from those of the uniform distribution on the sphere.
 
     With ``M1`` the mean and ``M2`` the mean square of the inner products over all pairs of different rows, the value is
     ``M1 ** 2 + relu(M2 - 1 / d)``: on the sphere they are 0 and ``1 / d``.

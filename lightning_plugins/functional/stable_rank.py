@@ -42,7 +42,7 @@ def stable_rank(weight: Tensor) -> Tensor:
 
 
 def modified_stable_rank(weight: Tensor, rank: int, p: Power = 1) -> Tensor:
-    """What lies beyond a target rank, relative to what lies within it.
+    """Ratio of the singular values beyond a target rank to those within it.
 
     That is the sum of ``s ** p`` over the singular values after the ``rank`` largest, divided by that over the ``rank``
     largest. It is zero exactly where the rank is at most ``rank``, and does not depend on the scale of the weight. With

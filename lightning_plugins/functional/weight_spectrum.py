@@ -10,7 +10,7 @@ from lightning_plugins.functional.spectrum import full_precision
 
 
 class SpectrumSummary(NamedTuple):
-    """What singular values say of a matrix.
+    """Summary of the singular values of a matrix.
 
     Attributes:
         stable_rank: Sum of their squares over the largest square; from 1 to the rank.

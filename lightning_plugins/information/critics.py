@@ -14,7 +14,7 @@ _JOINT_ELEMENTS = 1 << 22  # of hidden units of a joint critic that exist at a t
 
 
 class Start(NamedTuple):
-    """How a critic begins, before it is trained.
+    """Initial values of a critic.
 
     Attributes:
         kind: How features are made comparable.

@@ -36,7 +36,7 @@ _FEWEST = 8  # pairs; how little an estimate from so few says, its standard erro
 
 @dataclass(frozen=True)
 class CriticSettings:
-    """How a critic is fitted.
+    """Settings of the fit of a critic.
 
     Attributes:
         objective: What is maximised: ``"infonce"``, ``"nwj"``, ``"js"``, ``"dv"``, ``"mine"`` or ``"smile"``.

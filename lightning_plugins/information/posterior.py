@@ -1,4 +1,4 @@
-"""What features know of classes: a calibrated probe, and the information that follows from its posteriors."""
+"""Information of features about classes: a calibrated probe, and the estimate from its posteriors."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How mutual information is estimated, and all that is needed to read the result."""
+"""Settings and results of an estimate of mutual information."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ UNITS = ("nats", "bits")
 
 @dataclass(frozen=True)
 class EstimateSettings:
-    """How mutual information is estimated.
+    """Settings of an estimate of mutual information.
 
     Attributes:
         critic: ``"separable"``, ``"bilinear"``, ``"joint"`` or ``"cosine"``.

@@ -164,7 +164,7 @@ def use_per_step_statistics(model: Model, steps: int) -> Model:
 
 
 class Statistics:
-    """What the per-step norms of a model see in an inner loop, handed out of ``vmap`` and ``grad``.
+    """Statistics that the per-step norms of a model see in an inner loop, carried out of ``vmap`` and ``grad``.
 
     Args:
         model: The model.

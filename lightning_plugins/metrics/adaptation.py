@@ -1,4 +1,4 @@
-"""What the query samples of tasks show after every inner step."""
+"""Metrics of the query samples of tasks after every inner step."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""How close two views of the same samples are."""
+"""Closeness of two views of the same samples."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What metrics of labelled embeddings share: sums by class, and the scatter within and between classes."""
+"""Base of metrics of labelled embeddings: sums by class, and the scatter within and between classes."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""How much of the embeddings' entropy correlations between features take away."""
+"""Part of the embeddings' entropy that is lost to correlations between features."""
 
 import torch
 from torch import Tensor

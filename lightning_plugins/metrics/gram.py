@@ -1,4 +1,4 @@
-"""What the spectral metrics share: a Gram matrix summed over batches and ranks, and its spectrum."""
+"""Base of the spectral metrics: a Gram matrix summed over batches and processes, and its spectrum."""
 
 from abc import abstractmethod
 from functools import cached_property

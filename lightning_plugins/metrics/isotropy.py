@@ -7,7 +7,7 @@ from lightning_plugins.metrics.gram import GramMetric, GramStatistics
 
 
 class Isotropy(GramMetric):
-    """How evenly unit rows fill their space: ``1 / (d * tr(C @ C))``.
+    """Evenness with which unit rows fill their space: ``1 / (d * tr(C @ C))``.
 
     ``tr(C @ C)`` is the frame potential, the mean squared cosine over all pairs of rows. The value is 1 for
     ``C = I / d`` and ``1 / d`` if all rows are parallel; ``log(d * isotropy)`` is the Rényi entropy of order 2, and

@@ -1,4 +1,4 @@
-"""How well a linear map of features predicts targets on held-out groups, exactly and in one pass."""
+"""Scores of a linear map from features to targets on held-out groups, exactly and in one pass."""
 
 from collections.abc import Sequence
 

@@ -15,7 +15,7 @@ _CHUNK = 1024  # rows compared with all others at a time
 
 
 class NearestNeighbourResult(NamedTuple):
-    """What nearest neighbours say of classes.
+    """Results of classification by nearest neighbours.
 
     Attributes:
         accuracy: Share of rows whose neighbours vote for their class.

@@ -1,4 +1,4 @@
-"""How evenly embeddings lie on the sphere, from all pairs."""
+"""Evenness of embeddings on the sphere, from all pairs."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What the mixins for meta-learning need of the class, the Trainer and the batch."""
+"""Requirements of the mixins for meta-learning on the class, the Trainer and the batch."""
 
 from collections.abc import Sequence
 

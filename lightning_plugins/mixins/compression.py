@@ -7,10 +7,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_fraction
-from lightning_plugins.callbacks._compression.settings import check_selection
+from lightning_plugins._deprecation import renamed
 from lightning_plugins.compression.budget.budget import Multiplier, Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.mixins._packages import refuse_other_package
 
@@ -65,6 +66,7 @@ class CompressionMixin:
         parent: Any = super()  # LightningModule, or another mixin
         parent.on_load_checkpoint(checkpoint)
 
+    @renamed(minimum="min_channels", multiple="multiple_of")
     def attach_compression(
         self,
         layers: str | Sequence[str] = "*",
@@ -75,8 +77,8 @@ class CompressionMixin:
         masks: bool = True,
         ranks: bool = True,
         keep: str | Sequence[str] | None = None,
-        minimum: int = 1,
-        multiple: int = 1,
+        min_channels: int = 1,
+        multiple_of: int = 1,
         rates: ChoiceRates | None = None,
     ) -> list[nn.Parameter]:
         """Put masks on channels and thresholds on singular values; before the optimizer is made and DDP wraps.
@@ -89,9 +91,9 @@ class CompressionMixin:
             masks: Whether channels are chosen.
             ranks: Whether ranks are.
             keep: Layers that stay as they are.
-            minimum: The least number of channels of a group, and the least rank.
-            multiple: Numbers of channels and ranks are multiples of this.
-            rates: How fast scores and thresholds move, by default as in the callbacks.
+            min_channels: The least number of channels of a group, and the least rank.
+            multiple_of: Numbers of channels and ranks are multiples of this.
+            rates: The step sizes of scores and thresholds, by default as in the callbacks.
 
         Returns:
             Scores and thresholds. They are among ``self.parameters()``, but `compression_step` moves them, with an
@@ -118,14 +120,14 @@ class CompressionMixin:
             raise TypeError(f"`CompressionMixin` must be mixed into a LightningModule, got {type(self).__name__}")
         if _network_of(self) is not None:
             raise RuntimeError("`attach_compression` has been called already; `compress` ends what it began")
-        check_selection(layers, keep, budget, cost, minimum=minimum, multiple=multiple)
+        least: Any = {"min_channels": min_channels, "multiple_of": multiple_of}
+        settings = ChoiceSettings(layers=layers, budget=budget, cost=cost, masks=masks, ranks=ranks, keep=keep, **least)
         if not masks and not ranks:
             raise ValueError("`masks` or `ranks` must be True, or there is nothing to choose, got False for both")
         given = getattr(self, "example_input_array", None) if inputs is None else inputs
         if given is None and (masks or cost == "flops"):
             raise ValueError("`inputs` must be given where the module has no `example_input_array`, got None for both")
-        settings: dict[str, Any] = {"cost": cost, "masks": masks, "ranks": ranks, "keep": keep}
-        network = BudgetedNetwork(self, layers, budget, inputs=given, minimum=minimum, multiple=multiple, **settings)
+        network = BudgetedNetwork(self, settings, inputs=given)
         network.begin()
         choice = Choice(network, rates or ChoiceRates())
         choice.act(0.0)

@@ -57,7 +57,7 @@ class DistillationMixin:
         vars(self)["_teacher"] = (make_teacher(teacher, network or nn.Identity()),)  # in a tuple: no child module
 
     def teach(self, *args: Any, **kwargs: Any) -> Any:
-        """What the teacher makes of arguments, without gradients.
+        """Return the teacher's outputs for arguments, without gradients.
 
         Args:
             *args: The arguments.

@@ -77,7 +77,7 @@ class GAPMixin(MAMLMixin):
         return measured
 
     def _trainer_logs(self) -> bool:
-        """Whether a logger takes what is logged at this step; the first one gives the callbacks something, too."""
+        """Return whether values logged at this step reach a logger; at the first step they reach the callbacks, too."""
         step, every = self.trainer.global_step, getattr(self.trainer, "log_every_n_steps", 0)
         return step == 0 or (bool(every) and (step + 1) % every == 0)
 

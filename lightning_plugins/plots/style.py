@@ -1,4 +1,4 @@
-"""What all figures share: colours that colour-blind readers tell apart, canvases and axes.
+"""Style of all figures: colours that colour-blind readers tell apart, canvases and axes.
 
 The figures are built without pyplot, so they are safe in threads, without a display and beside a user's own figures.
 matplotlib is imported when one is drawn.
@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 
 
 def has_matplotlib() -> bool:
-    """Whether figures can be drawn."""
+    """Return whether figures can be drawn."""
     return find_spec("matplotlib") is not None
 
 

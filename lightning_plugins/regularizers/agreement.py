@@ -1,4 +1,4 @@
-"""What ranks must agree on before their rows form one batch; it travels with the numbers of rows."""
+"""Properties that processes must agree on before their rows form one batch; sent with the numbers of rows."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What terms of a batch of embeddings share: the rows of all processes, a queue of earlier ones, and a weight."""
+"""Base of terms of a batch of embeddings: the rows of all processes, a queue of earlier ones, and a weight."""
 
 from abc import ABC, abstractmethod
 from typing import Literal, get_args

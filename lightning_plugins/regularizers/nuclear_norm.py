@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
+from lightning_plugins.functional.gram_svd import check_matrices
 from lightning_plugins.functional.singular_values import polar_factor
 from lightning_plugins.functional.spectrum import at_least_float32
 from lightning_plugins.functional.stable_rank import nuclear_norm
@@ -41,6 +42,7 @@ class NuclearNorm(nn.Module):
         Returns:
             Tensor of shape ``(...)``.
         """
+        check_matrices("matrix", matrix)
         return self.weight * nuclear_norm(matrix)
 
     def value_and_gradient(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +54,7 @@ class NuclearNorm(nn.Module):
         Returns:
             Tensors of shapes ``(...)`` and ``(..., m, n)``.
         """
+        check_matrices("matrix", matrix)
         with torch.no_grad():
             factor = polar_factor(matrix)
             value = (factor * at_least_float32(matrix)).sum((-2, -1))

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
+from lightning_plugins.functional.gram_svd import check_matrices
 from lightning_plugins.functional.soft_orthogonality import soft_orthogonality, soft_orthogonality_gradient
 
 
@@ -38,6 +39,7 @@ class SoftOrthogonality(nn.Module):
         Returns:
             Tensor of shape ``(...)``.
         """
+        check_matrices("matrix", matrix)
         return self.weight * soft_orthogonality(matrix)
 
     def value_and_gradient(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +51,7 @@ class SoftOrthogonality(nn.Module):
         Returns:
             Tensors of shapes ``(...)`` and ``(..., m, n)``.
         """
+        check_matrices("matrix", matrix)
         value, gradient = soft_orthogonality_gradient(matrix)
         return self.weight * value, self.weight * gradient
 

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
+from lightning_plugins.functional.gram_svd import check_matrices
 from lightning_plugins.functional.spectral_norm import spectral_norm, spectral_norm_gradient
 
 
@@ -42,6 +43,7 @@ class SpectralNorm(nn.Module):
         Returns:
             Tensor of shape ``(...)``.
         """
+        check_matrices("matrix", matrix)
         norm = spectral_norm(matrix)
         return self.weight * (norm.square() if self.power == 2 else norm)
 
@@ -54,6 +56,7 @@ class SpectralNorm(nn.Module):
         Returns:
             Tensors of shapes ``(...)`` and ``(..., m, n)``.
         """
+        check_matrices("matrix", matrix)
         norm, gradient = spectral_norm_gradient(matrix)
         if self.power == 1:
             return self.weight * norm, self.weight * gradient

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, check_positive_int
+from lightning_plugins.functional.gram_svd import check_matrices
 from lightning_plugins.functional.stable_rank import (
     Power,
     check_power,
@@ -41,6 +42,7 @@ class StableRank(nn.Module):
         Returns:
             Tensor of shape ``(...)``.
         """
+        check_matrices("matrix", matrix)
         return self.weight * stable_rank(matrix)
 
     def value_and_gradient(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +54,7 @@ class StableRank(nn.Module):
         Returns:
             Tensors of shapes ``(...)`` and ``(..., m, n)``.
         """
+        check_matrices("matrix", matrix)
         value, gradient = exact_gradient(matrix, 1, 2)
         return self.weight * (1 + value), self.weight * gradient
 
@@ -99,6 +102,7 @@ class ModifiedStableRank(nn.Module):
         Returns:
             Tensor of shape ``(...)``.
         """
+        check_matrices("matrix", matrix)
         return self.weight * modified_stable_rank(matrix, self.rank, self.p)
 
     def value_and_gradient(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +114,7 @@ class ModifiedStableRank(nn.Module):
         Returns:
             Tensors of shapes ``(...)`` and ``(..., m, n)``.
         """
+        check_matrices("matrix", matrix)
         value, gradient = exact_gradient(matrix, self.rank, self.p)
         return self.weight * value, self.weight * gradient
 

@@ -31,7 +31,7 @@ _MODELS: dict[str, type[ForestModel] | type[GaussianProcessModel]] = {"forest": 
 
 
 class History(NamedTuple):
-    """What a search knows.
+    """History of a search.
 
     Attributes:
         points: Evaluated and running points, of shape ``(n, dimensions)``.

@@ -120,7 +120,7 @@ def _first() -> bool:
 
 
 def _shared(ask: Any) -> Any:
-    """What the first process's call returns or raises, on every process."""
+    """Return or raise on every process what the first process's call returns or raises."""
     if not is_distributed():
         return ask()
     outcome: list[Any] = [None, None]

@@ -26,7 +26,7 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclass(frozen=True)
 class Search:
-    """What every worker of a search needs."""
+    """Settings that every worker of a search needs."""
 
     objective: Objective
     home: Path

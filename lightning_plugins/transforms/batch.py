@@ -205,7 +205,7 @@ class BatchAugmentation:
         return torch.cat([x[..., None], y[..., None], fixed[..., 2:6], yaw[..., None]], dim=-1)
 
     def _occlude(self, points: Tensor, mask: Tensor, chosen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Which of the frames' points, and of the objects', are left."""
+        """Return which of the frames' points, and of the objects', are left."""
         valid = chosen["valid"]
         cells, ranges = self.grid.cells(chosen["points"].flatten(1, 2))
         cells = torch.where(valid.flatten(1), cells, -1)
@@ -246,7 +246,7 @@ class BatchAugmentation:
 
 
 def _emptied(batch: Mapping[str, Tensor], left: Tensor) -> Tensor:
-    """Which boxes lost points and keep too few."""
+    """Return which boxes lost points and keep too few."""
     inside = points_in_boxes(batch["points"], batch["boxes"])
     before = (inside & batch["mask"][..., None]).sum(1)
     after = (inside & left[..., None]).sum(1)

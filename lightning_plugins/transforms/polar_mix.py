@@ -79,7 +79,7 @@ class PolarMix(FrameTransform):
 
 
 def _sector(frame: Frame, start: float, *, inside: bool) -> Frame:
-    """What lies within half a turn from an azimuth on, or outside of it."""
+    """Return the points within half a turn from an azimuth on, or those outside of it."""
 
     def chosen(places: torch.Tensor) -> torch.Tensor:
         turn = (torch.atan2(places[:, 1], places[:, 0]) - start) % (2 * math.pi)

@@ -31,8 +31,8 @@ def in_steps(kind: Any = HybridCompression, **settings: Any) -> Any:
     """Begins before step 3, chooses before step 11, and carries it out at the start of the third epoch."""
     rates = {} if kind.__name__ == "MaskScheduling" else {"threshold_learning_rate": 0.03}
     rates |= {} if kind.__name__ == "RankScheduling" else {"learning_rate": 0.2}
-    defaults = {"layers": "*", "budget": 0.5, "cost": "params", "unit": "steps", "begin": BEGIN, "end": END, **rates}
-    return kind(**{**defaults, **settings})
+    phases = {"unit": "steps", "begin": BEGIN, "end": END}
+    return kind(**{"layers": "*", "budget": 0.5, "cost": "params", "figures": False, **phases, **rates, **settings})
 
 
 def params(model: nn.Module) -> int:

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 from tests.callbacks.budgets import seeded
 from tests.compression.networks import NETWORKS, build
 
 
 def network(budget: float = 0.5, beta: float = 10.0, **changes: Any) -> BudgetedNetwork:
-    options = {"cost": "params", "inputs": torch.zeros(2, 6, dtype=torch.float64), "masks": True, "ranks": True}
-    chosen = BudgetedNetwork(seeded(), "*", budget, **{**options, **changes})
+    wanted = ChoiceSettings(budget=budget, **{"masks": True, "ranks": True, **changes})
+    chosen = BudgetedNetwork(seeded(), wanted, inputs=torch.zeros(2, 6, dtype=torch.float64))
     chosen.begin()
     chosen.be_soft(beta)
     return chosen
@@ -96,7 +97,7 @@ def test_nothing_is_gone_at_the_beginning():
 def test_the_cost_is_met_along_the_way_in_every_network(name, budget, seed, cost):
     torch.manual_seed(seed)
     net, inputs = build(name)
-    chosen = BudgetedNetwork(net, "*", budget, cost=cost, inputs=inputs, masks=True, ranks=True)
+    chosen = BudgetedNetwork(net, ChoiceSettings(budget=budget, cost=cost, masks=True, ranks=True), inputs=inputs)
     chosen.begin()
     for done, beta in ((0.25, 3.0), (0.5, 10.0), (0.75, 30.0), (1.0, 100.0)):
         chosen.be_soft(beta)

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.filling import ChoiceSettings
 from tests.callbacks.budgets import seeded
 
 
-def network(budget: float = 0.5, **settings: Any) -> BudgetedNetwork:
+def network(budget: float = 0.5, groups: Any = None, **settings: Any) -> BudgetedNetwork:
     inputs = torch.zeros(2, 6, dtype=torch.float64)
-    defaults: dict[str, Any] = {"cost": "params", "inputs": inputs, "masks": True, "ranks": True}
-    return BudgetedNetwork(seeded(), "*", budget, **{**defaults, **settings})
+    wanted = ChoiceSettings(budget=budget, **{"masks": True, "ranks": True, **settings})
+    return BudgetedNetwork(seeded(), wanted, inputs=inputs, groups=groups)
 
 
 def test_thresholds_have_a_slope_while_every_layer_is_cheaper_as_one():

@@ -188,6 +188,30 @@ def test_statistics_are_those_of_the_small_network(criterion):
     assert norm.momentum == 0.01
 
 
+@pytest.mark.parametrize("kind", [MaskScheduling, LowRankCompression])
+def test_statistics_of_a_resumed_training_go_on_where_they_were(kind, tmp_path):
+    """Right after a surgery the n-th batch counts for 1 / n of them, also where a checkpoint lies between."""
+
+    def callback():
+        if kind is MaskScheduling:
+            return in_steps(kind, layers="backbone.*")
+        phases = {"search_at": 2, "factorize_at": 9, "unit": "steps"}
+        return LowRankCompression("backbone.*", 0.5, search="energy", **phases)
+
+    def trained(**settings):
+        model, compression = seeded(Normed), callback()
+        return model, compression, fit(model, BATCHES, [compression], **settings)
+
+    straight, _, _ = trained(max_steps=18, max_epochs=-1)
+    _, compression, first = trained(max_steps=14, max_epochs=-1)  # the surgery is at step 12
+    assert compression.finished
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _, _ = trained(max_steps=18, max_epochs=-1, ckpt_path=tmp_path / "half.ckpt")
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(straight.state_dict()), rtol=0, atol=0)
+    norm = next(module for module in straight.modules() if isinstance(module, nn.BatchNorm1d))
+    assert norm.momentum == 0.01
+
+
 class Teaching(Model):
     def __init__(self) -> None:
         super().__init__()

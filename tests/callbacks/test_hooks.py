@@ -1,4 +1,4 @@
-"""What callbacks put on a module during training does not hinder a copy, a pickle, a script or another process."""
+"""Hooks of callbacks do not hinder a copy, a pickle, a script or another process during training."""
 
 import copy
 import io

@@ -24,7 +24,7 @@ def flops(model: Any) -> int:
 
 
 class Watch(Callback):
-    """What the module and the callback are like at every step."""
+    """Record of module and callback at every step."""
 
     def __init__(self) -> None:
         self.parameters: list[list[int]] = []
@@ -91,9 +91,9 @@ def test_the_small_network_is_the_masked_one(monkeypatch):
                 if member.side == "in":  # nothing reads a closed channel: it is zero
                     gone = (~keep[torch.tensor(member.units)]).nonzero()[:, 0]
                     seen["masked"].get_parameter(member.parameter).data.index_fill_(member.dim, gone, 0)
-        heirs = shrink(network, choice)
+        replacements = shrink(network, choice)
         seen["small"] = copy.deepcopy(network.model)
-        return heirs
+        return replacements
 
     monkeypatch.setattr(BudgetedNetwork, "shrink", watched)
     fit(seeded(LowRank), BATCHES, [in_steps(budget=0.4)], max_epochs=3)

@@ -70,9 +70,9 @@ def test_trains_like_a_loop_written_by_hand():
 class AtTheSplit(LowRankCompression):
     """Looks at the network right before and after."""
 
-    def _split(self, trainer: Trainer, pl_module: Any) -> None:
+    def _split(self, trainer: Trainer, pl_module: Any, *, last: bool) -> None:
         self.dense = copy.deepcopy(pl_module)
-        super()._split(trainer, pl_module)
+        super()._split(trainer, pl_module, last=last)
         self.small = copy.deepcopy(pl_module)
         self.step = trainer.global_step
 
@@ -135,9 +135,13 @@ def test_searches_of_weights(search, cost):
     expected = seeded().double()
     inputs = {"inputs": expected.example_input_array.double()} if cost == "flops" else {}
     wanted = SEARCHES[search](expected, ratio=0.4, cost=cost, **inputs)
-    trainer = fit(seeded(), BATCHES, [callback], max_epochs=4)
+    model = seeded()
+    trainer = fit(model, BATCHES, [callback], max_epochs=4)
     assert callback.found == wanted.ranks
-    assert trainer.callback_metrics[f"budget/{cost}"].item() == pytest.approx(1 - wanted.ratio)
+    small, dense = getattr(callback.report.after, cost), getattr(callback.report.before, cost)
+    logged = trainer.callback_metrics[f"budget/{cost}"].item()
+    assert logged == pytest.approx(small / dense)
+    assert (logged > 1 - wanted.ratio + 0.01) == (cost == "params")  # the network has biases, the layers' weights none
     assert {name: int(trainer.callback_metrics[f"rank/{name}"]) for name in wanted.ranks} == wanted.ranks
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins import metrics, plots
-from lightning_plugins.callbacks import representation_monitor
-from lightning_plugins.callbacks._monitors import figures
+from lightning_plugins.callbacks._monitors import figures, history
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
 from lightning_plugins.functional import autocorrelation_eigenvalues
 from tests._processes import run_on_ranks
@@ -461,7 +460,7 @@ def test_drawing_takes_a_small_share_but_the_last_figure_is_always_drawn(monkeyp
         def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             clock[0] += 8.0
 
-    monkeypatch.setattr(representation_monitor, "spectrum_figure", slow)
+    monkeypatch.setattr(history, "spectrum_figure", slow)
     fit(Recorder(), make_batches(1), [watch(figures=True), Passes()], max_epochs=5)
     assert drawn == [9.0, 34.0, 43.0]  # the first, one when 20 s have passed, and at the end
 

@@ -1,4 +1,4 @@
-"""What is wrong with pools, masks, selections and layouts is named, with the nearest right choice."""
+"""Mistakes in pools, masks, selections and layouts are named, with the nearest right choice."""
 
 from typing import Any
 

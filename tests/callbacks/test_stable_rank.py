@@ -203,7 +203,7 @@ def test_followed_gradient_is_within_a_percent_of_the_exact_one(form):
 
 @pytest.mark.parametrize("rank", [5, 12])
 def test_gradient_by_products_is_within_a_percent_of_the_exact_one(rank, monkeypatch):
-    """What is done on a GPU, where a decomposition would wait for thousands of small kernels."""
+    """The way taken on a GPU, where a decomposition would wait for thousands of small kernels."""
     monkeypatch.setattr(stable_rank, "_takes_products", lambda matrix: True)
     monkeypatch.setattr(stable_rank, "exact_gradient", None)  # nothing is decomposed but to begin with
     callback = Compares("backbone.*", 0.01, rank=rank)

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks._surgery.swap import operate, require_operable, require_operable_optimizers
-from lightning_plugins.compression.budget.carried_state import low_rank_heirs, sliced_heir
+from lightning_plugins.compression.budget.carried_state import low_rank_replacements, sliced_replacement
 from lightning_plugins.compression.low_rank.layers import dense_weight, low_rank_layer
-from lightning_plugins.compression.networks.replacements import Heir
+from lightning_plugins.compression.networks.replacements import Replacement
 from tests._processes import run_on_ranks
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import Classifier, fit, make_batches, shard
@@ -71,11 +71,11 @@ class Swap(Callback):
         factors = low_rank_layer(dense, self.rank)
         self.A, self.B = (part.weight.detach().clone() for part in factors)
         pl_module.set_submodule(self.layer, factors)
-        return low_rank_heirs(dense, factors, scheme=self.scheme)
+        return low_rank_replacements(dense, factors, scheme=self.scheme)
 
 
 def known(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, Any]]:
-    """What the optimizers remember, by the parameters' names."""
+    """State of the optimizers, by the parameters' names."""
     names = {parameter: name for name, parameter in pl_module.named_parameters()}
     states = [(names[p], state) for o in trainer.optimizers for p, state in o.state.items()]
     return {name: {key: copy.deepcopy(value) for key, value in state.items()} for name, state in states}
@@ -122,18 +122,18 @@ def test_moments_of_convolutions_are_the_gradients_of_the_factors(scheme):
     factors = low_rank_layer(layer, 4, scheme=scheme)
     gradient = torch.randn_like(layer.weight)
     wanted = torch.autograd.grad((dense_weight(*factors) * gradient).sum(), [part.weight for part in factors])
-    heirs = low_rank_heirs(layer, factors, scheme=scheme)[layer.weight]
-    for heir, part, value in zip(heirs, factors, wanted, strict=True):
-        assert heir.parameter is part.weight
-        torch.testing.assert_close(heir.carry(gradient, False), value)
+    replacements = low_rank_replacements(layer, factors, scheme=scheme)[layer.weight]
+    for replacement, part, value in zip(replacements, factors, wanted, strict=True):
+        assert replacement.parameter is part.weight
+        torch.testing.assert_close(replacement.carry(gradient, False), value)
     squares = [torch.zeros_like(part.weight) for part in factors]  # of each entry's gradient alone
     for index in range(gradient.numel()):
         one = torch.zeros_like(gradient)
         one.view(-1)[index] = gradient.view(-1)[index]
         parts = torch.autograd.grad((dense_weight(*factors) * one).sum(), [part.weight for part in factors])
         squares = [total + part**2 for total, part in zip(squares, parts, strict=True)]
-    for heir, value in zip(heirs, squares, strict=True):
-        torch.testing.assert_close(heir.carry(gradient**2, True), value)
+    for replacement, value in zip(replacements, squares, strict=True):
+        torch.testing.assert_close(replacement.carry(gradient**2, True), value)
 
 
 def two_groups(model: LightningModule) -> torch.optim.Optimizer:
@@ -243,13 +243,13 @@ class Cut(Swap):
     kept = torch.tensor([0, 1, 3, 4, 5, 7])
 
     def change(self, pl_module: LightningModule) -> Any:
-        (wide, _, narrow), heirs = pl_module.backbone, {}
+        (wide, _, narrow), replacements = pl_module.backbone, {}
         for layer, name, dimension in ((wide, "weight", 0), (wide, "bias", 0), (narrow, "weight", 1)):
             old = getattr(layer, name)
             new = nn.Parameter(old.detach().index_select(dimension, self.kept))
             setattr(layer, name, new)
-            heirs[old] = [sliced_heir(new, {dimension: self.kept})]
-        return heirs
+            replacements[old] = [sliced_replacement(new, {dimension: self.kept})]
+        return replacements
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -287,12 +287,12 @@ class Exchange(Swap):
     """Puts copies in the place of parameters: the training must not notice."""
 
     def change(self, pl_module: LightningModule) -> Any:
-        self.replaced, heirs = weakref.ref(pl_module.trainer.strategy.model), {}
+        self.replaced, replacements = weakref.ref(pl_module.trainer.strategy.model), {}
         for module in pl_module.modules():
             for name, old in list(module._parameters.items()):
                 setattr(module, name, nn.Parameter(old.detach().clone()))
-                heirs[old] = [Heir(getattr(module, name), lambda state, squared: state)]
-        return heirs
+                replacements[old] = [Replacement(getattr(module, name), lambda state, squared: state)]
+        return replacements
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 4}, {"precision": "bf16-mixed"}], ids=str)

@@ -1,4 +1,4 @@
-"""What an optimizer remembers and nothing is known of is never mapped as if it were a gradient."""
+"""State of an unknown kind in an optimizer is never mapped as if it were a gradient."""
 
 import warnings
 from typing import Any

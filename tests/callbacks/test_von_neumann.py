@@ -15,7 +15,7 @@ from tests.models import Batches, Classifier, entropy_by_autograd, fit, make_bat
 
 
 class ByHand(Classifier):
-    """What a user would write without the callback: the reference of every test here."""
+    """The code a user would write without the callback: the reference of every test here."""
 
     weight = 0.3
 

@@ -28,7 +28,7 @@ class Doubles:
 
 
 def added(layer, factor=0.5, *, scheme=1, scaler=None, wanted=True, rank=3):
-    """What is added to gradients of ones, with the parts and with the exact gradient, both as weights."""
+    """Return the sum added to gradients of ones, with the parts and with the exact gradient, both as weights."""
     results = []
     for weight in select_weight_matrices(nn.ModuleDict({"a": layer}), "a", scheme=scheme):
         matrix = weight.take(weight.tensor.detach())

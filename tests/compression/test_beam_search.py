@@ -453,8 +453,8 @@ def test_two_processes_share_the_children_and_find_the_same(tmp_path):
         assert all(same for _, same, _ in results)
     calls = [results[1][2] for results in (first, second)]
     assert max(calls) < 0.75 * 5 * two.evaluations
-    assert "`batches` must be the same on every rank" in message
-    assert "`batches` must be the same on every rank" in other
+    assert "`batches` must be the same on every process" in message
+    assert "`batches` must be the same on every process" in other
 
 
 class Fewer:

@@ -112,7 +112,7 @@ def test_the_delivered_network_is_within_the_budget(name, cost, target):
         full.target, full.limit = target, int(target * full.dense)
         multiple = (1, 2, 1)[seed]
         result = project(
-            full, masks.kept(), list(masks.scores), thresholds.hard_ranks(), thresholds.margins(), multiple=multiple
+            full, masks.kept(), list(masks.scores), thresholds.hard_ranks(), thresholds.margins(), multiple_of=multiple
         )
         masks.set_kept(result.kept)
         bake(net)
@@ -150,11 +150,22 @@ def test_numbers_are_multiples_and_not_below_the_minimum():
     budget = Budget(net, groups, ("2",), target=0.4)
     kept = [torch.arange(30) < 29, torch.arange(20) < 3]
     scores, margins = [torch.rand(30), torch.rand(20)], {"2": torch.linspace(1, 0, 20)}
-    result = project(budget, kept, scores, {"2": 13}, margins, minimum=8, multiple=8)
+    result = project(budget, kept, scores, {"2": 13}, margins, min_channels=8, multiple_of=8)
     assert [int(keep.sum()) % 8 for keep in result.kept] == [0, 0]
     assert all(int(keep.sum()) >= 8 for keep in result.kept)
     assert result.ranks.get("2", 8) % 8 == 0
     assert result.cost <= budget.limit
+
+
+def test_numbers_of_heads_are_no_multiples():
+    net, x = build("transformer")
+    groups = channel_groups(net, x)
+    assert [group.size for group in groups if group.attention] == [4, 4]
+    budget = Budget(net, groups, target=0.99)
+    kept = [torch.arange(group.size) < (2 if group.attention else group.size // 2 + 1) for group in groups]
+    result = project(budget, kept, [torch.ones(group.size) for group in groups], multiple_of=3)
+    for group, keep in zip(groups, result.kept, strict=True):
+        assert int(keep.sum()) == 2 if group.attention else int(keep.sum()) % 3 == 0 or bool(keep.all())
 
 
 def test_a_layer_that_is_kept_whole_stays_whole():
@@ -195,8 +206,8 @@ def bad_calls():
         (lambda: budget.cost(kept[:1]), "`kept` must have a tensor of shape"),
         (lambda: budget.cost(kept, {"stem.0": 1}), "`ranks` must be of layers named"),
         (lambda: project(tight, kept, scores), "`target` must be at least"),
-        (lambda: project(budget, kept, scores, minimum=0), "`minimum` must be at least 1"),
-        (lambda: project(budget, kept, scores, multiple=0), "`multiple` must be at least 1"),
+        (lambda: project(budget, kept, scores, min_channels=0), "`min_channels` must be at least 1"),
+        (lambda: project(budget, kept, scores, multiple_of=0), "`multiple_of` must be at least 1"),
         (lambda: project(budget, kept, scores[:2]), "`scores` must have one tensor"),
         (lambda: project(budget, kept[:2], scores), "`kept` must have one mask"),
         (lambda: project(budget, kept, scores, {"head": 2}), "`margins` must have an entry"),

@@ -48,7 +48,7 @@ class Reader(nn.Module):
 
 
 class Mixed(nn.Module):
-    """What can be split and what cannot, each under its name."""
+    """Layers that can be split and layers that cannot, each under its name."""
 
     def __init__(self):
         super().__init__()

@@ -103,6 +103,18 @@ def test_masks_load_from_a_state_dict_and_anneal():
     torch.testing.assert_close(twin(x), net(x), rtol=0, atol=0)
 
 
+def test_a_score_of_exactly_zero_keeps_no_unit():
+    net, x = build("residual")
+    groups = channel_groups(net, x)
+    masks = apply_masks(net, groups, init=0.0)
+    assert not any(keep.any() for keep in masks.kept())
+    masks.set_hard()
+    assert not any(mask.any() for mask in masks.values())
+    masks.set_kept([torch.ones(group.size, dtype=torch.bool) for group in groups])  # and can be decided for it
+    assert all(keep.all() for keep in masks.kept())
+    assert all((mask == 1).all() for mask in masks.values())
+
+
 def test_baking_keeps_the_parameter_objects():
     net, x = build("residual")
     ids = [id(parameter) for parameter in net.parameters()]

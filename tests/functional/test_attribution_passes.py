@@ -1,4 +1,4 @@
-"""What perturbed copies cost: as few passes as the bound allows, memory within it, and no value read in between."""
+"""Costs of perturbed copies: as few passes as the bound allows, memory within it, and no value read in between."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ def test_a_matrix_stays_as_it_is(pool: str):
 
 
 def rows_one_by_one(features: Tensor, pool: str) -> Tensor:
-    """What the names mean, for one sample and one position at a time."""
+    """Pools by their names, for one sample and one position at a time."""
     rows = []
     for sample in features:
         if sample.ndim == 2:  # tokens: (L, d)

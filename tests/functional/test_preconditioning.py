@@ -253,7 +253,7 @@ def test_second_derivative_is_refused(derivative):
     gradient, gains = random(3, 4).requires_grad_(), spread_gains(3)
     total = gap_precondition(gradient, gains, derivative=derivative).pow(3).sum()
     (first,) = torch.autograd.grad(total, gradient, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         first.sum().backward()
 
 

@@ -141,3 +141,21 @@ def test_batches_under_vmap():
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-15, 1e-12, 1e-9, 1e-7, 1e-5])
+@pytest.mark.parametrize(
+    "function", [lambda w: singular_value_threshold(w, 0.5), polar_factor], ids=["threshold", "polar factor"]
+)
+def test_gradient_at_a_near_tie_is_the_slope_along_any_direction(function, gap):
+    """The maps are smooth where singular values meet; a quotient of two rounding errors is not their slope."""
+    weight = with_values([2.0, 2.0 - gap, 1.0]).requires_grad_()
+    upstream, direction, step = random(4, 6, seed=5), random(4, 6, seed=6), 1e-5
+    if function is polar_factor:  # singular values of zero have no polar factor: stay within the span
+        inside = with_values([1.0, 1.0, 1.0])
+        direction = inside @ inside.mT @ direction @ inside.mT @ inside
+    (gradient,) = torch.autograd.grad(function(weight), weight, upstream)
+    with torch.no_grad():
+        higher, lower = (function(weight + sign * step * direction) for sign in (1, -1))
+    slope = ((higher - lower) * upstream).sum() / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-7)

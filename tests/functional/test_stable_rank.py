@@ -207,7 +207,7 @@ def test_followed_gradient_is_finite_on_degenerate_weights(weight):
         torch.testing.assert_close(start.mT @ start, torch.eye(4))
 
 
-@pytest.mark.parametrize("shape", [(48, 200), (60, 40), (3, 40, 60)], ids=str)
+@pytest.mark.parametrize("shape", [(48, 200), (60, 40), (48, 48), (3, 40, 60)], ids=str)
 @pytest.mark.parametrize("rank", [1, 10])
 def test_gradient_by_products_stays_within_a_percent(shape, rank):
     weight = random(*shape, dtype=torch.float32)

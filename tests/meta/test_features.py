@@ -1,4 +1,4 @@
-"""What an inner loop gives besides a loss: curves over its steps, and features with their gradient."""
+"""Results of an inner loop besides a loss: curves over its steps, and features with their gradient."""
 
 import pytest
 import torch

@@ -106,7 +106,7 @@ def test_tensor_dataset_and_classes():
 
 
 class Picture:
-    """What is no tensor."""
+    """An image that is no tensor."""
 
 
 MISTAKES = {

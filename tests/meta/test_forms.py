@@ -103,9 +103,9 @@ def test_the_loss_of_chunks_has_no_second_derivative_on_any_way():
     loop.chunk_size = 1
     loss = loop(regression(), regression(seed=1)).loss
     (first,) = torch.autograd.grad(loss, free, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(first, free)
-    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         first.backward()
 
 

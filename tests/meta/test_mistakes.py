@@ -1,4 +1,4 @@
-"""What an inner loop refuses, and what it says then."""
+"""Mistakes that an inner loop refuses, and its messages."""
 
 import pytest
 import torch

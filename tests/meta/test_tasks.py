@@ -40,7 +40,7 @@ def batch(tasks=5, seed=0):
 
 
 def run(mode, preconditioner=Identity, dropout=0.0, call=(), **settings):
-    """What a batch gives, and the gradients for all that is learned."""
+    """Result of a batch, and the gradients for all that is learned."""
     settings = {"steps": 2, "learning_rate": 0.2, **settings, **MODES[mode]}
     loop = InnerLoop(network(dropout), F.cross_entropy, preconditioner(), **settings)
     for i, parameter in enumerate(loop.preconditioner.parameters()):
@@ -204,7 +204,7 @@ def test_a_known_gradient_cannot_be_differentiated_again():
     factor = torch.ones((), dtype=torch.float64, requires_grad=True)
     loss = loop(batch(), batch(seed=1)).loss * factor
     (first,) = torch.autograd.grad(loss, loop.model[0].weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         first.sum().backward()
 
 

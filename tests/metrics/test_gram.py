@@ -1,4 +1,4 @@
-"""What every metric of a summed Gram matrix keeps, whatever it makes of it."""
+"""Promises of every metric of a summed Gram matrix."""
 
 import math
 import pickle

@@ -37,6 +37,17 @@ def test_blocks_do_not_change_the_value(chunk, monkeypatch):
     torch.testing.assert_close(_value(_rows(10)), _by_pdist(_rows(10)))
 
 
+def test_all_zero_rows_stand_in_the_middle_of_the_sphere():
+    rows = torch.cat([_rows(3), torch.zeros(2, 3)])
+    unit = torch.nn.functional.normalize(_rows(3))
+    squares = [
+        *torch.pdist(unit).square(),
+        *[torch.tensor(1.0)] * 6,
+        torch.tensor(0.0),
+    ]  # 3 * 2 pairs, and one of zeros
+    torch.testing.assert_close(_value(rows), torch.stack(squares).mul(-2.0).exp().mean().log())
+
+
 def test_fewer_than_two_rows_are_nan():
     assert _value(_rows(1)).isnan()
     assert _value(_rows(0)).isnan()

@@ -66,7 +66,7 @@ class Net(nn.Sequential):
 
 
 class Own(GAPMixin, LightningModule):
-    """What a user writes: the network and the loss, and the arguments to be set from outside."""
+    """The code a user writes: the network and the loss, and the arguments to be set from outside."""
 
     def __init__(self, width: int = 5, gain_rate: float = 0.1) -> None:
         super().__init__(
@@ -141,7 +141,8 @@ def images(count: int) -> list[Any]:
 def test_learns_to_classify_from_one_shot_and_logs_accuracy_with_its_interval():
     model, batches = Characters(), images(16)
     held_out = Batches(batches[12:])
-    trainer = fit(model, batches[:12], validation=held_out, max_epochs=3, precision="32-true")
+    settings = {"max_epochs": 3, "precision": "32-true", "log_every_n_steps": 1}
+    trainer = fit(model, batches[:12], validation=held_out, **settings)
     logged = trainer.callback_metrics
     model.eval()
     outputs = torch.cat([model.adapt_and_measure(batch).outputs for batch in batches[12:]])
@@ -151,5 +152,16 @@ def test_learns_to_classify_from_one_shot_and_logs_accuracy_with_its_interval():
     half = 1.96 * accuracies.std() / len(accuracies) ** 0.5
     torch.testing.assert_close(logged["val/interval"], half, check_dtype=False)
     assert logged["val/accuracy"] - logged["val/interval"] > 1 / 3
-    assert {"gap/0/gain_min", "gap/0/gain_max"} <= set(logged)
+    assert logged["gap/0/gain_min"] < logged["gap/0/gain_max"]  # in the beginning all are equal
     assert list(model.gains()) == ["0"]  # the linear head takes the plain gradient, as published
+
+
+def test_every_loader_is_measured_for_itself():
+    model, batches = Characters(), images(4)
+    trainer = fit(model, batches[:2], max_epochs=1, precision="32-true")
+    found = trainer.validate(model, [Batches(batches[2:3]), Batches(batches[3:])], verbose=False)
+    model.eval()
+    losses = [model.adapt_and_measure(batch).losses.detach().mean().item() for batch in batches[2:]]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    for number, (values, loss) in enumerate(zip(found, losses, strict=True)):
+        assert values[f"val/loss/dataloader_idx_{number}"] == pytest.approx(loss, rel=1e-5)

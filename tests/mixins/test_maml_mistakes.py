@@ -1,4 +1,4 @@
-"""What the meta-learning mixins refuse, and what they say then."""
+"""Mistakes that the meta-learning mixins refuse, and their messages."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -41,7 +41,7 @@ def test_small_inner_gradients_survive_float16():
 
 @pytest.mark.parametrize("part", ["step", "network"])
 def test_a_compiled_part(part: str):
-    """What is not a LightningModule: the step on its own, and a network that was compiled before."""
+    """Compiled objects that are no LightningModule: the step on its own, and a network compiled before."""
     (batch,) = make_tasks(1)
     model, expected = FewGAP(inner_steps=1), FewGAP(inner_steps=1)
     step = model.training_step

@@ -111,3 +111,8 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
 def test_bad_arguments_are_named(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_one_step_needs_no_bar_of_colours():
+    axes = len(spectrum_figure(SPECTRA, steps=[0, 100]).axes)
+    assert len(spectrum_figure(SPECTRA[:1], steps=[100]).axes) == axes - 1

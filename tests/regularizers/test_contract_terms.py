@@ -1,4 +1,4 @@
-"""What every term of a loss promises; a new one is found in `lightning_plugins.regularizers` and needs no row here."""
+"""Promises of every term of a loss; a new one is found in `lightning_plugins.regularizers` and needs no row here."""
 
 from typing import Any
 
@@ -186,3 +186,15 @@ def differentiate_twice(rank: int) -> str:
 def test_second_derivative_over_processes_is_refused(tmp_path: Any):
     for message in run_on_ranks(differentiate_twice, 2, tmp_path):
         assert "use `scope='local'`" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["ModifiedStableRank", "NuclearNorm", "SoftOrthogonality", "SpectralNorm", "StableRank"]
+)
+def test_messages_name_the_argument_of_the_call(name: str):
+    """`weight` is the strength of the term, not what it is called with."""
+    for call in (make(name), make(name).value_and_gradient):
+        with pytest.raises(ValueError, match=r"`matrix` must have shape \(..., m, n\), got \(3,\)"):
+            call(torch.ones(3))
+        with pytest.raises(TypeError, match=r"`matrix` must be a floating tensor, got torch\.int64"):
+            call(torch.ones(3, 3, dtype=torch.int64))

@@ -53,7 +53,7 @@ def test_shows_its_settings():
         (lambda: ModifiedStableRank(0.1, 0), ValueError, "`rank` must be at least 1"),
         (lambda: ModifiedStableRank(0.1, 2.0), TypeError, "did you mean 2"),
         (lambda: ModifiedStableRank(0.1, 2, p=0.5), ValueError, "`p` must be 1 or 2"),
-        (lambda: StableRank(0.1)(torch.ones(3)), ValueError, "`weight` must have shape"),
+        (lambda: StableRank(0.1)(torch.ones(3)), ValueError, "`matrix` must have shape"),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):

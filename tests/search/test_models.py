@@ -163,3 +163,24 @@ def test_covariance_of_equal_points_is_amplitude_plus_slope():
     scalars = torch.zeros(3, dtype=torch.float64)
     parameters = gaussian_process._Parameters(zero, zero, zero, *scalars)
     torch.testing.assert_close(covariance(x, x, parameters), torch.ones(1, 1, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_the_posterior_density_is_that_of_a_normal_distribution_with_the_priors():
+    rng = np.random.default_rng(3)
+    model = GaussianProcessModel(rng.random((9, 2)), rng.normal(size=9), rng)
+    other = [value + 0.3 for value in model._parameters]
+    densities = []
+    for parameters in (model._parameters, type(model._parameters)(*other)):
+        noise = parameters.noise.exp() + gaussian_process._JITTER
+        matrix = covariance(model._x, model._x, parameters) + noise * torch.eye(9, dtype=torch.float64)
+        normal = torch.distributions.MultivariateNormal(torch.zeros(9, dtype=torch.float64), matrix)
+        densities.append(model.negative_log_posterior(parameters) + normal.log_prob(model._y) + parameters.log_prior())
+    torch.testing.assert_close(densities[0], densities[1])  # the same constant
+
+
+@pytest.mark.parametrize("exponent", [0.3, 1.0, 3.0])
+def test_warping_has_a_derivative_at_both_ends(exponent):
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    a, b = (torch.full((1,), exponent, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gradients = torch.autograd.grad(kumaraswamy(ends, a, b).sum(), (a, b))
+    assert all(gradient.isfinite().all() for gradient in gradients)

@@ -40,5 +40,5 @@ def matrix(m: int, n: int) -> Callable[[], tuple[Tensor]]:
 
 
 def at_least_float(x: Tensor) -> Tensor:
-    """What sums of squares are made of, whatever the rows were rounded to."""
+    """Return rows in a dtype fit for sums of squares: float32 for bfloat16."""
     return x.float() if x.dtype == torch.bfloat16 else x

@@ -30,7 +30,7 @@ def train(name: str, device: str, form: dict[str, Any] | None, steps: int) -> di
 
 
 def graphed(make: Callable[[Tensor], Tensor]) -> float:
-    """How far value and gradient of a replayed graph are from those computed eagerly."""
+    """Distance of value and gradient of a replayed graph from those computed eagerly."""
     fixed = torch.randn(256, 128, device="cuda", requires_grad=True)
     replayed = torch.cuda.make_graphed_callables(make, (fixed,))
     errors = []

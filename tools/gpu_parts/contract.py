@@ -59,7 +59,7 @@ def act_as_node(rank: int, ranks: int) -> None:
 
 
 def on_ranks(rank: int, ranks: int, device: str, backend: str, names: tuple[str, ...] | None) -> dict[str, Outcome]:
-    """What each row gives on this rank: weights, or the error."""
+    """Result of each row on this process: weights, or the error."""
     from lightning.pytorch.strategies import DDPStrategy
 
     from tests.contract_ranks import BOUNDS as ROWS_OF

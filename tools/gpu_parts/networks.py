@@ -28,7 +28,13 @@ from lightning_plugins.callbacks import (
 from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
 
 WIDTH, CLASSES, ROWS = 128, 10, 96
-LATER = {"cost": "params", "unit": "steps", "begin": 1, "end": 10_000}  # the choice is under way in every step
+LATER = {
+    "cost": "params",
+    "unit": "steps",
+    "begin": 1,
+    "end": 10_000,
+    "figures": False,
+}  # the choice is under way in every step
 RANKS = {"backbone.0": 16, "backbone.2": 16}
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {

@@ -121,7 +121,7 @@ def _of_probes() -> dict[str, Case]:
 
 
 def _of_integers() -> dict[str, Case]:
-    """What integers are computed from, or to: the device must give exactly the CPU's."""
+    """Cases with integers as input or output: the device must give exactly the CPU's."""
     f = functional
     device = lambda: (torch.zeros(1, dtype=torch.float64),)  # noqa: E731
 

@@ -1,4 +1,4 @@
-"""What a check found, item by item, in one JSON file that is written after each of them."""
+"""Findings of a check, item by item, in one JSON file that is written after each of them."""
 
 import json
 import os

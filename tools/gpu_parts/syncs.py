@@ -47,7 +47,7 @@ def place() -> str:
 
 
 class Watch:
-    """What lies between `begin` and `end` must not wait.
+    """Watch for waits on the device between `begin` and `end`.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.

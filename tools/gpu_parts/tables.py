@@ -1,4 +1,4 @@
-"""What the package costs on the device, against the published formulas and as shares of a step of a ResNet-50."""
+"""Costs of the package on the device, against the published formulas and as shares of a step of a ResNet-50."""
 
 import copy
 import itertools

@@ -1,1 +1,1 @@
-"""What the evaluation of attributions needs: Captum's methods by name, a model left as it was, and a report."""
+"""Parts of the evaluation of attributions: Captum's methods by name, a model left as it was, and a report."""

@@ -1,4 +1,4 @@
-"""What a batch holds: inputs, classes and the truth, by key or by a callable."""
+"""Read inputs, classes and ground truth from a batch, by key or by a callable."""
 
 import importlib
 from collections.abc import Callable, Mapping

@@ -22,7 +22,7 @@ WITH_LAYER = ("gradcam", "guided_gradcam")
 
 @dataclass(frozen=True)
 class Call:
-    """What a method is built with.
+    """Arguments from which a method is built.
 
     Attributes:
         network: Maps inputs to logits.

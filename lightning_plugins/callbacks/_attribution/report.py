@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttributionReport:
-    """What an evaluation has found.
+    """Results of an evaluation.
 
     Attributes:
         scores: By method (``"gradcam"``, or ``"gradcam/abs"`` for absolute values) and metric: ``score``, ``random``,

@@ -1,4 +1,4 @@
-"""Which samples are explained: by class, by probability, and how many."""
+"""Selection of the samples to explain: by class, by probability, and how many."""
 
 from collections.abc import Callable, Sequence
 

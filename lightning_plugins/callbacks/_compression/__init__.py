@@ -1,1 +1,1 @@
-"""What callbacks that compress share: settings, phases, the search of ranks, the record and the report."""
+"""Shared parts of callbacks that compress: settings, phases, the search of ranks, the record and the report."""

@@ -1,15 +1,20 @@
-"""A network in training as something that is chosen in: planned at the start, and tried with the training's steps."""
+"""A network in training whose channels and ranks are chosen: planned at the start, tried with the training's steps."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from torch import nn
+
 from lightning_plugins._lightning import LightningModule, MixedPrecision, Trainer, isolate_rng, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import example_inputs
 from lightning_plugins.callbacks._compression.settings import CompressionSettings
 from lightning_plugins.callbacks._compression.steps import StepTrial
+from lightning_plugins.compression.budget.budget import Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.costs.layer_costs import run
+from lightning_plugins.compression.costs.network_costs import NetworkCosts, measure_network
+from lightning_plugins.compression.reports.report import CompressionReport, UnitsKept
 
 
 def plan_network(
@@ -34,21 +39,7 @@ def plan_network(
     Raises:
         ValueError: If nothing can be chosen, or the budget cannot be met.
     """
-    network = BudgetedNetwork(
-        pl_module,
-        settings.layers,
-        settings.budget,
-        cost=settings.cost,
-        inputs=inputs,
-        masks=settings.masks,
-        ranks=settings.ranks,
-        keep=settings.keep,
-        minimum=settings.minimum,
-        multiple=settings.multiple,
-        refresh_every=settings.refresh_every,
-        groups=groups,
-        attach=False,
-    )
+    network = BudgetedNetwork(pl_module, settings, inputs=inputs, groups=groups, attach=False)
     network.followed = not settings.masks or groups is not None
     if network.untouched:
         rank_zero_warn(f"{name}: of what `layers` matches, {network.untouched}")
@@ -58,7 +49,7 @@ def plan_network(
 def require_fitting_steps(
     name: str, trainer: Trainer, pl_module: LightningModule, network: BudgetedNetwork, batch: Any
 ) -> None:
-    """Leave out groups of channels that the module's steps cannot do without, and say so; all ranks call.
+    """Keep groups of channels whole that the module's steps need, and warn; all processes call.
 
     Args:
         name: Of the callback.
@@ -84,6 +75,36 @@ def require_fitting_steps(
             f"{name}: {', '.join(map(repr, beyond[:3]))} are called by no forward pass of the example input, and "
             "the training step cannot be tried on a copy; if they read channels of other layers, name those in `keep`"
         )
+
+
+def budget_report(
+    before: NetworkCosts,
+    model: nn.Module,
+    inputs: Any,
+    network: BudgetedNetwork,
+    choice: Projection,
+    settings: CompressionSettings,
+) -> CompressionReport:
+    """Count the small network anew, and say what was chosen.
+
+    Args:
+        before: What the dense network cost.
+        model: The network, small by now.
+        inputs: What it takes; without, operations are not counted.
+        network: What was chosen in.
+        choice: What stayed.
+        settings: What the callback was told.
+
+    Returns:
+        The report.
+    """
+    kept = {
+        name: UnitsKept(int(keep.sum()), group.size)
+        for group, keep in zip(network.groups, choice.kept, strict=True)
+        for name in group.layers
+    }
+    after = measure_network(model, inputs, latency=False)
+    return CompressionReport(before, after, kept, settings.cost, settings.budget)
 
 
 def _beyond_forward(trainer: Trainer, pl_module: LightningModule) -> list[str]:

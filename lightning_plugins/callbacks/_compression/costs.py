@@ -1,4 +1,4 @@
-"""What a network in training costs, run as its training runs it."""
+"""Costs of a network in training, run as its training runs it."""
 
 from typing import Any
 

@@ -60,7 +60,7 @@ def check_search_options(search: str, options: dict[str, Any] | None) -> dict[st
 def search_ranks(
     trainer: Trainer, pl_module: LightningModule, search: str, batches: Sequence[Any], score: Score, **options: Any
 ) -> RankSearch:
-    """Run a search, of which the training notices nothing; all ranks call, and get the same answer.
+    """Run a search without an effect on the training; all processes call, and get the same answer.
 
     Args:
         trainer: The Trainer.
@@ -81,7 +81,7 @@ def search_ranks(
 
 @contextmanager
 def unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Run the module in the precision of the training, of which the training notices nothing."""
+    """Run the module in the precision of the training, without an effect on the training."""
     with isolate_rng(), same_buffers(pl_module), kept_metrics(pl_module), trainer.precision_plugin.forward_context():
         yield
 
@@ -96,7 +96,7 @@ def search_data(trainer: Trainer, pl_module: LightningModule, source: Any) -> It
             data without shuffling.
 
     Returns:
-        An iterable of batches, the same on every rank.
+        An iterable of batches, the same on every process.
 
     Raises:
         MisconfigurationException: If there is no such method, or the training data has no order of its own.
@@ -144,7 +144,7 @@ def load_batches(trainer: Trainer, pl_module: LightningModule, source: Iterable[
 
 
 def score_function(pl_module: LightningModule, score: str | Score | None) -> Score:
-    """What `beam_search` calls.
+    """Return the function of module and batch that `beam_search` calls for scores.
 
     Args:
         pl_module: The module.
@@ -174,7 +174,7 @@ def score_function(pl_module: LightningModule, score: str | Score | None) -> Sco
 
 
 def try_score(trainer: Trainer, pl_module: LightningModule, batch: Any, score: str | Score | None) -> None:
-    """Score a batch as the search will, of which the training notices nothing; all ranks call.
+    """Score a batch as the search will, without an effect on the training; all processes call.
 
     Args:
         trainer: The Trainer.
@@ -203,7 +203,7 @@ def try_score(trainer: Trainer, pl_module: LightningModule, batch: Any, score: s
 
 
 def _negative_loss(pl_module: Any, batch: Any) -> Tensor:
-    step = type(pl_module).training_step  # its own, without the terms that other callbacks add on all ranks at once
+    step = type(pl_module).training_step  # its own, without the terms that other callbacks add on all processes at once
     with without_log(pl_module):
         output = step(pl_module, *step_arguments(step, batch))
     loss = output.get("loss") if isinstance(output, dict) else output
@@ -256,7 +256,7 @@ def kept_metrics(pl_module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def same_buffers(pl_module: LightningModule) -> Iterator[None]:
-    """Give all ranks the first one's buffers for a while: statistics of batches differ, and so would scores."""
+    """Use the first process's buffers on all for a while: statistics of batches differ, and so would scores."""
     if not is_distributed():
         yield
         return

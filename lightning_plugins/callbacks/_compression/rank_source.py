@@ -1,7 +1,8 @@
 """Where the ranks of a compression come from: the user, or a search in the middle of the training."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, nearest
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
@@ -19,7 +20,7 @@ from lightning_plugins.callbacks._compression.rank_search import (
 )
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.costs.coverage import untouched
-from lightning_plugins.compression.costs.layer_costs import COSTS
+from lightning_plugins.compression.costs.layer_costs import COSTS, Cost
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.rank_search.problem import state_problem
 from lightning_plugins.weights import Scheme
@@ -27,6 +28,7 @@ from lightning_plugins.weights import Scheme
 _CALIBRATION = ("mask", "damping", "effort", "memory")
 
 
+@dataclass(frozen=True, kw_only=True)
 class RankSource:
     """The ranks of layers, or all that a search for them needs; the arguments are those of `LowRankCompression`.
 
@@ -35,43 +37,38 @@ class RankSource:
         TypeError: If an argument is of the wrong type.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[str],
-        ratio: float,
-        *,
-        search: str,
-        search_options: dict[str, Any] | None,
-        score: str | Callable[[Any, Any], Any] | None,
-        data: Any,
-        batches: int,
-        ranks: dict[str, int] | None,
-        cost: Literal["params", "flops"],
-        scheme: Scheme,
-        calibration: bool | dict[str, Any] = False,
-    ) -> None:
-        self.layers, self.scheme = tuple(layers), scheme
-        self.ratio = _check_ratio(ratio)
-        self.search = check_choice("search", search, SEARCHES)
-        self.options = check_search_options(search, search_options)
-        if score is not None and not isinstance(score, str) and not callable(score):
-            raise TypeError(f"`score` must be the name of a method, a function or None, got {score!r}")
-        self.score, self.data = score, data
-        self.batches = check_positive_int("search_batches", batches)
-        self.ranks = _check_ranks(ranks)
-        check_choice("cost", cost, COSTS)
-        self.cost = cost
-        self.calibration = _check_calibration(calibration)
+    layers: Sequence[str]
+    ratio: float
+    search: str
+    search_options: dict[str, Any] | None
+    score: str | Callable[[Any, Any], Any] | None
+    search_data: Any
+    search_batches: int
+    ranks: dict[str, int] | None
+    calibration: bool | dict[str, Any]
+    cost: Cost
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+        check_choice("search", self.search, SEARCHES)
+        check_search_options(self.search, self.search_options)
+        if self.score is not None and not isinstance(self.score, str) and not callable(self.score):
+            raise TypeError(f"`score` must be the name of a method, a function or None, got {self.score!r}")
+        check_positive_int("search_batches", self.search_batches)
+        _check_ranks(self.ranks)
+        check_choice("cost", self.cost, COSTS)
+        _calibration_options(self.calibration)
 
     @property
     def scores(self) -> bool:
-        """Whether there is a search that looks at data."""
+        """True if there is a search that looks at data."""
         return self.ranks is None and self.search == "beam"
 
     @property
     def needs_data(self) -> bool:
-        """Whether there is a search or a calibration that looks at data."""
-        return self.scores or self.calibration is not None
+        """True if there is a search or a calibration that looks at data."""
+        return self.scores or self.calibration is not False
 
     def require(self, name: str, pl_module: LightningModule) -> None:
         """Check what a module offers; for ``setup``.
@@ -128,16 +125,13 @@ class RankSource:
             MisconfigurationException: If there is none, or it cannot be scored.
         """
         if self.needs_data:
-            source = search_data(trainer, pl_module, self.data)
+            source = search_data(trainer, pl_module, self.search_data)
             if self.scores:
                 try_score(trainer, pl_module, load_batches(trainer, pl_module, source, 1)[0], self.score)
 
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, int], float]:
-        """The ranks by layer name, and the fraction of the layers' cost that they leave; all ranks call."""
-        found = self._search(trainer, pl_module) if self.ranks is None else dict(self.ranks)
-        costs = costs_of(trainer, pl_module, list(found), self.cost, self.scheme)
-        kept = sum(cost.at(found[name]) for name, cost in costs.items())
-        return found, kept / sum(cost.dense for cost in costs.values())
+    def find(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
+        """The ranks by layer name; all processes call."""
+        return self._search(trainer, pl_module) if self.ranks is None else dict(self.ranks)
 
     def smaller(self, trainer: Trainer, pl_module: LightningModule, found: dict[str, int]) -> dict[str, int]:
         """The ranks of the layers that are split: with them there are fewer weights."""
@@ -145,17 +139,19 @@ class RankSource:
         return {name: rank for name, rank in found.items() if rank <= costs[name].break_even}
 
     def calibrated(self, trainer: Trainer, pl_module: LightningModule) -> Calibration | None:
-        """What the layers receive at this moment, where the calibration is wanted; all ranks call."""
-        if self.calibration is None:
+        """Return the calibration of the layers at this moment, None if none is asked for; all processes call."""
+        if self.calibration is False:
             return None
         batches, score = self._data(trainer, pl_module)
         names = list(self.layers if self.ranks is None else self.ranks)
         with unnoticed(trainer, pl_module):
-            return Calibration(pl_module, names, **self.calibration).record(batches, forward=score)
+            return Calibration(pl_module, names, **_calibration_options(self.calibration)).record(
+                batches, forward=score
+            )
 
     def _data(self, trainer: Trainer, pl_module: LightningModule) -> tuple[list[Any], Score]:
-        source = search_data(trainer, pl_module, self.data)
-        return load_batches(trainer, pl_module, source, self.batches), score_function(pl_module, self.score)
+        source = search_data(trainer, pl_module, self.search_data)
+        return load_batches(trainer, pl_module, source, self.search_batches), score_function(pl_module, self.score)
 
     def _search(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
         options = {"ratio": self.ratio, "layers": self.layers, "cost": self.cost, "scheme": self.scheme}
@@ -165,14 +161,22 @@ class RankSource:
         score: Any = None
         if self.scores:
             batches, score = self._data(trainer, pl_module)
-        if self.calibration is not None and self.search != "equal_ratio":
+        if self.calibration is not False and self.search != "equal_ratio":
             options["calibration"] = self.calibrated(trainer, pl_module)
-        return search_ranks(trainer, pl_module, self.search, batches, score, **options, **self.options).ranks
+        return search_ranks(
+            trainer,
+            pl_module,
+            self.search,
+            batches,
+            score,
+            **options,
+            **check_search_options(self.search, self.search_options),
+        ).ranks
 
 
-def _check_calibration(calibration: bool | dict[str, Any]) -> dict[str, Any] | None:
+def _calibration_options(calibration: bool | dict[str, Any]) -> dict[str, Any]:
     if isinstance(calibration, bool):
-        return {} if calibration else None
+        return {}
     if not isinstance(calibration, dict):
         raise TypeError(
             f"`calibration` must be a bool, or a dict of the options {', '.join(_CALIBRATION)}, got {calibration!r}"
@@ -184,16 +188,16 @@ def _check_calibration(calibration: bool | dict[str, Any]) -> dict[str, Any] | N
     return calibration
 
 
-def _check_ratio(ratio: float) -> float:
+def _check_ratio(ratio: float) -> None:
     if not 0 < check_finite_number("ratio", ratio) < 1:
         hint = f"; did you mean {ratio / 100!r}?" if 1 < ratio < 100 else ""
         raise ValueError(f"`ratio`, the fraction to remove, must be more than 0 and less than 1, got {ratio!r}{hint}")
-    return ratio
 
 
-def _check_ranks(ranks: dict[str, int] | None) -> dict[str, int] | None:
+def _check_ranks(ranks: dict[str, int] | None) -> None:
     if ranks is None:
-        return None
+        return
     if not isinstance(ranks, dict) or not ranks:
         raise TypeError(f"`ranks` must be a dict of layer names and ranks, with one at least, got {ranks!r}")
-    return {name: check_positive_int(f"ranks[{name!r}]", rank) for name, rank in ranks.items()}
+    for name, rank in ranks.items():
+        check_positive_int(f"ranks[{name!r}]", rank)

@@ -1,4 +1,4 @@
-"""Statistics of norms taken anew on training data, where no training follows that would do it."""
+"""Statistics of norms computed anew on training data, where no training follows that would update them."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -17,8 +17,8 @@ _BATCHES = 16
 def recalibrate_norms(trainer: Trainer, pl_module: LightningModule) -> None:
     """Run training steps without gradients, so that batch norms have the statistics of the network as it is.
 
-    The batches are the same on every process and in a resumed training. Where the training data is not one
-    `DataLoader` over a dataset with indices nothing is done.
+    The batches are the same on every process and in a resumed training. Nothing is done where the training
+    data is not one `DataLoader` over a dataset with indices.
 
     Args:
         trainer: The Trainer inside of its `fit`.

@@ -1,4 +1,4 @@
-"""What was kept of every layer over a training, of bounded length, and its pictures."""
+"""Record of the share of every layer that was kept over a training, of bounded length, and its figures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -60,7 +60,7 @@ class ChoiceRecord:
             self._rows = [row for row in self._rows if row["step"] % self.every == 0]
 
     def draw(self, trainer: Trainer, report: CompressionReport, settings: CompressionSettings) -> None:
-        """Hand the pictures to the loggers; on rank zero.
+        """Hand the figures to the loggers; on the first process.
 
         Args:
             trainer: The Trainer.

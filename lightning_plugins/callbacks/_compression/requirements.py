@@ -1,4 +1,4 @@
-"""What the callbacks that compress under a budget need of the module and the Trainer, checked in ``setup``."""
+"""Requirements of the callbacks that compress under a budget on module and Trainer, checked in ``setup``."""
 
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.callbacks._compression.settings import CompressionSettings

@@ -1,4 +1,4 @@
-"""What a module's steps do with channels that its forward pass does not show: auxiliary heads, decoders, losses."""
+"""Uses of channels in a module's steps that its forward pass does not show: auxiliary heads, decoders, losses."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class StepTrial:
-    """Runs the steps of a copy of a module on one batch, to see which of its groups of channels they can do without.
+    """Runs the steps of a copy of a module on one batch, to find the groups of channels that they do not need.
 
     Args:
         trainer: The Trainer inside of its `fit`.
@@ -33,10 +33,10 @@ class StepTrial:
         self.steps = tuple(name for name in _STEPS if is_overridden(name, pl_module) and self._runs(name))
 
     def refused(self, groups: list[ChannelGroup]) -> dict[str, str]:
-        """The groups that the steps cannot do without.
+        """Return the groups that the steps need.
 
         Args:
-            groups: Groups that the forward pass can do without.
+            groups: Groups that the forward pass does not need.
 
         Returns:
             Reasons by the names of groups.

@@ -1,1 +1,1 @@
-"""What callbacks that measure share: running statistics, the history of spectra, and figures for loggers."""
+"""Shared parts of callbacks that measure: running statistics, the history of spectra, and figures for loggers."""

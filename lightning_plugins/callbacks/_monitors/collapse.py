@@ -30,7 +30,7 @@ RANKS = ("effective_rank", "rankme", "stable_rank")  # of which a share of the w
 
 @dataclass
 class Rows:
-    """What is known of a layer since the last measurement.
+    """Rows of a layer since the last measurement.
 
     Attributes:
         gram: Sum of the products of rows, ``(d, d)``; of this process, or of the queue.

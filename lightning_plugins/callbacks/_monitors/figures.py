@@ -18,6 +18,7 @@ from lightning_plugins._lightning import (
     rank_zero_warn,
 )
 from lightning_plugins.callbacks._trainer.progress import steps_done
+from lightning_plugins.plots.style import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class PendingFigures(Generic[Key]):
-    """What has changed since it was drawn; drawing takes at most a twentieth of the time.
+    """Figures that have changed since they were drawn; drawing takes at most a twentieth of the time.
 
     Args:
         build: Makes the figure of a key, and the tag to show it under; None if nothing is to be drawn.
@@ -67,6 +68,18 @@ def check_figures(figures: bool) -> bool:
     """
     if not isinstance(figures, bool):
         raise TypeError(f"`figures` must be True or False, got {figures!r} ({type(figures).__name__})")
+    return figures
+
+
+def require_figures(figures: bool) -> bool:
+    """Return ``figures``, for a callback that has little to do without them.
+
+    Raises:
+        TypeError: If it is no bool.
+        ImportError: If it is True and matplotlib is missing.
+    """
+    if check_figures(figures):
+        require_matplotlib()
     return figures
 
 

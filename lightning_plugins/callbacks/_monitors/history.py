@@ -1,8 +1,14 @@
 """The spectra that a monitor remembers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from lightning_plugins.callbacks._monitors.loaders import shown_stage
+from lightning_plugins.plots import spectrum_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class SpectrumHistory:
@@ -34,6 +40,19 @@ class SpectrumHistory:
             inner = range(1, len(steps) - 1)
             crowded = min(inner, key=lambda i: steps[i + 1] - steps[i - 1], default=0)
             del kept[steps[crowded]]
+
+    def figure(self, stage: str, label: str) -> "Figure":
+        """Draw the spectra of one layer over the steps.
+
+        Args:
+            stage: The stage.
+            label: The layer.
+
+        Returns:
+            The figure.
+        """
+        steps, spectra = self.sorted_by_step(stage, label)
+        return spectrum_figure(spectra, steps, title=f"{label} in {shown_stage(stage)}")
 
     def sorted_by_step(self, stage: str, label: str) -> tuple[list[int], list[Tensor]]:
         """Steps and spectra of one layer, for a figure.

@@ -34,7 +34,7 @@ State = dict[str, dict[str, dict[str, Tensor]]]  # layer, metric, name of the me
 
 
 class LayerSummary(NamedTuple):
-    """What the rows of all batches and ranks say of one layer.
+    """Metrics and spectrum of one layer over the rows of all batches and processes.
 
     Attributes:
         values: One scalar per asked metric.

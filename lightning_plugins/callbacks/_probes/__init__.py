@@ -1,1 +1,1 @@
-"""What a probe of layers needs of a batch, of the module and of its copies."""
+"""Parts of a probe of layers: rows of a batch, the module and its copies."""

@@ -18,7 +18,7 @@ POSITIONS = ("tokens", "cls", "mean")
 
 @dataclass(frozen=True)
 class BatchRows:
-    """What one batch says of the rows of every layer.
+    """Rows of every layer in one batch.
 
     Attributes:
         batch: The batch.

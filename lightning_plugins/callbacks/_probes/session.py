@@ -41,7 +41,7 @@ def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """Which controls run beside the probes.
+    """Controls that run beside the probes.
 
     Attributes:
         names: Out of ``"initial"`` and ``"projection"``.

@@ -238,7 +238,7 @@ class LayerRows:
 
 
 class _Act:
-    """What a hook on a layer does."""
+    """Function of a hook on a layer."""
 
     def __init__(self, capture: LayerRows, label: str, module: nn.Module, *, output: bool) -> None:
         self._capture, self._label, self._module, self._output = capture, label, module, output

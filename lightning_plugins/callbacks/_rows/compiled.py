@@ -1,4 +1,4 @@
-"""Whether code of a module is compiled: graphs do not look again for hooks that are put on later."""
+"""Find compiled code in a module: graphs do not look again for hooks that are put on later."""
 
 from typing import Any
 

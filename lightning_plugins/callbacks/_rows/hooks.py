@@ -31,7 +31,7 @@ class Hook:
 
 
 class _Absent:
-    """What stands for a hook in a copy of its module: it takes itself off at the first call."""
+    """Stand-in for a hook in a copy of its module: it removes itself at the first call."""
 
     def __call__(self, module: nn.Module, *values: Any) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -48,7 +48,7 @@ class _Absent:
 
 
 def _flags(module: nn.Module) -> list[dict[int, bool]]:
-    """What torch notes of hooks by their keys."""
+    """Flags that torch keeps for hooks by their keys."""
     return [
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
@@ -57,5 +57,5 @@ def _flags(module: nn.Module) -> list[dict[int, bool]]:
 
 
 def _nothing() -> tuple[Any, tuple[Any, ...]]:
-    """How a function of the standard library is pickled that takes anything and returns None: needs no package."""
+    """Return a function of the standard library that takes anything and returns None: its pickle needs no package."""
     return getattr, (nullcontext(), "__exit__")

@@ -1,4 +1,4 @@
-"""What the dimensions of a layer's tensor are, from the module that made it: known, or not known, never guessed."""
+"""Dimensions of a layer's tensor, from the module that made it: known, or not known, never guessed."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -67,7 +67,7 @@ class LayerLayout:
 
     @property
     def samples_first(self) -> bool:
-        """Whether nothing in the model has tokens before samples."""
+        """True if nothing in the model has tokens before samples."""
         return all(_batch_first(module) for module in self._model.modules() if isinstance(module, _SEQUENCES))
 
     def _work_out(self, shape: tuple[int, ...]) -> Order | None:
@@ -86,7 +86,7 @@ class LayerLayout:
         return own
 
     def _of_neighbours(self, shape: tuple[int, ...]) -> Order | None:
-        """What stands before a layer that keeps the layout, or behind it, in the sequence that it is part of."""
+        """Return the layout of the layers before or after a layer that keeps it, in the sequence that it is part of."""
         parent = next(iter(self._parents), None)
         if not isinstance(parent, nn.Sequential):
             return None
@@ -96,7 +96,7 @@ class LayerLayout:
         return before or _first_known(children[at + 1 :], shape, "input")
 
     def _of_tokens(self) -> Order | None:
-        """Whether samples or tokens stand first where channels are last, as around a linear layer."""
+        """Return the layout where channels are last, as around a linear layer: samples first, or tokens first."""
         for parent in self._parents:
             if isinstance(parent, _TRANSFORMERS):
                 return "N...C" if _batch_first(parent) else "LNC"
@@ -192,7 +192,7 @@ def _widths(layer: nn.Module) -> Iterator[int]:
 
 
 def _rank(module: nn.Module) -> int | None:
-    """How many dimensions of positions a layer of torch's kind ``...1d``, ``...2d`` or ``...3d`` works on."""
+    """Return the number of spatial dimensions of a layer of torch's kind ``...1d``, ``...2d`` or ``...3d``."""
     kinds = type(module).__mro__
     if not any(kind.__module__.startswith("torch.nn.modules.") for kind in kinds[:-2] if kind is not nn.Module):
         return None
@@ -209,7 +209,7 @@ def _is_last(module: nn.Module) -> bool:
 
 
 def _is_neutral(module: nn.Module) -> bool:
-    """Whether a layer of torch without children works on every number by itself, or on nothing."""
+    """Return whether a layer of torch without children works element by element, or does nothing."""
     return (
         type(module).__module__.startswith("torch.nn.modules.")
         and not any(True for _ in module.children())

@@ -118,7 +118,7 @@ def _true_where_valid(value: Tensor, name: str | int) -> Tensor:
 
 
 def _entries(batch: Any, name: str | int) -> Iterator[Any]:
-    """What a batch, or what it is made of, holds under a name or at a position."""
+    """Return the entry of a batch, or of its parts, under a name or at a position."""
     if isinstance(name, int):
         if isinstance(batch, Sequence) and not isinstance(batch, str) and -len(batch) <= name < len(batch):
             yield batch[name]

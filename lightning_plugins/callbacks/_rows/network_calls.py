@@ -64,7 +64,7 @@ class NetworkCalls:
             self._hook()
 
     def fits(self, network: nn.Module) -> bool:
-        """Whether it stands on this network and its layers as they are now.
+        """Return whether its hooks are on this network and its layers as they are now.
 
         Args:
             network: The network; layers of it may have been replaced.
@@ -159,7 +159,7 @@ class NetworkCalls:
 
 
 class _Note:
-    """What a hook on a layer does."""
+    """Function of a hook on a layer."""
 
     def __init__(self, calls: NetworkCalls, name: str) -> None:
         self._calls, self._name = calls, name

@@ -17,7 +17,7 @@ from lightning_plugins.selection import TensorRef
 
 @dataclass(frozen=True)
 class Rows:
-    """How tensors of layers become rows; everything is checked when it is made.
+    """Settings by which tensors of layers become rows, checked in the constructor.
 
     Args:
         pool: A name out of `lightning_plugins.functional.pooling.POOLS`, a callable, its import path, or a mapping with
@@ -47,7 +47,7 @@ class Rows:
 
     @property
     def masked(self) -> bool:
-        """Whether there is a mask to look for."""
+        """True if there is a mask to look for."""
         return self._mask is not None
 
     def key(self) -> dict[str, str]:
@@ -61,7 +61,7 @@ class Rows:
         return {"pool": callable_name(self.pool), **named}
 
     def layout_of(self, model: nn.Module, reference: TensorRef) -> LayerLayout:
-        """What the model tells of the layout of one layer's tensor."""
+        """Return the layout of one layer's tensor as far as the model tells."""
         return LayerLayout(model, reference.module, reference.side, self.path[0] if self.path else None)
 
     def of(self, call: LayerCall, known: LayerLayout | None, label: str) -> Tensor:

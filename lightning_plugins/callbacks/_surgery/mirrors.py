@@ -39,7 +39,7 @@ def _mirrors(pl_module: LightningModule) -> Iterator[str]:
 
 
 def _pairs(found: list[tuple[int, ...]], shapes: list[tuple[int, ...]]) -> bool:
-    """Whether shapes stand in a row among those of the parameters."""
+    """Return whether shapes occur consecutively among those of the parameters."""
     count = len(found)
     if count < min(_FEWEST, len(shapes)) or not count:
         return False

@@ -1,4 +1,4 @@
-"""What callbacks remember of the network before a surgery and would compare the one behind it with."""
+"""Values of the network before surgery that callbacks remember and would compare with those after it."""
 
 import math
 

@@ -1,9 +1,9 @@
 """The one place that swaps parameters of a module while a Trainer trains them.
 
-Optimizers keep their groups, and each group its settings and its identity, to which schedulers refer. What an optimizer
-remembers of a parameter is carried over to those that take its place, and DDP is wrapped anew. An optimizer's state is
-saved by position, so the parameters are put into the order of a fresh ``configure_optimizers``: a resumed training,
-whose module has the new structure from the start, would give moments to the wrong parameters otherwise.
+Optimizers keep their groups, and each group its settings and its identity, to which schedulers refer. The state of a
+parameter is carried over to its replacements, and DDP is wrapped anew. An optimizer's state is saved by position, so
+the parameters are put into the order of a fresh ``configure_optimizers``: otherwise a resumed training, whose module
+has the new structure from the start, would give moments to the wrong parameters.
 """
 
 import copy
@@ -30,7 +30,7 @@ from lightning_plugins._lightning import (
     isolate_rng,
     rank_zero_warn,
 )
-from lightning_plugins.compression.networks.replacements import Heir, Heirs
+from lightning_plugins.compression.networks.replacements import Replacement, Replacements
 
 # What optimizers remember of each entry of a parameter: averages of gradients, which map linearly, averages of their
 # squares, magnitudes, and other values of the parameter itself. Nothing is assumed of any other name.
@@ -53,7 +53,7 @@ _Groups = list[list[nn.Parameter]]
 
 
 def require_operable(name: str, trainer: Trainer) -> None:
-    """Refuse strategies and callbacks that keep hold of parameters; for ``setup``.
+    """Refuse strategies and callbacks that hold references to parameters; for ``setup``.
 
     Raises:
         MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
@@ -84,7 +84,7 @@ def require_operable_optimizers(name: str, trainer: Trainer) -> None:
     """Refuse optimizers whose state belongs to no single parameter as it stands; for ``on_fit_start``.
 
     Raises:
-        MisconfigurationException: For LBFGS, ASGD and optimizers that shard their state over ranks.
+        MisconfigurationException: For LBFGS, ASGD and optimizers that shard their state over processes.
     """
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, LBFGS | ASGD) or hasattr(optimizer, "consolidate_state_dict"):
@@ -94,32 +94,34 @@ def require_operable_optimizers(name: str, trainer: Trainer) -> None:
             )
 
 
-def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], Heirs]) -> None:
-    """Change a module that is being trained, at an epoch's boundary; all ranks call.
+def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], Replacements]) -> None:
+    """Change a module that is being trained, at an epoch's boundary; all processes call.
 
     Args:
         trainer: The Trainer inside of its `fit`.
         pl_module: Its module.
-        change: Swaps layers of the module in place and tells the heirs of every parameter it removed, none for one
-            that has gone for good. New parameters must be contiguous: a checkpoint keeps no memory layout.
+        change: Swaps layers of the module in place and returns the replacements of each removed parameter, an empty
+            list for one without. New parameters must be contiguous: a checkpoint keeps no memory layout.
 
     Raises:
-        RuntimeError: If a parameter is gone that ``change`` does not tell the heirs of.
+        RuntimeError: If ``change`` returns no replacements for a parameter that it removed.
     """
     before = dict(pl_module.named_parameters())
-    heirs = change()
+    replacements = change()
     present = {id(parameter) for parameter in pl_module.parameters()}
-    lost = [name for name, parameter in before.items() if id(parameter) not in present and parameter not in heirs]
+    lost = [
+        name for name, parameter in before.items() if id(parameter) not in present and parameter not in replacements
+    ]
     if lost:
         raise RuntimeError(f"parameters were removed without saying what took their place: {lost[:5]}")
-    wrap_anew(trainer, pl_module)  # before states are carried: DDP hands all ranks the parameters of the first
+    wrap_anew(trainer, pl_module)  # before states are carried: DDP sends the parameters of the first process to all
     fresh = _fresh_optimizers(pl_module)
     if fresh is not None and len(fresh) != len(trainer.optimizers):
         fresh = None
     for index, optimizer in enumerate(trainer.optimizers):
         own = None if fresh is None else fresh[index]
-        fits = _replace(optimizer, heirs, own)
-        _carry(optimizer, heirs, own)
+        fits = _replace(optimizer, replacements, own)
+        _carry(optimizer, replacements, own)
         if not fits:
             rank_zero_warn(
                 "`configure_optimizers` of the changed module does not give the parameter groups of this training "
@@ -145,7 +147,7 @@ def _compile_anew(pl_module: LightningModule) -> None:
 
 
 def _fresh_optimizers(pl_module: LightningModule) -> list[Optimizer] | None:
-    """What a resumed training would begin with; None if the module cannot tell."""
+    """Return the optimizers with which a resumed training would begin; None if the module cannot tell."""
     attributes = dict(vars(pl_module))
     try:
         with isolate_rng():
@@ -168,12 +170,14 @@ def _optimizers_in(configured: Any) -> list[Optimizer]:
     return []
 
 
-def _replace(optimizer: Optimizer, heirs: Heirs, fresh: Optimizer | None) -> bool:
-    """Put the heirs into the groups; tells whether the groups are those of a fresh optimizer."""
+def _replace(optimizer: Optimizer, replacements: Replacements, fresh: Optimizer | None) -> bool:
+    """Put the replacements into the groups; tells whether the groups are those of a fresh optimizer."""
     # Groups that a callback added to those of `configure_optimizers` stand behind them and keep their order.
     live = optimizer.param_groups
-    groups: _Groups = [[new for old in group["params"] for new in _successors(old, heirs)] for group in live]
-    names = [[name for pair in zip(*_named(group), strict=True) for name in _names(*pair, heirs)] for group in live]
+    groups: _Groups = [[new for old in group["params"] for new in _successors(old, replacements)] for group in live]
+    names = [
+        [name for pair in zip(*_named(group), strict=True) for name in _names(*pair, replacements)] for group in live
+    ]
     wanted = [] if fresh is None else fresh.param_groups
     told = Counter(id(parameter) for group in wanted for parameter in group["params"])
     fits = len(wanted) <= len(groups) and told == Counter(id(p) for group in groups[: len(wanted)] for p in group)
@@ -189,36 +193,36 @@ def _replace(optimizer: Optimizer, heirs: Heirs, fresh: Optimizer | None) -> boo
     return fits
 
 
-def _successors(old: nn.Parameter, heirs: Heirs) -> list[nn.Parameter]:
-    return [heir.parameter for heir in heirs[old]] if old in heirs else [old]
+def _successors(old: nn.Parameter, replacements: Replacements) -> list[nn.Parameter]:
+    return [replacement.parameter for replacement in replacements[old]] if old in replacements else [old]
 
 
 def _named(group: dict[str, Any]) -> tuple[list[nn.Parameter], list[str]]:
     return (group["params"], group["param_names"]) if "param_names" in group else ([], [])
 
 
-def _names(old: nn.Parameter, name: str, heirs: Heirs) -> list[str]:
-    return [f"{name}.{number}" for number in range(len(heirs[old]))] if old in heirs else [name]
+def _names(old: nn.Parameter, name: str, replacements: Replacements) -> list[str]:
+    return [f"{name}.{number}" for number in range(len(replacements[old]))] if old in replacements else [name]
 
 
-def _carry(optimizer: Optimizer, heirs: Heirs, fresh: Optimizer | None) -> None:
+def _carry(optimizer: Optimizer, replacements: Replacements, fresh: Optimizer | None) -> None:
     afresh, names = 0, set[str]()
     values = _VALUES.get(type(optimizer).__name__, set())
     initial = {} if fresh is None else fresh.state  # some optimizers have a state from the start
-    for old, parts in heirs.items():
+    for old, parts in replacements.items():
         state = optimizer.state.pop(old, None)
         if not state:
             continue
-        if unknown := _unknown(optimizer, state, old, picked=all(heir.entrywise for heir in parts)):
+        if unknown := _unknown(optimizer, state, old, picked=all(replacement.entrywise for replacement in parts)):
             afresh += 1
             names |= unknown
-            for heir in parts:
-                if heir.parameter in initial:
-                    optimizer.state[heir.parameter] = copy.deepcopy(initial[heir.parameter])
+            for replacement in parts:
+                if replacement.parameter in initial:
+                    optimizer.state[replacement.parameter] = copy.deepcopy(initial[replacement.parameter])
             continue
-        for heir in parts:
-            optimizer.state[heir.parameter] = {
-                key: _carried(key, value, heir, is_value=key in values) for key, value in state.items()
+        for replacement in parts:
+            optimizer.state[replacement.parameter] = {
+                key: _carried(key, value, replacement, is_value=key in values) for key, value in state.items()
             }
     if afresh:
         rank_zero_warn(
@@ -241,20 +245,20 @@ def _unknown(optimizer: Optimizer, state: Mapping[str, Any], old: nn.Parameter, 
 
 
 @torch.no_grad()
-def _carried(key: str, value: Any, heir: Heir, *, is_value: bool) -> Any:
+def _carried(key: str, value: Any, replacement: Replacement, *, is_value: bool) -> Any:
     if not torch.is_tensor(value):
         return value
     if (
-        is_value and not heir.entrywise
+        is_value and not replacement.entrywise
     ):  # no factors are known whose product it would be: it goes on from the parameter itself
-        return heir.parameter.detach().clone()
+        return replacement.parameter.detach().clone()
     if value.ndim == 0:  # a count of steps, of which each parameter has its own
         return value.clone()
     wide = value if value.dtype == torch.float64 else value.float()
     if key in _SQUARES:
-        wide = heir.carry(wide, True)
+        wide = replacement.carry(wide, True)
     elif key in _MAGNITUDES:
-        wide = heir.carry(wide.square(), True).sqrt()
+        wide = replacement.carry(wide.square(), True).sqrt()
     else:
-        wide = heir.carry(wide, False)
+        wide = replacement.carry(wide, False)
     return wide.to(value.dtype).clone(memory_format=torch.contiguous_format)

@@ -30,7 +30,7 @@ def check_positive(name: str, value: float) -> float:
 
 @dataclass(frozen=True)
 class Distance:
-    """How two tensors are compared.
+    """Distance by which two tensors are compared.
 
     Args:
         loss: ``"kl"`` of probabilities over the channels, ``"mse"`` or ``"cosine"``.

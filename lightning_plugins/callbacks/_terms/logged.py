@@ -24,6 +24,11 @@ def log_value(pl_module: LightningModule, name: str, value: Any, **arguments: An
     pl_module.log(name, on_device(value, pl_module), **arguments)
 
 
+def log_equal(pl_module: LightningModule, name: str, value: Any) -> None:
+    """Log a value that is the same on all processes; the largest of equal numbers is exactly that number."""
+    log_value(pl_module, name, value, sync_dist=True, reduce_fx="max")
+
+
 def log_sum(pl_module: LightningModule, name: str, value: Tensor) -> None:
     """Log the sum of all values that were handed over under this name in the current batch."""
     log_value(pl_module, name, _total(pl_module, name, value)[0])
@@ -72,7 +77,7 @@ def _total(pl_module: LightningModule, name: str, value: Tensor) -> tuple[Any, i
 
 
 def _batch(trainer: Trainer) -> tuple[Any, ...]:
-    """What tells one batch from another."""
+    """Return a value that tells one batch from another."""
     if trainer.training:
         loop: Any = trainer.fit_loop.epoch_loop
     else:

@@ -83,7 +83,7 @@ class NonfiniteGuard:
         return f", and its tensor {fault} on rank {dist.get_rank()}"
 
     def skipped(self) -> int:
-        """How many values were left out so far; synchronises with the device."""
+        """Return the number of values left out so far; synchronises with the device."""
         return int(self._skipped)
 
     def restore(self, skipped: int) -> None:

@@ -19,7 +19,7 @@ from lightning_plugins.callbacks._terms.logged import log_sum
 
 
 class StepListener(Protocol):
-    """What a callback offers in order to take part in the training step."""
+    """Interface by which a callback takes part in the training step."""
 
     method: str  # what its penalties are logged under
 
@@ -32,10 +32,10 @@ class StepListener(Protocol):
 
 @runtime_checkable
 class ExchangingListener(Protocol):
-    """A listener whose `StepListener.penalty` waits for other ranks."""
+    """A listener whose `StepListener.penalty` waits for other processes."""
 
     def abandon(self, pl_module: LightningModule) -> bool:
-        """Tell the other ranks that the step has failed on this one; whether they wait for it in this step."""
+        """Tell the other processes that the step has failed here; return whether they wait for it in this step."""
 
 
 class WrappedStep:
@@ -101,7 +101,7 @@ class WrappedStep:
         return output
 
     def _abandon(self) -> None:
-        """Spare the other ranks a wait: the first listener that they wait with makes them raise, so one is enough."""
+        """Spare the other processes a wait: the first listener they wait for makes them raise, so one is enough."""
         exchanging = (listener for listener in self.listeners if isinstance(listener, ExchangingListener))
         any(listener.abandon(self._pl_module) for listener in exchanging)
 

@@ -19,15 +19,15 @@ def shared_out(
     compute: Callable[[int, Tensor], tuple[Tensor, ...]],
     empty: Callable[[int, Tensor], tuple[Tensor, ...]],
 ) -> list[tuple[Tensor, ...]]:
-    """Compute something for each of several weights, each on one rank alone, and hand all results to all ranks.
+    """Compute something for each of several weights, each on one process, and send all results to all processes.
 
     Args:
-        weights: The weights; one that is sharded over the ranks is assembled as long as it is looked at.
+        weights: The weights; one that is sharded over processes is assembled as long as it is looked at.
         compute: From the index of a weight and its matrix to the results.
         empty: From the index of a weight and its matrix to empty tensors of the shapes and dtypes of the results.
 
     Returns:
-        The results for each weight, bit for bit the same on all ranks.
+        The results for each weight, bit for bit the same on all processes.
     """
     costs = [math.prod(weight.shape) * min(weight.shape[-2:]) for weight in weights]  # as a Gram matrix's
     owners = share_out(costs, world_size())
@@ -53,7 +53,7 @@ def add_gradient(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, s
     Args:
         weight: The weight.
         parts: The gradient with respect to the weight as a matrix, or the ``scale``, ``left`` and ``right`` that
-            `FollowedRankTerm` describes; the same on all ranks.
+            `FollowedRankTerm` describes; the same on all processes.
         factor: What to multiply it with.
         scaler: The scaler of a fused optimizer, whose gradients are still scaled at this point; else None.
         wanted: Whether to add anything, a bool on the weight's device.
@@ -175,7 +175,7 @@ def _local(sharded: Any) -> Tensor:
 
 
 def _sharded_like(parameter: Any, whole: Tensor) -> Tensor:
-    """Split a tensor that all ranks hold as a parameter is split; nothing travels."""
+    """Shard a tensor that all processes hold as a parameter is sharded; nothing is sent."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = parameter.device_mesh

@@ -13,7 +13,7 @@ Found = TypeVar("Found")
 
 
 class WeightsInUse(Generic[Found]):
-    """What was found among the weights of a module, and is found anew once layers have been put in their place.
+    """Weights found in a module; they are found anew once their layers have been replaced.
 
     Args:
         name: The callback's name, for messages.
@@ -50,7 +50,7 @@ class WeightsInUse(Generic[Found]):
         return self._found
 
     def now(self, pl_module: nn.Module) -> list[Found]:
-        """What was found, in the layers that stand in the module now.
+        """Return the weights in the layers that the module has now.
 
         A layer that became a sequence, as a factorised one, is looked for in it. Where nothing is left, a warning says
         so once.

@@ -2,10 +2,10 @@
 
 from itertools import pairwise
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_fraction
+from lightning_plugins._checks import check_choice
 from lightning_plugins._lightning import MisconfigurationException, Trainer
 from lightning_plugins.callbacks._trainer.progress import training_progress
-from lightning_plugins.schedules import UNITS, Piecewise, Unit
+from lightning_plugins.schedules import UNITS, Piecewise, Unit, check_position
 
 
 def check_phases(unit: Unit, **positions: float | None) -> None:
@@ -23,13 +23,7 @@ def check_phases(unit: Unit, **positions: float | None) -> None:
     check_choice("unit", unit, UNITS)
     given = {name: at for name, at in positions.items() if at is not None}
     for name, at in given.items():
-        if unit == "fraction":
-            try:
-                check_fraction(name, at)
-            except ValueError as error:
-                raise ValueError(f"{error} (with `unit='fraction'`; 'steps' and 'epochs' count further)") from None
-        elif check_finite_number(name, at) < 0:
-            raise ValueError(f"`{name}` must be at least 0, got {at!r}")
+        check_position(name, at, unit)
     for earlier, later in pairwise(given):
         if given[earlier] > given[later]:
             raise ValueError(
@@ -56,7 +50,7 @@ def epochs_done(trainer: Trainer) -> int:
 
 
 def in_epoch(trainer: Trainer) -> bool:
-    """Whether, in ``on_train_epoch_start``, batches of the epoch have been trained on already.
+    """Return whether, in ``on_train_epoch_start``, batches of the epoch have been trained on already.
 
     Lightning calls that hook in the middle of an epoch where a resumed training is resumed once more. The batch
     progress, which a checkpoint restores, tells; in a sound call it still is that of the complete epoch before.
@@ -69,7 +63,7 @@ def in_epoch(trainer: Trainer) -> bool:
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
-    """Whether, in ``on_train_epoch_end``, no other epoch is to come, as far as the limits of the Trainer tell."""
+    """Return whether, in ``on_train_epoch_end``, no other epoch follows, as far as the limits of the Trainer tell."""
     steps_over = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return steps_over or (trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs_done(trainer))
 

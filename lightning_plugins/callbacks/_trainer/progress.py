@@ -1,4 +1,4 @@
-"""How far a Trainer has come, in the terms that schedules understand."""
+"""Progress of a Trainer in the terms that schedules understand."""
 
 import math
 

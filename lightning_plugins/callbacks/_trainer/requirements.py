@@ -1,4 +1,4 @@
-"""What a callback needs of the module and the Trainer, checked in ``setup``, and what of the ranks together."""
+"""Requirements of callbacks on module and Trainer, checked in ``setup``, and on all processes together."""
 
 import zlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a network with masks and ranks costs, as a number with a gradient; a multiplier; and a projection within it."""
+"""The cost of a network with masks and ranks, as a number with a gradient; its multiplier; a choice within it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,8 +91,8 @@ class Budget:
         Args:
             masks: For every group a tensor of shape ``(..., size)`` in [0, 1]; None for all ones.
             ranks: For layers among those with ranks a tensor of shape ``(...)``; a layer that is missing is dense.
-            bend: 1 where a layer with a rank costs at most what it costs as one. 0 where it costs what it costs in two
-                whatever the rank, so that the cost of the whole falls from the first singular value on. Between, the
+            bend: 1 for the cost of the cheaper form, dense or factorised. 0 for that of the factorised form whatever
+                the rank, so that the cost falls with the first singular value that is removed. Between, a weighted
                 mean of both.
 
         Returns:
@@ -118,12 +118,36 @@ class Budget:
         cost: Tensor = (terms.factor * entries).sum(-1) + (terms.per_unit * units).sum(-1) + self._constant
         return cost / self.dense
 
+    def soft_share(self, masks: Sequence[Tensor] | None, ranks: Mapping[str, Tensor]) -> Tensor:
+        """As `share`, with a gradient to ranks also where they are so high that the dense layer is cheaper.
+
+        No threshold would ever begin to rise otherwise.
+
+        Args:
+            masks: As for `share`.
+            ranks: As for `share`.
+
+        Returns:
+            Scalar in float64.
+        """
+        if not ranks:
+            return self.share(masks)
+        share = self.share(masks, {name: rank.detach() for name, rank in ranks.items()})
+        with torch.enable_grad():
+            # At rank zero every layer is factorised, and its cost grows with the rank as that of factors does.
+            none = {name: torch.zeros_like(rank, requires_grad=True) for name, rank in ranks.items()}
+            fixed = None if masks is None else [mask.detach() for mask in masks]
+            slopes = torch.autograd.grad(self.share(fixed, none), list(none.values()))
+        for slope, rank in zip(slopes, ranks.values(), strict=True):
+            share = share + (slope * (rank - rank.detach())).double()
+        return share
+
     def cost(self, kept: Sequence[Tensor] | None = None, ranks: Mapping[str, int] | None = None) -> int:
         """The cost of the network that masks of zeros and ones and whole ranks leave, exactly.
 
         Args:
             kept: For every group a boolean tensor of shape ``(size,)``; None where all stay.
-            ranks: Ranks by layer; a layer that is missing, or not smaller in two, is dense.
+            ranks: Ranks by layer; a layer that is missing, or not smaller when factorised, is dense.
 
         Returns:
             The cost.
@@ -249,11 +273,11 @@ class Multiplier:
 
 
 class Projection(NamedTuple):
-    """What `project` decided.
+    """Decision of `project`.
 
     Attributes:
         kept: For every group a boolean tensor: which units stay.
-        ranks: The ranks of the layers that are to be split in two; the others stay as one.
+        ranks: The ranks of the layers to factorise; the others stay dense.
         cost: The exact cost of the network that is left.
     """
 

@@ -1,14 +1,14 @@
 """A network whose channels and ranks are chosen under one budget while it trains, and which is then made smaller."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
-from lightning_plugins.compression.budget.carried_state import chained, sliced_heir, split_layers
-from lightning_plugins.compression.budget.filling import largest_within, rank_layers
+from lightning_plugins.compression.budget.carried_state import chained, sliced_replacement, split_layers
+from lightning_plugins.compression.budget.filling import ChoiceSettings, largest_within, rank_layers
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.budget.score_targets import ScoreTargets, weight_norms
 from lightning_plugins.compression.budget.shift import BudgetShift
@@ -20,7 +20,7 @@ from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks,
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of
 from lightning_plugins.compression.networks.plain_names import computed_names
-from lightning_plugins.compression.networks.replacements import Heirs
+from lightning_plugins.compression.networks.replacements import Replacements
 from lightning_plugins.selection import select_kept
 
 
@@ -29,16 +29,8 @@ class BudgetedNetwork:
 
     Args:
         model: The model, dense. It keeps its parameters as objects until `shrink`.
-        layers: The layers to choose in.
-        budget: The share of the cost that may be left.
-        cost: ``"params"`` or ``"flops"``.
+        settings: The layers to choose in, and what may be left.
         inputs: What the model takes; for ranks under ``"params"`` it is not needed.
-        masks: Whether channels are chosen.
-        ranks: Whether ranks are.
-        keep: Layers that stay as they are.
-        minimum: The least number of units of a group, and the least rank.
-        multiple: Numbers of units and ranks are multiples of this.
-        refresh_every: See `apply_thresholds`.
         groups: The state of the groups of channels, where they are known.
         attach: Whether masks and thresholds are put on at once; else `attach` does it later.
 
@@ -52,29 +44,21 @@ class BudgetedNetwork:
     def __init__(
         self,
         model: nn.Module,
-        layers: str | Sequence[str],
-        budget: float,
+        settings: ChoiceSettings,
         *,
-        cost: Literal["params", "flops"],
         inputs: Any,
-        masks: bool,
-        ranks: bool,
-        keep: str | Sequence[str] | None = None,
-        minimum: int = 1,
-        multiple: int = 1,
-        refresh_every: int = 1,
         groups: Iterable[dict[str, Any]] | None = None,
         attach: bool = True,
     ) -> None:
-        self.model, self.minimum, self.multiple = model, minimum, multiple
+        self.model, self.settings = model, settings
+        layers, keep, cost = settings.layers, settings.keep, settings.cost
         self.groups: list[ChannelGroup] = []
-        if masks:
+        if settings.masks:
             found = None if groups is None else groups_from_state(groups)
             self.groups = channel_groups(model, inputs, layers, keep=keep or ()) if found is None else found
         counted = inputs if cost == "flops" else None
-        self._ranked = rank_layers(model, layers, keep, inputs=counted) if ranks else []
-        self._counted: dict[str, Any] = {"target": budget, "cost": cost, "inputs": counted}
-        self._refresh_every = refresh_every
+        self._ranked = rank_layers(model, layers, keep, inputs=counted) if settings.ranks else []
+        self._counted: dict[str, Any] = {"target": settings.budget, "cost": cost, "inputs": counted}
         kept = select_kept(model, keep)
         touched = [member.parameter for group in self.groups for member in group.members] + self._ranked
         self.untouched = untouched(model, layers, touched, kept)
@@ -109,8 +93,8 @@ class BudgetedNetwork:
         """Put masks and thresholds on; the model computes what it did."""
         before = computed_names(self.model)
         self.masks = apply_masks(self.model, self.groups) if self.groups else None
-        ranked = self._ranked
-        self.thresholds = apply_thresholds(self.model, ranked, refresh_every=self._refresh_every) if ranked else None
+        ranked, every = self._ranked, self.settings.refresh_every
+        self.thresholds = apply_thresholds(self.model, ranked, refresh_every=every) if ranked else None
         # Names of parameters that are computed from others now, with the names of these.
         self.renamed = {plain: own for plain, own in computed_names(self.model).items() if plain not in before}
         self.shift = BudgetShift(self.budget, self.masks, self.thresholds)
@@ -123,10 +107,10 @@ class BudgetedNetwork:
         self.bypass()
 
     def bypass(self, bypass: bool = True) -> None:
-        """Choose whether thresholds are passed by.
+        """Choose whether weights bypass the thresholds.
 
         Args:
-            bypass: Which.
+            bypass: Whether they do.
         """
         if self.thresholds is not None:
             self.thresholds.bypass = bypass
@@ -156,12 +140,11 @@ class BudgetedNetwork:
         self.bypass(False)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The scores, and the thresholds behind them."""
-        scores = [] if self.masks is None else list(self.masks.scores)
-        return scores + ([] if self.thresholds is None else list(self.thresholds.values))
+        """The scores, then the thresholds."""
+        return [parameter for part in self.kinds() for parameter in part]
 
     def kinds(self) -> list[list[nn.Parameter]]:
-        """The scores, and the thresholds, of those there are."""
+        """The scores, and the thresholds, each if there are any."""
         parts = [None if self.masks is None else self.masks.scores]
         parts += [None if self.thresholds is None else self.thresholds.values]
         return [list(part) for part in parts if part is not None]
@@ -171,7 +154,7 @@ class BudgetedNetwork:
         self.scores.begin(self.shift)
 
     def follow_saliency(self) -> None:
-        """Move scores along with what the loss says of their channels; see `ScoreTargets`."""
+        """Move scores to the saliency of their channels; see `ScoreTargets`."""
         self.scores.follow(self.shift)
 
     def spectra(self) -> list[Tensor]:
@@ -180,30 +163,13 @@ class BudgetedNetwork:
             return [] if self.thresholds is None else [step.spectrum() for step in self.thresholds._steps]
 
     def share(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of the cost that masks and soft ranks leave, with gradients to `parameters`, and these ranks.
-
-        The value is that of the budget. A rank has a gradient also where it is still so high that the layer is cheaper
-        as one: no threshold would ever begin to rise otherwise.
-
-        Returns:
-            The share, a scalar, and the soft ranks by layer, without gradients.
-        """
+        """The share of the cost that masks and soft ranks leave, and these ranks; see `Budget.soft_share`."""
         masks = None if self.masks is None else self.masks.values()
-        if self.thresholds is None:
-            return self.budget.share(masks), {}
-        ranks = self.thresholds.soft_ranks()
-        share = self.budget.share(masks, {name: rank.detach() for name, rank in ranks.items()})
-        with torch.enable_grad():
-            # At rank zero every layer is in two, and its cost grows with the rank as that of a layer in two does.
-            none = {name: torch.zeros_like(rank, requires_grad=True) for name, rank in ranks.items()}
-            fixed = None if masks is None else [mask.detach() for mask in masks]
-            slopes = torch.autograd.grad(self.budget.share(fixed, none), list(none.values()))
-        for slope, rank in zip(slopes, ranks.values(), strict=True):
-            share = share + (slope * (rank - rank.detach())).double()
-        return share, {name: rank.detach() for name, rank in ranks.items()}
+        ranks = {} if self.thresholds is None else self.thresholds.soft_ranks()
+        return self.budget.soft_share(masks, ranks), {name: rank.detach() for name, rank in ranks.items()}
 
     def kept(self) -> list[Tensor]:
-        """Which units stay so far: those with positive scores, or all of them."""
+        """Return the units that stay so far: those with positive scores, or all of them."""
         if self.masks is None:
             return [torch.ones(group.size, dtype=torch.bool) for group in self.groups]
         return self.masks.kept()
@@ -222,7 +188,7 @@ class BudgetedNetwork:
         return {group.name: keep.float().mean() for group, keep in zip(self.groups, kept, strict=True)}
 
     def choose(self) -> Projection:
-        """What stays if the choice is made now, by scores and thresholds, within the budget.
+        """Choose units and ranks by the present scores and thresholds, within the budget.
 
         Where the budget leaves room, it is filled with the best of the channels whose scores are below zero.
 
@@ -235,7 +201,7 @@ class BudgetedNetwork:
         if kept and not self.masks_are_final:
             filled = largest_within(self.budget, scores, ranks, self.budget.limit)
             kept = [one | other for one, other in zip(kept, filled, strict=True)]
-        return project(self.budget, kept, scores, ranks, margins, minimum=self.minimum, multiple=self.multiple)
+        return self._project(kept, scores, ranks, margins)
 
     def choose_heaviest(self, share: float) -> Projection:
         """The channels with the largest weights that fit into a share of the cost.
@@ -250,7 +216,7 @@ class BudgetedNetwork:
         self.budget.limit = max(full, int(share * self.budget.dense))
         try:
             kept = largest_within(self.budget, scores, None, self.budget.limit)
-            return project(self.budget, kept, scores, minimum=self.minimum, multiple=self.multiple)
+            return self._project(kept, scores)
         finally:
             self.budget.limit = full
 
@@ -261,13 +227,17 @@ class BudgetedNetwork:
         margins = {name: margin / float(self.shift.exchange) for name, margin in self.thresholds.margins().items()}
         return {name: max(1, int((margin > 0).sum())) for name, margin in margins.items()}, margins
 
+    def _project(self, *chosen: Any) -> Projection:
+        least, step = self.settings.min_channels, self.settings.multiple_of
+        return project(self.budget, *chosen, min_channels=least, multiple_of=step)
+
     def _check_budget(self) -> None:
         nothing = [torch.zeros(group.size, dtype=torch.bool) for group in self.groups]
         scores = [torch.zeros(group.size) for group in self.groups]
         least = dict.fromkeys(self.budget.ranks, 1)
         margins = {name: torch.zeros(1) for name in least}
         try:
-            project(self.budget, nothing, scores, least, margins, minimum=self.minimum, multiple=self.multiple)
+            self._project(nothing, scores, least, margins)
         except ValueError as error:
             raise ValueError(str(error).replace("`target`", "`budget`")) from None
 
@@ -287,21 +257,21 @@ class BudgetedNetwork:
         self.be_hard(choice.kept)
         bake(self.model)
 
-    def shrink(self, choice: Projection) -> Heirs:
-        """Remove from the baked model what does not stay.
+    def shrink(self, choice: Projection) -> Replacements:
+        """Remove the units and singular values that were not chosen from the baked model.
 
         Args:
             choice: What stays.
 
         Returns:
-            The heirs of the parameters that are gone.
+            The replacements of each removed parameter.
         """
         before = dict(self.model.named_parameters(remove_duplicate=False))
         cut: dict[nn.Parameter, Any] = {}
         slices = shrink(self.model, self.groups, choice.kept) if self.groups else {}
         for name, cuts in slices.items():
             if name in before:  # and is no buffer
-                cut[before[name]] = [sliced_heir(self.model.get_parameter(name), dict(cuts))]
+                cut[before[name]] = [sliced_replacement(self.model.get_parameter(name), dict(cuts))]
         return chained(cut, split_layers(self.model, choice.ranks, scheme=1) if choice.ranks else {})
 
     def state_dict(self) -> dict[str, Any]:

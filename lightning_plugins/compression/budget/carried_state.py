@@ -1,4 +1,4 @@
-"""How what an optimizer remembers of a weight is carried over to what takes its place."""
+"""Carry an optimizer's state of a weight over to the parameters that replace it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,13 +8,13 @@ from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.factorize import factorize
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.low_rank.transposed import is_transposed
-from lightning_plugins.compression.networks.replacements import Heir, Heirs
+from lightning_plugins.compression.networks.replacements import Replacement, Replacements
 from lightning_plugins.weights import Scheme, matrix_to_weight, weight_to_matrix
 
 
 def split_layers(
     model: nn.Module, ranks: Mapping[str, int], *, scheme: Scheme, calibration: InputMoments | None = None
-) -> Heirs:
+) -> Replacements:
     """Factorise layers of a model that is being trained, in place.
 
     Args:
@@ -24,21 +24,21 @@ def split_layers(
         calibration: As for `factorize`.
 
     Returns:
-        The heirs of the parameters of the layers that were taken out.
+        The replacements of the parameters of the layers that were removed.
     """
     chosen = {id(layer) for layer in select_layers(model, list(ranks), scheme=scheme, transposed=True).values()}
     places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in chosen]
     factorize(model, ranks, scheme=scheme, calibration=calibration)
-    heirs: dict[nn.Parameter, Sequence[Heir]] = {}
+    replacements: dict[nn.Parameter, Sequence[Replacement]] = {}
     for name, dense in places:
         factors = model.get_submodule(name)
         if isinstance(factors, nn.Sequential):
-            heirs.update(low_rank_heirs(dense, factors, scheme=scheme))
-    return heirs
+            replacements.update(low_rank_replacements(dense, factors, scheme=scheme))
+    return replacements
 
 
-def low_rank_heirs(dense: nn.Module, factors: nn.Sequential, *, scheme: Scheme) -> Heirs:
-    """The heirs of a linear layer's or convolution's parameters where two layers take its place.
+def low_rank_replacements(dense: nn.Module, factors: nn.Sequential, *, scheme: Scheme) -> Replacements:
+    """Return the replacements of a linear layer's or convolution's parameters when it is factorised.
 
     With ``W = B A`` the gradients of the factors are ``B.T G`` and ``G A.T``, and so are the averages of gradients
     while the factors stand still. Averages of squares are those of independent entries: ``(B * B).T V`` and
@@ -50,7 +50,7 @@ def low_rank_heirs(dense: nn.Module, factors: nn.Sequential, *, scheme: Scheme) 
         scheme: How the kernel was unfolded.
 
     Returns:
-        The heirs of the weight and of the bias.
+        The replacements of the weight and of the bias.
     """
     first, second = (factors.get_parameter(f"{number}.weight") for number in (0, 1))
 
@@ -68,22 +68,24 @@ def low_rank_heirs(dense: nn.Module, factors: nn.Sequential, *, scheme: Scheme) 
         other = unfold(first.detach()).to(state.dtype)
         return matrix_to_weight(of_dense(state) @ _power(other, squared).mT, second.shape, scheme=scheme)
 
-    heirs = {dense.get_parameter("weight"): [Heir(first, for_first), Heir(second, for_second)]}
+    replacements = {dense.get_parameter("weight"): [Replacement(first, for_first), Replacement(second, for_second)]}
     for name, bias in factors[1].named_parameters():
         if name == "bias" and bias is not dense.get_parameter("bias"):
-            heirs[dense.get_parameter("bias")] = [Heir(bias, lambda state, squared: state, entrywise=True)]
-    return heirs
+            replacements[dense.get_parameter("bias")] = [
+                Replacement(bias, lambda state, squared: state, entrywise=True)
+            ]
+    return replacements
 
 
-def sliced_heir(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> Heir:
-    """The heir of a parameter of which only some rows, columns or channels were kept.
+def sliced_replacement(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> Replacement:
+    """Return the replacement of a parameter of which only some rows, columns or channels were kept.
 
     Args:
         parameter: The new, smaller parameter.
         kept: For each dimension that was cut the indices that are left, in the new order.
 
     Returns:
-        The heir.
+        The replacement.
     """
 
     def carry(state: Tensor, squared: bool) -> Tensor:
@@ -91,35 +93,35 @@ def sliced_heir(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> Heir:
             state = state.index_select(dimension, index.to(state.device))
         return state
 
-    return Heir(parameter, carry, entrywise=True)
+    return Replacement(parameter, carry, entrywise=True)
 
 
-def chained(first: Heirs, then: Heirs) -> Heirs:
-    """The heirs after two changes of which the second may remove what the first has made.
+def chained(first: Replacements, then: Replacements) -> Replacements:
+    """Combine the replacements of two changes of which the second may remove parameters that the first made.
 
     Args:
-        first: The heirs after the first change.
+        first: The replacements after the first change.
         then: Those after the second.
 
     Returns:
-        The heirs after both.
+        The replacements after both.
     """
-    made = {heir.parameter for heirs in first.values() for heir in heirs}
-    found = {old: heirs for old, heirs in then.items() if old not in made}
-    for old, heirs in first.items():
-        found[old] = [after for heir in heirs for after in _after(heir, then)]
+    made = {replacement.parameter for replacements in first.values() for replacement in replacements}
+    found = {old: replacements for old, replacements in then.items() if old not in made}
+    for old, replacements in first.items():
+        found[old] = [after for replacement in replacements for after in _after(replacement, then)]
     return found
 
 
-def _after(heir: Heir, then: Heirs) -> list[Heir]:
-    def through(last: Heir) -> Heir:
-        return Heir(
+def _after(replacement: Replacement, then: Replacements) -> list[Replacement]:
+    def through(last: Replacement) -> Replacement:
+        return Replacement(
             last.parameter,
-            lambda state, squared: last.carry(heir.carry(state, squared), squared),
-            entrywise=last.entrywise and heir.entrywise,
+            lambda state, squared: last.carry(replacement.carry(state, squared), squared),
+            entrywise=last.entrywise and replacement.entrywise,
         )
 
-    return [through(last) for last in then[heir.parameter]] if heir.parameter in then else [heir]
+    return [through(last) for last in then[replacement.parameter]] if replacement.parameter in then else [replacement]
 
 
 def _power(matrix: Tensor, squared: bool) -> Tensor:

@@ -15,7 +15,7 @@ _SETTLED = 0.9  # of the way, from which on the cost is that of the budget
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceRates:
-    """How fast scores and thresholds move.
+    """Step sizes of scores and thresholds.
 
     Attributes:
         scores: The learning rate of the scores, in logits of the masks.
@@ -59,7 +59,7 @@ class Choice:
         self.network.be_soft(self._beta)
 
     def step(self, unscale: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take a step with the gradients of weights, scores and thresholds; all ranks call.
+        """Take a step with the gradients of weights, scores and thresholds; all processes call.
 
         Args:
             unscale: What the gradients of scores and thresholds are multiplied by.

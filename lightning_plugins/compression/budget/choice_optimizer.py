@@ -16,16 +16,16 @@ _STATE = ("average", "squares", "steps")
 class ChoiceOptimizer:
     """Adam without weight decay, and with one second moment for all parameters of a kind.
 
-    A second moment for every parameter would let each move by the learning rate, whatever its gradient: a useful
-    channel could not be told from one that does not matter but for the sign of noise. With one in common the channel
-    with the larger gradient moves further.
+    With a second moment for every parameter each would move by the learning rate, whatever the size of its gradient, so
+    that a useful channel and one with nothing but noise would move equally far. With a common one the channel with the
+    larger gradient moves further.
 
-    What the gradients of a group of scores have in common is left out. The norm behind a layer undoes a scale of all
-    its channels, so that this part is noise; followed, it closes whole layers. How much a group keeps, beside others,
-    is decided by norms and by what the loss thinks of its single channels.
+    The mean of the gradients of a group of scores is subtracted. A norm after the layer undoes a common scale of all
+    its channels, so that this part is noise; following it would close whole layers. The share of a group is decided by
+    norms of weights and by the saliency of its single channels.
 
-    A step in which an entry of the gradient is not finite leaves everything as it is, and is found out without waiting
-    for the device: that is what the steps are that a scaler leaves out in fp16.
+    A step in which an entry of the gradient is not finite changes nothing, and is detected without waiting for the
+    device: these are the steps that a scaler skips in fp16.
 
     Args:
         kinds: Parameters of one kind, such as all scores; all of one dtype and device.
@@ -39,10 +39,10 @@ class ChoiceOptimizer:
 
     @torch.no_grad()
     def step(self, rates: Sequence[float], unscale: Tensor | None = None) -> None:
-        """Take a step, and forget the gradients; all ranks call.
+        """Take a step, and forget the gradients; all processes call.
 
         Args:
-            rates: For every kind how far a typical parameter moves.
+            rates: For every kind the step size of a typical parameter.
             unscale: What the parameters' own gradients are multiplied by.
         """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad - _in_common(p.grad) for p in self.parameters]

@@ -101,9 +101,9 @@ def count_terms(
 
 
 def beyond_layers(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any) -> dict[int, int]:
-    """What a network has fewer of when a unit leaves whose channels are those of a lone matrix too.
+    """Return the cost saved when a unit that also indexes a standalone parameter is removed.
 
-    A matrix that is a parameter of no layer may be multiplied by, which no layer's operations tell.
+    A matrix that is a parameter of no layer may be multiplied with; the FLOPs of layers do not show that.
 
     Args:
         model: The network.
@@ -111,7 +111,7 @@ def beyond_layers(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any)
         inputs: What it takes.
 
     Returns:
-        Operations without the first unit, taken from those of the whole, by the numbers of such groups.
+        FLOPs of the network less those without the first unit, by the indices of such groups.
     """
     layers = {
         name for name, module in clean_modules(model).items() if isinstance(module, _WEIGHTED) or is_transposed(module)
@@ -179,7 +179,7 @@ def _ones(parameters: Mapping[str, Tensor]) -> dict[str, int]:
 def _flops(
     model: nn.Module, groups: Sequence[ChannelGroup], parameters: Mapping[str, Tensor], inputs: Any
 ) -> tuple[dict[str, int], dict[int, int], int]:
-    """What an entry of every weight costs, what a unit of a group of heads costs beyond, and what else there is."""
+    """Return the FLOPs of an entry of every weight, of a unit of a group of heads beyond that, and of the rest."""
     with FlopCounterMode(display=False) as counter:
         run(model, inputs)
     total = counter.get_total_flops()

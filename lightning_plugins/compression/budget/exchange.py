@@ -1,4 +1,4 @@
-"""How far thresholds on singular values rise where scores of channels fall by one, by what either does to the loss."""
+"""Exchange rate between thresholds on singular values and scores of channels, by the effect of each on the loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,10 +18,10 @@ _BOUNDS = (0.1, 10.0)  # of what the loss changes: an estimate to second order i
 class Exchange:
     """The exchange rate of channels and singular values, found over the first few steps of a choice.
 
-    Half of the budget's way is gone once by channels alone, where all scores fall by ``T``, and once by ranks alone,
-    where all thresholds rise by ``tau``; each is expected to raise the loss, by ``L_c`` and ``L_r``. At the rate ``tau
-    / T`` either would take half of the cost. As a quadratic loss is least where cost is taken in inverse proportion to
-    these rises, the rate is ``tau / T * L_c / L_r``: both take part, and more goes where it harms less.
+    Half of the reduction is reached by channels alone when all scores fall by ``T``, and by ranks alone when all
+    thresholds rise by ``tau``; these are expected to raise the loss by ``L_c`` and ``L_r``. At the rate ``tau / T``
+    both would contribute equally. As a quadratic loss is least where the cost is reduced in inverse proportion to these
+    rises, the rate is ``tau / T * L_c / L_r``: both contribute, and the one that raises the loss less contributes more.
 
     Attributes:
         sums: Of ``T``, ``tau``, ``L_c`` and ``L_r`` over the steps looked at.
@@ -35,8 +35,8 @@ class Exchange:
         """Take an optimizer step's gradients into account, unless one of them is not finite.
 
         Args:
-            shift: What knows cost, masks and thresholds, which must have been decomposed for this step.
-            saliency: What has seen the gradients.
+            shift: The shift with budget, masks and thresholds; these must have been decomposed for this step.
+            saliency: The saliency, which has observed the gradients.
             scores: The scores without any shift.
         """
         if shift.thresholds is None:
@@ -56,7 +56,7 @@ class Exchange:
         self.sums += torch.where(found.isfinite().all(), found, 0)
 
     def rate(self) -> Tensor:
-        """How far thresholds rise, in shares of the largest singular value, where scores fall by one; a scalar."""
+        """Return the rise of thresholds, in shares of the largest singular value, when scores fall by one; a scalar."""
         fall, rise, of_channels, of_ranks = self.sums
         known = (of_ranks > 0) & (fall > 0) & (rise > 0)
         harm = (of_channels / torch.where(known, of_ranks, 1)).clamp(*_BOUNDS)

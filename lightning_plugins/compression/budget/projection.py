@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins._deprecation import renamed
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.channels.shrink import check_kept
 
 
+@renamed(minimum="min_channels", multiple="multiple_of")
 def project(
     budget: Budget,
     kept: Sequence[Tensor] = (),
@@ -17,8 +19,8 @@ def project(
     ranks: Mapping[str, int] | None = None,
     margins: Mapping[str, Tensor] | None = None,
     *,
-    minimum: int = 1,
-    multiple: int = 1,
+    min_channels: int = 1,
+    multiple_of: int = 1,
 ) -> Projection:
     """Remove the least useful units and singular values until the exact cost is within the budget.
 
@@ -33,8 +35,8 @@ def project(
         ranks: The ranks so far, for the layers with ranks.
         margins: How useful the singular values are, on the scale of ``scores`` and in falling order: for masks and
             thresholds of one temperature the scores and ``(s - tau) / s_1``.
-        minimum: The least number of units of a group, and the least rank of a layer.
-        multiple: Numbers of units and ranks are multiples of this, or as large as they can be. The heads of an
+        min_channels: The least number of units of a group, and the least rank of a layer.
+        multiple_of: Numbers of units and ranks are multiples of this, or as large as they can be. The heads of an
             attention are not rounded.
 
     Returns:
@@ -52,14 +54,14 @@ def project(
         >>> project(budget, [torch.ones(8).bool()], [torch.arange(8.0)])
         Projection(kept=[tensor([False, False, False, False, False,  True,  True,  True])], ranks={}, cost=23)
     """
-    check_positive_int("minimum", minimum)
-    check_positive_int("multiple", multiple)
+    check_positive_int("min_channels", min_channels)
+    check_positive_int("multiple_of", multiple_of)
     check_kept_shapes(budget, kept, scores)
     ranks, margins = dict(ranks or {}), dict(margins or {})
     for name in budget.ranks:
         if name in ranks and name not in margins:
             raise ValueError(f"`margins` must have an entry for every layer of `ranks`, got none for {name!r}")
-    state = _State(budget, kept, scores, ranks, margins, minimum, multiple)
+    state = _State(budget, kept, scores, ranks, margins, min_channels, multiple_of)
     while state.cost() > budget.limit:
         if not state.remove():
             raise ValueError(
@@ -87,7 +89,7 @@ def check_kept_shapes(budget: Budget, kept: Sequence[Tensor], scores: Sequence[T
 
 
 class _State:
-    """How many units and singular values are left, and what leaves next."""
+    """Numbers of units and singular values that are left, and the next to leave."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class _State:
         return self.budget.cost(self.masks() if self.budget.groups else None, self.ranks)
 
     def split(self) -> dict[str, int]:
-        """The ranks below which a layer is smaller in two."""
+        """The ranks below which a layer is smaller when factorised."""
         sides = self.budget.sides(self.masks() if self.budget.groups else None)
         return {
             name: rank for name, rank in self.ranks.items() if rank * sum(sides[name]) < sides[name][0] * sides[name][1]
@@ -141,7 +143,7 @@ class _State:
         sides = self.budget.sides(self.masks() if self.budget.groups else None)
         for place, (name, rank) in enumerate(self.ranks.items()):
             rows, columns = sides[name]
-            largest = (rows * columns - 1) // (rows + columns)  # the largest rank that is smaller in two
+            largest = (rows * columns - 1) // (rows + columns)  # the largest rank at which the factors are smaller
             lower = (min(rank, largest + 1) - 1) // self.multiple * self.multiple
             if lower >= max(1, self.minimum):
                 candidate = (self._margin(name, lower), len(self.counts) + place, name, lower)

@@ -1,4 +1,4 @@
-"""How much the loss is expected to rise where a channel or a singular direction leaves, for what that saves."""
+"""Expected rise of the loss when a channel or a singular direction is removed, per cost saved."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.threshold_function import Basis, wide_view
 
 _DECAY = 0.9
-_OPEN = 0.1  # masks below it tell nothing of the channel behind them
+_OPEN = 0.1  # masks below it say nothing about their channel
 _LEAST_COST = 1e-3  # of the average unit's: one that saves nothing is not worth more than a thousand others
 
 
@@ -23,7 +23,7 @@ class Saliency:
     With a gate ``g`` on a channel or on a singular value, 1 where it is open, the loss without it is ``L - dL/dg +
     d2L/dg2 / 2`` to second order. The first term averages out over batches where the network is trained, and the
     second is estimated by the mean of ``(dL/dg) ** 2``, as by the Fisher information. Both derivatives follow from the
-    gradients that the training has anyway: that of a channel's gate is the sum of ``W * dL/dW`` over the weights that
+    gradients of the training: that of a channel's gate is the sum of ``W * dL/dW`` over the weights that
     compute it, that of a singular value's ``u.T @ dL/dW @ W.T @ u``. So channels and directions are measured alike, and
     divided by the share of the cost that leaves with them, they can be compared.
 
@@ -101,11 +101,11 @@ class Saliency:
         return slopes, spectra
 
     def expected(self) -> list[Tensor]:
-        """For every unit how much the loss is expected to rise without it, but for a factor that all have in common."""
+        """Return for every unit the expected rise of the loss without it, up to a common factor."""
         return [square / self.weight.clamp_min(1e-12) for square in self.squares]
 
     def units(self) -> list[Tensor]:
-        """For every unit the root of what its removal costs in loss per share of the cost; zeros where unknown."""
+        """Return for every unit the root of the expected rise of the loss per cost saved; zeros where unknown."""
         return [(one / cost).sqrt() for one, cost in zip(self.expected(), self._unit_costs, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Saliency:
 
 
 def _costs(budget: Budget, device: torch.device) -> list[Tensor]:
-    """What a unit of every group costs in the dense network, as a share of it."""
+    """Return the cost of a unit of every group in the dense network, as a share of the network's."""
     masks = [torch.ones(group.size, dtype=torch.float64, requires_grad=True) for group in budget.groups]
     if not masks:
         return []

@@ -1,4 +1,4 @@
-"""Where scores of channels stand before they are moved by steps of their own: at what the loss says of the channels."""
+"""Scores of channels before the choice begins: at the saliency of the channels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""How far scores and thresholds move, all together, for a network to cost what it is to cost."""
+"""Shift of all scores and thresholds at which a network meets its budget."""
 
 from collections.abc import Sequence
 
@@ -19,23 +19,23 @@ _POINTS, _ROUNDS = 17, 4  # of the search: what is found is within 2 * 8 / 16 **
 class BudgetShift:
     """Moves scores down and thresholds up, or back, in one direction, to where the network has a given cost.
 
-    The cost falls along the direction, so that there is one such place, and it is found without a derivative, at
-    several points at once, and without waiting for the device. A step along the gradient of the cost would do little
-    where masks are nearly zeros and ones, and then too much.
+    The cost falls along the direction, so that there is one such place. It is found without derivatives, evaluated at
+    several points at once, and without waiting for the device. A step along the gradient of the cost would change
+    little where masks are nearly zeros and ones, and then too much.
 
     Scores of all groups move alike, and so do the thresholds of all layers, which stop short of the largest singular
-    value: a weight of zeros would be the end of its network. A unit counts as long as its score is positive, as a
+    value: a network with a weight of zeros cannot recover. A unit counts as long as its score is positive, as a
     singular value does as long as it is above its threshold, and nothing moves back further than it has come: where
-    the cost is flat, as that of a layer whose rank is still too high for two, scores would run away from thresholds.
+    the cost is flat, as that of a layer whose rank is too high to factorise it, scores would run away from thresholds.
 
     Args:
-        budget: What counts the cost.
+        budget: The budget, which counts the cost.
         masks: The masks, or None.
         thresholds: The thresholds, or None.
 
     Attributes:
-        exchange: What thresholds rise by, in shares of the largest singular value, where scores fall by one.
-        total: How far scores have fallen so far.
+        exchange: Rise of thresholds, in shares of the largest singular value, when scores fall by one.
+        total: Fall of the scores so far.
     """
 
     def __init__(self, budget: Budget, masks: ChannelMasks | None, thresholds: RankThresholds | None) -> None:
@@ -44,7 +44,7 @@ class BudgetShift:
         self.exchange, self.total = torch.ones_like(beta), torch.zeros_like(beta)
         self.sizes = {} if thresholds is None else {name: min(budget.sides()[name]) for name in thresholds.layers}
         full = {name: torch.tensor(float(size)) for name, size in self.sizes.items()}
-        # Without the bend of its cost a layer of full rank is dearer in two than as one.
+        # Without the correction a factorised layer at full rank costs more than the dense one.
         self.whole = float(budget.share(None, full, bend=0.0))
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class BudgetShift:
 
         Args:
             spectra: For every layer with a threshold the singular values of its weight, in rising order.
-            done: How much of what the budget takes is to be gone, in [0, 1].
+            done: The part of the reduction that is to be reached, in [0, 1].
 
         Returns:
             The share of the cost that is left, a scalar, and the ranks by layer.

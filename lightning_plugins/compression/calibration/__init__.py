@@ -1,1 +1,1 @@
-"""What layers receive, over the batches of a data set: second moments, and the loss's sensitivity to outputs."""
+"""Statistics of layers over the batches of a data set: second moments of inputs, sensitivity of the loss to outputs."""

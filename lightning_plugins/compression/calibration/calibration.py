@@ -108,7 +108,7 @@ class Calibration:
 
         Raises:
             TypeError: If ``batches`` cannot be iterated over, or the model does not take them.
-            ValueError: If there are no batches, they can be had only once and more passes are needed, a mask has
+            ValueError: If there are no batches, they can be iterated only once and more passes are needed, a mask has
                 another shape than the rows, or a layer received NaN or infinite values.
         """
         if self._open is not None:

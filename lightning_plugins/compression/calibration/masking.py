@@ -1,4 +1,4 @@
-"""Which rows of a batch count: a mask leaves padded tokens out."""
+"""Select the rows of a batch that count: a mask leaves padded tokens out."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

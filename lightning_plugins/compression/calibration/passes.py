@@ -1,4 +1,4 @@
-"""How a model is run over calibration data."""
+"""Run a model over calibration data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def check_forward(batches: Iterable[Any], forward: Forward | None, *, passes: in
 
     Raises:
         TypeError: If ``batches`` cannot be iterated over or ``forward`` not be called.
-        ValueError: If batches that can be had once are to be gone over several times.
+        ValueError: If several passes are needed over batches that can be iterated only once.
 
     Example:
         >>> check_forward([torch.zeros(2, 3)], None, passes=2)

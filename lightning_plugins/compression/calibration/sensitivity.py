@@ -1,4 +1,4 @@
-"""How much the loss minds an error in each layer's output."""
+"""Sensitivity of the loss to an error in each layer's output."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where moments are kept, and what they take."""
+"""Devices on which moments are kept, and the memory they need."""
 
 import tempfile
 from collections.abc import Mapping

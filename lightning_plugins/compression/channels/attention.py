@@ -27,7 +27,7 @@ class _Part(NamedTuple):
     Attributes:
         name: Its dotted name.
         layer: The layer.
-        blocks: How many projections of one width stand behind one another in it.
+        blocks: How many projections of one width are stacked in it.
         reads: Whether it reads the heads instead of computing them.
     """
 

@@ -1,4 +1,4 @@
-"""Which channels of which tensors stand or fall together, read from Torch-Pruning's dependency graph."""
+"""Channels of tensors that can only be removed together, read from Torch-Pruning's dependency graph."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -67,7 +67,7 @@ class _Sets:
 
 
 def bundles(model: nn.Module, example_inputs: Any) -> list[Bundle]:
-    """Trace a model, and find out which channels stand or fall together.
+    """Trace a model, and find the channels that can only be removed together.
 
     Args:
         model: The model, in evaluation mode, with parameters that take gradients.
@@ -228,7 +228,7 @@ def _kind(module: Any, side: str) -> str | None:
 
 
 def _within_heads(module: Any, index: int) -> bool:
-    """Whether a norm without this channel must be one over the size of a head: it does not see the number of heads."""
+    """Return whether a norm without this channel must be one over the size of a head, and ignores their number."""
     if isinstance(module, nn.PReLU):
         return module.num_parameters == 1
     return isinstance(module, nn.LayerNorm) and index >= module.normalized_shape[-1]
@@ -251,7 +251,7 @@ def _limit(module: Any, side: str) -> int:
 
 
 def parameters_of(model: nn.Module, owner: str, side: str) -> Iterator[tuple[str, int, str]]:
-    """The tensors that hold a side of a layer: their names, the dimension, and what they are to the channel.
+    """The tensors that hold a side of a layer: their names, the dimension, and their role for the channel.
 
     Args:
         model: The model.

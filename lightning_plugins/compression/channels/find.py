@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,23 +93,11 @@ def find_channel_groups(
     chosen -= select_kept(model, keep, types=kinds)
     plain = plain_copy(model)
     traced, turned = _traceable(plain)
+    shared = _shared(plain)
     candidates: list[ChannelGroup] = []
     refused: dict[str, str] = {}
-    computed = {name for name, module in plain.named_modules() if _is_computed(module)}
-    shared, named = _shared(plain), Counter[str]()
-    for family in _families(bundles(traced, example_inputs)):
-        group = _group(traced, family, turned)
-        if group is None:
-            continue
-        named[group.name] += 1
-        if named[group.name] > 1:
-            group = group._replace(name=f"{group.name}~{named[group.name]}")
-        computed_in = [place.owner for place in family[0].places if place.owner in computed]
-        reason = family[0].reason or (
-            f"the weight of {computed_in[0]!r} is computed from other parameters"
-            if computed_in
-            else _why_not(group, chosen, shared)
-        )
+    for group, reason in _traced_groups(plain, traced, example_inputs, turned):
+        reason = reason or _why_not(group, chosen, shared)
         if reason:
             refused.update(dict.fromkeys(group.layers, reason))
         else:
@@ -129,6 +117,26 @@ def find_channel_groups(
     names = dict(plain.named_modules())
     ordered = sorted(refused.items(), key=lambda item: list(names).index(item[0]) if item[0] in names else 0)
     return ChannelSearch(passed, dict(ordered))
+
+
+def _traced_groups(
+    plain: nn.Module, traced: nn.Module, example_inputs: Any, turned: Any
+) -> Iterator[tuple[ChannelGroup, str]]:
+    """Groups that the trace of a model gives, under names of their own, with the reason against each or nothing."""
+    computed = {name for name, module in plain.named_modules() if _is_computed(module)}
+    named = Counter[str]()
+    for family in _families(bundles(traced, example_inputs)):
+        group = _group(traced, family, turned)
+        if group is None:
+            continue
+        named[group.name] += 1
+        if named[group.name] > 1:
+            group = group._replace(name=f"{group.name}~{named[group.name]}")
+        inside = [place.owner for place in family[0].places if place.owner in computed]
+        yield (
+            group,
+            family[0].reason or (f"the weight of {inside[0]!r} is computed from other parameters" if inside else ""),
+        )
 
 
 def groups_to_state(groups: Iterable[ChannelGroup]) -> list[dict[str, Any]]:
@@ -220,7 +228,7 @@ def _shared(model: nn.Module) -> set[str]:
 
 
 def _is_computed(module: nn.Module) -> bool:
-    """Whether a weight is not a parameter: a parametrization, weight or spectral norm, or torch's pruning."""
+    """Return whether a weight is computed: by a parametrization, weight or spectral norm, or torch's pruning."""
     return is_parametrized(module) or (isinstance(module, _PRODUCERS) and "weight" not in module._parameters)
 
 

@@ -46,7 +46,7 @@ class ChannelGroup(NamedTuple):
 
 
 class ChannelSearch(NamedTuple):
-    """What `find_channel_groups` found.
+    """Result of `find_channel_groups`.
 
     Attributes:
         groups: The groups.

@@ -89,7 +89,7 @@ def why_not(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str | No
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution with one input channel in every group, and several groups.
+    """Return whether a layer is a convolution with several groups and one input channel in each.
 
     Args:
         layer: Any module.

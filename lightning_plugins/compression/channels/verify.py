@@ -18,7 +18,7 @@ _ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, Attr
 
 
 class _Trial(NamedTuple):
-    """A copy of a model with weights of some kind, what it takes, and how near two outputs are that are the same."""
+    """A copy of a model with weights of some kind, its inputs, and the tolerance of equal outputs."""
 
     model: nn.Module
     inputs: Any
@@ -28,7 +28,7 @@ class _Trial(NamedTuple):
 def tried(
     model: nn.Module, groups: _Groups, inputs: Any, run: Run = run
 ) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
-    """Which of the groups can be removed from the model exactly.
+    """Return the groups that can be removed from the model exactly.
 
     The whole model is run first, in the types it can run in and with weights with which its outputs are finite. Each
     of the two searches behind it runs at most two networks per group.
@@ -94,7 +94,7 @@ def _largest(
 
 
 def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
-    """How the masked model differs from the smaller one; empty if it does not."""
+    """Describe the difference between the masked model and the smaller one; empty if there is none."""
     generator = torch.Generator().manual_seed(0)
     kept = []
     for index, group in enumerate(groups):
@@ -163,7 +163,7 @@ def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _jittered(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy whose parameters are moved a little, so that equal ones are told apart."""
+    """A copy with a little noise on its parameters, so that equal ones differ."""
     model, generator = _copied(model, dtype), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""How much of a network a choice of layers leaves out of reach."""
+"""Share of a network that a choice of layers leaves out of reach."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""What layers cost, dense and at every rank: weights, or floating-point operations of a forward pass."""
+"""Costs of layers, dense and at every rank: weights, or floating-point operations of a forward pass."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ class LayerCost(NamedTuple):
     """The cost of a layer as it is, and of its low-rank form.
 
     Attributes:
-        dense: The cost of the layer as one.
+        dense: The cost of the dense layer.
         per_rank: What each rank adds to the cost of its low-rank form.
         full_rank: The largest rank its weight can have.
 
@@ -39,7 +39,7 @@ class LayerCost(NamedTuple):
     full_rank: int
 
     def at(self, rank: int) -> int:
-        """The cost at a rank, or as one layer where that is less.
+        """The cost at a rank, or of the dense layer where that is less.
 
         Args:
             rank: The rank, at least 1.
@@ -63,7 +63,7 @@ def layer_costs(
     inputs: Any = None,
     scheme: Scheme = 1,
 ) -> dict[str, LayerCost]:
-    """The costs of the layers that can be split in two.
+    """The costs of the layers that can be factorised.
 
     Args:
         model: The model. For ``cost="flops"`` it is run once, in evaluation mode and without gradients.
@@ -163,7 +163,7 @@ def _parameters(layer: Layer, scheme: Scheme) -> LayerCost:
 
 
 def _flops(layer: Layer, given: Tensor, output: Tensor, scheme: Scheme) -> tuple[int, int]:
-    """The operations of one call: of the layer as one, and per rank of its low-rank form."""
+    """FLOPs of one call: of the dense layer, and per rank of its low-rank form."""
     rows, columns = matrix_shape(layer, scheme=scheme)
     places = output.numel() // len(as_linear(layer).weight)
     dense = 2 * places * layer.weight.numel()

@@ -1,4 +1,4 @@
-"""What a network costs: parameters and floating-point operations of every layer, and the time of a forward pass."""
+"""Costs of a network: parameters and floating-point operations of every layer, and the time of a forward pass."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _WARM_UP = 3  # passes: the first ones allocate memory, choose kernels and, wher
 
 
 class LayerSize(NamedTuple):
-    """What one layer costs.
+    """Costs of one layer.
 
     Attributes:
         params: Its parameters, bias included; those that several layers share count for the first.
@@ -35,7 +35,7 @@ class LayerSize(NamedTuple):
 
 
 class Latency(NamedTuple):
-    """How long a forward pass takes.
+    """Time of a forward pass.
 
     Attributes:
         median_ms: The median, in milliseconds.
@@ -54,7 +54,7 @@ class Latency(NamedTuple):
 
 @dataclass(frozen=True)
 class NetworkCosts:
-    """What a network costs, layer by layer.
+    """Costs of a network, layer by layer.
 
     Attributes:
         layers: By dotted name, in the model's order: every module that has parameters or operations of its own. The two

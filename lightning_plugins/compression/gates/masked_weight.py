@@ -37,7 +37,7 @@ class Masked(nn.Module):
         return weight
 
     def row_scale(self) -> Tensor:
-        """What multiplies the rows."""
+        """Return the factors of the rows."""
         return self._scales()[0]
 
     def _scales(self) -> dict[int, Tensor]:
@@ -52,7 +52,7 @@ class Masked(nn.Module):
         return scales
 
     def versions(self) -> tuple[object, ...]:
-        """What changes when the masks do."""
+        """Return a key that changes when the masks do."""
         (masks,) = self._masks
         scores = [masks.scores[index]._version for _, index in self.parts]
         noise = id(masks._noise) if masks._noise and masks.training else None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_plugins._checks import check_choice, check_finite_number
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import check_kept
+from lightning_plugins.compression.gates.annealed import Annealed
 from lightning_plugins.compression.gates.masked_weight import Masked, scale_at_once
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, straight_through
@@ -17,7 +18,7 @@ Gate = Literal["sigmoid", "straight_through", "hard_concrete"]
 NAME = "channel_masks"
 
 
-class ChannelMasks(nn.Module):
+class ChannelMasks(Annealed):
     """The scores of all groups of channels of a model, and how they become masks. Made by `apply_masks`.
 
     Attributes:
@@ -27,7 +28,6 @@ class ChannelMasks(nn.Module):
         hard: Whether the masks are ``1[a > 0]``, a buffer.
     """
 
-    beta: Tensor
     hard: Tensor
 
     def __init__(self, groups: Sequence[ChannelGroup], *, beta: float, gate: Gate, init: float) -> None:
@@ -39,30 +39,6 @@ class ChannelMasks(nn.Module):
         self.register_buffer("hard", torch.tensor(False))
         self._is_hard = False
         self._noise: list[Tensor] | None = None
-
-    def forward(self, x: Any) -> Any:
-        """Hand on what comes in: in a model that is an ``nn.Sequential`` this module is its last.
-
-        Args:
-            x: Anything.
-
-        Returns:
-            The same.
-        """
-        return x
-
-    def set_beta(self, beta: float) -> None:
-        """Set the inverse temperature.
-
-        Args:
-            beta: A positive number.
-
-        Raises:
-            ValueError: If it is not positive.
-        """
-        if check_finite_number("beta", beta) <= 0:
-            raise ValueError(f"`beta` must be positive, got {beta!r}")
-        self.beta.fill_(beta)
 
     def set_hard(self, hard: bool = True) -> None:
         """Choose between masks of zeros and ones and soft ones.
@@ -91,7 +67,7 @@ class ChannelMasks(nn.Module):
         self.set_hard()
 
     def kept(self) -> list[Tensor]:
-        """Which units have positive scores: a boolean tensor for each group."""
+        """Return the units with positive scores: a boolean tensor for each group."""
         return [scores.detach() > 0 for scores in self.scores]
 
     def values(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The thresholds of a model as a module, and the step that one of them is on the way to a weight."""
+"""The thresholds of a model as a module, and the parametrization by which one acts on a weight."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins.compression.gates.annealed import Annealed
 from lightning_plugins.compression.gates.masked_weight import Masked
 from lightning_plugins.compression.gates.threshold_function import (
     Basis,
@@ -21,7 +21,7 @@ from lightning_plugins.compression.gates.threshold_function import (
 from lightning_plugins.functional.spectrum import at_least_float32, full_precision
 
 
-class RankThresholds(nn.Module):
+class RankThresholds(Annealed):
     """The thresholds of all layers of a model, and the ranks they leave. Made by `apply_thresholds`.
 
     Attributes:
@@ -32,7 +32,6 @@ class RankThresholds(nn.Module):
         refresh_every: In how many optimizer steps every weight is decomposed once.
     """
 
-    beta: Tensor
     scales: Tensor
 
     def __init__(self, layers: Sequence[str], scales: Tensor, *, beta: float, init: float, refresh_every: int) -> None:
@@ -44,30 +43,6 @@ class RankThresholds(nn.Module):
         self.refresh_every = refresh_every
         self.bypass = False
         self._steps: list[Thresholded] = []  # in a list: they are submodules of the layers
-
-    def forward(self, x: Any) -> Any:
-        """Hand on what comes in: in a model that is an ``nn.Sequential`` this module is its last.
-
-        Args:
-            x: Anything.
-
-        Returns:
-            The same.
-        """
-        return x
-
-    def set_beta(self, beta: float) -> None:
-        """Set the inverse temperature of the soft ranks.
-
-        Args:
-            beta: A positive number.
-
-        Raises:
-            ValueError: If it is not positive.
-        """
-        if check_finite_number("beta", beta) <= 0:
-            raise ValueError(f"`beta` must be positive, got {beta!r}")
-        self.beta.fill_(beta)
 
     def clamp_(self) -> None:
         """Raise negative thresholds to 0; after every optimizer step."""
@@ -101,7 +76,7 @@ class RankThresholds(nn.Module):
         return ranks
 
     def margins(self) -> dict[str, Tensor]:
-        """How far every singular value is above the threshold, as shares of the largest, in falling order."""
+        """Return the margin of every singular value over the threshold, as shares of the largest, in falling order."""
         found = {}
         with torch.no_grad():
             for index, name in enumerate(self.layers):
@@ -214,12 +189,12 @@ class Thresholded(nn.Module):
         return next((step for step in self._steps() if isinstance(step, Masked) and step.deferred), None)
 
     def _scale(self, wide: Tensor) -> Tensor | None:
-        """What multiplies the rows before they are lowered."""
+        """Return the factors of the rows before they are lowered."""
         mask = self._deferred()
         return None if mask is None else mask.row_scale().to(wide.dtype)
 
     def _versions(self) -> Any:
-        """What changes when the weight that reaches this step does."""
+        """Return a key that changes when the weight that reaches this step does."""
         steps = self._steps()
         others = [step.versions() for step in steps if step is not self and hasattr(step, "versions")]
         return [steps.original.data_ptr(), steps.original._version, *others]
@@ -248,7 +223,7 @@ class Thresholded(nn.Module):
         return self._basis
 
     def _matrices(self, basis: Basis, tau: Tensor, held: bool) -> Lowering:
-        """What the weight is multiplied by. Where it is held, so is the threshold."""
+        """Return the matrices that multiply the weight. Where it is held, so is the threshold."""
         value = self._thresholds[0].values[self.index]
         key = (value.data_ptr(), value._version)
         if self._lowering is None or (key != self._tau_key and not held):

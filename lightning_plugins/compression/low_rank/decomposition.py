@@ -205,6 +205,7 @@ def _matrix_of(weight: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The decomposition of the matrix itself: its Gram matrix would lose half of the digits that factors keep."""
     try:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # documented, but not in its `__all__`

@@ -1,4 +1,4 @@
-"""Replacing the layers of a model by their low-rank forms."""
+"""Replace the layers of a model by their low-rank forms."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar

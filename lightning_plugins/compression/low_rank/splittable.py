@@ -1,4 +1,4 @@
-"""Which layers can be split in two, and why others cannot."""
+"""Find layers that can be split in two, and say why others cannot."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -126,7 +126,7 @@ def _reason_of_weight(module: Layer) -> str | None:
 
 
 def _overrides(module: Layer, own: type[nn.Module]) -> bool:
-    """Whether the module's forward pass is another than that of torch's class."""
+    """Return whether the module's forward pass is another than that of torch's class."""
     methods = ["forward", "__call__", *(["_conv_forward"] if own is not nn.Linear else [])]
     replaced = any(method in vars(module) for method in methods)
     if (type(module).__module__, type(module).__name__) in _SAME:
@@ -136,7 +136,10 @@ def _overrides(module: Layer, own: type[nn.Module]) -> bool:
 
 def _reasons_in(model: nn.Module) -> dict[nn.Module, str]:
     """Why layers cannot be split where they stand in this model."""
-    reasons = {layer: f"is more than called: {what}; leave it dense" for layer, what in readers(model).items()}
+    reasons = {
+        layer: f"has a weight that is also read elsewhere ({what}); leave it dense"
+        for layer, what in readers(model).items()
+    }
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for module in model.modules():
         if any(uses[id(p)] > 1 for p in module._parameters.values()):
@@ -160,7 +163,7 @@ def _pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def is_low_rank_pair(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two layers behind one another are a low-rank form of one.
+    """Return whether two consecutive layers are a low-rank form of one.
 
     Args:
         first: The first layer.

@@ -9,7 +9,7 @@ from lightning_plugins.weights import Scheme, matrix_to_weight
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module is the ``Conv1D`` of transformers: a linear layer with a weight of shape ``(in, out)``.
+    """Return whether a module is the ``Conv1D`` of transformers: a linear layer whose weight is ``(in, out)``.
 
     Args:
         module: Any module; transformers is not imported for it.

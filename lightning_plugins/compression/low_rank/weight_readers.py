@@ -77,7 +77,7 @@ def _chains(kind: type, method: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _chain(node: ast.expr) -> tuple[str, ...] | None:
-    """What stands behind ``self`` in ``self.layers[0].weight``; None for a chain that begins with something else."""
+    """Return the names after ``self`` in ``self.layers[0].weight``; None for a chain that begins otherwise."""
     segments: list[str] = []
     while True:
         match node:

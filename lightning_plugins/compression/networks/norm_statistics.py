@@ -8,7 +8,7 @@ from torch import nn
 
 
 class NormStatistics:
-    """Lets the running statistics of a network's batch norms begin anew where its channels or weights jump.
+    """Restarts the running statistics of a network's batch norms after an abrupt change of its channels or weights.
 
     The n-th batch after a jump counts for 1/n of the statistics, or for the norm's own momentum where that is more:
     they are the mean over the batches since, and of the network before nothing is left after one batch.
@@ -26,11 +26,11 @@ class NormStatistics:
         self._own: list[tuple[Any, float]] = []
 
     def restart(self) -> None:
-        """Note a jump."""
+        """Restart after an abrupt change."""
         self.batches = 0
 
     def before_batch(self) -> None:
-        """Let the batch that comes count for as much as it is to."""
+        """Set the weight of the next batch in the statistics."""
         self.after_batch()
         if self.batches is None:
             return
@@ -43,7 +43,7 @@ class NormStatistics:
             self.batches = None
 
     def after_batch(self) -> None:
-        """Give the norms their own momentum back."""
+        """Restore the norms' own momentum."""
         for norm, momentum in self._own:
             norm.momentum = momentum
         self._own.clear()

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def is_pretrained_model(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, with a configuration and a method ``save_pretrained``.
+    """Return whether a module is a model of transformers, with a configuration and a method ``save_pretrained``.
 
     Args:
         module: Any module; transformers is not imported for it.
@@ -28,7 +28,7 @@ def is_pretrained_model(module: nn.Module) -> bool:
 
 
 def configuration_tells(model: nn.Module) -> bool:
-    """Whether a model built from the configuration has tensors of the same names and shapes.
+    """Return whether a model built from the configuration has tensors of the same names and shapes.
 
     Args:
         model: A model of transformers.
@@ -58,7 +58,7 @@ def warn_when_saved(model: nn.Module) -> None:
 
 
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """What transformers' method does, with a warning where ``from_pretrained`` would not give this model again.
+    """Call transformers' method, with a warning where ``from_pretrained`` would not restore this model.
 
     Args:
         self: The model.

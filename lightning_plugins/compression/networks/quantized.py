@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def is_quantized(tensor: Any) -> bool:
-    """Whether a tensor holds integers and a scale in the place of floating numbers.
+    """Return whether a tensor holds integers and a scale instead of floating-point numbers.
 
     Args:
         tensor: Any object.

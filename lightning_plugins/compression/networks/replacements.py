@@ -6,13 +6,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 
-class Heir(NamedTuple):
+class Replacement(NamedTuple):
     """A parameter that takes, alone or with others, the place of one that was removed.
 
     Attributes:
         parameter: The new parameter.
         carry: From a tensor of the old parameter's shape, and whether it holds squares of gradients, to one of the new
-            one's shape. Called when all ranks hold the same new parameters.
+            one's shape. Called when all processes hold the same new parameters.
         entrywise: Whether ``carry`` picks entries and computes none, which is right whatever they mean.
     """
 
@@ -21,4 +21,4 @@ class Heir(NamedTuple):
     entrywise: bool = False
 
 
-Heirs = Mapping[nn.Parameter, Sequence[Heir]]
+Replacements = Mapping[nn.Parameter, Sequence[Replacement]]

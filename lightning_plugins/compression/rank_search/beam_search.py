@@ -52,8 +52,8 @@ def beam_search(
     ``bounds`` a child is given up as soon as it cannot be among the best any more. The weights, the mode of the
     modules and the state of torch's random generators are afterwards what they were, also after an error.
 
-    In a process group every rank scores its share of the children, on all of its ``batches``, which must be the same on
-    every rank; the result is that of one process.
+    In a process group every process scores its share of the children, on all of its ``batches``, which must be the same
+    everywhere; the result is that of one process.
 
     Args:
         model: The network; it is put into evaluation mode for the search.
@@ -80,14 +80,14 @@ def beam_search(
             same weights, the search goes on from it.
         calibration: What the layers receive, such as a `Calibration`: weights are then truncated as `factorize` with it
             truncates them.
-        progress: Called with every new `SearchLevel`, on every rank; see `rich_progress`.
+        progress: Called with every new `SearchLevel`, on every process; see `rich_progress`.
 
     Returns:
         The ranks, their score and removed fraction, and the trace.
 
     Raises:
         ValueError: If an argument is out of its range, no layer is selected or one is not called, the ratio cannot be
-            reached, ``batches`` differ between passes or ranks, a score is not one finite number or not within
+            reached, ``batches`` differ between passes or processes, a score is not one finite number or not within
             ``bounds``, a weight is not finite, or the file belongs to another search.
         TypeError: If an argument or a score is of a wrong type.
 

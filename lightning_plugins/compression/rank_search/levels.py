@@ -41,7 +41,7 @@ class Beam:
 
     @property
     def beam(self) -> tuple[ScoredRanks, ...]:
-        """What the next level starts from."""
+        """The candidates from which the next level starts."""
         return self.state.levels[-1].beam if self.state.levels else ()
 
     def advance(self) -> SearchLevel:
@@ -106,7 +106,7 @@ class Beam:
 
 
 def rank_steps(problem: RankProblem, step: int | float) -> list[int]:
-    """How much a step lowers each layer's rank."""
+    """Return the amounts by which a step lowers each layer's rank."""
     if isinstance(step, int):
         return [step] * len(problem.costs)
     return [max(1, round(step * problem.dense_cost / max(1, cost.per_rank))) for cost in problem.costs]

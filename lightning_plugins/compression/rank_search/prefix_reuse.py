@@ -156,7 +156,7 @@ class _Call:
             self._leaves, self._form, self._versions = leaves, form, _versions(leaves)
 
     def holds(self) -> bool:
-        """Whether the output is known."""
+        """Return whether the output is known."""
         return _unchanged(self._versions) or self._saved is not None
 
     def output(self) -> Any:
@@ -179,7 +179,7 @@ def _unchanged(versions: list[tuple[Tensor, int]] | None) -> bool:
 
 
 def _shares_memory(output: Tensor, inputs: Any) -> bool:
-    """Whether a call handed on a tensor, or a view of one, that it was given: a copy would not change with it."""
+    """Return whether a call returned one of its inputs or a view of one: a copy would not change with it."""
     memory = output.untyped_storage().data_ptr()
     return any(tensor.untyped_storage().data_ptr() == memory for tensor in _tensors(inputs))
 
@@ -194,7 +194,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _closed(module: nn.Module) -> bool:
-    """Whether calls inside are traced or scripted: the module is one block."""
+    """Return whether calls inside are traced or scripted: the module is one block."""
     return isinstance(module, torch.jit.ScriptModule) or getattr(module, "_compiled_call_impl", None) is not None
 
 

@@ -1,4 +1,4 @@
-"""What every way of choosing ranks starts from and ends with: costs of layers, the wanted ratio, and the result."""
+"""Problem and result of every choice of ranks: costs of layers, the wanted ratio, and the ranks found."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class ScoredRanks(NamedTuple):
 
 
 class SearchLevel(NamedTuple):
-    """What one level of a search did.
+    """Record of one level of a search.
 
     Attributes:
         number: 0 for the start, then one more for every level.
@@ -88,7 +88,7 @@ class RankProblem(NamedTuple):
 
     @property
     def dense_cost(self) -> int:
-        """What the dense layers cost in all."""
+        """Cost of all dense layers together."""
         return sum(cost.dense for cost in self.costs)
 
     def removed(self, ranks: Sequence[int]) -> float:
@@ -97,7 +97,7 @@ class RankProblem(NamedTuple):
         return (self.dense_cost - kept) / self.dense_cost
 
     def meets(self, ranks: Sequence[int]) -> bool:
-        """Whether enough is removed."""
+        """Return whether enough is removed."""
         return self.removed(ranks) >= self.target
 
     def without_gainless(self, ranks: Sequence[int]) -> Ranks:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_plugins.compression.rank_search.prefix_reuse import PrefixReuse
 from lightning_plugins.compression.rank_search.problem import Ranks
+from lightning_plugins.compression.rank_search.tally import Tally
 from lightning_plugins.compression.rank_search.truncation import TruncatedWeights
 from lightning_plugins.distributed import is_distributed, sum_over_ranks, world_size
 
@@ -60,7 +61,7 @@ class CandidateScores:
         self._names = list(reuse.first_calls())
         self._order = list(range(len(self._names)))  # layers as they are called
         self._counts: list[float] = []  # of every batch
-        self._tally = _Tally(())
+        self._tally = Tally(())
 
     def first(self, ranks: Ranks) -> float:
         """Score the first rank vector of a search, and learn about the model and the batches from it.
@@ -71,7 +72,7 @@ class CandidateScores:
         Raises:
             ValueError: If there are no batches, a layer is not called, or processes were given different batches.
         """
-        self._tally = _Tally([ranks])
+        self._tally = Tally([ranks])
         for number, batch in enumerate(self._batches):
             counts = self._run(number, batch, [ranks])
             self._counts.append(counts[0])
@@ -92,8 +93,8 @@ class CandidateScores:
             mine = torch.tensor([total, mean, float(len(self._counts))], dtype=torch.float64, device=self._device())
             if not torch.equal(sum_over_ranks(mine), mine * world_size()) and math.isfinite(total):
                 raise ValueError(
-                    "`batches` must be the same on every rank, since each rank scores its share of the candidates on "
-                    f"all of them; but rank {dist.get_rank()} scores the start with {mean!r} and others do not; "
+                    "`batches` must be the same on every process, since each scores its share of the candidates on "
+                    f"all of them; but process {dist.get_rank()} scores the start with {mean!r} and others do not; "
                     "leave out the distributed sampler"
                 )
         return self._checked(mean)
@@ -107,7 +108,7 @@ class CandidateScores:
         """
         members = sorted((ranks for contest in contests for ranks in contest.members), key=self._call_order)
         self._weights.forget(all_but=members)
-        self._tally = _Tally(members)
+        self._tally = Tally(members)
         if self._bounds is None or len(self._counts) == 1:
             self._share(members, range(len(self._counts)))
         else:
@@ -235,31 +236,6 @@ class CandidateScores:
 
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
-
-
-class _Tally:
-    """Sums and counts of the candidates' scores so far, and who was given up."""
-
-    def __init__(self, members: Iterable[Ranks]) -> None:
-        self.sums = dict.fromkeys(members, 0.0)
-        self.counts = dict.fromkeys(self.sums, 0.0)
-        self.lost: set[Ranks] = set()
-
-    def add(self, ranks: Ranks, total: float, count: float) -> None:
-        self.sums[ranks] += total
-        self.counts[ranks] += count
-
-    def exchange(self, members: Sequence[Ranks], mine: set[Ranks], device: torch.device) -> None:
-        """Hand out what the owners of these members know."""
-        rows = [
-            (self.sums[ranks], self.counts[ranks], float(ranks in self.lost)) if ranks in mine else (0.0, 0.0, 0.0)
-            for ranks in members
-        ]
-        table = sum_over_ranks(torch.tensor(rows, dtype=torch.float64, device=device)).tolist() if rows else []
-        for ranks, (total, count, lost) in zip(members, table, strict=True):
-            self.sums[ranks], self.counts[ranks] = total, count
-            if lost:
-                self.lost.add(ranks)
 
 
 def check_batches(batches: Iterable[Any]) -> None:

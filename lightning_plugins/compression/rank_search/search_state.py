@@ -17,7 +17,7 @@ _FORMAT = 1
 
 
 class SearchState:
-    """What a search has found so far.
+    """Results of a search so far.
 
     Attributes:
         levels: The trace.
@@ -29,7 +29,7 @@ class SearchState:
         self.finished: dict[Ranks, float | None] = {}
 
     def save(self, path: Path, search: dict[str, Any]) -> None:
-        """Write the state, with a description of the search it belongs to, on the first rank."""
+        """Write the state, with a description of the search it belongs to, on the first process."""
         if is_distributed() and dist.get_rank() != 0:
             return
         content = {
@@ -56,7 +56,7 @@ class SearchState:
 
     @classmethod
     def load(cls, path: Path, search: dict[str, Any], device: torch.device) -> "SearchState":
-        """Read the first rank's file.
+        """Read the first process's file.
 
         Returns:
             The state; empty if there is no file.
@@ -89,7 +89,7 @@ class SearchState:
 
 
 def _read(path: Path, device: torch.device) -> str:
-    """The text of the first rank's file, on every rank; other machines need not see it."""
+    """The text of the first process's file, on every process; other machines need not see it."""
     leads = not is_distributed() or dist.get_rank() == 0
     content = path.read_bytes() if leads and path.exists() else b""
     if is_distributed():

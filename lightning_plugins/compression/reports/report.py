@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class LayerChange(NamedTuple):
-    """What a layer cost before and what it costs after; zeros where there was none."""
+    """Costs of a layer before and after; zeros where there was none."""
 
     before: LayerSize
     after: LayerSize
 
 
 class UnitsKept(NamedTuple):
-    """How many of a layer's units, channels or heads, stay.
+    """Number of a layer's units, channels or heads, that stay.
 
     Attributes:
         left: How many stay.
@@ -45,7 +45,7 @@ class UnitsKept(NamedTuple):
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What compression did to a network's costs.
+    """Costs of a network before and after a compression.
 
     Attributes:
         before: Costs of the network before.
@@ -86,7 +86,7 @@ class CompressionReport:
 
     @property
     def counts_flops(self) -> bool:
-        """Whether the operations of both networks were counted."""
+        """True if the operations of both networks were counted."""
         return self.before.flops is not None and self.after.flops is not None
 
     @property
@@ -102,7 +102,7 @@ class CompressionReport:
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster a forward pass is by the medians; None where the time was not measured."""
+        """Ratio of the median times of a forward pass, before over after; None where the time was not measured."""
         if self.before.latency is None or self.after.latency is None:
             return None
         return self.before.latency.median_ms / self.after.latency.median_ms
@@ -140,7 +140,7 @@ class CompressionReport:
         )
 
     def notes(self) -> dict[str, str]:
-        """What was chosen, in words, by layer: units that stay, and ranks."""
+        """Return the choice in words, by layer: units that stay, and ranks."""
         units = {name: f"{kept.left} of {kept.of}" for name, kept in self.kept.items()}
         ranks = {name: f"rank {rank}" for name, rank in self.ranks.items()}
         names = dict.fromkeys([*units, *ranks])

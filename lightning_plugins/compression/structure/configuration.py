@@ -116,7 +116,7 @@ def _sizes(model: nn.Module) -> _Sizes:
 
 
 def _missing(own: _Sizes, fresh: _Sizes | None) -> int | None:
-    """How many sizes differ; None if a fresh model is smaller anywhere, or there is none."""
+    """Return the number of sizes that differ; None if a fresh model is smaller anywhere, or there is none."""
     if fresh is None:
         return None
     for name, shape in own.items():

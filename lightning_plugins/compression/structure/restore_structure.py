@@ -79,7 +79,7 @@ def restore_structure(model: M, state_dict: Mapping[str, Any], *, strict: bool =
 
 
 class _Plan:
-    """What is to be changed, found before anything is."""
+    """Changes to make, all found before the first is made."""
 
     def __init__(
         self, model: nn.Module, known: Mapping[str, Shape], incoming: Mapping[str, Shape], *, strict: bool
@@ -99,7 +99,7 @@ class _Plan:
         self._look_for_strangers(strict=strict)
 
     def _is_pair(self, name: str) -> bool:
-        """Whether a layer comes in as two: of the dense layer's weight there is nothing."""
+        """Return whether the state has a layer as two: nothing is left of the dense layer's weight."""
         halves = (f"{name}.0.weight", f"{name}.1.weight")
         return f"{name}.weight" in self.known and f"{name}.weight" not in self.incoming and halves[0] in self.incoming
 

@@ -96,7 +96,7 @@ def align(incoming: Mapping[str, Shape], known: Mapping[str, Shape]) -> dict[str
 
 
 def is_known(key: str, known: Mapping[str, Shape]) -> bool:
-    """Whether the model has a tensor of this name, or a weight of which it could be a factor.
+    """Return whether the model has a tensor of this name, or a weight of which it could be a factor.
 
     Args:
         key: The name of a tensor.

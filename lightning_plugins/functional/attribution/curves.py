@@ -1,4 +1,4 @@
-"""What a model's answer does as the positions that a map finds most, or least, relevant are taken away."""
+"""Curves of a model's answer while the most, or least, relevant positions of a map are removed."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Whether a model's score drops with the attribution of what is taken away, over random sets of positions."""
+"""Correlation of a model's drop in score with the attribution of removed positions, over random sets of them."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Whether attributions predict what noise on the inputs does to the score."""
+"""Error of attributions as predictions of the effect of noise on the score."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How well an attribution map finds the positions that are known to matter, sample by sample.
+"""Scores of attribution maps against the positions known to matter, sample by sample.
 
 All functions take maps ``(B, [C,] *spatial)`` and masks ``(B, *spatial)`` or ``(B, 1, *spatial)`` with any number of
 dimensions of space; channels are summed first. Ties are broken by expectation: of positions that are equal in the map,

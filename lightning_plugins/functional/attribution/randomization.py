@@ -1,4 +1,4 @@
-"""Whether a map depends on what the model has learned: its layers are made random, one after the other."""
+"""Dependence of a map on the learned weights: layers are made random, one after the other."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

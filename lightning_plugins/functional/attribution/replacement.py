@@ -16,7 +16,7 @@ REPLACEMENTS = ("zero", "mean", "linear", "constant", "min", "gaussian", "unifor
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How positions are taken away, group by group.
+    """Removal of positions, group by group.
 
     Args:
         patch: Length of a window of a signal, side of a square of an image; the last ones may be smaller.
@@ -95,7 +95,7 @@ class Patches:
 
 
 def replacements(inputs: Tensor, perturbation: Perturbation, patches: Patches, keys: Tensor) -> Tensor:
-    """What would stand at each position if its patch were replaced, the others being as they are.
+    """Return the value of each position if its patch were replaced and the others were not.
 
     Args:
         inputs: Tensor of shape ``(B, C, *spatial)``.

@@ -1,4 +1,4 @@
-"""Whether attributions stay the same when the inputs are moved a little."""
+"""Change of attributions under small changes of the inputs."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What an inner loop is given, checked: what adapts, by what, and which steps count."""
+"""Checked arguments of an inner loop: the parameters that adapt, the preconditioner, the steps that count."""
 
 from collections.abc import Mapping, Sequence
 

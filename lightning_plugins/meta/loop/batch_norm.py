@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_plugins.functional.refusal import refuse_derivatives
+from lightning_plugins.functional.derivatives import refuse_derivatives
 from lightning_plugins.functional.spectrum import full_precision
 
 

@@ -16,7 +16,7 @@ from lightning_plugins.selection import TensorRef
 
 
 class Episodes(NamedTuple):
-    """What became of a batch of tasks.
+    """Results of a batch of tasks.
 
     All carry their gradient for what is learned over tasks, unless the loop has a ``chunk_size``: then only the loss
     does. Detach what is kept for longer than a step.
@@ -34,7 +34,7 @@ class Episodes(NamedTuple):
 
 
 class Loop(Protocol):
-    """What the steps need of an inner loop."""
+    """Settings of an inner loop that its steps read."""
 
     model: nn.Module
     loss: Loss

@@ -1,4 +1,4 @@
-"""How the tasks of a batch are computed: at once, one after the other, or chunk by chunk."""
+"""Order in which the tasks of a batch are computed: all at once, one by one, or chunk by chunk."""
 
 import warnings
 from collections.abc import Callable
@@ -100,7 +100,7 @@ def _computed(task: Callable[..., tuple[Tensor, ...]], batch: TaskBatch, plan: P
 
 
 def looped_is_faster(model: nn.Module, batch: TaskBatch) -> bool:
-    """Whether to compute one task after the other: convolutions on a CPU, from images of some size on."""
+    """Return whether to compute task by task: for convolutions on a CPU, from images of some size on."""
     if batch.first.device.type != "cpu" or not any(parameter.ndim >= 4 for parameter in model.parameters()):
         return False
     return any(tensor.ndim >= 5 and tensor.shape[-1] * tensor.shape[-2] >= _PIXELS for tensor in batch.groups[0])

@@ -61,7 +61,7 @@ class Measure:
 
 
 def named_arguments(function: Callable[..., Any], names: Sequence[str]) -> tuple[str, ...]:
-    """Which of these names are parameters of a function or of a module's forward pass."""
+    """Return those of the names that are parameters of a function or of a module's forward pass."""
     try:
         signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
     except (TypeError, ValueError):  # some built-in functions have none
@@ -70,7 +70,7 @@ def named_arguments(function: Callable[..., Any], names: Sequence[str]) -> tuple
 
 
 class Given(NamedTuple):
-    """What a loss or a preconditioner may ask for by name."""
+    """Values that a loss or a preconditioner may ask for by name."""
 
     parameters: Parameters
     initial: Parameters
@@ -80,7 +80,7 @@ class Given(NamedTuple):
 def plain_gradient(
     value: Callable[[Parameters], tuple[Tensor, tuple[Tensor, ...]]], parameters: Parameters, *, differentiable: bool
 ) -> tuple[Parameters, tuple[Tensor, ...]]:
-    """What ``torch.func.grad(value, has_aux=True)`` returns, without the time it takes to trace small operations."""
+    """Do as ``torch.func.grad(value, has_aux=True)``, without the time it takes to trace small operations."""
     differentiable = differentiable and torch.is_grad_enabled()
     with torch.enable_grad():
         free = {

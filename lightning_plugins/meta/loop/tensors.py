@@ -1,4 +1,4 @@
-"""What an inner loop is called with, checked and made fit for derivatives."""
+"""Tensors with which an inner loop is called, checked and made fit for derivatives."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

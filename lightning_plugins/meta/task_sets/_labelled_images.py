@@ -88,7 +88,7 @@ def wrong_layout(root: Path, *layouts: str) -> FileNotFoundError:
 
 
 def load_pickle(file: Path) -> Any:
-    """What a pickle holds, if that is arrays in dictionaries and lists: others could run any code."""
+    """Load a pickle of arrays in dictionaries and lists; others, which could run any code, are refused."""
     with file.open("rb") as stream:
         try:
             return _ArraysOnly(stream, encoding="latin1").load()  # some were written by Python 2

@@ -21,7 +21,7 @@ def labels_of(dataset: Any) -> list[Any]:
 
 
 def names_of(dataset: Any, labels: Sequence[Any]) -> dict[Any, str]:
-    """What to call the labels in messages: the dataset's own names if it has them."""
+    """Return names of the labels for messages: the dataset's own if it has them."""
     while hasattr(dataset, "dataset"):  # a Subset
         dataset = dataset.dataset
     classes = getattr(dataset, "classes", ())

@@ -1,4 +1,4 @@
-"""What few-shot tasks are drawn from: the interface, and checks that its implementations share."""
+"""Sources of few-shot tasks: the interface, and checks that its implementations share."""
 
 from typing import Literal
 

@@ -30,7 +30,7 @@ class KeptRows(NamedTuple):
 def correct_predictions(
     probe: CrossValidation, rows: KeptRows, columns: slice, shift: Tensor, *, classifier: str
 ) -> Tensor:
-    """Which of the kept rows are classified correctly by a classifier that has not seen their fold.
+    """Return which of the kept rows are classified correctly by a classifier that has not seen their fold.
 
     Args:
         probe: The sums of all rows, those that are kept among them.

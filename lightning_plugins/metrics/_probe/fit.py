@@ -100,7 +100,7 @@ def check_sums(sums: Tensor, shift: Tensor, settings: ProbeSettings) -> None:
 def _judge(
     probe: CrossValidation, sample: Tensor, settings: ProbeSettings, has_rows: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which of the kept rows are classified correctly, and which by the first control; none for a regression."""
+    """Return which kept rows are classified correctly, and which by the first control; none for a regression."""
     d, k = settings.num_features, settings.num_targets
     nothing = torch.zeros(0, dtype=torch.bool)
     if settings.task != "classification":

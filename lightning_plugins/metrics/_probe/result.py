@@ -1,4 +1,4 @@
-"""What a probe found."""
+"""Results of a probe."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ProbeResult(NamedTuple):
-    """What a linear probe found, from held-out folds; per target, a scalar where there is one target.
+    """Results of a linear probe on held-out folds; per target, a scalar where there is one target.
 
     Attributes:
         weight: ``"token"`` or ``"group"``: what counts as a row.

@@ -26,7 +26,7 @@ MIN_FOLDS = 3  # one held out, and two inside which the penalty is chosen
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What `LinearProbe` was asked for; see there."""
+    """Settings of `LinearProbe`; see there."""
 
     num_features: int
     num_targets: int

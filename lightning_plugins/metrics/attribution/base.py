@@ -1,4 +1,4 @@
-"""What the metrics of attributions share: sums by class, a random baseline, and skill over it."""
+"""Base of the metrics of attributions: sums by class, a random baseline, and skill over it."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What the metrics share that ask the model about changed inputs."""
+"""Base of the metrics that run the model on changed inputs."""
 
 from abc import abstractmethod
 

@@ -1,4 +1,4 @@
-"""Whether attributions say what models do when inputs change, as metrics over many samples."""
+"""Agreement of attributions with the response of models to changed inputs, as metrics over many samples."""
 
 import math
 

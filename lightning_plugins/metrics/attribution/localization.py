@@ -1,4 +1,4 @@
-"""How well maps find the positions that are known to matter, as metrics over many samples."""
+"""Scores of maps against the positions known to matter, as metrics over many samples."""
 
 from abc import abstractmethod
 

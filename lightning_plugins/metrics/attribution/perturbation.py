@@ -1,4 +1,4 @@
-"""What models do as the positions that maps name are taken away, as metrics over many samples."""
+"""Response of models to the removal of the positions that maps name, as metrics over many samples."""
 
 from typing import Literal
 
