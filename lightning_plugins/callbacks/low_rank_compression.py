@@ -149,7 +149,7 @@ class LowRankCompression(CompressingCallback):
 
     def _require(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
-        require_operable(name, trainer)
+        require_operable(name, trainer, parametrizes=False)
         require_end(name, trainer, self.unit)
         self._source.require(name, pl_module)
 

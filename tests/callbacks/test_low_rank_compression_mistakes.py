@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -118,7 +118,6 @@ def grouped() -> Classifier:
         (Classifier, {"search_data": [], "search_at": 0}, {}, "`search_data` must have at least one batch, got none"),
         (lbfgs, {}, {}, "not possible for LBFGS; use SGD, AdamW"),
         (Classifier, {}, {"max_epochs": -1, "max_steps": -1}, "`max_epochs=-1` has no end; pass `unit='steps'`"),
-        (Classifier, {}, {"others": [EMAWeightAveraging()]}, "EMAWeightAveraging averages parameters"),
         (Classifier, {}, {"others": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging averages parameters"),
     ],
 )

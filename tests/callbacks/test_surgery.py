@@ -357,7 +357,7 @@ REFUSED = {
 def test_callbacks_that_hold_on_to_parameters_are_refused(name):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=REFUSED[name])
     with pytest.raises(MisconfigurationException, match=f"Mine replaces .* {type(REFUSED[name][0]).__name__} "):
-        require_operable("Mine", trainer)
+        require_operable("Mine", trainer, parametrizes=True)
 
 
 @pytest.mark.parametrize("strategy", [ModelParallelStrategy(), FSDPStrategy()], ids=lambda s: type(s).__name__)
@@ -365,14 +365,14 @@ def test_strategies_that_shard_are_refused(strategy, monkeypatch):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
     with pytest.raises(MisconfigurationException, match=r"are sharded under .*; pass `strategy='ddp'`"):
-        require_operable("Mine", trainer)
+        require_operable("Mine", trainer, parametrizes=True)
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
 def test_strategies_that_hand_weights_back_are_refused(strategy):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=2, strategy=strategy)
     with pytest.raises(MisconfigurationException, match="nothing was changed; pass `strategy='ddp'` and run a script"):
-        require_operable("Mine", trainer)
+        require_operable("Mine", trainer, parametrizes=True)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.ASGD])

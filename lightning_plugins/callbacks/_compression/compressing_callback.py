@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.recalibration import recalibrate_norms
 from lightning_plugins.callbacks._compression.saved_state import adopt_older_entry, entry_of, warn_of_lost_state
+from lightning_plugins.callbacks._surgery.averages import renew_averages
 from lightning_plugins.callbacks._surgery.monitors import forget_best, warn_if_unsaved
 from lightning_plugins.callbacks._surgery.restored_structure import StructureHook
 from lightning_plugins.callbacks._surgery.swap import require_operable_optimizers
@@ -156,6 +157,7 @@ class CompressingCallback(Callback):
         forget_best(type(self).__name__, trainer)
         if last:
             recalibrate_norms(trainer, pl_module)
+        renew_averages(trainer, pl_module)
 
     def _rest_norms(self) -> None:
         if self._norms is not None:

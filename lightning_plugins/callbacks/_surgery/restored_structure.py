@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_plugins.callbacks._surgery.averages import renew_averages, shapes_of
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 
 
@@ -23,17 +24,15 @@ class StructureHook:
         if "channel_masks" in module._modules or "rank_thresholds" in module._modules:
             return
         own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        before = _shapes(module)
+        before = shapes_of(module)
         restore_structure(module, own, strict=False)  # names that are missing or too many are for `load_state_dict`
-        self.made_small = self.made_small or _shapes(module) != before
+        self.made_small = self.made_small or shapes_of(module) != before
+        if module._trainer is not None:  # an average's part of the checkpoint is read next
+            renew_averages(module._trainer, module)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """A copy of the module, or one that was saved, is nothing of the callback's."""
         return _nothing, ()
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def _pass(*_: Any) -> None:

@@ -39,10 +39,9 @@ _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta"}
 _MAGNITUDES = {"exp_inf", "step_size"}
 _VALUES = {"AdamWScheduleFree": {"z"}, "SGDScheduleFree": {"z"}, "RAdamScheduleFree": {"z"}}
 
-# They hold copies of the parameters, or their names or masks; WeightAveraging is not in every version of Lightning.
+# They hold copies of the parameters, or their names or masks.
 _AVERAGES = "averages parameters that would no longer be there; average the small network in a `fit` of its own"
 _REFUSED = {
-    "WeightAveraging": _AVERAGES,
     "StochasticWeightAveraging": _AVERAGES,
     "BaseFinetuning": "keeps the names of parameters that would no longer be there; set `requires_grad` in your module",
     "ModelPruning": "keeps masks of parameters that would no longer be there; use one of the two",
@@ -52,8 +51,14 @@ _REFUSED = {
 _Groups = list[list[nn.Parameter]]
 
 
-def require_operable(name: str, trainer: Trainer) -> None:
+def require_operable(name: str, trainer: Trainer, *, parametrizes: bool) -> None:
     """Refuse strategies and callbacks that hold references to parameters; for ``setup``.
+
+    Args:
+        name: Of the callback that replaces parameters.
+        trainer: The Trainer.
+        parametrizes: Whether it also computes weights from others before, in which an average of weights would mix
+            up parameters and put other names into checkpoints. Otherwise averages begin anew at the surgery.
 
     Raises:
         MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
@@ -71,8 +76,9 @@ def require_operable(name: str, trainer: Trainer) -> None:
             f"{name} changes the module, and processes that are spawned or forked hand weights back to a module in "
             "which nothing was changed; pass `strategy='ddp'` and run a script"
         )
-    for other, reason in _REFUSED.items():
-        kind = getattr(callbacks, other, None)
+    averages = {"WeightAveraging": _AVERAGES} if parametrizes else {}
+    for other, reason in (averages | _REFUSED).items():
+        kind = getattr(callbacks, other, None)  # WeightAveraging is not in every version of Lightning
         found = next((c for c in trainer.callbacks if kind is not None and isinstance(c, kind)), None)  # type: ignore[attr-defined]  # a connector of the Trainer sets `callbacks`
         if found is not None:
             raise MisconfigurationException(
