@@ -194,7 +194,7 @@ def overlaps() -> dict[str, object]:
 
 
 def frame_pass() -> dict[str, object]:
-    """How many of a frame's own points a pass over the whole frame would remove, though all were seen."""
+    """Count a frame's own points that a pass over the whole frame would remove, though all were seen."""
     frame = RaycastScenes(1, SpinningSensor(beams=64, columns=1024), seed=8)[0]
     points = torch.from_numpy(frame["points"][:20_000])
     hull = float(hidden_points(points, (0.0, 0.0, 0.0), 1e3).double().mean())

@@ -1,4 +1,4 @@
-"""What inserted objects hide, and what hides them, by range images or by convex hulls."""
+"""Occlusion by inserted objects and of them, by range images or by convex hulls."""
 
 import math
 from collections.abc import Sequence

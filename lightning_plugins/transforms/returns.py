@@ -1,4 +1,4 @@
-"""What a sensor gets back of objects: one return on each beam that meets one."""
+"""Returns of objects to a sensor: one on each beam that meets one."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ def _fineness(numbers: np.ndarray) -> int:
 
 
 def _window(count: int, shape: tuple[int, ...], grid: RangeGrid, finer: tuple[int, int]) -> tuple[int, int]:
-    """How wide a gap between points may be: three times their mean distance, were half of them in front."""
+    """Return the widest gap between points of one surface: three times their mean distance, were half in front."""
     tall = (grid.highest - grid.lowest) / (grid.rows * finer[0])
     wide = 2 * math.pi / (grid.columns * finer[1])
     spacing = math.sqrt(shape[0] * tall * shape[1] * wide / max(count / 2, 1))

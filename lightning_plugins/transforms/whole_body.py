@@ -195,7 +195,7 @@ class WholeBodyAugmentation(FrameTransform):
         return _merged(frame, bodies, clouds, hidden)
 
     def _returns(self, clouds: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What the sensor gets back of each object alone, and the numbers of the points; all, without the stage."""
+        """Return each object's returns alone, and the numbers of their points; all points, without the stage."""
         if "self_occlusion" not in self.stages:
             return [(cloud, torch.arange(len(cloud))) for cloud in clouds]
         if self.occluder == "range_image":
@@ -204,7 +204,7 @@ class WholeBodyAugmentation(FrameTransform):
         return [(cloud[numbers], numbers) for cloud, numbers in zip(clouds, kept, strict=True)]
 
     def _occlude(self, frame: Frame, clouds: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Which of the frame's points, and of each object's, are hidden."""
+        """Mark the hidden points of the frame, and of each object."""
         if self.occluder == "hull":
             return occlusion.hidden_by_hull(frame.points, clouds)
         shadows = clouds

@@ -1,4 +1,4 @@
-"""What a sensor gets back of objects, against exact scans and against the slow form."""
+"""Returns of objects, against exact scans and against the slow form."""
 
 import numpy as np
 import pytest
