@@ -157,15 +157,16 @@ def _rank(rank: int, bounds: list[int]) -> dict[str, float]:
     rows = slice(bounds[rank], bounds[rank + 1])
     own = Batches([[part[rows] for part in batch] for batch in batches(seed=1)])
     monitor = MutualInformationMonitor("encoder", labels=2, settings=SETTINGS)
-    settings = {"strategy": "ddp", "devices": len(bounds) - 1, "use_distributed_sampler": False, "precision": "32-true"}
+    settings = {"strategy": "ddp", "devices": len(bounds) - 1, "use_distributed_sampler": False, "precision": "64-true"}
     trainer = fit(model(), [], [monitor], max_epochs=0, **settings)
     return trainer.validate(model(), own, verbose=False)[0]
 
 
 @pytest.mark.distributed
 def test_unequal_processes_equal_one(tmp_path):
+    # Pairs are split by what they hold: a rounding of float32, other for every size of a batch, may give another split.
     monitor = MutualInformationMonitor("encoder", labels=2, settings=SETTINGS)
-    trainer = fit(model(), [], [monitor], max_epochs=0, precision="32-true")
+    trainer = fit(model(), [], [monitor], max_epochs=0, precision="64-true")
     expected = trainer.validate(model(), Batches(batches(seed=1)), verbose=False)[0]
     for bounds in ([0, 3, 16], [0, 2, 9, 16]):
         for found in run_on_ranks(_rank, len(bounds) - 1, tmp_path, bounds):
