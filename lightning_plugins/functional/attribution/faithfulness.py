@@ -7,12 +7,20 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import (
+    check_bool,
+    check_callable,
+    check_choice,
     check_finite_number,
     check_fraction,
     check_non_negative_int,
     check_positive_int,
 )
-from lightning_plugins.functional.attribution._positions import checked_maps, maps_of_inputs, with_channels
+from lightning_plugins.functional.attribution._positions import (
+    check_inputs,
+    checked_maps,
+    maps_of_inputs,
+    with_channels,
+)
 from lightning_plugins.functional.attribution.random import (
     random_bits,
     random_normal,
@@ -20,9 +28,15 @@ from lightning_plugins.functional.attribution.random import (
     sample_keys,
     split_keys,
 )
-from lightning_plugins.functional.attribution.replacement import Patches, Perturbation, replacements
+from lightning_plugins.functional.attribution.replacement import (
+    Patches,
+    Perturbation,
+    checked_perturbation,
+    replacements,
+)
 from lightning_plugins.functional.attribution.scoring import (
     MAX_FORWARD_BATCH,
+    OUTPUTS,
     Forward,
     Output,
     checked_target,
@@ -81,7 +95,9 @@ def faithfulness_correlation(
     limit = check_positive_int("max_forward_batch", max_forward_batch)
     if check_fraction("share", share) == 0:
         raise ValueError("`share` must be above 0, got 0; a tenth of the positions is usual")
-    how = perturbation or Perturbation(patch=1, replacement="zero")
+    check_callable("forward", forward, "a function from inputs to logits")
+    check_choice("output", output, OUTPUTS)
+    how = checked_perturbation(perturbation, Perturbation(patch=1, replacement="zero"))
     if how.replacement == "linear":
         raise ValueError(
             "`replacement='linear'` replaces windows, and sets have single positions; take 'zero' or 'min'"
@@ -152,10 +168,16 @@ def infidelity(
         Yeh et al., NeurIPS 2019, https://arxiv.org/abs/1901.09392.
     """
     check_positive_int("draws", draws)
-    check_non_negative_int("seed", seed)
+    seed = check_non_negative_int("seed", seed)
     limit = check_positive_int("max_forward_batch", max_forward_batch)
     if check_finite_number("std", std) <= 0:
         raise ValueError(f"`std` must be above 0, got {std!r}")
+    check_callable("forward", forward, "a function from inputs to logits")
+    check_choice("output", output, OUTPUTS)
+    check_bool("normalize", normalize)
+    check_inputs(inputs)
+    if inputs.dtype == torch.bool:
+        raise TypeError("`inputs` must be numbers, to which noise can be added, got torch.bool; convert them")
     x, maps = inputs.detach(), _elementwise(attributions, inputs)
     target, keys = checked_target(target, len(x)).to(x.device), sample_keys(x)
     dots = maps.new_zeros(len(x), draws + 1)
@@ -211,10 +233,12 @@ def sensitivity(
         Yeh et al., NeurIPS 2019, https://arxiv.org/abs/1901.09392.
     """
     check_positive_int("draws", draws)
-    check_non_negative_int("seed", seed)
+    seed = check_non_negative_int("seed", seed)
     limit = check_positive_int("max_forward_batch", max_forward_batch)
     if check_finite_number("radius", radius) <= 0:
         raise ValueError(f"`radius` must be above 0, got {radius!r}")
+    check_callable("explain", explain, "a function from inputs and classes to maps")
+    check_inputs(inputs)
     x = inputs.detach()
     target, keys = checked_target(target, len(x)).to(x.device), sample_keys(x)
     pairs = torch.arange(len(x) * (draws + 1), device=x.device)
@@ -225,7 +249,7 @@ def sensitivity(
         samples, points = part % len(x), part // len(x)
         noise = (2 * random_uniform(split_keys(keys[samples], points), math.prod(x.shape[1:]), seed=seed) - 1) * radius
         moved = x[samples] + (noise * (points > 0)[:, None]).reshape(x[samples].shape).to(x)
-        maps = checked_maps(explain(moved, target[samples])).flatten(1)
+        maps = checked_maps(explain(moved, target[samples]), "explain").flatten(1)
         own = maps[points == 0] if len(part) else maps
         original = own if original is None else torch.cat([original, own])
         found.append((maps - original[samples]).norm(dim=1))
