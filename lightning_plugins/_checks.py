@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from numbers import Integral, Real
 from typing import TypeVar
 
@@ -177,22 +177,11 @@ def check_positive_int(name: str, value: int) -> int:
 
 
 def check_non_negative_int(name: str, value: int) -> int:
-    """Return ``value`` if it is an int of at least 0.
-
-    Args:
-        name: The argument's name, for the message.
-        value: The argument's value.
-
-    Returns:
-        ``value``; an int of NumPy's as Python's.
+    """Return ``value`` if it is an int of at least 0; an int of NumPy's as Python's.
 
     Raises:
         TypeError: If ``value`` is not an int (a bool is not).
         ValueError: If ``value`` is negative.
-
-    Example:
-        >>> check_non_negative_int("queue_size", 0)
-        0
     """
     return _check_int_from(name, value, 0)
 
@@ -250,6 +239,30 @@ def check_fraction(name: str, value: float) -> float:
         hint = f"; did you mean {value / 100!r}?" if 1 < value <= 100 else ""
         raise ValueError(f"`{name}` must be in [0, 1], got {value!r}{hint}")
     return value
+
+
+def check_names(name: str, value: str | Iterable[str], choices: Iterable[str]) -> tuple[str, ...]:
+    """Return one or several of ``choices``, each once.
+
+    Raises:
+        TypeError: If ``value`` is neither a string nor a collection of strings.
+        ValueError: If one is not among ``choices``.
+    """
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, bytes) or not isinstance(value, Sequence | Set):
+        raise TypeError(f"`{name}` must be one or several of {', '.join(map(repr, choices))}, got {shown(value)}")
+    return tuple(dict.fromkeys(check_choice(name, one, choices) for one in value))
+
+
+def check_room(name: str, count: int) -> None:
+    """Refuse an argument that asks for a tensor of more numbers than any memory holds.
+
+    Raises:
+        ValueError: If ``count`` is more than ``2**40``.
+    """
+    if count > 2**40:
+        raise ValueError(f"`{name}` must be small enough for memory, but asks for a tensor of {count:.1e} numbers")
 
 
 def nearest(value: str, choices: Iterable[str], *, limit: int = 3) -> list[str]:

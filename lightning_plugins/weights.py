@@ -1,6 +1,7 @@
 """Weights of layers as matrices: the parameter of a module, the unfolding of a kernel, and the rank aimed at."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -229,9 +230,9 @@ def check_scheme(scheme: Scheme) -> Scheme:
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(scheme, bool) or scheme not in {1, 2}:
+    if isinstance(scheme, bool) or not isinstance(scheme, int | Integral) or scheme not in {1, 2}:
         raise ValueError(f"`scheme` must be 1 or 2, got {scheme!r}")
-    return scheme
+    return 1 if scheme == 1 else 2
 
 
 def select_targets(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_plugins._checks import plain_number
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import network_costs
 from lightning_plugins.callbacks._compression.rank_source import RankSource
@@ -27,6 +28,7 @@ from lightning_plugins.compression.reports.report import CompressionReport
 from lightning_plugins.plots import compression_figure
 from lightning_plugins.plots.style import has_matplotlib
 from lightning_plugins.schedules import Schedule
+from lightning_plugins.weights import check_scheme
 
 
 class LowRankCompression(Callback):
@@ -130,7 +132,8 @@ class LowRankCompression(Callback):
         if weight < 0:
             raise ValueError(f"`weight` must be at least 0, got {weight!r}; negative values would raise the ranks")
         self.figures = check_figures(figures)
-        self.ratio, self.weight, self.scheme, self.cost = ratio, weight, scheme, cost
+        self.ratio, self.weight = plain_number(ratio), plain_number(weight)
+        self.scheme, self.cost = check_scheme(scheme), cost
         self._source = RankSource(
             self.layers,
             ratio,
@@ -144,8 +147,10 @@ class LowRankCompression(Callback):
             scheme=scheme,
             calibration=calibration,
         )
-        check_phases(unit, search_at=search_at, factorize_at=factorize_at)
-        self.search_at, self.factorize_at, self.unit = search_at, factorize_at, unit
+        phases = {"search_at": search_at, **({} if factorize_at is None else {"factorize_at": factorize_at})}
+        check_phases(unit, **phases)
+        self.search_at, self.unit = plain_number(search_at), unit
+        self.factorize_at = None if factorize_at is None else plain_number(factorize_at)
         self._compressed: weakref.ref[LightningModule] | None = None
         self._handles: list[RemovableHandle] = []
         self._structure = StructureHook()

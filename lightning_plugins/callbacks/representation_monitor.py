@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins._checks import check_names, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
 from lightning_plugins.callbacks._monitors.figures import PendingFigures, check_figures
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
@@ -97,8 +97,9 @@ class RepresentationMonitor(Callback):
         self.rows = Rows(pool, select, mask, layout)
         self.pool = pool
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
-        names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-        self.metrics = tuple(dict.fromkeys(check_choice("metrics", name, METRICS) for name in names))
+        self.metrics = check_names("metrics", metrics, METRICS)
+        if not self.metrics:
+            raise ValueError(f"`metrics` must have at least one metric, got none; there are {', '.join(METRICS)}")
         self.max_spectra = check_positive_int("max_spectra", max_spectra)
         self.figures = check_figures(figures)
         if figures:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_fraction, check_non_negative_int, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
 
 KINDS = ("premature", "wide", "inverted", "ventricular")
@@ -104,6 +105,7 @@ def synthetic_ecg(
         >>> record.signal.shape, sorted(record.labels.unique().tolist())
         (torch.Size([10800]), [0, 1])
     """
+    check_arguments(synthetic_ecg, locals())
     names = [check_choice("kinds", kind, KINDS) for kind in ((kinds,) if isinstance(kinds, str) else kinds)]
     if not names:
         raise ValueError("`kinds` must have at least one kind of abnormal beat, got none")
@@ -153,6 +155,7 @@ def ecg_windows(records: Sequence[ECGRecord], length: int, *, stride: int | None
         >>> windows.signals.shape, windows.masks.shape
         (torch.Size([21, 1, 512]), torch.Size([21, 512]))
     """
+    check_arguments(ecg_windows, locals())
     check_positive_int("length", length)
     step = length if stride is None else check_positive_int("stride", stride)
     found = [
@@ -189,6 +192,7 @@ def read_ecg(path: str | Path) -> ECGRecord:
             ...
         FileNotFoundError: no record at nowhere.npz; give an `.npz` file, or a WFDB record by its `.hea` file
     """
+    check_arguments(read_ecg, locals())
     place = Path(path)
     if place.suffix == ".npz" and place.exists():
         return _read_npz(place)
@@ -217,6 +221,7 @@ def read_ecg_folder(folder: str | Path, names: Sequence[str] | None = None) -> l
             ...
         FileNotFoundError: no records (`.npz` or `.hea`) in nowhere
     """
+    check_arguments(read_ecg_folder, locals())
     place = Path(folder)
     known = {path.stem: path for pattern in ("*.hea", "*.npz") for path in sorted(place.glob(pattern))}
     if not known:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
+from lightning_plugins.arguments import check_arguments
 
 
 class Mosaics(NamedTuple):
@@ -57,6 +58,7 @@ def mosaics(
     Source:
         Arias-Duart et al., "Focus! Rating XAI methods and finding biases", FUZZ-IEEE 2022.
     """
+    check_arguments(mosaics, locals())
     check_positive_int("count", count)
     rows, columns = (check_positive_int("grid", size) for size in grid)
     if images.ndim != 4 or labels.shape != images.shape[:1]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lightning_plugins._checks import check_finite_number, check_positive_int, nearest
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.boxes import part_occupancy, points_in_boxes, rotate_z
 
 PARTS: dict[str, tuple[int, int, int]] = {"Car": (10, 4, 3), "Cyclist": (4, 2, 3), "Pedestrian": (2, 2, 3)}
@@ -69,6 +70,7 @@ class ObjectBank:
         parts: Mapping[str, tuple[int, int, int]],
         folder: Path | None = None,
     ) -> None:
+        check_arguments(ObjectBank.__init__, locals())
         self.arrays = {name: arrays[name] for name in _ARRAYS}
         self.classes = tuple(classes)
         self.parts = dict(zip(self.classes, _triples(parts, self.classes), strict=True))

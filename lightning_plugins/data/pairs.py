@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from lightning_plugins._checks import check_fraction, check_non_negative_int, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import world_size
 from lightning_plugins.functional.class_information import binary_symmetric_channel_information, check_distribution
 
@@ -55,6 +56,7 @@ class SameClassPairs(Dataset[tuple[Any, Any, int]]):
     def __init__(
         self, dataset: Samples, targets: Sequence[int] | Tensor, generator: torch.Generator | None = None
     ) -> None:
+        check_arguments(SameClassPairs.__init__, locals())
         self.dataset = dataset
         self.targets = _classes(targets, len(dataset))
         self._members = _members(self.targets)
@@ -135,6 +137,7 @@ class SameClassPairSampler(Sampler[tuple[int, int]]):
         class_probabilities: Tensor | None = None,
         seed: int = 0,
     ) -> None:
+        check_arguments(SameClassPairSampler.__init__, locals())
         classes = _classes(targets)
         self._members = _members(classes)
         self.num_pairs = check_positive_int("num_pairs", num_pairs)
@@ -212,6 +215,7 @@ class BinaryChannelPairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         num_pairs: int,
         seed: int = 0,
     ) -> None:
+        check_arguments(BinaryChannelPairs.__init__, locals())
         self.dataset = dataset
         classes = _classes(targets, len(dataset))
         self._members = _members(classes)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import class_entropy, class_posterior_information, infonce_ceiling
 from lightning_plugins.functional.pair_scores import BoundWithError, candidate_bound
 from lightning_plugins.information.critics import Critic
@@ -47,6 +48,7 @@ def evaluate_critic(
         >>> 4 < estimate.estimate <= estimate.ceiling  # infinite, and read as nearly ln 700
         True
     """
+    check_arguments(evaluate_critic, locals())
     chosen = EstimateSettings() if settings is None else settings
     check_pairs(x, y, fewest=2)
     module = critic.critic if isinstance(critic, FittedCritic) else critic
@@ -104,6 +106,7 @@ def estimate_information(
         >>> abs(estimate_information(x, y, settings=settings).estimate - 0.511) < 0.1  # -ln(1 - 0.64) / 2
         True
     """
+    check_arguments(estimate_information, locals())
     chosen = EstimateSettings() if settings is None else settings
     fit = chosen.fit if held_out is None else dataclasses.replace(chosen.fit, test=0.0)
     if held_out is None and fit.test == 0:
@@ -165,6 +168,7 @@ def estimate(
         >>> round(found.entropy, 1), found.estimate < found.ceiling
         (0.7, True)
     """
+    check_arguments(estimate, locals())
     x, y, labels = embed_pairs(encoder, dataloader, device)
     others: list[Tensor] | None = None
     if held_out is not None:

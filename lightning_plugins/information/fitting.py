@@ -16,6 +16,7 @@ from lightning_plugins._checks import (
     check_non_negative_int,
     check_positive_int,
 )
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.information import (
     donsker_varadhan_bound,
     infonce_bound,
@@ -73,6 +74,7 @@ class CriticSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_arguments(CriticSettings, vars(self))
         check_choice("objective", self.objective, OBJECTIVES)
         if check_positive_int("batch_size", self.batch_size) < 2:
             raise ValueError("`batch_size` must be at least 2, got 1: a pair needs others as candidates")
@@ -138,6 +140,7 @@ def fit_critic(
         >>> len(fitted.test_rows), fitted.steps
         (140, 0)
     """
+    check_arguments(fit_critic, locals())
     check_pairs(x, y)
     check_choice("critic", critic, CRITICS)
     chosen = CriticSettings() if settings is None else settings

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import class_entropy
 from lightning_plugins.information.fitting import check_pairs, shuffled_rows
 
@@ -67,6 +68,7 @@ def fit_class_probe(features: Tensor, labels: Tensor, *, num_classes: int | None
         >>> probe.log_posteriors(torch.tensor([[2.0, 0.0]])).argmax().item()
         1
     """
+    check_arguments(fit_class_probe, locals())
     counts = count_classes("labels", labels, len(features), num_classes)
     check_pairs(features, features, fewest=4)
     if bool((counts == 1).any()):
@@ -111,6 +113,7 @@ def class_information(probe: ClassProbe, features: Tensor, labels: Tensor) -> fl
         >>> class_information(fit_class_probe(x[:400], labels[:400]), x[400:], labels[400:]) > 0.5
         True
     """
+    check_arguments(class_information, locals())
     counts = count_classes("labels", labels, len(features), len(probe.bias))
     cross_entropy = F.nll_loss(probe.log_posteriors(features), labels.long().to(features.device))
     return float(class_entropy(counts / counts.sum())) - float(cross_entropy)

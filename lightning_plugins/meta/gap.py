@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.preconditioning import Derivative, gap_precondition
 from lightning_plugins.meta.preconditioners import Preconditioner, few, key
 
@@ -162,6 +163,7 @@ class GAP(_Gains):
         derivative: Derivative = "constant",
         rank: int | None = None,
     ) -> None:
+        check_arguments(GAP.__init__, locals())
         check_choice("derivative", derivative, get_args(Derivative))
         if rank is not None:
             check_positive_int("rank", rank)
@@ -189,4 +191,5 @@ class ApproximateGAP(_Gains):
     """
 
     def __init__(self, *, linear: bool = False, per_step: bool = False) -> None:
+        check_arguments(ApproximateGAP.__init__, locals())
         super().__init__(linear=linear, per_step=per_step, approximate=True, derivative="constant")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
+from lightning_plugins.arguments import check_arguments
 
 
 class Preconditioner(nn.Module):
@@ -102,6 +103,7 @@ class MetaSGD(Preconditioner):
     """
 
     def __init__(self, initial: float = 1.0) -> None:
+        check_arguments(MetaSGD.__init__, locals())
         super().__init__()
         self.initial = check_finite_number("initial", initial)
         self.factors = nn.ParameterDict()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import sum_over_ranks
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,6 +45,7 @@ class PerStepBatchNorm(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(self, norm: nn.Module, steps: int) -> None:
+        check_arguments(PerStepBatchNorm.__init__, locals())
         super().__init__()
         if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
             raise TypeError(f"`norm` must be a BatchNorm1d, 2d or 3d, got {type(norm).__name__}")
@@ -149,6 +151,7 @@ def use_per_step_statistics(model: Model, steps: int) -> Model:
     Source:
         As for `PerStepBatchNorm`.
     """
+    check_arguments(use_per_step_statistics, locals())
     check_positive_int("steps", steps)
     found: dict[nn.Module, PerStepBatchNorm] = {}
     for module in model.modules():

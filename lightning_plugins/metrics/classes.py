@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.functional.spectrum import full_precision
+from lightning_plugins.functional.tensors import check_integers
 from lightning_plugins.metrics._embeddings import check_embeddings
 from lightning_plugins.metrics._sums import SumMetric
 
@@ -63,7 +64,8 @@ class ClassMetric(SumMetric):
             ValueError: If one has another shape.
         """
         rows = check_embeddings("embeddings", embeddings, self.num_features).detach().to(self.gram.dtype)
-        check_labels(labels, len(rows))
+        check_labels(labels, len(rows), self.num_classes)
+        labels = labels.long()
         with full_precision(rows):
             self.gram = torch.addmm(self.gram, rows.T, rows)
             self.sums = self.sums.index_add(0, labels, rows)
@@ -86,22 +88,26 @@ class ClassMetric(SumMetric):
         return Scatter((within + within.T) / 2, between, present.sum(), rounding)
 
 
-def check_labels(labels: Tensor, rows: int) -> None:
+def check_labels(labels: Tensor, rows: int, num_classes: int) -> None:
     """Refuse labels that are not one integer per row.
 
     Args:
         labels: The argument.
         rows: How many are wanted.
+        num_classes: How many classes there are; looked at on a CPU only, elsewhere a wrong label stops the kernel.
 
     Raises:
         TypeError: If it is no integer tensor.
-        ValueError: If it has another shape.
+        ValueError: If it has another shape, or is no class.
     """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         kind = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"`labels` must be an integer tensor, got {kind}; convert it with `.long()`")
+    check_integers("labels", labels)
     if tuple(labels.shape) != (rows,):
         raise ValueError(f"`labels` must have one number for each of {rows} rows, got shape {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and rows and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"`labels` must be in 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
 
 
 def spectrum_of(covariance: Tensor, rounding: Tensor | float = 0.0) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_fraction
+from lightning_plugins._checks import check_bool, check_fraction, check_instance
 from lightning_plugins.callbacks._compression.settings import check_selection
 from lightning_plugins.compression.budget.budget import Multiplier, Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
@@ -119,11 +119,17 @@ class CompressionMixin:
         if _network_of(self) is not None:
             raise RuntimeError("`attach_compression` has been called already; `compress` ends what it began")
         check_selection(layers, keep, budget, cost, minimum=minimum, multiple=multiple)
+        check_bool("masks", masks)
+        check_bool("ranks", ranks)
+        if rates is not None:
+            check_instance("rates", rates, ChoiceRates, "a ChoiceRates")
         if not masks and not ranks:
             raise ValueError("`masks` or `ranks` must be True, or there is nothing to choose, got False for both")
         given = getattr(self, "example_input_array", None) if inputs is None else inputs
         if given is None and (masks or cost == "flops"):
             raise ValueError("`inputs` must be given where the module has no `example_input_array`, got None for both")
+        if given is not None:
+            check_instance("inputs", given, (Tensor, tuple, list, dict), "a tensor, a tuple of arguments or a dict")
         settings: dict[str, Any] = {"cost": cost, "masks": masks, "ranks": ranks, "keep": keep}
         network = BudgetedNetwork(self, layers, budget, inputs=given, minimum=minimum, multiple=multiple, **settings)
         network.begin()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.search.proposal import History, Proposal, propose
 from lightning_plugins.search.space import MAX_CANDIDATES, Space, key
 
@@ -79,6 +80,7 @@ class B2EASampler(BaseSampler):
         transform: bool = True,
         max_candidates: int = MAX_CANDIDATES,
     ) -> None:
+        check_arguments(B2EASampler.__init__, locals())
         if check_positive_int("n_startup_trials", n_startup_trials) < 2:
             raise ValueError("`n_startup_trials` must be at least 2, from which the models learn a scale, got 1")
         if not isinstance(transform, bool):
@@ -189,6 +191,7 @@ def origins(study: "Study") -> list[dict[str, Any]]:
     Returns:
         For every trial that a model proposed: ``number``, ``value``, the names of both ``arms``, and ``mutated``.
     """
+    check_arguments(origins, locals())
     rows = []
     for trial in study.get_trials(deepcopy=False):
         origin = trial.system_attrs.get(_ORIGIN)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import is_distributed
 
 try:
@@ -32,6 +33,7 @@ class SharedTrial:
     """
 
     def __init__(self, trial: "optuna.trial.Trial | None") -> None:
+        check_arguments(SharedTrial.__init__, locals())
         if trial is None and _first():
             raise ValueError("`trial` must be a trial on the first process, got None")
         self.trial = trial
@@ -83,6 +85,7 @@ def shared_trials(study: "Study | None", n_trials: int) -> Iterator[SharedTrial]
     Raises:
         ValueError: If the first process has no study, or ``n_trials`` is less than 1.
     """
+    check_arguments(shared_trials, locals())
     check_positive_int("n_trials", n_trials)
     if study is None and _first():
         raise ValueError("`study` must be a study on the first process, got None")

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lightning_plugins._checks import check_choice, check_fraction, check_positive_int
+from lightning_plugins.arguments import check_arguments
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TercetRule:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        check_arguments(TercetRule, vars(self))
         for name in ("fractions", "quantiles"):
             numbers = getattr(self, name)
             if not isinstance(numbers, tuple | list) or not numbers:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_fraction, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.data.object_bank import ObjectBank
 from lightning_plugins.functional.boxes import bev_overlap, points_in_boxes, rotate_z
 from lightning_plugins.functional.ground import ground_height
@@ -41,6 +42,7 @@ def collate_frames(frames: Sequence[Mapping[str, Any]], classes: Sequence[str]) 
         >>> {name: tuple(value.shape) for name, value in collate_frames([frame, frame], ["Car"]).items()}
         {'points': (2, 3, 4), 'mask': (2, 3), 'boxes': (2, 1, 7), 'labels': (2, 1)}
     """
+    check_arguments(collate_frames, locals())
     if not frames:
         raise ValueError("`frames` must have at least one frame, got none")
     read = [Frame.read(frame) for frame in frames]
@@ -103,6 +105,7 @@ class BatchAugmentation:
         max_points: int = 1024,
         seed: int = 0,
     ) -> None:
+        check_arguments(BatchAugmentation.__init__, locals())
         maker = WholeBodyAugmentation(bank, targets, grid=grid, area=area, seed=seed)
         self.targets, self.seed, self.grid = maker.targets, maker.seed, grid or GRID
         self.area = check_area(area)

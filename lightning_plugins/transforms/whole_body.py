@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_fraction, check_non_negative_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.data.object_bank import ObjectBank
 from lightning_plugins.functional.boxes import bev_overlap, points_in_boxes, rotate_z
 from lightning_plugins.functional.ground import ground_height
@@ -91,6 +92,7 @@ class WholeBodyAugmentation(FrameTransform):
         fill: float = 0.84,
         seed: int = 0,
     ) -> None:
+        check_arguments(WholeBodyAugmentation.__init__, locals())
         super().__init__(seed)
         self.bank, self.targets = check_bank(bank), check_targets(bank, targets)
         self.occluder = check_choice("occluder", occluder, OCCLUDERS)
@@ -258,6 +260,7 @@ class GroundTruthSampling(WholeBodyAugmentation):
     """
 
     def __init__(self, bank: ObjectBank, targets: Mapping[str, int], *, seed: int = 0) -> None:
+        check_arguments(GroundTruthSampling.__init__, locals())
         super().__init__(bank, targets, stages=(), seed=seed)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_plugins._checks import check_choice
+from lightning_plugins._checks import check_names
 from lightning_plugins.callbacks._attribution.report import AttributionReport
 from lightning_plugins.functional.attribution import random_attributions
 from lightning_plugins.functional.attribution.faithfulness import Explain
@@ -138,8 +138,7 @@ def checked_metrics(metrics: Sequence[str] | Mapping[str, Metric], limit: int) -
     if isinstance(metrics, Mapping):
         found = dict(metrics)
     else:
-        names = (metrics,) if isinstance(metrics, str) else metrics
-        found = {name: METRICS[check_choice("metrics", name, METRICS)](limit) for name in names}
+        found = {name: METRICS[name](limit) for name in check_names("metrics", metrics, METRICS)}
     if not found:
         raise ValueError(f"`metrics` must have at least one metric, got none; there are {', '.join(METRICS)}")
     kinds = tuple({type(make(1)) for make in METRICS.values()})

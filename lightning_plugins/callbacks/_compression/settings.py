@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
+from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, plain_number
 from lightning_plugins.callbacks._monitors.figures import check_figures
 from lightning_plugins.callbacks._trainer.phases import check_phases
 from lightning_plugins.compression.budget.choice import ChoiceRates
@@ -14,6 +14,12 @@ from lightning_plugins.selection import check_layers
 
 Criterion = Literal["learned", "magnitude"]
 CRITERIA: tuple[Criterion, ...] = ("learned", "magnitude")
+
+
+_NUMBERS = (
+    *("budget", "begin", "end", "minimum", "multiple"),
+    *("learning_rate", "threshold_learning_rate", "beta_max", "update_every", "refresh_every"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,8 @@ class CompressionSettings:
             )
         for name, number in (("update_every", self.update_every), ("refresh_every", self.refresh_every)):
             check_positive_int(name, number)
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         check_figures(self.figures)
         if self.figures:
             require_matplotlib()

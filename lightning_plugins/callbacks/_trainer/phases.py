@@ -8,21 +8,19 @@ from lightning_plugins.callbacks._trainer.progress import training_progress
 from lightning_plugins.schedules import UNITS, Piecewise, Unit
 
 
-def check_phases(unit: Unit, **positions: float | None) -> None:
+def check_phases(unit: Unit, **positions: float) -> None:
     """Check the positions of phases that follow each other.
 
     Args:
         unit: ``"steps"``, ``"epochs"`` or ``"fraction"``.
-        **positions: The positions by the names of their arguments, in the order of the phases; None for a phase that
-            never comes.
+        **positions: The positions by the names of their arguments, in the order of the phases.
 
     Raises:
         TypeError: If a position is no number.
         ValueError: If a position is out of its range, or before the one of an earlier phase.
     """
     check_choice("unit", unit, UNITS)
-    given = {name: at for name, at in positions.items() if at is not None}
-    for name, at in given.items():
+    for name, at in positions.items():
         if unit == "fraction":
             try:
                 check_fraction(name, at)
@@ -30,10 +28,11 @@ def check_phases(unit: Unit, **positions: float | None) -> None:
                 raise ValueError(f"{error} (with `unit='fraction'`; 'steps' and 'epochs' count further)") from None
         elif check_finite_number(name, at) < 0:
             raise ValueError(f"`{name}` must be at least 0, got {at!r}")
-    for earlier, later in pairwise(given):
-        if given[earlier] > given[later]:
+    for earlier, later in pairwise(positions):
+        if positions[earlier] > positions[later]:
             raise ValueError(
-                f"`{later}` must not be before `{earlier}`, got {earlier}={given[earlier]!r}, {later}={given[later]!r}"
+                f"`{later}` must not be before `{earlier}`, got {earlier}={positions[earlier]!r}, "
+                f"{later}={positions[later]!r}"
             )
 
 

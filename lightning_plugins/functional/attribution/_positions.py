@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins.functional.tensors import check_dims, check_floating, check_real
+from lightning_plugins.functional.attribution.scoring import check_inputs
+from lightning_plugins.functional.tensors import check_floating, check_real
 
 
 def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,17 +57,6 @@ def with_channels(inputs: Tensor) -> Tensor:
     """``(B, L)`` as ``(B, 1, L)``; inputs of more dimensions have their channels already."""
     check_inputs(inputs)
     return inputs.unsqueeze(1) if inputs.ndim == 2 else inputs
-
-
-def check_inputs(inputs: Tensor) -> None:
-    """Refuse what are no samples with positions.
-
-    Raises:
-        TypeError: If it is no tensor of real numbers.
-        ValueError: If it has less than two dimensions.
-    """
-    check_real("inputs", inputs)
-    check_dims("inputs", inputs, 2, "(B, [C,] *spatial)")
 
 
 def maps_of_inputs(attributions: Tensor, inputs: Tensor) -> Tensor:

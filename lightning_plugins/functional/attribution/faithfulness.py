@@ -16,7 +16,6 @@ from lightning_plugins._checks import (
     check_positive_int,
 )
 from lightning_plugins.functional.attribution._positions import (
-    check_inputs,
     checked_maps,
     maps_of_inputs,
     with_channels,
@@ -39,6 +38,7 @@ from lightning_plugins.functional.attribution.scoring import (
     OUTPUTS,
     Forward,
     Output,
+    check_inputs,
     checked_target,
     score_copies,
 )

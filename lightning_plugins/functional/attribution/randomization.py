@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_bool, check_callable, check_choice, check_instance, check_non_negative_int
-from lightning_plugins.functional.attribution._positions import check_inputs, checked_maps
+from lightning_plugins.functional.attribution._positions import checked_maps
 from lightning_plugins.functional.attribution.faithfulness import pearson
-from lightning_plugins.functional.attribution.scoring import checked_target
+from lightning_plugins.functional.attribution.scoring import check_inputs, checked_target
 
 
 def parameter_randomization(

@@ -15,6 +15,17 @@ OUTPUTS: tuple[Output, ...] = ("probability", "logit")
 MAX_FORWARD_BATCH = 256  # copies of a sample in one forward pass, unless a caller says otherwise
 
 
+def check_inputs(inputs: Tensor) -> None:
+    """Refuse what are no samples with positions.
+
+    Raises:
+        TypeError: If it is no tensor of real numbers.
+        ValueError: If it has less than two dimensions.
+    """
+    check_real("inputs", inputs)
+    check_dims("inputs", inputs, 2, "(B, [C,] *spatial)")
+
+
 def class_scores(forward: Forward, inputs: Tensor, target: Tensor, *, output: Output = "logit") -> Tensor:
     """Run a model without gradients and pick one class for each row.
 

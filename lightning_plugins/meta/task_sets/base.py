@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.arguments import check_arguments
 
 Split = Literal["train", "val", "test"]
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -46,6 +47,7 @@ class TaskSet:
 
 def check_ways(ways: int) -> int:
     """Refuse tasks with fewer than two classes."""
+    check_arguments(check_ways, locals())
     if check_positive_int("ways", ways) < 2:
         raise ValueError("`ways` must be at least 2, got 1: with one class there is nothing to tell apart")
     return ways

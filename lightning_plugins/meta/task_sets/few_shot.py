@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._labels import labels_of, names_of
 from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_ways
 
@@ -57,6 +58,7 @@ class FewShot(TaskSet):
         *,
         classes: Sequence[Any] | None = None,
     ) -> None:
+        check_arguments(FewShot.__init__, locals())
         self.dataset = dataset
         self.ways = check_ways(ways)
         self.shots = check_positive_int("shots", shots)

@@ -5,7 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_finite_number, check_fraction, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import (
+    check_bool,
+    check_fraction,
+    check_non_negative_int,
+    check_positive_int,
+    check_positive_number,
+)
 from lightning_plugins.functional.attribution import (
     Perturbation,
     faithfulness_correlation,
@@ -15,7 +21,9 @@ from lightning_plugins.functional.attribution import (
 )
 from lightning_plugins.functional.attribution.faithfulness import Explain
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys
-from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
+from lightning_plugins.functional.attribution.replacement import checked_perturbation
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward, check_inputs
+from lightning_plugins.functional.tensors import check_dims, check_floating
 from lightning_plugins.metrics.attribution.base import AttributionMetric
 
 
@@ -59,7 +67,7 @@ class FaithfulnessCorrelation(AttributionMetric):
     ) -> None:
         super().__init__(num_classes=num_classes, per_class=per_class)
         self.draws, self.share = check_positive_int("draws", draws), check_fraction("share", share)
-        self.perturbation = perturbation
+        self.perturbation = checked_perturbation(perturbation, Perturbation(patch=1, replacement="zero"))
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
 
     def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
@@ -129,8 +137,8 @@ class Infidelity(AttributionMetric):
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
         super().__init__(num_classes=num_classes, per_class=per_class)
-        self.draws, self.std = check_positive_int("draws", draws), check_finite_number("std", std)
-        self.normalize, self.seed = normalize, check_non_negative_int("seed", seed)
+        self.draws, self.std = check_positive_int("draws", draws), check_positive_number("std", std)
+        self.normalize, self.seed = check_bool("normalize", normalize), check_non_negative_int("seed", seed)
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
 
     def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
@@ -146,6 +154,9 @@ class Infidelity(AttributionMetric):
             TypeError: If a tensor is of the wrong kind.
             ValueError: If shapes do not go together, or a class is out of range.
         """
+        check_inputs(inputs)
+        check_floating("attributions", attributions)
+        check_dims("attributions", attributions, 2, "(B, [C,] *spatial)")
         maps = random_normal(sample_keys(inputs), math.prod(inputs.shape[1:]), seed=self.seed + 7).reshape(inputs.shape)
         size = attributions.detach().flatten(1).float().norm(dim=1) / maps.flatten(1).norm(dim=1)
         random = self._errors(forward, inputs, maps * size.reshape(-1, *[1] * (inputs.ndim - 1)), target)
@@ -203,7 +214,7 @@ class Sensitivity(AttributionMetric):
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
         super().__init__(num_classes=num_classes, per_class=per_class)
-        self.draws, self.radius = check_positive_int("draws", draws), check_finite_number("radius", radius)
+        self.draws, self.radius = check_positive_int("draws", draws), check_positive_number("radius", radius)
         self.seed = check_non_negative_int("seed", seed)
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
 
