@@ -255,7 +255,7 @@ def check_names(name: str, value: str | Iterable[str], choices: Iterable[str]) -
     return tuple(dict.fromkeys(check_choice(name, one, choices) for one in value))
 
 
-def check_room(name: str, count: int) -> None:
+def check_room(name: str, count: float) -> None:
     """Refuse an argument that asks for a tensor of more numbers than any memory holds.
 
     Raises:

@@ -15,10 +15,10 @@ from typing import Any, ForwardRef, Literal, TypeVar, Union, get_args, get_origi
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, shown
+from lightning_plugins._checks import check_choice, check_int, shown
 from lightning_plugins.functional.tensors import check_tensor
 
-_UNKNOWN = (str, ForwardRef, TypeVar)  # what an annotation is that names something imported for type checkers alone
+_UNKNOWN = (str, ForwardRef)  # what an annotation is that names something imported for type checkers alone
 
 _CALLS = ("__call__", "__getitem__", "__iter__", "__len__")  # what a protocol asks for, beside public names
 
@@ -53,6 +53,16 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
             check_tensor(name, tensor)
 
 
+def check_index(name: str, number: int, length: int) -> None:
+    """Refuse what is no place in a data set.
+
+    Raises:
+        IndexError: If it is out of range, which also ends a loop over the data set.
+    """
+    if not 0 <= check_int(name, number) < length:
+        raise IndexError(f"`{name}` must be in 0 to {length - 1}, got {number}")
+
+
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is what an annotation says, entries of collections included.
 
@@ -67,13 +77,15 @@ def fits(value: Any, kind: Any) -> bool:
         >>> fits([1, 2.5], Sequence[float]), fits("ab", Sequence[str]), fits(True, int)
         (True, False, False)
     """
+    if isinstance(kind, TypeVar):
+        return kind.__bound__ is None or fits(value, kind.__bound__)
     if isinstance(kind, _UNKNOWN):
         return True
     origin, inner = get_origin(kind), get_args(kind)
     if origin in {Union, UnionType}:
         return any(fits(value, one) for one in inner)
     if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in inner)
+        return any(_is(value, type(one)) and value == one for one in inner)
     if kind is None or kind is type(None):
         return value is None
     if inspect.isclass(origin) and issubclass(origin, Iterable):
@@ -101,8 +113,12 @@ def _holds(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
     if isinstance(value, str | bytes) or not isinstance(value, kind):
         return False
     if isinstance(value, Mapping):
-        return all(fits(key, inner[0]) and fits(one, inner[-1]) for key, one in value.items())
-    if not isinstance(value, Collection) or isinstance(value, Tensor):
+        return issubclass(kind, Mapping) and all(
+            fits(key, inner[0]) and fits(one, inner[-1]) for key, one in value.items()
+        )
+    if isinstance(value, Tensor):
+        return inner[0] in {Any, Tensor, float, int}
+    if not isinstance(value, Collection):
         return True  # an iterator can be read only once
     if kind is tuple and inner[-1] is not ...:
         return len(value) == len(inner) and all(fits(one, entry) for one, entry in zip(value, inner, strict=True))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_plugins._checks import check_finite_number, check_positive_int, nearest
+from lightning_plugins._checks import check_finite_number, check_positive_int, check_text, nearest
 from lightning_plugins.computed_weights import current_weight
 from lightning_plugins.selection import check_layers, select_modules
 
@@ -216,6 +216,7 @@ def check_rank(rank: Rank) -> Rank:
         return rank if rank is None else check_positive_int("rank", rank)
     if isinstance(rank, Mapping):
         for name, number in rank.items():
+            check_text("rank", name, "a mapping from names of layers to ranks")
             check_positive_int(f"rank[{name!r}]", number)
         return dict(rank)
     if not 0 < check_finite_number("rank", rank) < 1:

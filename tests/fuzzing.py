@@ -11,19 +11,21 @@ import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from types import CodeType, FrameType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
+import optuna
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_plugins
+from lightning_plugins import compression, data, information, meta
 
 METHODS = ("__call__", "__getitem__")
 CALLED = ("", "__init__", "forward", "update")  # which others call in the name of a user
@@ -99,6 +101,12 @@ def recorded(value: Any) -> dict[str, Recorded]:
         finally:
             sys.setprofile(None)
     return calls
+
+
+def parameters(known: Recorded) -> list[inspect.Parameter]:
+    """The parameters of a call that have names of their own."""
+    gathered = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return [p for p in known.signature.parameters.values() if p.name != "self" and p.kind not in gathered]
 
 
 def copied(value: Any) -> Any:
@@ -186,7 +194,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "numpy number": lambda: np.float32(0.5),
     "numpy integer": lambda: np.int64(2),
 }
-ALLOWED = (TypeError, ValueError, NotImplementedError, MisconfigurationException, ImportError, OSError)
+ALLOWED = (TypeError, ValueError, NotImplementedError, MisconfigurationException, ImportError, OSError, IndexError)
 
 
 def like(right: Any) -> dict[str, Callable[[], Any]]:
@@ -235,27 +243,67 @@ def is_users(error: BaseException) -> bool:
     return any("<doctest" in file or file.endswith("nn/modules/module.py") for file in files[own + 1 :])
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says, as far as it can be told without looking inside."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any or isinstance(kind, TypeVar | str):
-        return True
-    if origin in {Union, UnionType}:
-        return any(fits(value, one) for one in inner)
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in inner)
-    if kind is None or kind is type(None):
-        return value is None
-    if origin is Annotated:
-        return fits(value, inner[0])
-    if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
-    if origin is Callable or kind is Callable:
-        return callable(value)
-    if inspect.isclass(origin) and issubclass(origin, Sequence | Iterable) and not issubclass(origin, Mapping):
-        if isinstance(value, str | bytes) or not isinstance(value, origin):
-            return False
-        return isinstance(value, torch.Tensor) or all(fits(one, inner[0]) for one in value)
-    return isinstance(value, origin or kind)
+def is_record(value: Any) -> bool:
+    """Whether it only holds what functions of this package put into it, or is a base class, an error or a type."""
+    if not inspect.isclass(value):
+        return False
+    plain = is_dataclass(value) and not hasattr(value, "__post_init__")
+    return plain or issubclass(value, tuple | Exception) or inspect.isabstract(value) or value in MADE
+
+
+MADE = (compression.ChannelMasks, compression.CompressionReport, compression.NetworkCosts, compression.RankThresholds)
+MADE += (information.Critic, meta.Identity, meta.Preconditioner, meta.TaskSet)
+
+
+def _masked() -> nn.Module:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    compression.apply_masks(network, compression.channel_groups(network, torch.zeros(1, 4)))
+    return network
+
+
+def _groups() -> list[compression.ChannelGroup]:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return compression.channel_groups(network, torch.zeros(1, 4))
+
+
+def _frame() -> dict[str, Any]:
+    return {"points": torch.rand(9, 4), "boxes": torch.tensor([[0.5, 0.5, 0.5, 2, 2, 2, 0]]), "labels": ["Car"]}
+
+
+ALONE = ("compression.rich_progress", "plots.require_matplotlib")  # without arguments
+# The calls of names whose documentation has no example
+MORE: dict[str, Callable[[], dict[str, Any]]] = {
+    "compression.bake": lambda: {"model": _masked()},
+    "compression.bake_masks": lambda: {"model": _masked()},
+    "compression.find_channel_groups": lambda: {"model": nn.Linear(4, 2), "example_inputs": torch.zeros(1, 4)},
+    "compression.groups_from_state": lambda: {"state": compression.groups_to_state(_groups())},
+    "compression.groups_to_state": lambda: {"groups": _groups()},
+    "compression.load_compressed": lambda: {"model": _masked, "folder": "nowhere"},
+    "compression.masks_of": lambda: {"model": _masked()},
+    "compression.remove_masks": lambda: {"model": _masked()},
+    "compression.remove_thresholds": lambda: {"model": nn.Linear(4, 2)},
+    "compression.thresholds_of": lambda: {"model": nn.Linear(4, 2)},
+    "data.KITTIFrames": lambda: {"root": "nowhere"},
+    "data.SpinningSensor": dict,
+    "data.frame_of": lambda: {"shapes": [], "found": data.scan([], data.SpinningSensor(beams=16, columns=64))},
+    "data.prism": lambda: {"profile": [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)]},
+    "data.read_kitti_labels": lambda: {"path": "nowhere", "calibration": "nowhere"},
+    "data.read_kitti_points": lambda: {"path": "nowhere"},
+    "meta.task_sets.check_ways": lambda: {"ways": 5},
+    "regularizers.Quadrature": dict,
+    "search.origins": lambda: {"study": optuna.create_study()},
+    "search.shared_trials": lambda: {"study": optuna.create_study(), "n_trials": 1},
+    "transforms.FlipRotateScale": dict,
+    "transforms.GroundTruthSampling": lambda: {"bank": data.ObjectBank.from_frames([_frame()]), "targets": {"Car": 1}},
+    "transforms.PolarMix": lambda: {"frames": [_frame(), _frame()]},
+}
+
+
+def made(name: str, value: Any) -> dict[str, Recorded]:
+    """The call of a name whose documentation has no example, with defaults for what is left out."""
+    if name not in MORE:
+        return {}
+    signature = inspect.signature(value)
+    bound = signature.bind(**MORE[name]())
+    bound.apply_defaults()
+    return {"": Recorded(value, signature, dict(bound.arguments))}

@@ -91,6 +91,7 @@ class DocumentFrequencies:
         Returns:
             float64 tensor with one entry per word; that of a word in no document for unknown ones.
         """
+        check_arguments(DocumentFrequencies.idf, locals())
         chosen = self.words if words is None else words
         counts = torch.tensor([self.counts.get(word, 0) for word in chosen], dtype=torch.float64)
         return inverse_document_frequency(counts, self.num_documents, variant=variant)

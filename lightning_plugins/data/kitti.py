@@ -44,6 +44,11 @@ class KITTIFrames(torch.utils.data.Dataset[dict[str, Any]]):
         return {"points": points, "boxes": boxes, "labels": labels, "index": int(name) if name.isdigit() else number}
 
 
+def _check_file(name: str, path: str | os.PathLike[str]) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`{name}` must be a file, got {os.fspath(path)!r}, which is none")
+
+
 def read_kitti_points(path: str | os.PathLike[str]) -> np.ndarray:
     """Read a scan: little-endian float32, four to a point.
 
@@ -57,6 +62,7 @@ def read_kitti_points(path: str | os.PathLike[str]) -> np.ndarray:
         ValueError: If the size of the file is not that of whole points.
     """
     check_arguments(read_kitti_points, locals())
+    _check_file("path", path)
     values = np.fromfile(path, dtype="<f4")
     if len(values) % 4 or Path(path).stat().st_size % 16:
         raise ValueError(f"`path` must hold points of four float32, got {Path(path).stat().st_size} bytes in {path}")
@@ -80,6 +86,8 @@ def read_kitti_labels(
     """
     check_arguments(read_kitti_labels, locals())
     matrices: dict[str, np.ndarray] = {}
+    _check_file("path", path)
+    _check_file("calibration", calibration)
     for line in Path(calibration).read_text(encoding="utf-8").splitlines():
         name, _, numbers = line.partition(":")
         matrices[name.strip()] = np.array(numbers.split(), dtype=float)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
-from lightning_plugins.arguments import check_arguments
+from lightning_plugins.arguments import check_arguments, check_index
 from lightning_plugins.data.raycast import Scan, Shape, SpinningSensor, prism, scan
 from lightning_plugins.functional.boxes import bev_overlap
 
@@ -61,8 +61,7 @@ class RaycastScenes(torch.utils.data.Dataset[dict[str, Any]]):
         return self.num_frames
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.num_frames:
-            raise IndexError(f"there are {self.num_frames} frames, got {index}")
+        check_index("index", index, self.num_frames)
         shapes = self.shapes(index)
         return frame_of(shapes, scan(shapes, self.sensor, self._rng(index, 1)), index)
 

@@ -107,6 +107,8 @@ def estimate_information(
         True
     """
     check_arguments(estimate_information, locals())
+    if held_out is not None and not 2 <= len(held_out) <= 3:
+        raise ValueError(f"`held_out` must be (x, y) or (x, y, labels), got {len(held_out)} entries")
     chosen = EstimateSettings() if settings is None else settings
     fit = chosen.fit if held_out is None else dataclasses.replace(chosen.fit, test=0.0)
     if held_out is None and fit.test == 0:

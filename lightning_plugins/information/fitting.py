@@ -26,6 +26,7 @@ from lightning_plugins.functional.information import (
     smile_bound,
 )
 from lightning_plugins.functional.pair_scores import candidate_bound, row_keys
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.information.critics import CRITICS, Critic, Start, make_critic
 
 OBJECTIVES = ("infonce", "nwj", "js", "dv", "mine", "smile")
@@ -173,6 +174,7 @@ def check_pairs(x: Tensor, y: Tensor, *, fewest: int = _FEWEST) -> None:
         if not isinstance(part, Tensor) or not part.is_floating_point():
             kind = str(part.dtype) if isinstance(part, Tensor) else type(part).__name__
             raise TypeError(f"`{name}` must be a floating tensor, got {kind}; convert it with `.float()`")
+        check_floating(name, part)
         if part.ndim != 2 or part.shape[1] == 0:
             raise ValueError(f"`{name}` must have shape (N, d), got {tuple(part.shape)}; flatten it to a row a sample")
         if not bool(torch.isfinite(part).all()):

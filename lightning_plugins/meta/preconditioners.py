@@ -115,6 +115,7 @@ class MetaSGD(Preconditioner):
             parameters: The adapted parameters by dotted name.
             steps: Has no effect.
         """
+        check_arguments(MetaSGD.initialise, locals())
         for name, parameter in parameters.items():
             self.factors[key(name)] = nn.Parameter(torch.full_like(parameter, self.initial))
 

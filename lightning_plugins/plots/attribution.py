@@ -49,6 +49,8 @@ def attribution_figure(
     check_floating("inputs", inputs)
     if not maps:
         raise ValueError("`maps` must have at least one map, got none")
+    if not bool(inputs.isfinite().all()):
+        raise ValueError("`inputs` must be finite, got NaN or infinity")
     if inputs.ndim not in {1, 2, 3}:
         raise ValueError(f"`inputs` must be a signal ([C,] L) or an image (C, H, W), got {tuple(inputs.shape)}")
     spatial = tuple(inputs.shape[-2:] if inputs.ndim == 3 else inputs.shape[-1:])

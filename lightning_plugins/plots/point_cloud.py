@@ -42,6 +42,9 @@ def point_cloud_figure(before: Mapping[str, Any], after: Mapping[str, Any], *, t
     check_arguments(point_cloud_figure, locals())
     if "source" not in after:
         raise ValueError(f"`after` must have a `source` per point, as transforms return it, got {sorted(after)}")
+    for name, frame in (("before", before), ("after", after)):
+        if missing := [key for key in ("points", "boxes") if key not in frame]:
+            raise ValueError(f"`{name}` must have `points` and `boxes`, got {sorted(frame)} without {missing}")
     old, new = torch.as_tensor(before["points"]), torch.as_tensor(after["points"])
     added = torch.as_tensor(after["source"]) >= 0
     kept = {tuple(point) for point in new[~added, :3].tolist()}

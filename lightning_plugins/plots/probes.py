@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_plugins._checks import check_finite_number
 from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, colour_by_step, empty_figure, style_axes
 
@@ -49,6 +50,7 @@ def probe_profile_figure(
         ['layer.0', 'layer.1']
     """
     check_arguments(probe_profile_figure, locals())
+    check_finite_number("lowest", lowest)
     if not profiles or len(profiles) != len(steps):
         raise ValueError(f"`profiles` must have one entry per step, got {len(profiles)} and {len(steps)} `steps`")
     names = [name for name in profiles[-1] if not name.endswith(_INITIAL) and name != "projection"]

@@ -1,9 +1,11 @@
 """Where the ranks of a compression come from: the user, or a search in the middle of the training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, nearest
+from torch import Tensor
+
+from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, nearest, shown
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import costs_of, example_inputs
 from lightning_plugins.callbacks._compression.rank_search import (
@@ -56,6 +58,8 @@ class RankSource:
         self.options = check_search_options(search, search_options)
         if score is not None and not isinstance(score, str) and not callable(score):
             raise TypeError(f"`score` must be the name of a method, a function or None, got {score!r}")
+        if data is not None and (isinstance(data, bytes | Tensor | Mapping) or not isinstance(data, Iterable)):
+            raise TypeError(f"`search_data` must be batches, the name of a method or None, got {shown(data)}")
         self.score, self.data = score, data
         self.batches = check_positive_int("search_batches", batches)
         self.ranks = _check_ranks(ranks)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.channels.shrink import check_kept
 
@@ -52,6 +53,7 @@ def project(
         >>> project(budget, [torch.ones(8).bool()], [torch.arange(8.0)])
         Projection(kept=[tensor([False, False, False, False, False,  True,  True,  True])], ranks={}, cost=23)
     """
+    check_arguments(project, locals())
     check_positive_int("minimum", minimum)
     check_positive_int("multiple", multiple)
     check_kept_shapes(budget, kept, scores)

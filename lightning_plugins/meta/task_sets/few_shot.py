@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._labels import labels_of, names_of
-from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_ways
+from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_draw, check_ways
 
 
 class LabelledDataset(Protocol):
@@ -85,6 +85,7 @@ class FewShot(TaskSet):
             ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, ways * shots, ...)`` and
             ``(tasks, ways * queries, ...)``.
         """
+        check_draw(tasks, generator)
         indices = torch.stack([self._draw(generator) for _ in range(tasks)])
         parts = []
         for piece in indices.split([self.shots, self.queries], dim=2):
