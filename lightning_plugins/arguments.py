@@ -110,7 +110,7 @@ def _holds(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
     """Whether a value is a collection of such entries."""
     if kind is Sequence and inner[0] in {int, float} and getattr(value, "ndim", None) == 1:
         return isinstance(value, Tensor) or fits(value.tolist(), Sequence[inner[0]])
-    if isinstance(value, str | bytes) or not isinstance(value, kind):
+    if isinstance(value, str | bytes) or not isinstance(value, (list, tuple) if kind in {list, tuple} else kind):
         return False
     if isinstance(value, Mapping):
         return issubclass(kind, Mapping) and all(

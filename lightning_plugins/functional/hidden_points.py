@@ -49,6 +49,8 @@ def hidden_points(points: Tensor, viewpoint: Tensor | Sequence[float], radius_fa
         )
     if check_finite_number("radius_factor", radius_factor) < 1:
         raise ValueError(f"`radius_factor` is a ratio to the range and must be at least 1, got {radius_factor!r}")
+    if radius_factor > 1e12:
+        raise ValueError(f"`radius_factor` must be at most 1e12, beyond which nothing is hidden, got {radius_factor!r}")
     if radius_factor > 1e4:
         warnings.warn(
             f"`radius_factor={radius_factor!r}` is a ratio to the range; above 1e4 hidden points count as visible",

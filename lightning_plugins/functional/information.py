@@ -188,7 +188,8 @@ def smile_bound(scores: Tensor, clip: float = 5.0) -> Tensor:
     check_clip(clip)
     clip = float(clip)
     f = _checked(scores)
-    value = f.diagonal().mean() - _log_mean_exp_off_diagonal(f.clamp(-clip, clip))
+    limit = clip if clip <= torch.finfo(f.dtype).max else math.inf
+    value = f.diagonal().mean() - _log_mean_exp_off_diagonal(f.clamp(-limit, limit))
     return _with_gradient_of(_jensen_shannon(f), value=value)
 
 

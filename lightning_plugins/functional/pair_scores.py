@@ -111,7 +111,8 @@ def pair_scores(
                 here = partner.any(dim=1)
                 found = torch.where(partner, block, 0.0).sum(dim=1).double()
                 positives[rows] = torch.where(here, found, positives[rows])
-                rest = block.clamp(-clip, clip).masked_fill(partner, -torch.inf).logsumexp(dim=1).double()
+                limit = clip if clip <= torch.finfo(block.dtype).max else math.inf
+                rest = block.clamp(-limit, limit).masked_fill(partner, -torch.inf).logsumexp(dim=1).double()
                 negatives[rows, group] = torch.logaddexp(negatives[rows, group], rest)
     edges = torch.tensor(bounds, device=device)
     return PairScores(positives, negatives, torch.bucketize(anchors, edges[1:], right=True), edges.diff())

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_non_negative_int
+from lightning_plugins._checks import check_non_negative_int, check_room
 from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.metrics._sums import SumMetric
 from lightning_plugins.metrics._tasks import MeanWithInterval, mean_with_interval
@@ -39,6 +39,7 @@ class AdaptationCurve(SumMetric):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = check_non_negative_int("steps", steps)
+        check_room("steps", steps)
         self.add_state("total", torch.zeros(steps + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(steps + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")

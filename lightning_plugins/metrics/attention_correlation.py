@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_int, check_positive_int, shown
+from lightning_plugins._checks import check_int, check_positive_int, check_room, shown
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
 from lightning_plugins.functional.tensors import check_dims, check_floating
 from lightning_plugins.metrics._sums import SumMetric
@@ -59,6 +59,7 @@ class CLSAttentionCorrelation(SumMetric):
         self.num_layers = check_positive_int("num_layers", num_layers)
         self.num_heads = check_positive_int("num_heads", num_heads)
         self.query = check_int("query", query)
+        check_room("num_layers", num_layers * num_heads)
         shape = (num_layers, num_heads)
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")

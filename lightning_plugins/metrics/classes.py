@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_positive_int, check_room
 from lightning_plugins.functional.spectrum import full_precision
 from lightning_plugins.functional.tensors import check_integers
 from lightning_plugins.metrics._embeddings import check_embeddings
@@ -48,6 +48,8 @@ class ClassMetric(SumMetric):
         super().__init__()
         self.num_features = check_positive_int("num_features", num_features)
         self.num_classes = check_positive_int("num_classes", num_classes)
+        check_room("num_features", num_features**2)
+        check_room("num_classes", num_features * num_classes)
         self.add_state("gram", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(num_classes, num_features, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")

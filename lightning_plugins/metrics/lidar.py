@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int, check_positive_number
+from lightning_plugins._checks import check_positive_int, check_positive_number, check_room
 from lightning_plugins.functional.spectrum import full_precision
 from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.metrics._sums import SumMetric
@@ -49,6 +49,7 @@ class LiDAR(SumMetric):
     def __init__(self, num_features: int, *, delta: float = 1e-4) -> None:
         super().__init__()
         self.num_features = check_positive_int("num_features", num_features)
+        check_room("num_features", num_features**2)
         self.delta = check_positive_number("delta", delta)
         square = torch.zeros(num_features, num_features, dtype=torch.float64)
         self.add_state("within", square.clone(), dist_reduce_fx="sum")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_positive_int, shown
 from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import is_distributed
 
@@ -33,7 +33,8 @@ class SharedTrial:
     """
 
     def __init__(self, trial: "optuna.trial.Trial | None") -> None:
-        check_arguments(SharedTrial.__init__, locals())
+        if trial is not None and not hasattr(trial, "suggest_float"):
+            raise TypeError(f"`trial` must be a trial of Optuna's, got {shown(trial)}")
         if trial is None and _first():
             raise ValueError("`trial` must be a trial on the first process, got None")
         self.trial = trial
@@ -83,8 +84,11 @@ def shared_trials(study: "Study | None", n_trials: int) -> Iterator[SharedTrial]
         The trials, one at a time.
 
     Raises:
+        TypeError: If ``study`` is none of Optuna's.
         ValueError: If the first process has no study, or ``n_trials`` is less than 1.
     """
+    if study is not None and not hasattr(study, "ask"):
+        raise TypeError(f"`study` must be a study of Optuna's, got {shown(study)}")
     check_arguments(shared_trials, locals())
     check_positive_int("n_trials", n_trials)
     if study is None and _first():

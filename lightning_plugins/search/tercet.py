@@ -73,6 +73,8 @@ class TercetRule:
         Returns:
             True if this is a place to look at and the curve is below the quantile.
         """
+        check_arguments(TercetRule.ends, locals())
+        curve = [float(value) for value in curve]
         looks = [max(1, math.floor(fraction * total)) for fraction in self.fractions]
         if len(curve) not in looks:
             return False

@@ -19,6 +19,7 @@ from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of
+from lightning_plugins.compression.low_rank.splittable import pairs_in
 from lightning_plugins.compression.networks.plain_names import computed_names
 from lightning_plugins.compression.networks.replacements import Heirs
 from lightning_plugins.selection import select_kept
@@ -269,7 +270,9 @@ class BudgetedNetwork:
         try:
             project(self.budget, nothing, scores, least, margins, minimum=self.minimum, multiple=self.multiple)
         except ValueError as error:
-            raise ValueError(str(error).replace("`target`", "`budget`")) from None
+            split = sum(bool(pairs_in(module)) for module in self.model.modules())
+            hint = f"; {split} layers are low-rank already and stay as they are" if split else ""
+            raise ValueError(str(error).replace("`target`", "`budget`") + hint) from None
 
     def remove(self) -> None:
         """Take masks and thresholds off, those that are on: the model is the dense one."""

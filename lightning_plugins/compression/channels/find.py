@@ -155,6 +155,9 @@ def groups_from_state(state: Iterable[dict[str, Any]]) -> list[ChannelGroup]:
 
     Returns:
         The groups.
+
+    Raises:
+        ValueError: If an entry is of something else.
     """
     check_arguments(groups_from_state, locals())
     groups = []

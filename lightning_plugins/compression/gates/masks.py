@@ -171,6 +171,8 @@ def apply_masks(
         Eo et al., https://arxiv.org/abs/2309.13077: our reading.
     """
     check_arguments(apply_masks, locals())
+    if abs(check_finite_number("init", init)) > torch.finfo(torch.float32).max:
+        raise ValueError(f"`init` must fit into float32, got {init!r}")
     check_choice("gate", gate, get_args(Gate))
     if check_finite_number("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")

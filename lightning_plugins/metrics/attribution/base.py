@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_bool, check_positive_int
+from lightning_plugins._checks import check_bool, check_positive_int, check_room
 from lightning_plugins.functional.tensors import check_integers
 from lightning_plugins.metrics._sums import SumMetric
 
@@ -55,6 +55,7 @@ class AttributionMetric(SumMetric):
         size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
         if per_class and num_classes is None:
             raise ValueError("`per_class=True` needs `num_classes`, so that every rank has the same sums, got None")
+        check_room("num_classes", size)
         for name in ("total", "random_total"):
             self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("count", "undefined"):
