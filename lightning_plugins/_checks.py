@@ -116,9 +116,10 @@ def check_int(name: str, value: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int | Integral):
         raise TypeError(f"`{name}` must be an int, got {shown(value)}")
-    if not -_MOST <= value < _MOST:
+    number = value if type(value) is int else int(value)
+    if not -_MOST <= number < _MOST:
         raise ValueError(f"`{name}` must be within 64 bits, got {shown(value)}")
-    return value if type(value) is int else int(value)
+    return number
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -288,11 +289,12 @@ def _check_int_from(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | Integral):
         hint = f"; did you mean {int(value)}?" if isinstance(value, float) and value.is_integer() else ""
         raise TypeError(f"`{name}` must be an int of at least {least}, got {shown(value)}{hint}")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}")
-    if value >= _MOST:
+    number = value if type(value) is int else int(value)
+    if number < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {number}")
+    if number >= _MOST:
         raise ValueError(f"`{name}` must be within 64 bits, got {shown(value)}")
-    return value if type(value) is int else int(value)
+    return number
 
 
 def shown(value: object) -> str:

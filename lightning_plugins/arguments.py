@@ -20,6 +20,7 @@ from lightning_plugins.functional.tensors import check_tensor
 
 _UNKNOWN = (str, ForwardRef)  # what an annotation is that names something imported for type checkers alone
 
+_WORDS: dict[Any, str] = {int: "an int", float: "a number", str: "a string", bool: "True or False", Tensor: "a tensor"}
 _CALLS = ("__call__", "__getitem__", "__iter__", "__len__")  # what a protocol asks for, beside public names
 
 
@@ -48,7 +49,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
             place, value, kind = _misfit(name, value, kind)
             if get_origin(kind) is Literal:
                 check_choice(place, value, map(str, get_args(kind)))
-            raise TypeError(f"`{place}` must be of type {_spelled(kind)}, got {shown(value)}")
+            raise TypeError(f"`{place}` must be {_spelled(kind)}, got {shown(value)}")
         for tensor in _tensors(value):
             check_tensor(name, tensor)
 
@@ -109,7 +110,7 @@ def _is(value: Any, kind: Any) -> bool:
 def _holds(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
     """Whether a value is a collection of such entries."""
     if kind is Sequence and inner[0] in {int, float} and getattr(value, "ndim", None) == 1:
-        return isinstance(value, Tensor) or fits(value.tolist(), Sequence[inner[0]])
+        return isinstance(value, Tensor) or all(fits(one, inner[0]) for one in value.tolist())
     if isinstance(value, str | bytes) or not isinstance(value, (list, tuple) if kind in {list, tuple} else kind):
         return False
     if isinstance(value, Mapping):
@@ -153,4 +154,4 @@ def _annotations(function: Callable[..., Any]) -> list[tuple[str, Any]]:
 
 
 def _spelled(kind: Any) -> str:
-    return re.sub(r"(?:\w+\.)+(?=\w)", "", inspect.formatannotation(kind))
+    return _WORDS.get(kind) or "of type " + re.sub(r"(?:\w+\.)+(?=\w)", "", inspect.formatannotation(kind))

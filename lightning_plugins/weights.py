@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_plugins._checks import check_finite_number, check_positive_int, check_text, nearest
+from lightning_plugins._checks import check_finite_number, check_positive_int, check_text, nearest, plain_number
 from lightning_plugins.computed_weights import current_weight
 from lightning_plugins.selection import check_layers, select_modules
 
@@ -212,17 +212,16 @@ def check_rank(rank: Rank) -> Rank:
         TypeError: If it is something else.
         ValueError: If a number is out of its range.
     """
-    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool)):
+    if rank is None or (isinstance(rank, int | Integral) and not isinstance(rank, bool)):
         return rank if rank is None else check_positive_int("rank", rank)
     if isinstance(rank, Mapping):
-        for name, number in rank.items():
+        for name in rank:
             check_text("rank", name, "a mapping from names of layers to ranks")
-            check_positive_int(f"rank[{name!r}]", number)
-        return dict(rank)
+        return {name: check_positive_int(f"rank[{name!r}]", number) for name, number in rank.items()}
     if not 0 < check_finite_number("rank", rank) < 1:
         hint = f"; did you mean {int(rank)}?" if rank >= 1 and float(rank).is_integer() else ""
         raise ValueError(f"`rank` must be a number of at least 1 or a fraction between 0 and 1, got {rank!r}{hint}")
-    return rank
+    return plain_number(rank)
 
 
 def check_scheme(scheme: Scheme) -> Scheme:

@@ -133,7 +133,7 @@ class CollapseAlarm(Callback):
         self.rows = Rows(pool, select, mask, layout)
         self.dirpath = None if dirpath is None else str(check_instance("dirpath", dirpath, (str, Path), "a path"))
         self.alarms: list[Collapse] = []
-        self._measure = CollapseMeasure(metric, queue_size)
+        self._measure = CollapseMeasure(metric, self.queue_size)
         self._below: dict[str, int] = {}  # by layer, how many measurements in a row were too low
         self._best: dict[str, float] = {}
         self._pending: int | None = None  # the step whose batches are summed

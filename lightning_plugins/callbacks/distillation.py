@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number, check_text
+from lightning_plugins._checks import check_finite_number, check_positive_number, check_text
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.callbacks._rows.compiled import is_compiled
 from lightning_plugins.callbacks._rows.masks import LayerCall, Mask, Parameters, find_mask
@@ -108,7 +108,7 @@ class Distillation(Callback):
         if outputs is False and not self.layers:
             raise ValueError("`layers` must name a layer where `outputs=False`, or there is nothing to match, got none")
         self.network = check_text("network", network, "the name of a module")
-        self.distance = Distance(loss, temperature, layout)
+        self.distance = Distance(loss, check_positive_number("temperature", temperature), layout)
         self.weight = check_finite_number("weight", weight)
         self._mask: Mask = check_mask(mask)
         if schedule is not None and not isinstance(schedule, Schedule):

@@ -132,7 +132,7 @@ class LowRankCompression(Callback):
         if weight < 0:
             raise ValueError(f"`weight` must be at least 0, got {weight!r}; negative values would raise the ranks")
         self.figures = check_figures(figures)
-        self.ratio, self.weight = plain_number(ratio), plain_number(weight)
+        self.weight = plain_number(weight)
         self.scheme, self.cost = check_scheme(scheme), cost
         self._source = RankSource(
             self.layers,
@@ -147,6 +147,7 @@ class LowRankCompression(Callback):
             scheme=scheme,
             calibration=calibration,
         )
+        self.ratio = self._source.ratio
         phases = {"search_at": search_at, **({} if factorize_at is None else {"factorize_at": factorize_at})}
         check_phases(unit, **phases)
         self.search_at, self.unit = plain_number(search_at), unit

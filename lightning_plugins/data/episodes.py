@@ -4,7 +4,6 @@ import hashlib
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
 from lightning_plugins._lightning import LightningDataModule
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta import EpisodeLoader, FewShot, TaskSet
 from lightning_plugins.meta.task_sets.few_shot import LabelledDataset
 
@@ -60,7 +59,6 @@ class EpisodicDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        check_arguments(EpisodicDataModule.__init__, locals())
         super().__init__()
         sources = {"train": train, "val": val, "test": test}
         sizes = {"ways": ways, "shots": shots, "queries": queries}

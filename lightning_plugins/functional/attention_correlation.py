@@ -51,8 +51,8 @@ def cls_attention_correlation(
     for name, given in (("values", values), ("mask", mask), ("tokens", tokens)):
         if given is None and name != "values":
             continue
-        check_real(name, given)
-        if given.shape != shape:
+        check_real(name, given)  # type: ignore[arg-type]  # None is refused here
+        if given is not None and given.shape != shape:
             raise ValueError(f"`{name}` must have shape {shape}, one entry per key, got {tuple(given.shape)}")
     if not -shape[1] <= check_int("query", query) < shape[1]:
         raise ValueError(f"`query` must be one of the {shape[1]} positions, got {query}")

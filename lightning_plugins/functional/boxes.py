@@ -148,7 +148,8 @@ def part_occupancy(points: Tensor, size: Tensor, parts: tuple[int, int, int], *,
     check_bool("mirror", mirror)
     if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) != 3:
         raise TypeError(f"`parts` must be three numbers of at least 1, got {shown(parts)}")
-    parts = tuple(check_positive_int("parts", number) for number in parts)
+    for number in parts:
+        check_positive_int("parts", number)
     if math.prod(parts) > 2**31:
         raise ValueError(f"`parts` must be few enough to count in, got {parts!r}")
     xyz = points[:, :3]

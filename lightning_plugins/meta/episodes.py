@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import is_distributed, world_size
 from lightning_plugins.meta.loop.structure import tasks_together
 from lightning_plugins.meta.task_sets.base import Batch, TaskSet
@@ -42,7 +41,6 @@ class EpisodeSampler(Sampler[list[Key]]):
     """
 
     def __init__(self, episodes: int, tasks_per_batch: int, *, fixed: bool = False) -> None:
-        check_arguments(EpisodeSampler.__init__, locals())
         self.episodes = check_positive_int("episodes", episodes)
         self.tasks_per_batch = check_positive_int("tasks_per_batch", tasks_per_batch)
         self.fixed = fixed
@@ -122,7 +120,6 @@ class EpisodeLoader:
         fixed: bool = False,
         num_workers: int = 0,
     ) -> None:
-        check_arguments(EpisodeLoader.__init__, locals())
         if not isinstance(tasks, TaskSet):
             raise TypeError(
                 f"`tasks` must be a `TaskSet`, got {type(tasks).__name__}; `FewShot` makes one of a labelled dataset"

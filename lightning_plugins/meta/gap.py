@@ -74,7 +74,7 @@ class _Gains(Preconditioner):
         if not self._groups:
             hint = "" if self.linear else "; `linear=True` gives them to the weights of linear layers"
             raise ValueError(
-                f"{type(self).__name__}: none of `parameters` {few(parameters)} is a convolution's kernel{hint}"
+                f"`parameters`: {type(self).__name__}: none of {few(parameters)} is a convolution's kernel{hint}"
             )
 
     def gains(self, step: int = 0) -> dict[str, Tensor]:
@@ -166,7 +166,6 @@ class GAP(_Gains):
         derivative: Derivative = "constant",
         rank: int | None = None,
     ) -> None:
-        check_arguments(GAP.__init__, locals())
         check_choice("derivative", derivative, get_args(Derivative))
         if rank is not None:
             check_positive_int("rank", rank)
@@ -194,5 +193,4 @@ class ApproximateGAP(_Gains):
     """
 
     def __init__(self, *, linear: bool = False, per_step: bool = False) -> None:
-        check_arguments(ApproximateGAP.__init__, locals())
         super().__init__(linear=linear, per_step=per_step, approximate=True, derivative="constant")

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.batch_statistics import check_no_running_statistics
 from lightning_plugins.meta.loop import arguments
 from lightning_plugins.meta.loop.episode import Episode, Episodes, start
@@ -103,7 +102,6 @@ class InnerLoop(nn.Module):
         chunk_size: int | None = None,
         randomness: Randomness = "different",
     ) -> None:
-        check_arguments(InnerLoop.__init__, locals())
         super().__init__()
         if not callable(loss):
             raise TypeError(f"`loss` must be a function of outputs and targets, got {type(loss).__name__}")

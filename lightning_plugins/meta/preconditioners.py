@@ -103,7 +103,6 @@ class MetaSGD(Preconditioner):
     """
 
     def __init__(self, initial: float = 1.0) -> None:
-        check_arguments(MetaSGD.__init__, locals())
         super().__init__()
         self.initial = check_finite_number("initial", initial)
         self.factors = nn.ParameterDict()

@@ -45,7 +45,6 @@ class PerStepBatchNorm(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(self, norm: nn.Module, steps: int) -> None:
-        check_arguments(PerStepBatchNorm.__init__, locals())
         super().__init__()
         if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
             raise TypeError(f"`norm` must be a BatchNorm1d, 2d or 3d, got {type(norm).__name__}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from lightning_plugins._checks import check_positive_int, shown
+from lightning_plugins._checks import check_finite_number, check_int, check_positive_int, shown
 from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import is_distributed
 
@@ -51,10 +51,14 @@ class SharedTrial:
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
         """Return the same number on every process; as Optuna's method of this name."""
+        for argument, number in (("low", low), ("high", high), ("step", 1.0 if step is None else step)):
+            check_finite_number(argument, number)
         return float(self._suggest(name, lambda: self._own.suggest_float(name, low, high, step=step, log=log)))
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """Return the same int on every process; as Optuna's method of this name."""
+        for argument, number in (("low", low), ("high", high), ("step", step)):
+            check_int(argument, number)
         return int(self._suggest(name, lambda: self._own.suggest_int(name, low, high, step=step, log=log)))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:

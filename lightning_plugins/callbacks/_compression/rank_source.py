@@ -5,7 +5,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, nearest, shown
+from lightning_plugins._checks import (
+    check_choice,
+    check_finite_number,
+    check_positive_int,
+    nearest,
+    plain_number,
+    shown,
+)
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import costs_of, example_inputs
 from lightning_plugins.callbacks._compression.rank_search import (
@@ -192,7 +199,7 @@ def _check_ratio(ratio: float) -> float:
     if not 0 < check_finite_number("ratio", ratio) < 1:
         hint = f"; did you mean {ratio / 100!r}?" if 1 < ratio < 100 else ""
         raise ValueError(f"`ratio`, the fraction to remove, must be more than 0 and less than 1, got {ratio!r}{hint}")
-    return ratio
+    return plain_number(ratio)
 
 
 def _check_ranks(ranks: dict[str, int] | None) -> dict[str, int] | None:

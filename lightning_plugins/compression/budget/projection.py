@@ -66,7 +66,8 @@ def project(
         if not state.remove():
             raise ValueError(
                 f"`target` must be at least {state.cost() / budget.dense:.4g} for this network: that is left when all "
-                f"groups and ranks are at their minimum, got {budget.target}"
+                f"groups and ranks are at their minimum (`minimum={minimum}`, `multiple={multiple}`), "
+                f"got {budget.target}"
             )
     return Projection(state.masks(), state.split(), state.cost())
 

@@ -7,7 +7,6 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._labels import labels_of, names_of
 from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_draw, check_ways
 
@@ -58,7 +57,6 @@ class FewShot(TaskSet):
         *,
         classes: Sequence[Any] | None = None,
     ) -> None:
-        check_arguments(FewShot.__init__, locals())
         self.dataset = dataset
         self.ways = check_ways(ways)
         self.shots = check_positive_int("shots", shots)
@@ -132,6 +130,8 @@ def _by_class(labels: Iterable[Any], classes: Sequence[Any] | None) -> dict[Any,
     if classes is None:
         # Not in the order of appearance, so that a shuffled dataset has the same tasks.
         return dict(sorted(members.items(), key=lambda item: (str(type(item[0])), item[0])))
+    if isinstance(classes, str | bytes) or not isinstance(classes, Sequence):
+        raise TypeError(f"`classes` must be a sequence of labels, got {type(classes).__name__}")
     if unknown := [label for label in classes if label not in members]:
         raise ValueError(f"`classes` must be labels of `dataset`, it has no sample of {unknown[:5]}")
     return {label: members[label] for label in classes}

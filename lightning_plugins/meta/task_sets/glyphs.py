@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._glyph_images import glyphs
 from lightning_plugins.meta.task_sets.base import Batch, Split, TaskSet, check_draw, check_ways
 
@@ -59,7 +58,6 @@ class GlyphFewShot(TaskSet):
         jitter: float = 1.0,
         characters: str | None = None,
     ) -> None:
-        check_arguments(GlyphFewShot.__init__, locals())
         low, high = _BOUNDS[check_choice("split", split, get_args(Split))]
         self.ways = check_ways(ways)
         self.shots = check_positive_int("shots", shots)

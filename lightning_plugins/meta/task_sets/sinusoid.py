@@ -6,7 +6,6 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_draw
 
 AMPLITUDES = (0.1, 5.0)
@@ -37,7 +36,6 @@ class Sinusoid(TaskSet):
     """
 
     def __init__(self, shots: int = 10, queries: int = 10) -> None:
-        check_arguments(Sinusoid.__init__, locals())
         self.shots = check_positive_int("shots", shots)
         self.queries = check_positive_int("queries", queries)
 
