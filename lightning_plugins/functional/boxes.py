@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_bool, check_finite_number, check_positive_int, shown
+from lightning_plugins._checks import check_bool, check_finite_number, shown
 from lightning_plugins.functional.tensors import (
     check_dims,
     check_floating,
@@ -148,8 +149,8 @@ def part_occupancy(points: Tensor, size: Tensor, parts: tuple[int, int, int], *,
     check_bool("mirror", mirror)
     if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) != 3:
         raise TypeError(f"`parts` must be three numbers of at least 1, got {shown(parts)}")
-    for number in parts:
-        check_positive_int("parts", number)
+    if not all(isinstance(number, int | Integral) and number >= 1 for number in parts):
+        raise ValueError(f"`parts` must be three numbers of at least 1, got {parts!r}")
     if math.prod(parts) > 2**31:
         raise ValueError(f"`parts` must be few enough to count in, got {parts!r}")
     xyz = points[:, :3]

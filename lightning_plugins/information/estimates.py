@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._checks import check_callable, check_instance, shown
 from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import class_entropy, class_posterior_information, infonce_ceiling
 from lightning_plugins.functional.pair_scores import BoundWithError, candidate_bound
@@ -135,6 +136,20 @@ def estimate_information(
     return result
 
 
+def check_device(device: torch.device | str | int) -> None:
+    """Refuse what names no device.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If there is no such device.
+    """
+    check_instance("device", device, (torch.device, str, int), "a device, its name or its number")
+    try:
+        torch.device(device)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"`device` must name a device, got {device!r}: {error}") from None
+
+
 def estimate(
     encoder: Callable[[Tensor], Tensor],
     dataloader: Iterable[Sequence[Tensor]],
@@ -170,7 +185,15 @@ def estimate(
         >>> round(found.entropy, 1), found.estimate < found.ceiling
         (0.7, True)
     """
-    check_arguments(estimate, locals())
+    check_callable("encoder", encoder, "a network or function from views to representations")
+    given = {"dataloader": dataloader} if held_out is None else {"dataloader": dataloader, "held_out": held_out}
+    for name, batches in given.items():
+        if isinstance(batches, str | bytes | Tensor) or not isinstance(batches, Iterable):
+            raise TypeError(f"`{name}` must be a DataLoader or another iterable of batches, got {shown(batches)}")
+    if settings is not None:
+        check_instance("settings", settings, EstimateSettings, "an EstimateSettings or None")
+    if device is not None:
+        check_device(device)
     x, y, labels = embed_pairs(encoder, dataloader, device)
     others: list[Tensor] | None = None
     if held_out is not None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_plugins._checks import check_choice, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.pair_scores import BOUNDS
 from lightning_plugins.information.critics import CRITICS
 from lightning_plugins.information.fitting import CriticSettings
@@ -50,7 +49,6 @@ class EstimateSettings:
     consistency: bool = False
 
     def __post_init__(self) -> None:
-        check_arguments(EstimateSettings, vars(self))
         check_choice("critic", self.critic, CRITICS)
         check_choice("bound", self.bound, BOUNDS)
         check_choice("units", self.units, UNITS)

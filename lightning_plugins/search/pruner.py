@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.search.tercet import TercetRule
 
 try:
@@ -48,7 +47,6 @@ class TercetPruner(BasePruner):
         quantiles: tuple[float, ...] = (0.1, 0.9),
         min_trials: int = 4,
     ) -> None:
-        check_arguments(TercetPruner.__init__, locals())
         self.n_steps = check_positive_int("n_steps", n_steps)
         check_positive_int("min_trials", min_trials)
         self._rules = {

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int, shown
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.search.proposal import History, Proposal, propose
 from lightning_plugins.search.space import MAX_CANDIDATES, Space, key
 
@@ -80,7 +79,6 @@ class B2EASampler(BaseSampler):
         transform: bool = True,
         max_candidates: int = MAX_CANDIDATES,
     ) -> None:
-        check_arguments(B2EASampler.__init__, locals())
         if check_positive_int("n_startup_trials", n_startup_trials) < 2:
             raise ValueError("`n_startup_trials` must be at least 2, from which the models learn a scale, got 1")
         if not isinstance(transform, bool):

@@ -47,7 +47,6 @@ class TercetRule:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_arguments(TercetRule, vars(self))
         for name in ("fractions", "quantiles"):
             numbers = getattr(self, name)
             if not isinstance(numbers, tuple | list) or not numbers:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.search.sampler import B2EASampler, origins
 from lightning_plugins.search.trainings import ENDED, Objective, Search, best_trial
 from lightning_plugins.search.workers import run_workers
@@ -126,7 +125,6 @@ def tune(
         >>> len(result.study.trials), result.folder.name.startswith("trial-")
         (8, True)
     """
-    check_arguments(tune, locals())
     if not callable(objective):
         raise TypeError(f"`objective` must be a function of a trial and a folder, got {objective!r}")
     check_positive_int("n_trials", n_trials)

@@ -105,7 +105,6 @@ class BatchAugmentation:
         max_points: int = 1024,
         seed: int = 0,
     ) -> None:
-        check_arguments(BatchAugmentation.__init__, locals())
         maker = WholeBodyAugmentation(bank, targets, grid=grid, area=area, seed=seed)
         self.targets, self.seed, self.grid = maker.targets, maker.seed, grid or GRID
         self.area = check_area(area)

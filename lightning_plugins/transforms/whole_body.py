@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_fraction, check_non_negative_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.data.object_bank import ObjectBank
 from lightning_plugins.functional.boxes import bev_overlap, points_in_boxes, rotate_z
 from lightning_plugins.functional.ground import ground_height
@@ -92,14 +91,13 @@ class WholeBodyAugmentation(FrameTransform):
         fill: float = 0.84,
         seed: int = 0,
     ) -> None:
-        check_arguments(WholeBodyAugmentation.__init__, locals())
         super().__init__(seed)
         self.bank, self.targets = check_bank(bank), check_targets(bank, targets)
         self.occluder = check_choice("occluder", occluder, OCCLUDERS)
         if grid is not None and not isinstance(grid, RangeGrid):
             raise TypeError(f"`grid` must be a RangeGrid, got {grid!r} ({type(grid).__name__})")
         self.grid = grid or GRID
-        if isinstance(stages, str):
+        if isinstance(stages, str | bytes) or not isinstance(stages, Sequence):
             raise TypeError(f"`stages` must be a sequence of names, got {stages!r}; did you mean [{stages!r}]?")
         self.stages = tuple(check_choice("stages", stage, STAGES) for stage in stages)
         self.area = check_area(area)
@@ -260,7 +258,6 @@ class GroundTruthSampling(WholeBodyAugmentation):
     """
 
     def __init__(self, bank: ObjectBank, targets: Mapping[str, int], *, seed: int = 0) -> None:
-        check_arguments(GroundTruthSampling.__init__, locals())
         super().__init__(bank, targets, stages=(), seed=seed)
 
 
