@@ -2,32 +2,48 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
+from numbers import Integral, Real
+from typing import TypeVar
+
+_Value = TypeVar("_Value")
+_MOST = 2**63  # numbers beyond do not fit into a tensor
 
 
 def check_finite_number(name: str, value: float) -> float:
-    """Return ``value`` if it is a finite int or float.
+    """Return ``value`` if it is a finite number.
 
     Args:
         name: The argument's name, for the message.
         value: The argument's value.
 
     Returns:
-        ``value``, unchanged.
+        ``value``; a number of NumPy's as an int or float.
 
     Raises:
-        TypeError: If ``value`` is not an int or float (a bool is neither).
-        ValueError: If ``value`` is NaN or infinite.
-
-    Example:
-        >>> check_finite_number("weight", -0.1)
-        -0.1
+        TypeError: If ``value`` is not a number (a bool is none).
+        ValueError: If ``value`` is NaN, infinite, or an int beyond 64 bits.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number, got {_shown(value)}")
+    if not is_number(value):
+        raise TypeError(f"`{name}` must be a number, got {shown(value)}")
+    value = plain_number(value)
+    if isinstance(value, int) and not -_MOST < value < _MOST:
+        raise ValueError(f"`{name}` must be within 64 bits, got {shown(value)}")
     if not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value!r}")
     return value
+
+
+def is_number(value: object) -> bool:
+    """Tell an int or a float, of Python or of NumPy, from everything else; a bool is neither."""
+    return isinstance(value, int | float | Real) and not isinstance(value, bool)
+
+
+def plain_number(value: float) -> float:
+    """A number as Python's own int or float: NumPy's look different in a ``repr`` and in a checkpoint."""
+    if type(value) is int or type(value) is float:
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_bool(name: str, value: bool) -> bool:
@@ -50,8 +66,56 @@ def check_bool(name: str, value: bool) -> bool:
         TypeError: `centred` must be True or False, got 1 (int)
     """
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {_shown(value)}")
+        raise TypeError(f"`{name}` must be True or False, got {shown(value)}")
     return value
+
+
+def check_text(name: str, value: str, what: str = "a string") -> str:
+    """Return ``value`` if it is a string; ``what`` it stands for is shown in the message."""
+    return check_instance(name, value, str, what)
+
+
+def check_instance(name: str, value: _Value, kinds: type | tuple[type, ...], what: str) -> _Value:
+    """Return ``value`` if it is of one of the types; ``what`` they are to a user is shown in the message.
+
+    Raises:
+        TypeError: If ``value`` is of no such type.
+
+    Example:
+        >>> check_instance("costs", 3, dict, "a dict of costs by layer")
+        Traceback (most recent call last):
+            ...
+        TypeError: `costs` must be a dict of costs by layer, got 3 (int)
+    """
+    if not isinstance(value, kinds):
+        raise TypeError(f"`{name}` must be {what}, got {shown(value)}")
+    return value
+
+
+def check_callable(name: str, value: _Value, what: str = "callable") -> _Value:
+    """Return ``value`` if it can be called; ``what`` it maps to what is shown in the message.
+
+    Raises:
+        TypeError: If ``value`` can't be called.
+    """
+    if not callable(value):
+        raise TypeError(f"`{name}` must be {what}, got {shown(value)}")
+    return value
+
+
+def check_int(name: str, value: int) -> int:
+    """Return ``value``, such as a seed or a position, if it is an int.
+
+    Raises:
+        TypeError: If ``value`` is not an int (a bool is not).
+        ValueError: If ``value`` is beyond 64 bits.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | Integral):
+        raise TypeError(f"`{name}` must be an int, got {shown(value)}")
+    number = value if type(value) is int else int(value)
+    if not -_MOST <= number < _MOST:
+        raise ValueError(f"`{name}` must be within 64 bits, got {shown(value)}")
+    return number
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -78,7 +142,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     known = list(choices)
     listed = " or ".join(filter(None, [", ".join(map(repr, known[:-1])), *map(repr, known[-1:])]))
     if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be {listed}, got {_shown(value)}")
+        raise TypeError(f"`{name}` must be {listed}, got {shown(value)}")
     if value not in known:
         near = nearest(value, known, limit=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -94,7 +158,7 @@ def check_positive_int(name: str, value: int) -> int:
         value: The argument's value.
 
     Returns:
-        ``value``, unchanged.
+        ``value``; an int of NumPy's as Python's.
 
     Raises:
         TypeError: If ``value`` is not an int (a bool is not).
@@ -110,22 +174,11 @@ def check_positive_int(name: str, value: int) -> int:
 
 
 def check_non_negative_int(name: str, value: int) -> int:
-    """Return ``value`` if it is an int of at least 0.
-
-    Args:
-        name: The argument's name, for the message.
-        value: The argument's value.
-
-    Returns:
-        ``value``, unchanged.
+    """Return ``value`` if it is an int of at least 0; an int of NumPy's as Python's.
 
     Raises:
         TypeError: If ``value`` is not an int (a bool is not).
         ValueError: If ``value`` is negative.
-
-    Example:
-        >>> check_non_negative_int("queue_size", 0)
-        0
     """
     return _check_int_from(name, value, 0)
 
@@ -138,10 +191,10 @@ def check_positive_number(name: str, value: float) -> float:
         value: The argument's value.
 
     Returns:
-        ``value``, unchanged.
+        ``value``; a number of NumPy's as an int or float.
 
     Raises:
-        TypeError: If ``value`` is not an int or float (a bool is neither).
+        TypeError: If ``value`` is not a number (a bool is none).
         ValueError: If ``value`` is not above 0, NaN or infinite.
 
     Example:
@@ -150,7 +203,8 @@ def check_positive_number(name: str, value: float) -> float:
             ...
         ValueError: `distortion` must be above 0, got 0.0
     """
-    if check_finite_number(name, value) <= 0:
+    value = check_finite_number(name, value)
+    if value <= 0:
         raise ValueError(f"`{name}` must be above 0, got {value!r}")
     return value
 
@@ -163,10 +217,10 @@ def check_fraction(name: str, value: float) -> float:
         value: The argument's value.
 
     Returns:
-        ``value``, unchanged.
+        ``value``; a number of NumPy's as an int or float.
 
     Raises:
-        TypeError: If ``value`` is not an int or float (a bool is neither).
+        TypeError: If ``value`` is not a number (a bool is none).
         ValueError: If ``value`` is outside ``[0, 1]`` or NaN; a value that reads like percent is told so.
 
     Example:
@@ -175,12 +229,37 @@ def check_fraction(name: str, value: float) -> float:
             ...
         ValueError: `until` must be in [0, 1], got 80; did you mean 0.8?
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number in [0, 1], got {_shown(value)}")
+    if not is_number(value):
+        raise TypeError(f"`{name}` must be a number in [0, 1], got {shown(value)}")
+    value = plain_number(value)
     if not 0 <= value <= 1:  # written so that NaN fails too
         hint = f"; did you mean {value / 100!r}?" if 1 < value <= 100 else ""
         raise ValueError(f"`{name}` must be in [0, 1], got {value!r}{hint}")
     return value
+
+
+def check_names(name: str, value: str | Iterable[str], choices: Iterable[str]) -> tuple[str, ...]:
+    """Return one or several of ``choices``, each once.
+
+    Raises:
+        TypeError: If ``value`` is neither a string nor a collection of strings.
+        ValueError: If one is not among ``choices``.
+    """
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, bytes) or not isinstance(value, Sequence | Set):
+        raise TypeError(f"`{name}` must be one or several of {', '.join(map(repr, choices))}, got {shown(value)}")
+    return tuple(dict.fromkeys(check_choice(name, one, choices) for one in value))
+
+
+def check_room(name: str, count: float) -> None:
+    """Refuse an argument that asks for a tensor of more numbers than any memory holds.
+
+    Raises:
+        ValueError: If ``count`` is more than ``2**40``.
+    """
+    if count > 2**40:
+        raise ValueError(f"`{name}` must be small enough for memory, but asks for a tensor of {count:.1e} numbers")
 
 
 def nearest(value: str, choices: Iterable[str], *, limit: int = 3) -> list[str]:
@@ -203,15 +282,18 @@ def nearest(value: str, choices: Iterable[str], *, limit: int = 3) -> list[str]:
 
 
 def _check_int_from(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int | Integral):
         hint = f"; did you mean {int(value)}?" if isinstance(value, float) and value.is_integer() else ""
-        raise TypeError(f"`{name}` must be an int of at least {least}, got {_shown(value)}{hint}")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}")
-    return value
+        raise TypeError(f"`{name}` must be an int of at least {least}, got {shown(value)}{hint}")
+    number = value if type(value) is int else int(value)
+    if number < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {number}")
+    if number >= _MOST:
+        raise ValueError(f"`{name}` must be within 64 bits, got {shown(value)}")
+    return number
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """The value and its type, cut short: a whole tensor in a message hides the message."""
     text = " ".join(repr(value).split())  # on one line
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

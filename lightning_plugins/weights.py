@@ -1,13 +1,14 @@
 """Weights of layers as matrices: the parameter of a module, the unfolding of a kernel, and the rank aimed at."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_plugins._checks import check_finite_number, check_positive_int, nearest
+from lightning_plugins._checks import check_finite_number, check_positive_int, check_text, nearest, plain_number
 from lightning_plugins.computed_weights import current_weight
 from lightning_plugins.selection import check_layers, select_modules
 
@@ -211,16 +212,16 @@ def check_rank(rank: Rank) -> Rank:
         TypeError: If it is something else.
         ValueError: If a number is out of its range.
     """
-    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool)):
+    if rank is None or (isinstance(rank, int | Integral) and not isinstance(rank, bool)):
         return rank if rank is None else check_positive_int("rank", rank)
     if isinstance(rank, Mapping):
-        for name, number in rank.items():
-            check_positive_int(f"rank[{name!r}]", number)
-        return dict(rank)
+        for name in rank:
+            check_text("rank", name, "a mapping from names of layers to ranks")
+        return {name: check_positive_int(f"rank[{name!r}]", number) for name, number in rank.items()}
     if not 0 < check_finite_number("rank", rank) < 1:
         hint = f"; did you mean {int(rank)}?" if rank >= 1 and float(rank).is_integer() else ""
         raise ValueError(f"`rank` must be a number of at least 1 or a fraction between 0 and 1, got {rank!r}{hint}")
-    return rank
+    return plain_number(rank)
 
 
 def check_scheme(scheme: Scheme) -> Scheme:
@@ -229,9 +230,9 @@ def check_scheme(scheme: Scheme) -> Scheme:
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(scheme, bool) or scheme not in {1, 2}:
+    if isinstance(scheme, bool) or not isinstance(scheme, int | Integral) or scheme not in {1, 2}:
         raise ValueError(f"`scheme` must be 1 or 2, got {scheme!r}")
-    return scheme
+    return 1 if scheme == 1 else 2
 
 
 def select_targets(

@@ -26,7 +26,7 @@ from lightning_plugins._checks import (
         (check_fraction, 1),
         (check_fraction, 0.25),
         (check_positive_int, 1),
-        (check_positive_int, 10**20),
+        (check_positive_int, 2**62),
         (check_non_negative_int, 0),
     ],
 )

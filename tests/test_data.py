@@ -194,7 +194,7 @@ def test_every_argument_can_be_written_in_yaml(tmp_path, monkeypatch):
 MISTAKES = {
     "nothing": ({"train": None, "val": None, "test": None}, ValueError, "one of `train`, `val` and `test` must be"),
     "shots of a task set": ({"shots": 5}, ValueError, "`shots` is for labelled datasets, got task sets only"),
-    "no dataset": ({"train": 3}, TypeError, "`dataset` must have `__len__` and `__getitem__`, got int"),
+    "no dataset": ({"train": 3}, TypeError, "`train` must have `__len__` and `__getitem__`, got int"),
     "too many shots": ({"train": LABELLED, "shots": 5, "queries": 6}, ValueError, "got 5 . 6 and 0 with 10, 1 with 10"),
     "no tasks": ({"tasks_per_batch": 0}, ValueError, "`tasks_per_batch` must be at least 1, got 0"),
     "no episodes": ({"episodes": 0}, ValueError, "`episodes` must be at least 1, got 0"),

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int, check_text
 from lightning_plugins._lightning import (
     Callback,
     DDPStrategy,
@@ -112,7 +112,7 @@ class AttributionEvaluation(Callback):
         if mask is not None:
             self.keys["mask"] = resolve_key("mask", mask)
         self.stage = check_choice("stage", stage, STAGES)
-        self.network = network
+        self.network = None if network is None else check_text("network", network, "the name of a module")
         self.selection = Selection(select, classes, max_samples)
         self.forms = FORMS[check_choice("absolute", absolute, FORMS)]
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_plugins._checks import check_non_negative_int, check_positive_int
+from lightning_plugins._checks import check_non_negative_int, check_positive_int, plain_number
 from lightning_plugins._lightning import Callback, LightningModule, Trainer
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
 from lightning_plugins.compression.calibration.calibration import Calibration
@@ -54,8 +54,9 @@ class CalibrationRecorder(Callback):
     ) -> None:
         super().__init__()
         self.layers: Sequence[str] = check_layers(layers, sides=False)
-        self._options: dict[str, Any] = {"mask": check_mask(mask), "damping": damping, "effort": effort}
         check_options(damping, effort)
+        limit = None if effort is None else plain_number(effort)
+        self._options: dict[str, Any] = {"mask": check_mask(mask), "damping": plain_number(damping), "effort": limit}
         self.start = check_non_negative_int("start", start)
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         self.calibration: Calibration | None = None

@@ -13,6 +13,7 @@ from lightning_plugins._checks import (
     check_choice,
     check_finite_number,
     check_fraction,
+    check_instance,
     check_non_negative_int,
     check_positive_int,
 )
@@ -116,7 +117,7 @@ class CollapseAlarm(Callback):
         select: Select = None,
         mask: Mask | dict[str, Any] = None,
         layout: str | None = None,
-        dirpath: str | None = None,
+        dirpath: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.layers = check_layers(layers, sides=True)
@@ -130,9 +131,9 @@ class CollapseAlarm(Callback):
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         self.queue_size = check_non_negative_int("queue_size", queue_size)
         self.rows = Rows(pool, select, mask, layout)
-        self.dirpath = dirpath
+        self.dirpath = None if dirpath is None else str(check_instance("dirpath", dirpath, (str, Path), "a path"))
         self.alarms: list[Collapse] = []
-        self._measure = CollapseMeasure(metric, queue_size)
+        self._measure = CollapseMeasure(metric, self.queue_size)
         self._below: dict[str, int] = {}  # by layer, how many measurements in a row were too low
         self._best: dict[str, float] = {}
         self._pending: int | None = None  # the step whose batches are summed

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins._checks import check_finite_number, check_positive_number, check_text
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.callbacks._rows.compiled import is_compiled
 from lightning_plugins.callbacks._rows.masks import LayerCall, Mask, Parameters, find_mask
@@ -101,14 +101,14 @@ class Distillation(Callback):
     ) -> None:
         super().__init__()
         self.teacher = check_teacher(teacher)
-        self.outputs: tuple[Step, ...] | Literal[False] | None = False if outputs is False else check_select(outputs)
+        self.outputs: tuple[Step, ...] | Literal[False] | None = (
+            False if outputs is False else check_select(outputs, "outputs")
+        )
         self.layers = layer_pairs(layers)
         if outputs is False and not self.layers:
             raise ValueError("`layers` must name a layer where `outputs=False`, or there is nothing to match, got none")
-        if not isinstance(network, str):
-            raise TypeError(f"`network` must be the name of a module, got {network!r} ({type(network).__name__})")
-        self.network = network
-        self.distance = Distance(loss, temperature, layout)
+        self.network = check_text("network", network, "the name of a module")
+        self.distance = Distance(loss, check_positive_number("temperature", temperature), layout)
         self.weight = check_finite_number("weight", weight)
         self._mask: Mask = check_mask(mask)
         if schedule is not None and not isinstance(schedule, Schedule):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice
+from lightning_plugins._checks import check_names
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
 from lightning_plugins.callbacks._monitors.figures import PendingFigures, require_figures
 from lightning_plugins.callbacks._probes.controls import check_controls, require_whole_network
@@ -94,10 +94,9 @@ class LayerProbe(Callback):
         self.layers = check_layers(layers, sides=True)
         self.rows = RowSelection(targets, groups, mask, positions)
         self.probe = check_options(probe)
-        names = (stages,) if isinstance(stages, str) else tuple(stages)
-        if not names:
+        self.stages = check_names("stages", stages, STAGES)
+        if not self.stages:
             raise ValueError("`stages` must name at least one of 'train', 'val' and 'test', got none")
-        self.stages = tuple(dict.fromkeys(check_choice("stages", name, STAGES) for name in names))
         self.controls = check_controls(controls)
         self.figures = require_figures(figures)
         self.results: dict[str, dict[str, ProbeResult]] = {}

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
+from lightning_plugins._checks import plain_number
 from lightning_plugins._lightning import LightningModule, Trainer
 from lightning_plugins.callbacks._compression.compressing_callback import CompressingCallback
 from lightning_plugins.callbacks._compression.costs import network_costs
@@ -21,6 +22,7 @@ from lightning_plugins.compression.reports.report import CompressionReport
 from lightning_plugins.plots import compression_figure
 from lightning_plugins.plots.style import has_matplotlib
 from lightning_plugins.schedules import Schedule
+from lightning_plugins.weights import check_scheme
 
 
 class LowRankCompression(CompressingCallback):
@@ -124,7 +126,8 @@ class LowRankCompression(CompressingCallback):
         if weight < 0:
             raise ValueError(f"`weight` must be at least 0, got {weight!r}; negative values would raise the ranks")
         self.figures = check_figures(figures)
-        self.ratio, self.weight, self.scheme, self.cost = ratio, weight, scheme, cost
+        self.weight = plain_number(weight)
+        self.scheme, self.cost = check_scheme(scheme), cost
         self._source = RankSource(
             layers=self.layers,
             ratio=ratio,
@@ -138,8 +141,11 @@ class LowRankCompression(CompressingCallback):
             cost=cost,
             scheme=scheme,
         )
-        check_phases(unit, search_at=search_at, factorize_at=factorize_at)
-        self.search_at, self.factorize_at, self.unit = search_at, factorize_at, unit
+        self.ratio = plain_number(ratio)
+        phases = {"search_at": search_at, **({} if factorize_at is None else {"factorize_at": factorize_at})}
+        check_phases(unit, **phases)
+        self.search_at, self.unit = plain_number(search_at), unit
+        self.factorize_at = None if factorize_at is None else plain_number(factorize_at)
 
     def _forget(self) -> None:
         super()._forget()

@@ -91,7 +91,7 @@ class MutualInformationMonitor(Callback):
         self.labels = labels
         if loss_candidates is not None and check_positive_int("loss_candidates", loss_candidates) < 2:
             raise ValueError("`loss_candidates` must be at least 2, got 1: with K = 1 the loss is always 0")
-        self.loss_candidates = loss_candidates
+        self.loss_candidates = None if loss_candidates is None else int(loss_candidates)
         self.every_n_epochs = check_positive_int("every_n_epochs", every_n_epochs)
         self.max_pairs = check_positive_int("max_pairs", max_pairs)
         if settings is not None and not isinstance(settings, EstimateSettings):

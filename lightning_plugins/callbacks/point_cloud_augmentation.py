@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_plugins._checks import check_finite_number
@@ -69,6 +70,8 @@ class PointCloudAugmentation(Callback):
                 f"`schedule` must be a Schedule, got {schedule!r} ({type(schedule).__name__}); take one out of "
                 "`lightning_plugins.schedules`"
             )
+        if isinstance(bank, str | os.PathLike) and not Path(bank, "bank.json").is_file():
+            raise FileNotFoundError(f"`bank` must be a folder that `ObjectBank.save` wrote, got {os.fspath(bank)!r}")
         self.bank = ObjectBank.load(bank) if isinstance(bank, str | os.PathLike) else bank
         self.schedule = schedule or Linear(1.0, 0.0, begin=0.8)
         self.augmentation = BatchAugmentation(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._checks import check_callable, check_instance, shown
 from lightning_plugins._lightning import move_data_to_device
 from lightning_plugins.callbacks._probes.rows import Positions, RowSelection
 from lightning_plugins.callbacks._probes.session import ProbeSession, check_options
@@ -57,6 +58,11 @@ def probe_layers(
         >>> found["0"].r2 > 0.99
         tensor(True)
     """
+    check_instance("model", model, nn.Module, "a module")
+    if isinstance(loader, str | bytes) or not hasattr(loader, "__iter__"):
+        raise TypeError(f"`loader` must be a DataLoader or another iterable of batches, got {shown(loader)}")
+    if forward is not None:
+        check_callable("forward", forward, "a function of the model and a batch")
     rows = RowSelection(targets, groups, mask, positions)
     session = ProbeSession(model, check_layers(layers), rows, check_options(probe), ("all",))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

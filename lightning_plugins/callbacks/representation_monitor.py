@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins._checks import check_names, check_positive_int
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
 from lightning_plugins.callbacks._monitors.figures import PendingFigures, require_figures
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
@@ -60,8 +60,7 @@ class RepresentationMonitor(Callback):
             ``"stable_rank"``, ``"alpha_req"`` and ``"uniformity"``; see `lightning_plugins.metrics`. The last one keeps
             all rows and compares all pairs.
         figures: Whether to draw; needs matplotlib.
-        max_spectra: So many spectra per layer and stage are remembered, and saved in checkpoints: the first, the latest
-            and, between them, steps as evenly spaced as can be.
+        max_spectra: Number of spectra kept per layer and stage: the first, the latest and, between them, even steps.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -94,8 +93,9 @@ class RepresentationMonitor(Callback):
         self.rows = Rows(pool, select, mask, layout)
         self.pool = pool
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
-        names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-        self.metrics = tuple(dict.fromkeys(check_choice("metrics", name, METRICS) for name in names))
+        self.metrics = check_names("metrics", metrics, METRICS)
+        if not self.metrics:
+            raise ValueError(f"`metrics` must have at least one metric, got none; there are {', '.join(METRICS)}")
         self.max_spectra = check_positive_int("max_spectra", max_spectra)
         self.figures = require_figures(figures)
         self._history = SpectrumHistory(self.max_spectra, STAGES)

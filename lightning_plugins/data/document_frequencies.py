@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.document_frequency import Variant, inverse_document_frequency
 
 
@@ -32,6 +33,7 @@ class DocumentFrequencies:
     """
 
     def __init__(self, counts: dict[str, int], num_documents: int) -> None:
+        check_arguments(DocumentFrequencies.__init__, locals())
         self.num_documents = check_positive_int("num_documents", num_documents)
         self.words = sorted(counts)
         self.counts = {word: counts[word] for word in self.words}
@@ -89,6 +91,7 @@ class DocumentFrequencies:
         Returns:
             float64 tensor with one entry per word; that of a word in no document for unknown ones.
         """
+        check_arguments(DocumentFrequencies.idf, locals())
         chosen = self.words if words is None else words
         counts = torch.tensor([self.counts.get(word, 0) for word in chosen], dtype=torch.float64)
         return inverse_document_frequency(counts, self.num_documents, variant=variant)

@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_fraction, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import (
+    check_choice,
+    check_finite_number,
+    check_fraction,
+    check_non_negative_int,
+    check_positive_int,
+    check_room,
+)
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
 
 KINDS = ("premature", "wide", "inverted", "ventricular")
@@ -104,11 +112,14 @@ def synthetic_ecg(
         >>> record.signal.shape, sorted(record.labels.unique().tolist())
         (torch.Size([10800]), [0, 1])
     """
+    check_arguments(synthetic_ecg, locals())
     names = [check_choice("kinds", kind, KINDS) for kind in ((kinds,) if isinstance(kinds, str) else kinds)]
     if not names:
         raise ValueError("`kinds` must have at least one kind of abnormal beat, got none")
-    if not seconds >= 2:
+    if check_finite_number("seconds", seconds) < 2:
         raise ValueError(f"`seconds` must be at least 2, for a beat or two, got {seconds!r}")
+    check_finite_number("noise", noise)
+    check_room("seconds", seconds * rate)
     check_fraction("abnormal", abnormal)
     draw = torch.Generator().manual_seed(check_non_negative_int("seed", seed))
     length = int(seconds * check_positive_int("rate", rate))
@@ -153,6 +164,7 @@ def ecg_windows(records: Sequence[ECGRecord], length: int, *, stride: int | None
         >>> windows.signals.shape, windows.masks.shape
         (torch.Size([21, 1, 512]), torch.Size([21, 512]))
     """
+    check_arguments(ecg_windows, locals())
     check_positive_int("length", length)
     step = length if stride is None else check_positive_int("stride", stride)
     found = [
@@ -187,14 +199,19 @@ def read_ecg(path: str | Path) -> ECGRecord:
         >>> read_ecg("nowhere.npz")
         Traceback (most recent call last):
             ...
-        FileNotFoundError: no record at nowhere.npz; give an `.npz` file, or a WFDB record by its `.hea` file
+        FileNotFoundError: `path`: no record at nowhere.npz; give an `.npz` file, or a WFDB record by its `.hea` file
     """
+    check_arguments(read_ecg, locals())
     place = Path(path)
+    if not place.name:
+        raise ValueError(f"`path` must name a record, got {str(path)!r}")
     if place.suffix == ".npz" and place.exists():
         return _read_npz(place)
     header = place.with_suffix(".hea")
     if place.suffix not in {"", ".hea"} or not header.exists():
-        raise FileNotFoundError(f"no record at {path}; give an `.npz` file, or a WFDB record by its `.hea` file")
+        raise FileNotFoundError(
+            f"`path`: no record at {path}; give an `.npz` file, or a WFDB record by its `.hea` file"
+        )
     return _read_wfdb(header.with_suffix(""))
 
 
@@ -215,14 +232,15 @@ def read_ecg_folder(folder: str | Path, names: Sequence[str] | None = None) -> l
         >>> read_ecg_folder("nowhere")
         Traceback (most recent call last):
             ...
-        FileNotFoundError: no records (`.npz` or `.hea`) in nowhere
+        FileNotFoundError: `folder`: no records (`.npz` or `.hea`) in nowhere
     """
+    check_arguments(read_ecg_folder, locals())
     place = Path(folder)
     known = {path.stem: path for pattern in ("*.hea", "*.npz") for path in sorted(place.glob(pattern))}
     if not known:
-        raise FileNotFoundError(f"no records (`.npz` or `.hea`) in {folder}")
+        raise FileNotFoundError(f"`folder`: no records (`.npz` or `.hea`) in {folder}")
     if missing := [name for name in names or () if name not in known]:
-        raise FileNotFoundError(f"no record {missing[0]!r} in {folder}; it has {', '.join(sorted(known))}")
+        raise FileNotFoundError(f"`names`: no record {missing[0]!r} in {folder}; it has {', '.join(sorted(known))}")
     return [read_ecg(known[name]) for name in (sorted(known) if names is None else names)]
 
 

@@ -70,7 +70,7 @@ class EpisodicDataModule(LightningDataModule):
                 f"`{next(iter(given))}` is for labelled datasets, got task sets only; give it to these instead"
             )
         self.tasks = {
-            stage: source if isinstance(source, TaskSet) else _few_shot(source, **given)
+            stage: source if isinstance(source, TaskSet) else _few_shot(stage, source, **given)
             for stage, source in sources.items()
             if source is not None
         }
@@ -130,5 +130,8 @@ class EpisodicDataModule(LightningDataModule):
         )
 
 
-def _few_shot(dataset: LabelledDataset, ways: int = 5, shots: int = 1, queries: int = 15) -> FewShot:
-    return FewShot(dataset, ways, shots, queries)
+def _few_shot(name: str, dataset: LabelledDataset, ways: int = 5, shots: int = 1, queries: int = 15) -> FewShot:
+    try:
+        return FewShot(dataset, ways, shots, queries)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("`dataset`", f"`{name}`")) from None

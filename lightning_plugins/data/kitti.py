@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_plugins.arguments import check_arguments
+
 
 class KITTIFrames(torch.utils.data.Dataset[dict[str, Any]]):
     """Frames from ``velodyne/*.bin``, ``label_2/*.txt`` and ``calib/*.txt``.
@@ -23,6 +25,7 @@ class KITTIFrames(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(self, root: str | os.PathLike[str], names: list[str] | None = None) -> None:
+        check_arguments(KITTIFrames.__init__, locals())
         self.root = Path(root)
         self.names = sorted(path.stem for path in self.root.glob("velodyne/*.bin")) if names is None else list(names)
         if not self.names:
@@ -41,6 +44,11 @@ class KITTIFrames(torch.utils.data.Dataset[dict[str, Any]]):
         return {"points": points, "boxes": boxes, "labels": labels, "index": int(name) if name.isdigit() else number}
 
 
+def _check_file(name: str, path: str | os.PathLike[str]) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`{name}` must be a file, got {os.fspath(path)!r}, which is none")
+
+
 def read_kitti_points(path: str | os.PathLike[str]) -> np.ndarray:
     """Read a scan: little-endian float32, four to a point.
 
@@ -53,6 +61,8 @@ def read_kitti_points(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         ValueError: If the size of the file is not that of whole points.
     """
+    check_arguments(read_kitti_points, locals())
+    _check_file("path", path)
     values = np.fromfile(path, dtype="<f4")
     if len(values) % 4 or Path(path).stat().st_size % 16:
         raise ValueError(f"`path` must hold points of four float32, got {Path(path).stat().st_size} bytes in {path}")
@@ -74,7 +84,10 @@ def read_kitti_labels(
     Raises:
         ValueError: If a line has too few fields, or the calibration lacks a matrix.
     """
+    check_arguments(read_kitti_labels, locals())
     matrices: dict[str, np.ndarray] = {}
+    _check_file("path", path)
+    _check_file("calibration", calibration)
     for line in Path(calibration).read_text(encoding="utf-8").splitlines():
         name, _, numbers = line.partition(":")
         matrices[name.strip()] = np.array(numbers.split(), dtype=float)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
+from lightning_plugins.arguments import check_arguments
+from lightning_plugins.functional.tensors import check_integers
 
 
 class Mosaics(NamedTuple):
@@ -57,8 +59,10 @@ def mosaics(
     Source:
         Arias-Duart et al., "Focus! Rating XAI methods and finding biases", FUZZ-IEEE 2022.
     """
+    check_arguments(mosaics, locals())
     check_positive_int("count", count)
     rows, columns = (check_positive_int("grid", size) for size in grid)
+    check_integers("labels", labels)
     if images.ndim != 4 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"`images` must have shape (N, C, height, width) and `labels` (N,), got {tuple(images.shape)} and"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lightning_plugins._checks import check_finite_number, check_positive_int, nearest
+from lightning_plugins.arguments import check_arguments, check_index
 from lightning_plugins.functional.boxes import part_occupancy, points_in_boxes, rotate_z
 
 PARTS: dict[str, tuple[int, int, int]] = {"Car": (10, 4, 3), "Cyclist": (4, 2, 3), "Pedestrian": (2, 2, 3)}
@@ -69,6 +70,10 @@ class ObjectBank:
         parts: Mapping[str, tuple[int, int, int]],
         folder: Path | None = None,
     ) -> None:
+        check_arguments(ObjectBank.__init__, locals())
+        for name, given, needed in (("arrays", arrays, _ARRAYS), ("parts", parts, classes)):
+            if missing := [key for key in needed if key not in given]:
+                raise ValueError(f"`{name}` must have an entry for each of {list(needed)}, got none for {missing}")
         self.arrays = {name: arrays[name] for name in _ARRAYS}
         self.classes = tuple(classes)
         self.parts = dict(zip(self.classes, _triples(parts, self.classes), strict=True))
@@ -170,6 +175,7 @@ class ObjectBank:
         return len(self.arrays["labels"])
 
     def __getitem__(self, number: int) -> BankObject:
+        check_index("number", number, len(self))
         start, stop = self.arrays["offsets"][number : number + 2]
         return BankObject(
             np.asarray(self.arrays["points"][start:stop]),

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from lightning_plugins._checks import check_fraction, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import check_fraction, check_int, check_non_negative_int, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import world_size
 from lightning_plugins.functional.class_information import binary_symmetric_channel_information, check_distribution
+from lightning_plugins.functional.tensors import check_dims
 
 
 class Samples(Protocol):
@@ -55,7 +57,8 @@ class SameClassPairs(Dataset[tuple[Any, Any, int]]):
     def __init__(
         self, dataset: Samples, targets: Sequence[int] | Tensor, generator: torch.Generator | None = None
     ) -> None:
-        self.dataset = dataset
+        check_arguments(SameClassPairs.__init__, locals())
+        self.dataset = _sized(dataset)
         self.targets = _classes(targets, len(dataset))
         self._members = _members(self.targets)
         counts = torch.bincount(self.targets).double()
@@ -68,10 +71,14 @@ class SameClassPairs(Dataset[tuple[Any, Any, int]]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, Any, int]:
         if isinstance(index, tuple):
-            first, second = index
+            if len(index) != 2:
+                raise IndexError(f"`index` must be one number or two, got {index!r}")
+            first, second = (check_int("index", number) for number in index)
+            if not 0 <= min(first, second) <= max(first, second) < len(self):
+                raise IndexError(f"`index` must be two of {len(self)} samples, got {index!r}")
         else:
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"pair {index} of {len(self)}")
+            if not -len(self) <= check_int("index", index) < len(self):
+                raise IndexError(f"`index` must be one of {len(self)} pairs, got {index}")
             first = index % len(self)
             second = _other(self._members[int(self.targets[first])], first, self._generator())
         return _sample(self.dataset, first), _sample(self.dataset, second), int(self.targets[first])
@@ -135,6 +142,7 @@ class SameClassPairSampler(Sampler[tuple[int, int]]):
         class_probabilities: Tensor | None = None,
         seed: int = 0,
     ) -> None:
+        check_arguments(SameClassPairSampler.__init__, locals())
         classes = _classes(targets)
         self._members = _members(classes)
         self.num_pairs = check_positive_int("num_pairs", num_pairs)
@@ -212,7 +220,8 @@ class BinaryChannelPairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         num_pairs: int,
         seed: int = 0,
     ) -> None:
-        self.dataset = dataset
+        check_arguments(BinaryChannelPairs.__init__, locals())
+        self.dataset = _sized(dataset)
         classes = _classes(targets, len(dataset))
         self._members = _members(classes)
         if sorted(self._members) != [0, 1]:
@@ -229,8 +238,8 @@ class BinaryChannelPairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.num_pairs
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
+        if not -len(self) <= check_int("index", index) < len(self):
+            raise IndexError(f"`index` must be a pair of {len(self)}, got {index}")
         generator = _seeded(self.seed, index % len(self), 0)
         bits = torch.randint(2, (self.sources,), generator=generator)
         received = bits ^ (torch.rand(self.sources, generator=generator) < self.crossover).long()
@@ -263,6 +272,12 @@ def _members(classes: Tensor) -> dict[int, Tensor]:
     return members
 
 
+def _sized(dataset: Samples) -> Samples:
+    if isinstance(dataset, Tensor):
+        check_dims("dataset", dataset, 1, "(N, ...)")
+    return dataset
+
+
 def _other(members: Tensor, first: int, generator: torch.Generator | None) -> int:
     """A member that is not ``first``, which need not be a member itself."""
     others = members[members != first]
@@ -277,5 +292,5 @@ def _sample(dataset: Samples, index: int) -> Any:
 def _seeded(*numbers: int) -> torch.Generator:
     seed = 0
     for number in numbers:
-        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+        seed = (seed * 6364136223846793005 + int(number) + 1442695040888963407) % 2**63
     return torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_plugins._checks import check_finite_number, check_fraction, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.range_image import RangeGrid
 
 _FLAT = 1e-12
@@ -42,6 +43,7 @@ class SpinningSensor:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_arguments(SpinningSensor, vars(self))
         if not 16 <= check_positive_int("beams", self.beams) <= 64:
             raise ValueError(f"`beams` must be from 16 to 64, got {self.beams}")
         check_positive_int("columns", self.columns)
@@ -122,6 +124,7 @@ def scan(shapes: Sequence[Shape], sensor: SpinningSensor, rng: np.random.Generat
         >>> round(float(found.points[found.hit == 0, 0].min()), 4)
         9.5
     """
+    check_arguments(scan, locals())
     rays = sensor.directions().reshape(-1, 3)
     azimuth = np.arctan2(rays[:, 1], rays[:, 0])
     down = rays[:, 2] < -_FLAT
@@ -209,6 +212,7 @@ def prism(profile: Sequence[tuple[float, float]]) -> np.ndarray:
     Returns:
         Triangles of shape ``(t, 3, 3)``.
     """
+    check_arguments(prism, locals())
     left = [(x, 0.5, z) for x, z in profile]
     right = [(x, -0.5, z) for x, z in profile]
     triangles: list[Any] = []

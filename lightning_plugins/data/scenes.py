@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
+from lightning_plugins.arguments import check_arguments, check_index
 from lightning_plugins.data.raycast import Scan, Shape, SpinningSensor, prism, scan
 from lightning_plugins.functional.boxes import bev_overlap
 
@@ -45,6 +46,7 @@ class RaycastScenes(torch.utils.data.Dataset[dict[str, Any]]):
         objects: dict[str, int] | None = None,
         scenery: int = 12,
     ) -> None:
+        check_arguments(RaycastScenes.__init__, locals())
         self.num_frames = check_positive_int("num_frames", num_frames)
         self.sensor = sensor or SpinningSensor()
         self.seed = check_non_negative_int("seed", seed)
@@ -59,8 +61,7 @@ class RaycastScenes(torch.utils.data.Dataset[dict[str, Any]]):
         return self.num_frames
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.num_frames:
-            raise IndexError(f"there are {self.num_frames} frames, got {index}")
+        check_index("index", index, self.num_frames)
         shapes = self.shapes(index)
         return frame_of(shapes, scan(shapes, self.sensor, self._rng(index, 1)), index)
 
@@ -127,6 +128,7 @@ def frame_of(shapes: list[Shape], found: Scan, index: int = 0, *, min_points: in
     Returns:
         ``points``, ``boxes``, ``labels`` and ``index``.
     """
+    check_arguments(frame_of, locals())
     counts = np.bincount(found.hit[found.hit >= 0], minlength=len(shapes))
     seen = [shape for shape, count in zip(shapes, counts, strict=True) if shape.label and count >= min_points]
     boxes = np.array([shape.box for shape in seen], dtype=np.float32).reshape(-1, 7)

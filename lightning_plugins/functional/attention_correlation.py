@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins.functional.spectrum import check_floating
+from lightning_plugins._checks import check_int
+from lightning_plugins.functional.tensors import check_floating, check_real
 
 
 def cls_attention_correlation(
@@ -48,9 +49,12 @@ def cls_attention_correlation(
         raise ValueError(f"`attention` must have shape (N, heads, L, L), got {tuple(attention.shape)}")
     shape = (attention.shape[0], attention.shape[3])
     for name, given in (("values", values), ("mask", mask), ("tokens", tokens)):
+        if given is None and name != "values":
+            continue
+        check_real(name, given)  # type: ignore[arg-type]  # None is refused here
         if given is not None and given.shape != shape:
             raise ValueError(f"`{name}` must have shape {shape}, one entry per key, got {tuple(given.shape)}")
-    if not -shape[1] <= query < shape[1]:
+    if not -shape[1] <= check_int("query", query) < shape[1]:
         raise ValueError(f"`query` must be one of the {shape[1]} positions, got {query}")
     given = attention[:, :, query].double()
     kept = mask.bool() if mask is not None else torch.ones(shape, dtype=torch.bool, device=attention.device)

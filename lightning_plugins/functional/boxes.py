@@ -1,7 +1,21 @@
 """Boxes ``x, y, z, dx, dy, dz, yaw`` (centre, full sizes, heading about z, which points up) and the points in them."""
 
+import math
+from collections.abc import Sequence
+from numbers import Integral
+
 import torch
 from torch import Tensor
+
+from lightning_plugins._checks import check_bool, check_finite_number, shown
+from lightning_plugins.functional.tensors import (
+    check_dims,
+    check_floating,
+    check_leading,
+    check_real,
+    check_shape,
+    check_together,
+)
 
 
 def rotate_z(points: Tensor, angle: Tensor | float) -> Tensor:
@@ -14,10 +28,24 @@ def rotate_z(points: Tensor, angle: Tensor | float) -> Tensor:
     Returns:
         New tensor of the shape of ``points``.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape is wrong.
+
     Example:
         >>> rotate_z(torch.tensor([[1.0, 0.0, 5.0]]), torch.pi / 2).round(decimals=4).tolist()
         [[-0.0, 1.0, 5.0]]
     """
+    check_floating("points", points)
+    check_dims("points", points, 2, "(..., N, C)")
+    if points.shape[-1] < 2:
+        raise ValueError(f"`points` must have shape (..., N, 2 or more), got {tuple(points.shape)}")
+    if isinstance(angle, Tensor):
+        check_real("angle", angle)
+        if angle.ndim:
+            check_leading("angle", angle.shape, "points", points.shape[:-2])
+    else:
+        check_finite_number("angle", angle)
     angle = torch.as_tensor(angle, dtype=points.dtype, device=points.device)[..., None]
     cos, sin = angle.cos(), angle.sin()
     x, y = points[..., 0], points[..., 1]
@@ -44,6 +72,7 @@ def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:
     """
     check_points("points", points)
     check_boxes("boxes", boxes)
+    check_together("points", points.shape[:-2], "boxes", boxes.shape[:-2])
     x, y, z = (points[..., :, None, i] - boxes[..., None, :, i] for i in range(3))
     cos, sin = boxes[..., None, :, 6].cos(), boxes[..., None, :, 6].sin()
     half = boxes[..., None, :, 3:6] / 2
@@ -74,6 +103,7 @@ def bev_overlap(boxes: Tensor, others: Tensor) -> Tensor:
     """
     check_boxes("boxes", boxes)
     check_boxes("others", others)
+    check_together("boxes", boxes.shape[:-2], "others", others.shape[:-2])
     a, b = boxes[..., :, None, :], others[..., None, :, :]
     x, y, turn = b[..., 0] - a[..., 0], b[..., 1] - a[..., 1], b[..., 6] - a[..., 6]
     cos, sin = turn.cos().abs(), turn.sin().abs()
@@ -100,6 +130,7 @@ def part_occupancy(points: Tensor, size: Tensor, parts: tuple[int, int, int], *,
         Counts of shape ``parts``, int64; they sum to ``N``, or ``2 N`` with mirror images.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If a shape is wrong, or a number of parts is less than 1.
 
     Example:
@@ -111,10 +142,17 @@ def part_occupancy(points: Tensor, size: Tensor, parts: tuple[int, int, int], *,
         Shin et al., AAAI 2023, https://arxiv.org/abs/2303.12743.
     """
     check_points("points", points)
-    if size.shape != (3,):
-        raise ValueError(f"`size` must have shape (3,), got {tuple(size.shape)}")
-    if len(parts) != 3 or min(parts) < 1:
+    if points.ndim != 2:
+        raise ValueError(f"`points` must have shape (N, 3 or more), got {tuple(points.shape)}")
+    check_floating("size", size)
+    check_shape("size", size, (3,))
+    check_bool("mirror", mirror)
+    if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) != 3:
+        raise TypeError(f"`parts` must be three numbers of at least 1, got {shown(parts)}")
+    if not all(isinstance(number, int | Integral) and number >= 1 for number in parts):
         raise ValueError(f"`parts` must be three numbers of at least 1, got {parts!r}")
+    if math.prod(parts) > 2**31:
+        raise ValueError(f"`parts` must be few enough to count in, got {parts!r}")
     xyz = points[:, :3]
     if mirror:
         xyz = torch.cat([xyz, xyz * xyz.new_tensor([1.0, -1.0, 1.0])])
@@ -131,9 +169,7 @@ def check_points(name: str, points: Tensor) -> None:
         ValueError: If the shape is wrong.
         TypeError: If it is no floating tensor.
     """
-    if not isinstance(points, Tensor) or not points.is_floating_point():
-        kind = points.dtype if isinstance(points, Tensor) else type(points).__name__
-        raise TypeError(f"`{name}` must be a floating tensor, got {kind}")
+    check_floating(name, points)
     if points.ndim < 2 or points.shape[-1] < 3:
         raise ValueError(f"`{name}` must have shape (..., N, 3 or more), got {tuple(points.shape)}")
 
@@ -142,7 +178,9 @@ def check_boxes(name: str, boxes: Tensor) -> None:
     """Refuse what has not the seven numbers of a box in its last dimension.
 
     Raises:
+        TypeError: If it is no floating tensor.
         ValueError: If the shape is wrong.
     """
+    check_floating(name, boxes)
     if boxes.ndim < 2 or boxes.shape[-1] != 7:
         raise ValueError(f"`{name}` must have shape (..., M, 7) for x, y, z, dx, dy, dz, yaw, got {tuple(boxes.shape)}")

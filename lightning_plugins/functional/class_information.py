@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_finite_number, check_fraction, check_positive_int
+from lightning_plugins.functional.spectrum import at_least_float32
+from lightning_plugins.functional.tensors import check_floating, check_real
 
 
 def class_entropy(probabilities: Tensor) -> Tensor:
@@ -219,6 +221,10 @@ def gaussian_information(covariance: Tensor, x_features: int | None = None) -> T
         >>> gaussian_information(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))  # -0.5 * ln(1 - 0.64)
         tensor(0.5108)
     """
+    check_floating("covariance", covariance)
+    covariance = at_least_float32(covariance)
+    if not bool(covariance.isfinite().all()):
+        raise ValueError("`covariance` must be finite, got NaN or infinity")
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or len(covariance) < 2:
         raise ValueError(f"`covariance` must have shape (d, d) with d >= 2, got {tuple(covariance.shape)}")
     d = len(covariance)
@@ -251,8 +257,10 @@ def check_distribution(name: str, p: Tensor) -> Tensor:
         The probabilities, which add up to 1 exactly.
 
     Raises:
+        TypeError: If it is no tensor of probabilities.
         ValueError: If ``p`` has another shape, a negative entry or another sum.
     """
+    check_real(name, p, "a tensor of shape (C,), non-negative with the sum 1")
     ok = isinstance(p, Tensor) and p.ndim == 1 and len(p) > 0
     if not ok or not bool((p >= 0).all()) or abs(float(p.double().sum()) - 1) > 1e-4:
         shown = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
@@ -269,6 +277,7 @@ def _checked_posteriors(log_p_x: Tensor, log_p_y: Tensor, prior: Tensor) -> Tens
     if bool((p == 0).any()):
         raise ValueError("`prior` must be positive for every class, got 0; leave out classes that are never drawn")
     for name, log_p in (("log_p_x", log_p_x), ("log_p_y", log_p_y)):
+        check_floating(name, log_p)
         if log_p.ndim != 2 or log_p.shape[1] != len(p) or len(log_p) == 0:
             raise ValueError(
                 f"`{name}` must have shape (N, {len(p)}), a column for each class, got {tuple(log_p.shape)}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_number
+from lightning_plugins._checks import check_bool, check_positive_number
 from lightning_plugins.functional.spectrum import (
     at_least_float32,
     check_embeddings,
@@ -43,6 +43,7 @@ def coding_rate(embeddings: Tensor, *, distortion: float = 0.5, unit_rows: bool 
     Source:
         Yu et al. (MCR²), NeurIPS 2020, https://arxiv.org/abs/2006.08558, whose code calls ``distortion`` ``eps``.
     """
+    check_bool("unit_rows", unit_rows)
     check_embeddings(embeddings)
     check_positive_number("distortion", distortion)
     with full_precision(embeddings):

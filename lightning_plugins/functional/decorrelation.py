@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_number
+from lightning_plugins._checks import check_bool, check_positive_number
 from lightning_plugins.functional.spectrum import at_least_float32, check_embeddings, full_precision
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.functional.variance_covariance import centre_rows, off_diagonal
 
 
@@ -39,10 +40,13 @@ def decorrelation(
         Zbontar et al. (Barlow Twins), ICML 2021, https://arxiv.org/abs/2103.03230, and its code; the form of one view
         is ours.
     """
+    check_bool("centred", centred)
     check_embeddings(embeddings)
     check_positive_number("eps", eps)
     if other is not None:
-        check_embeddings(other)
+        check_floating("other", other)
+        if other.dtype != embeddings.dtype:
+            raise TypeError(f"`other` must have the dtype of `embeddings`, {embeddings.dtype}, got {other.dtype}")
         if other.shape != embeddings.shape:
             raise ValueError(
                 f"`other` must have the shape of `embeddings`, {tuple(embeddings.shape)}, got {tuple(other.shape)}; "

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from lightning_plugins._checks import check_positive_number
+from lightning_plugins.functional.tensors import check_dims, check_floating
+
 
 def soft_target_divergence(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     r"""Divergence of the student's class probabilities from the teacher's, both softened by a temperature.
@@ -29,8 +32,7 @@ def soft_target_divergence(student: Tensor, teacher: Tensor, *, temperature: flo
     Source:
         Hinton et al., 2015, https://arxiv.org/abs/1503.02531.
     """
-    if not temperature > 0:  # written so that NaN fails too
-        raise ValueError(f"`temperature` must be above 0, got {temperature!r}")
+    check_positive_number("temperature", temperature)
     student, teacher = _wide(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         wanted = torch.log_softmax(teacher / temperature, -1)
@@ -85,6 +87,9 @@ def cosine_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _wide(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    check_floating("student", student)
+    check_floating("teacher", teacher)
+    check_dims("student", student, 1, "(..., d)")
     if student.shape != teacher.shape:
         raise ValueError(
             f"`teacher` must give what `student` gives, of shape {tuple(student.shape)}, got {tuple(teacher.shape)}"

@@ -4,6 +4,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.functional.tensors import check_real
+
 Variant = Literal["bm25", "smooth", "plain"]
 VARIANTS: tuple[Variant, ...] = ("bm25", "smooth", "plain")
 
@@ -36,10 +39,9 @@ def inverse_document_frequency(document_frequency: Tensor, num_documents: int, *
         probing target as in Choi et al., https://arxiv.org/abs/2202.12191 (our reading: the paper's variant is not
         stated where we could read it).
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"`variant` must be 'bm25', 'smooth' or 'plain', got {variant!r}")
-    if num_documents < 1:
-        raise ValueError(f"`num_documents` must be at least 1, got {num_documents}")
+    check_choice("variant", variant, VARIANTS)
+    check_positive_int("num_documents", num_documents)
+    check_real("document_frequency", document_frequency)
     df = document_frequency.double()
     if not bool(((df >= 0) & (df <= num_documents)).all()):
         raise ValueError(

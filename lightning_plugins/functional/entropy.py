@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice
+from lightning_plugins._checks import check_choice, is_number, shown
 from lightning_plugins.functional.embedding_entropy import embedding_entropy
 from lightning_plugins.functional.matrix_log import product_entropy
 from lightning_plugins.functional.spectral_sum import spectral_sum
@@ -14,13 +14,13 @@ from lightning_plugins.functional.spectrum import (
     as_wide,
     at_least_float32,
     check_embeddings,
-    check_floating,
     exact_rows,
     full_precision,
     normalize_rows,
     smaller_gram,
     widened,
 )
+from lightning_plugins.functional.tensors import check_floating
 
 Method = Literal["auto", "eigh", "products"]
 Spectrum = Literal["eigenvalues", "singular_values"]
@@ -133,8 +133,9 @@ def renyi_entropy(embeddings: Tensor, order: float = 2.0) -> Tensor:
         Rényi, "On measures of entropy and information", 1961.
     """
     check_embeddings(embeddings)
-    if isinstance(order, bool) or not isinstance(order, int | float):
-        raise TypeError(f"`order` must be a number above 0, got {order!r} ({type(order).__name__})")
+    if not is_number(order):
+        raise TypeError(f"`order` must be a number above 0, got {shown(order)}")
+    order = float(order)
     if not 0 < order < math.inf:
         raise ValueError(f"`order` must be above 0 and finite, got {order!r}; 1 is the von Neumann entropy")
     if order == 1:

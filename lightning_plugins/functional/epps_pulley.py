@@ -5,8 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int, check_positive_number
-from lightning_plugins.functional.spectrum import at_least_float32, check_embeddings, check_floating, full_precision
+from lightning_plugins._checks import check_int, check_positive_int, check_positive_number
+from lightning_plugins.functional.spectrum import at_least_float32, check_embeddings, full_precision
+from lightning_plugins.functional.tensors import check_floating
+
+_MOST_KNOTS = 10_000  # a rule of 17 is exact to the precision of float32
 
 
 def epps_pulley(embeddings: Tensor, directions: Tensor, *, knots: int = 17, extent: float = 5.0) -> Tensor:
@@ -48,6 +51,8 @@ def epps_pulley(embeddings: Tensor, directions: Tensor, *, knots: int = 17, exte
         )
     if check_positive_int("knots", knots) < 2:
         raise ValueError(f"`knots` must be at least 2, got {knots}")
+    if knots > _MOST_KNOTS:
+        raise ValueError(f"`knots` must be at most {_MOST_KNOTS}, got {knots}")
     check_positive_number("extent", extent)
     with full_precision(embeddings):
         rows = at_least_float32(embeddings)
@@ -77,6 +82,10 @@ def random_directions(dim: int, number: int, *, seed: int, like: Tensor) -> Tens
         >>> random_directions(3, 2, seed=0, like=torch.zeros(1)).shape
         torch.Size([3, 2])
     """
+    check_positive_int("dim", dim)
+    check_positive_int("number", number)
+    seed = check_int("seed", seed)
+    check_floating("like", like)
     generator = torch.Generator(device=like.device).manual_seed(seed)
     # In float32 whatever the dtype: in each dtype the generator gives other numbers.
     drawn = torch.randn(dim, number, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_plugins._checks import check_positive_number
+from lightning_plugins.functional.tensors import check_floating, check_real, check_shape
+
 _POINTS = 161  # of the grid on which the largest evidence is looked for, before it is refined
 _REFINEMENTS = 52  # each halves the interval: in the end it is as small as rounding errors
 
@@ -40,6 +43,10 @@ def log_evidence(eigenvalues: Tensor, projections: Tensor, target_squares: Tenso
     Returns:
         The evidence and where it is largest. Divided by ``count`` it is what LogME reports.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape is wrong.
+
     Example:
         >>> x, y = torch.eye(2).double(), torch.tensor([[1.0], [1.0]]).double()
         >>> round(log_evidence(torch.ones(2).double(), x @ y, (y * y).sum(0), 2).log_evidence.item(), 3)
@@ -49,6 +56,22 @@ def log_evidence(eigenvalues: Tensor, projections: Tensor, target_squares: Tenso
         You et al. (LogME), ICML 2021, https://arxiv.org/abs/2102.11005. They iterate a fixed point in both precisions;
         the profile over their ratio has the same maximum and does not diverge where the features say nothing.
     """
+    check_floating("eigenvalues", eigenvalues)
+    check_floating("projections", projections)
+    check_floating("target_squares", target_squares)
+    if eigenvalues.ndim != 1 or not len(eigenvalues):
+        raise ValueError(f"`eigenvalues` must have shape (d,) with d > 0, got {tuple(eigenvalues.shape)}")
+    if projections.ndim != 2 or len(projections) != len(eigenvalues):
+        raise ValueError(f"`projections` must have shape ({len(eigenvalues)}, k), got {tuple(projections.shape)}")
+    check_shape("target_squares", target_squares, projections.shape[1:])
+    for name, other in (("projections", projections), ("target_squares", target_squares)):
+        if other.dtype != eigenvalues.dtype:
+            raise TypeError(f"`{name}` must have the dtype of `eigenvalues`, {eigenvalues.dtype}, got {other.dtype}")
+    if isinstance(count, Tensor):
+        check_real("count", count)
+        check_shape("count", count, ())
+    else:
+        check_positive_number("count", count)
     n = torch.as_tensor(count, dtype=eigenvalues.dtype, device=eigenvalues.device)
     largest = eigenvalues.amax().clamp_min(torch.finfo(eigenvalues.dtype).tiny)
 

@@ -1,7 +1,12 @@
 """Folds and random numbers that follow from the identity of a group, not from the order in which rows come."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from lightning_plugins._checks import check_int, check_positive_int
+from lightning_plugins.functional.tensors import check_dims, check_integers, check_real
 
 _MIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # splitmix64's shifts and multipliers, as int64
 _STEP = -7046029254386353131
@@ -26,8 +31,7 @@ def assign_folds(groups: Tensor, folds: int, *, seed: int = 0) -> Tensor:
         >>> assign_folds(torch.tensor([7, 7, 8, 9, 7]), 5)[[0, 1, 4]].unique().numel()
         1
     """
-    if folds < 1:
-        raise ValueError(f"`folds` must be at least 1, got {folds}")
+    check_positive_int("folds", folds)
     return positive(hash_groups(groups, seed=seed)) % folds
 
 
@@ -51,9 +55,8 @@ def hash_groups(groups: Tensor, *, seed: int = 0) -> Tensor:
     Source:
         The finaliser of SplitMix64: Steele, Lea and Flood, OOPSLA 2014.
     """
-    if not isinstance(groups, Tensor) or groups.is_floating_point() or groups.is_complex():
-        kind = str(groups.dtype) if isinstance(groups, Tensor) else type(groups).__name__
-        raise TypeError(f"`groups` must be an integer tensor, got {kind}; number the groups, or hash their names")
+    check_integers("groups", groups)
+    seed = check_int("seed", seed)
     mixed = groups.long() + _wrapped(_STEP * (seed + 1))
     for shift, factor in _MIX:
         mixed = (mixed ^ _shifted(mixed, shift)) * factor
@@ -75,7 +78,10 @@ def hash_rows(rows: Tensor, *, seed: int = 0) -> Tensor:
         >>> (numbers[0] == numbers[2]).item(), (numbers[0] == numbers[1]).item()
         (True, False)
     """
-    flat = rows.detach().reshape(len(rows), -1)
+    check_real("rows", rows)
+    check_dims("rows", rows, 1, "(N, ...)")
+    seed = check_int("seed", seed)
+    flat = rows.detach().reshape(len(rows), math.prod(rows.shape[1:]))
     bits = (flat.float() + 0.0).view(torch.int32) if flat.is_floating_point() else flat  # -0.0 counts as 0.0
     factors = hash_groups(torch.arange(flat.shape[1], device=flat.device), seed=seed) | 1
     return hash_groups((hash_groups(bits.long()) * factors).sum(dim=1), seed=seed)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins.functional.spectrum import check_floating, decompose, finite_or_zero, gram
+from lightning_plugins.functional.spectrum import decompose, finite_or_zero, gram
+from lightning_plugins.functional.tensors import check_floating
 
 
 class GramEigen(NamedTuple):

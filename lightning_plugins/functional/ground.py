@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from lightning_plugins._checks import check_positive_number
 from lightning_plugins.functional.boxes import check_points
+from lightning_plugins.functional.tensors import check_bools, check_floating, check_shape, check_together
 
 
 def ground_height(points: Tensor, places: Tensor, valid: Tensor | None = None, *, radius: float = 3.0) -> Tensor:
@@ -21,6 +23,10 @@ def ground_height(points: Tensor, places: Tensor, valid: Tensor | None = None, *
     Returns:
         Heights of shape ``(..., S)``; NaN where fewer than five points are left.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape is wrong or the radius is not above 0.
+
     Example:
         >>> grid = torch.cartesian_prod(torch.arange(-3.0, 4.0), torch.arange(-3.0, 4.0))
         >>> slope = torch.cat([grid, 0.1 * grid[:, :1] - 1.7], dim=1)
@@ -31,6 +37,14 @@ def ground_height(points: Tensor, places: Tensor, valid: Tensor | None = None, *
         Our own; the paper of whole-body augmentation keeps an object's old height at its new place.
     """
     check_points("points", points)
+    check_floating("places", places)
+    if places.ndim < 2 or places.shape[-1] != 2:
+        raise ValueError(f"`places` must have shape (..., S, 2), got {tuple(places.shape)}")
+    check_together("points", points.shape[:-2], "places", places.shape[:-2])
+    check_positive_number("radius", radius)
+    if valid is not None:
+        check_bools("valid", valid)
+        check_shape("valid", valid, points.shape[:-1])
     with torch.autocast(points.device.type, enabled=False):  # half precision tells heights to centimetres at best
         return _fitted(points, places, valid, radius)
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins._checks import check_finite_number, shown
 from lightning_plugins.functional.boxes import check_points
+from lightning_plugins.functional.tensors import check_real
 
 
 def hidden_points(points: Tensor, viewpoint: Tensor | Sequence[float], radius_factor: float = 100.0) -> Tensor:
@@ -40,7 +41,7 @@ def hidden_points(points: Tensor, viewpoint: Tensor | Sequence[float], radius_fa
         Katz, Tal & Basri, Direct visibility of point sets, SIGGRAPH 2007.
     """
     check_points("points", points)
-    centre = torch.as_tensor(viewpoint, dtype=torch.float64)
+    centre = _coordinates(viewpoint)
     if points.ndim != 2 or centre.shape != (3,):
         raise ValueError(
             "`points` must have shape (N, 3 or more) and `viewpoint` three numbers, "
@@ -48,6 +49,8 @@ def hidden_points(points: Tensor, viewpoint: Tensor | Sequence[float], radius_fa
         )
     if check_finite_number("radius_factor", radius_factor) < 1:
         raise ValueError(f"`radius_factor` is a ratio to the range and must be at least 1, got {radius_factor!r}")
+    if radius_factor > 1e12:
+        raise ValueError(f"`radius_factor` must be at most 1e12, beyond which nothing is hidden, got {radius_factor!r}")
     if radius_factor > 1e4:
         warnings.warn(
             f"`radius_factor={radius_factor!r}` is a ratio to the range; above 1e4 hidden points count as visible",
@@ -63,6 +66,15 @@ def hidden_points(points: Tensor, viewpoint: Tensor | Sequence[float], radius_fa
         unique, inverse = torch.unique(q[away] / distance.max(), dim=0, return_inverse=True)
         hidden[away] = ~_on_hull(_inverted(unique, radius_factor))[inverse]
     return hidden.to(points.device)
+
+
+def _coordinates(viewpoint: Tensor | Sequence[float]) -> Tensor:
+    if isinstance(viewpoint, Tensor):
+        check_real("viewpoint", viewpoint)
+        return viewpoint.to(torch.float64)
+    if not isinstance(viewpoint, Sequence) or isinstance(viewpoint, str | bytes):
+        raise TypeError(f"`viewpoint` must be three coordinates, got {shown(viewpoint)}")
+    return torch.tensor([check_finite_number("viewpoint", number) for number in viewpoint], dtype=torch.float64)
 
 
 def _inverted(q: Tensor, radius: float) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_plugins._checks import check_fraction
+from lightning_plugins._checks import check_fraction, is_number, shown
+from lightning_plugins.functional.tensors import check_floating, check_shape
 
 
 def infonce_bound(scores: Tensor) -> Tensor:
@@ -148,6 +149,9 @@ def mine_loss(scores: Tensor, log_average: Tensor | None = None, *, decay: float
     """
     check_fraction("decay", decay)
     f = _checked(scores)
+    if log_average is not None:
+        check_floating("log_average", log_average)
+        check_shape("log_average", log_average, ())
     now = _log_mean_exp_off_diagonal(f)
     average = now.detach()
     if log_average is not None and decay > 0:
@@ -181,11 +185,25 @@ def smile_bound(scores: Tensor, clip: float = 5.0) -> Tensor:
     Source:
         Song and Ermon, ICLR 2020, https://arxiv.org/abs/1910.06222.
     """
-    if isinstance(clip, bool) or not clip > 0:  # written so that NaN fails too
-        raise ValueError(f"`clip` must be positive, got {clip!r}; `math.inf` clips nothing")
+    check_clip(clip)
+    clip = float(clip)
     f = _checked(scores)
-    value = f.diagonal().mean() - _log_mean_exp_off_diagonal(f.clamp(-clip, clip))
+    limit = clip if clip <= torch.finfo(f.dtype).max else math.inf
+    value = f.diagonal().mean() - _log_mean_exp_off_diagonal(f.clamp(-limit, limit))
     return _with_gradient_of(_jensen_shannon(f), value=value)
+
+
+def check_clip(clip: float) -> None:
+    """Refuse what clips nothing or all; infinity clips nothing.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not above 0.
+    """
+    if not is_number(clip):
+        raise TypeError(f"`clip` must be a number above 0, got {shown(clip)}")
+    if not clip > 0:  # written so that NaN fails too
+        raise ValueError(f"`clip` must be positive, got {clip!r}; `math.inf` clips nothing")
 
 
 def _jensen_shannon(f: Tensor) -> Tensor:
@@ -203,9 +221,7 @@ def _log_mean_exp_off_diagonal(f: Tensor) -> Tensor:
 
 
 def _checked(scores: Tensor) -> Tensor:
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        kind = str(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"`scores` must be a floating tensor, got {kind}")
+    check_floating("scores", scores)
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 2:
         raise ValueError(
             f"`scores` must have shape (K, K) with K >= 2, a row for each anchor, got {tuple(scores.shape)}; with "

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_plugins._checks import check_finite_number
-from lightning_plugins.functional.spectrum import check_floating
+from lightning_plugins.functional.tensors import check_floating, check_together
 
 
 def annealed_sigmoid(scores: Tensor, beta: Tensor | float = 1.0) -> Tensor:
@@ -34,7 +34,7 @@ def annealed_sigmoid(scores: Tensor, beta: Tensor | float = 1.0) -> Tensor:
         Savarese et al., Continuous Sparsification, NeurIPS 2020, https://arxiv.org/abs/1912.04427.
     """
     check_floating("scores", scores)
-    _check_beta(beta)
+    _check_beta(beta, scores)
     return torch.sigmoid(beta * scores)
 
 
@@ -60,7 +60,7 @@ def straight_through(scores: Tensor, beta: Tensor | float = 1.0) -> Tensor:
         Bengio et al., 2013, https://arxiv.org/abs/1308.3432.
     """
     check_floating("scores", scores)
-    _check_beta(beta)
+    _check_beta(beta, scores)
     mask: Tensor = _Step.apply(scores, torch.as_tensor(beta, dtype=scores.dtype, device=scores.device))
     return mask
 
@@ -104,6 +104,7 @@ def hard_concrete(
     if noise is None:
         gate = torch.sigmoid(scores)
     else:
+        check_floating("noise", noise)
         if noise.shape != scores.shape:
             raise ValueError(f"`noise` must have the shape of `scores` {tuple(scores.shape)}, got {tuple(noise.shape)}")
         least = torch.finfo(scores.dtype).eps
@@ -139,8 +140,13 @@ def hard_concrete_open(scores: Tensor, *, temperature: float = 2 / 3, low: float
     return torch.sigmoid(scores - temperature * math.log(-low / high))
 
 
-def _check_beta(beta: Tensor | float) -> None:
-    if not isinstance(beta, Tensor) and check_finite_number("beta", beta) <= 0:
+def _check_beta(beta: Tensor | float, scores: Tensor) -> None:
+    if isinstance(beta, Tensor):
+        check_floating("beta", beta)
+        if beta.ndim:
+            check_together("beta", beta.shape, "scores", scores.shape)
+        return
+    if check_finite_number("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")
 
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins._checks import check_callable, check_choice, check_instance, check_positive_int
+from lightning_plugins.functional.information import check_clip
+from lightning_plugins.functional.tensors import check_dims, check_floating, check_real, check_shape
 
 BOUNDS = ("infonce", "dv", "nwj", "smile")
 _ROWS, _COLUMNS = 1024, 4096  # of a block of scores
@@ -78,6 +80,10 @@ def pair_scores(
         >>> pairs.positives
         tensor([1., 1., 1.], dtype=torch.float64)
     """
+    check_pairs(x, y)
+    check_callable("score", score, "a function of x and y to their scores (n, m)")
+    check_clip(clip)
+    clip = float(clip)
     if len(x) != len(y) or len(x) < 2:
         raise ValueError(
             f"`x` and `y` must have the same number of rows, at least 2 (with K = 1 there is nothing to tell the pair "
@@ -97,16 +103,31 @@ def pair_scores(
             for left in range(bounds[group], bounds[group + 1], _COLUMNS):
                 right = min(left + _COLUMNS, bounds[group + 1])
                 block = score(x[own], y[left:right])
+                check_floating("score", block)
+                check_shape("score", block, (len(own), right - left))
                 if block.dtype in {torch.float16, torch.bfloat16}:
                     block = block.float()
                 partner = own[:, None] == torch.arange(left, right, device=device)
                 here = partner.any(dim=1)
                 found = torch.where(partner, block, 0.0).sum(dim=1).double()
                 positives[rows] = torch.where(here, found, positives[rows])
-                rest = block.clamp(-clip, clip).masked_fill(partner, -torch.inf).logsumexp(dim=1).double()
+                limit = clip if clip <= torch.finfo(block.dtype).max else math.inf
+                rest = block.clamp(-limit, limit).masked_fill(partner, -torch.inf).logsumexp(dim=1).double()
                 negatives[rows, group] = torch.logaddexp(negatives[rows, group], rest)
     edges = torch.tensor(bounds, device=device)
     return PairScores(positives, negatives, torch.bucketize(anchors, edges[1:], right=True), edges.diff())
+
+
+def check_pairs(x: Tensor, y: Tensor) -> None:
+    """Refuse what are not two tensors with rows.
+
+    Raises:
+        TypeError: If one is no tensor of real numbers.
+        ValueError: If one has no dimension.
+    """
+    for name, rows in (("x", x), ("y", y)):
+        check_real(name, rows)
+        check_dims(name, rows, 1, "(N, ...)")
 
 
 def bound_from_pairs(pairs: PairScores, bound: str = "infonce") -> BoundWithError:
@@ -128,6 +149,7 @@ def bound_from_pairs(pairs: PairScores, bound: str = "infonce") -> BoundWithErro
         >>> round(bound_from_pairs(pairs).value, 4)  # ln 8
         2.0794
     """
+    check_instance("pairs", pairs, PairScores, "what `pair_scores` returns")
     check_choice("bound", bound, BOUNDS)
     everything = torch.ones_like(pairs.group_sizes, dtype=torch.bool)
     value, normalization = _bound(pairs, bound, everything)

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from lightning_plugins._checks import check_callable
+from lightning_plugins.functional.tensors import check_floating, check_real
+
 _SINGLE_POSITION = ("cls", "first", "last")
 POOLS = ("mean", "max", *_SINGLE_POSITION, "tokens", "flatten", "mean_last")
 
@@ -57,17 +60,22 @@ def pool_embeddings(
         tensor([[2.]])
     """
     if not isinstance(pool, str):
+        check_callable("pool", pool, f"one of {', '.join(map(repr, POOLS))} or a callable")
         return _check_matrix(pool(features) if mask is None else pool(features, mask))
     if pool not in POOLS:
         raise ValueError(f"`pool` must be one of {', '.join(map(repr, POOLS))}, got {pool!r}")
     if isinstance(features, PackedSequence) or (isinstance(features, Tensor) and features.is_nested):
         features, mask = _padded(features)
         layout = "NLC"
+    check_layout(layout)
     if not isinstance(features, Tensor) or not features.is_floating_point():
-        raise TypeError(f"embeddings must be a floating tensor, got {_describe(features)}")
+        raise TypeError(f"`features`: embeddings must be a floating tensor, got {_describe(features)}")
+    check_floating("features", features)
+    if mask is not None:
+        check_real("mask", mask)
     if features.ndim < 2:
         raise ValueError(
-            f"embeddings need at least the two dimensions (N, d), got shape {tuple(features.shape)}; "
+            f"`features`: embeddings need at least the two dimensions (N, d), got shape {tuple(features.shape)}; "
             "choose a layer whose tensor keeps one row per sample"
         )
     if features.ndim == 2:
@@ -222,7 +230,9 @@ def _padded(features: Any) -> tuple[Tensor, Tensor]:
         return padded, padding_of_lengths(lengths.to(padded.device), padded.shape[1])
     parts = features.unbind()
     if not all(part.ndim == 2 for part in parts):
-        raise ValueError(f"a nested tensor must hold sequences of shape (L, d), got {features.ndim} dimensions")
+        raise ValueError(
+            f"`features`: a nested tensor must hold sequences of shape (L, d), got {features.ndim} dimensions"
+        )
     padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
     return padded, padding_of_lengths(
         torch.tensor([len(part) for part in parts], device=padded.device), padded.shape[1]

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins._checks import check_bool, check_choice, check_positive_int
 from lightning_plugins.functional.derivatives import refuse_derivatives
 from lightning_plugins.functional.gram_svd import GramSVD, svd_from_left, unit_scale
-from lightning_plugins.functional.spectrum import at_least_float32, check_floating, finite_or_zero, full_precision
+from lightning_plugins.functional.spectrum import at_least_float32, finite_or_zero, full_precision
+from lightning_plugins.functional.tensors import check_floating
 
 Derivative = Literal["constant", "exact"]
 
@@ -75,6 +76,7 @@ def gap_precondition(
         Kang et al., CVPR 2023, https://arxiv.org/abs/2304.01552. The authors' code decomposes the gradient itself; the
         exact derivative is ours.
     """
+    check_bool("approximate", approximate)
     _check_shapes(gradient, gains)
     check_choice("derivative", derivative, get_args(Derivative))
     if rank is not None:

@@ -1,13 +1,15 @@
 """Range images of a spinning sensor: the nearest point in each beam's cell, batched and on any device."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number, check_positive_int
+from lightning_plugins._checks import check_finite_number, check_instance, check_positive_int, shown
 from lightning_plugins.functional.boxes import check_points
+from lightning_plugins.functional.tensors import check_bools, check_dims, check_floating, check_integers, check_shape
 
 
 @dataclass(frozen=True)
@@ -80,24 +82,48 @@ class RangeGrid:
         return up, torch.atan2(y, x) / (2 * math.pi) + 0.5, torch.hypot(level, z)
 
 
+def check_grid(grid: RangeGrid) -> None:
+    """Refuse what is no grid."""
+    check_instance("grid", grid, RangeGrid, "a RangeGrid")
+
+
+def _check_window(window: tuple[int, int], grid: RangeGrid) -> None:
+    what = f"two odd numbers, of rows and columns, at most {grid.rows} and {grid.columns}"
+    if not isinstance(window, Sequence) or isinstance(window, str | bytes) or len(window) != 2:
+        raise TypeError(f"`window` must be {what}, got {shown(window)}")
+    for number, most in zip(window, (grid.rows, grid.columns), strict=True):
+        if check_positive_int("window", number) % 2 == 0 or number > max(most, 1):
+            raise ValueError(f"`window` must be {what}, got {window!r}")
+
+
 def nearest_ranges(cells: Tensor, ranges: Tensor, grid: RangeGrid) -> Tensor:
     """Take the smallest range in each cell of a grid.
 
     Args:
-        cells: Cells of the points, shape ``(..., N)``; -1 for points to leave out.
+        cells: Cells of the points, shape ``(..., N)``; -1, or what is no cell, for points to leave out.
         ranges: Ranges of the points, of the same shape.
         grid: The grid.
 
     Returns:
         Shape ``(..., rows * columns)``, infinity where no point is.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If the shapes differ.
+
     Example:
         >>> grid = RangeGrid(rows=1, columns=3, lowest=-0.1, highest=0.1)
         >>> nearest_ranges(torch.tensor([1, 1, -1]), torch.tensor([5.0, 4.0, 1.0]), grid).tolist()
         [inf, 4.0, inf]
     """
+    check_floating("ranges", ranges)
+    check_integers("cells", cells)
+    check_dims("ranges", ranges, 1, "(..., N)")
+    check_shape("cells", cells, ranges.shape)
+    check_grid(grid)
     image = ranges.new_full((*ranges.shape[:-1], grid.rows * grid.columns + 1), math.inf)
-    index = torch.where(cells < 0, grid.rows * grid.columns, cells)  # a cell of their own, cut off below
+    count = grid.rows * grid.columns
+    index = torch.where((cells < 0) | (cells > count), count, cells).long()  # a cell of their own, cut off below
     return image.scatter_reduce(-1, index, ranges, "amin")[..., :-1]
 
 
@@ -126,12 +152,13 @@ def visible_in_range_image(
         >>> visible_in_range_image(points, grid).tolist()
         [True, False, True]
     """
+    check_grid(grid)
     if check_finite_number("tolerance", tolerance) < 0:
         raise ValueError(f"`tolerance` must be at least 0, got {tolerance!r}")
     cells, ranges = grid.cells(points)
     if valid is not None:
-        if valid.shape != cells.shape:
-            raise ValueError(f"`valid` must have shape {tuple(cells.shape)}, got {tuple(valid.shape)}")
+        check_bools("valid", valid)
+        check_shape("valid", valid, cells.shape)
         cells = torch.where(valid, cells, -1)
     nearest = nearest_ranges(cells, ranges, grid)
     visible = (cells < 0) | (ranges <= nearest.gather(-1, cells.clamp_min(0)) + tolerance)
@@ -152,12 +179,24 @@ def close_gaps(image: Tensor, grid: RangeGrid, window: tuple[int, int] = (3, 5))
     Returns:
         The closed image, of the same shape.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape is wrong, or the window is even or larger than the grid.
+
     Example:
         >>> grid = RangeGrid(rows=1, columns=7, lowest=-0.1, highest=0.1)
         >>> row = [math.inf, 4.0, math.inf, 4.0, 4.0, math.inf, math.inf]
         >>> close_gaps(torch.tensor(row), grid, (1, 3)).tolist()
         [inf, 4.0, 4.0, 4.0, 4.0, inf, inf]
     """
+    check_floating("image", image)
+    check_grid(grid)
+    if image.ndim < 1 or image.shape[-1] != grid.rows * grid.columns:
+        raise ValueError(
+            f"`image` must have shape (..., {grid.rows * grid.columns}), a number for each cell of `grid`, got "
+            f"{tuple(image.shape)}"
+        )
+    _check_window(window, grid)
     rows, columns = window[0] // 2, window[1] // 2
     near = (1 / image).reshape(-1, 1, grid.rows, grid.columns)
     # Columns go round in a circle; above and below the rows there is nothing

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins.functional.spectrum import check_floating, decompose
+from lightning_plugins._checks import check_instance
+from lightning_plugins.functional.spectrum import decompose
+from lightning_plugins.functional.tensors import check_floating
 
 
 class RidgeSystem(NamedTuple):
@@ -116,6 +118,10 @@ def ridge_system(gram: Tensor, cross: Tensor) -> RidgeSystem:
     check_floating("cross", cross)
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
         raise ValueError(f"`gram` must have shape (d, d) with d > 0, got {tuple(gram.shape)}")
+    if gram.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"`gram` must be of dtype float32 or float64, got {gram.dtype}")
+    if cross.dtype != gram.dtype:
+        raise TypeError(f"`cross` must have the dtype of `gram`, {gram.dtype}, got {cross.dtype}")
     if cross.ndim != 2 or len(cross) != len(gram):
         raise ValueError(f"`cross` must have shape ({len(gram)}, k), as `gram` has, got {tuple(cross.shape)}")
     eigenvalues, eigenvectors = decompose(gram, vectors=True)
@@ -211,6 +217,7 @@ def probe_scores(sums: HeldOutSums) -> ProbeScores:
         V-information: Xu et al., ICLR 2020, https://arxiv.org/abs/2002.10689, for Gaussian predictions of constant
         variance; the variance without features is that of the held-out targets.
     """
+    check_instance("sums", sums, HeldOutSums, "a HeldOutSums")
     n, error = sums.rows, sums.squared_error
     target = (sums.target_squares - sums.target.square() / n).clamp_min(0.0)
     prediction = (sums.prediction_squares - sums.prediction.square() / n).clamp_min(0.0)

@@ -9,7 +9,8 @@ from torch.autograd import Function
 from lightning_plugins._checks import check_choice, check_finite_number
 from lightning_plugins.functional.derivatives import last_derivative
 from lightning_plugins.functional.gram_svd import check_matrices, gram_svd, unit_scale
-from lightning_plugins.functional.spectrum import at_least_float32, check_floating, full_precision, widened_matrices
+from lightning_plugins.functional.spectrum import at_least_float32, full_precision, widened_matrices
+from lightning_plugins.functional.tensors import check_floating, check_leading
 
 PolarMethod = Literal["auto", "eigh", "products"]
 
@@ -53,6 +54,7 @@ def singular_value_threshold(weight: Tensor, threshold: Tensor | float) -> Tenso
     check_matrices("weight", weight)
     if isinstance(threshold, Tensor):
         check_floating("threshold", threshold)
+        check_leading("threshold", threshold.shape, "weight", weight.shape[:-2])
     elif check_finite_number("threshold", threshold) < 0:
         raise ValueError(f"`threshold` must be at least 0, got {threshold!r}")
     with full_precision(weight):

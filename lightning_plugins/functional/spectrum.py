@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lightning_plugins.functional.tensors import check_floating
+
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
@@ -142,14 +144,6 @@ def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tupl
     else:
         eigenvalues, eigenvectors = torch.linalg.eigvalsh(shifted), matrix.new_empty(0)
     return eigenvalues - shift, eigenvectors
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a real floating tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"`{name}` must be a floating tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"`{name}` must be a floating tensor, got {tensor.dtype}; convert it with `{name}.float()`")
 
 
 def check_embeddings(embeddings: Tensor) -> None:

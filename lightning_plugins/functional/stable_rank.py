@@ -1,5 +1,6 @@
 """Smooth stand-ins for the rank of a matrix, with closed-form gradients."""
 
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -273,9 +274,9 @@ def followed_nuclear_term(weight: Tensor, rank: int, start: Tensor) -> FollowedN
 
 def check_power(p: Power) -> Power:
     """Return ``p`` if it is 1 or 2; raise `ValueError` otherwise."""
-    if isinstance(p, bool) or not isinstance(p, int) or p not in {1, 2}:
+    if isinstance(p, bool) or not isinstance(p, int | Integral) or p not in {1, 2}:
         raise ValueError(f"`p` must be 1 or 2, got {p!r}")
-    return p
+    return 1 if p == 1 else 2
 
 
 def _check_target(rank: int, p: Power) -> None:

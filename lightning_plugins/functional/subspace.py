@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.functional.gram_svd import check_matrices, gram_eigen
 from lightning_plugins.functional.spectrum import at_least_float32, decompose, finite_or_zero, full_precision
+from lightning_plugins.functional.tensors import check_floating
 
 
 class Subspace(NamedTuple):
@@ -67,6 +68,10 @@ def top_singular_subspace(
     side = min(weight.shape[-2:])
     if check_positive_int("rank", rank) > side:
         raise ValueError(f"`rank` must be at most the smaller side, {side}, of `weight`, got {rank}")
+    if leading is not None and check_positive_int("leading", leading) > rank:
+        raise ValueError(f"`leading` must be at most `rank`, {rank}, got {leading}")
+    if start is not None:
+        check_floating("start", start)
     expected = (*weight.shape[:-2], side, rank)
     if start is not None and start.shape != expected:
         raise ValueError(f"`start` must have shape {expected} for this `weight` and `rank`, got {tuple(start.shape)}")

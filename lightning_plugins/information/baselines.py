@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import gaussian_information
 from lightning_plugins.information.fitting import check_pairs
 
@@ -36,6 +37,7 @@ def ksg_information(x: Tensor, y: Tensor, *, neighbours: int = 10) -> float:
     Source:
         Kraskov et al., Physical Review E 69, 2004, https://arxiv.org/abs/cond-mat/0305641.
     """
+    check_arguments(ksg_information, locals())
     try:
         from scipy.spatial import cKDTree
     except ImportError as error:
@@ -83,6 +85,7 @@ def cca_information(x: Tensor, y: Tensor) -> float:
         >>> abs(cca_information(x, x + noise) - 0.5 * math.log(2)) < 0.1
         True
     """
+    check_arguments(cca_information, locals())
     check_pairs(x, y, fewest=2)
     if len(x) <= x.shape[1] + y.shape[1]:
         raise ValueError(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.information.marginals import Kind, Marginals
 
 CRITICS = ("separable", "bilinear", "joint", "cosine")
@@ -75,6 +76,7 @@ class Critic(nn.Module):
     """
 
     def __init__(self, x: Tensor, y: Tensor, start: Start) -> None:
+        check_arguments(Critic.__init__, locals())
         super().__init__()
         self.of_x, self.of_y = Marginals(x, start.kind), Marginals(y, start.kind)
         self.base = GaussianRatio(self.of_x(x), self.of_y(y), start.ridge)

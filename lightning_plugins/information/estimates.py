@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._checks import check_callable, check_instance, shown
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import class_entropy, class_posterior_information, infonce_ceiling
 from lightning_plugins.functional.pair_scores import BoundWithError, candidate_bound
 from lightning_plugins.information.critics import Critic
@@ -47,6 +49,7 @@ def evaluate_critic(
         >>> 4 < estimate.estimate <= estimate.ceiling  # infinite, and read as nearly ln 700
         True
     """
+    check_arguments(evaluate_critic, locals())
     chosen = EstimateSettings() if settings is None else settings
     check_pairs(x, y, fewest=2)
     module = critic.critic if isinstance(critic, FittedCritic) else critic
@@ -104,6 +107,9 @@ def estimate_information(
         >>> abs(estimate_information(x, y, settings=settings).estimate - 0.511) < 0.1  # -ln(1 - 0.64) / 2
         True
     """
+    check_arguments(estimate_information, locals())
+    if held_out is not None and not 2 <= len(held_out) <= 3:
+        raise ValueError(f"`held_out` must be (x, y) or (x, y, labels), got {len(held_out)} entries")
     chosen = EstimateSettings() if settings is None else settings
     fit = chosen.fit if held_out is None else dataclasses.replace(chosen.fit, test=0.0)
     if held_out is None and fit.test == 0:
@@ -128,6 +134,20 @@ def estimate_information(
         ratios = {name: value / result.estimate for name, value in tests.items() if name != "shuffled"}
         result = dataclasses.replace(result, consistency={"shuffled": tests["shuffled"], **ratios})
     return result
+
+
+def check_device(device: torch.device | str | int) -> None:
+    """Refuse what names no device.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If there is no such device.
+    """
+    check_instance("device", device, (torch.device, str, int), "a device, its name or its number")
+    try:
+        torch.device(device)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"`device` must name a device, got {device!r}: {error}") from None
 
 
 def estimate(
@@ -165,6 +185,15 @@ def estimate(
         >>> round(found.entropy, 1), found.estimate < found.ceiling
         (0.7, True)
     """
+    check_callable("encoder", encoder, "a network or function from views to representations")
+    given = {"dataloader": dataloader} if held_out is None else {"dataloader": dataloader, "held_out": held_out}
+    for name, batches in given.items():
+        if isinstance(batches, str | bytes | Tensor) or not isinstance(batches, Iterable):
+            raise TypeError(f"`{name}` must be a DataLoader or another iterable of batches, got {shown(batches)}")
+    if settings is not None:
+        check_instance("settings", settings, EstimateSettings, "an EstimateSettings or None")
+    if device is not None:
+        check_device(device)
     x, y, labels = embed_pairs(encoder, dataloader, device)
     others: list[Tensor] | None = None
     if held_out is not None:

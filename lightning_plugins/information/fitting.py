@@ -16,6 +16,7 @@ from lightning_plugins._checks import (
     check_non_negative_int,
     check_positive_int,
 )
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.information import (
     donsker_varadhan_bound,
     infonce_bound,
@@ -25,6 +26,7 @@ from lightning_plugins.functional.information import (
     smile_bound,
 )
 from lightning_plugins.functional.pair_scores import candidate_bound, row_keys
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.information.critics import CRITICS, Critic, Start, make_critic
 
 OBJECTIVES = ("infonce", "nwj", "js", "dv", "mine", "smile")
@@ -73,6 +75,7 @@ class CriticSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_arguments(CriticSettings, vars(self))
         check_choice("objective", self.objective, OBJECTIVES)
         if check_positive_int("batch_size", self.batch_size) < 2:
             raise ValueError("`batch_size` must be at least 2, got 1: a pair needs others as candidates")
@@ -138,6 +141,7 @@ def fit_critic(
         >>> len(fitted.test_rows), fitted.steps
         (140, 0)
     """
+    check_arguments(fit_critic, locals())
     check_pairs(x, y)
     check_choice("critic", critic, CRITICS)
     chosen = CriticSettings() if settings is None else settings
@@ -170,6 +174,7 @@ def check_pairs(x: Tensor, y: Tensor, *, fewest: int = _FEWEST) -> None:
         if not isinstance(part, Tensor) or not part.is_floating_point():
             kind = str(part.dtype) if isinstance(part, Tensor) else type(part).__name__
             raise TypeError(f"`{name}` must be a floating tensor, got {kind}; convert it with `.float()`")
+        check_floating(name, part)
         if part.ndim != 2 or part.shape[1] == 0:
             raise ValueError(f"`{name}` must have shape (N, d), got {tuple(part.shape)}; flatten it to a row a sample")
         if not bool(torch.isfinite(part).all()):

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins._checks import check_positive_int, shown
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import class_entropy
+from lightning_plugins.functional.tensors import check_dims, check_floating, check_integers
 from lightning_plugins.information.fitting import check_pairs, shuffled_rows
 
 _RIDGES = (1e-5, 1e-3, 1e-1)
@@ -67,6 +70,12 @@ def fit_class_probe(features: Tensor, labels: Tensor, *, num_classes: int | None
         >>> probe.log_posteriors(torch.tensor([[2.0, 0.0]])).argmax().item()
         1
     """
+    check_arguments(fit_class_probe, locals())
+    check_floating("features", features)
+    if num_classes is not None:
+        check_positive_int("num_classes", num_classes)
+    if features.ndim != 2 or not bool(features.isfinite().all()):
+        raise ValueError(f"`features` must be finite with shape (N, d), got {shown(features)}")
     counts = count_classes("labels", labels, len(features), num_classes)
     check_pairs(features, features, fewest=4)
     if bool((counts == 1).any()):
@@ -111,6 +120,8 @@ def class_information(probe: ClassProbe, features: Tensor, labels: Tensor) -> fl
         >>> class_information(fit_class_probe(x[:400], labels[:400]), x[400:], labels[400:]) > 0.5
         True
     """
+    check_arguments(class_information, locals())
+    check_dims("features", features, 1, "(N, d)")
     counts = count_classes("labels", labels, len(features), len(probe.bias))
     cross_entropy = F.nll_loss(probe.log_posteriors(features), labels.long().to(features.device))
     return float(class_entropy(counts / counts.sum())) - float(cross_entropy)
@@ -135,6 +146,7 @@ def count_classes(name: str, labels: Tensor, rows: int, num_classes: int | None 
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         kind = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"`{name}` must be a tensor of integers, one class a row, got {kind}")
+    check_integers(name, labels, "a tensor of integers")
     if labels.shape != (rows,) or rows == 0:
         raise ValueError(f"`{name}` must have shape ({rows},), a label a row, got {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())

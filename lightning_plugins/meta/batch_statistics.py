@@ -5,6 +5,8 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_plugins.arguments import check_arguments
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -25,6 +27,7 @@ def use_batch_statistics(model: Model) -> Model:
         >>> norm.running_mean is None, sorted(norm.state_dict())
         (True, ['bias', 'weight'])
     """
+    check_arguments(use_batch_statistics, locals())
     for module in model.modules():
         if isinstance(module, _NormBase):
             module.track_running_stats = False

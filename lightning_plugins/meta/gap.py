@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.preconditioning import Derivative, gap_precondition
 from lightning_plugins.meta.preconditioners import Preconditioner, few, key
 
@@ -61,6 +62,7 @@ class _Gains(Preconditioner):
         Raises:
             ValueError: If no parameter would have gains.
         """
+        check_arguments(type(self).initialise, locals())
         for name, parameter in parameters.items():
             if parameter.ndim < 2 or (parameter.ndim == 2 and not self.linear):
                 continue
@@ -71,7 +73,9 @@ class _Gains(Preconditioner):
                 self.raw[key(matrix.label)] = nn.Parameter(parameter.new_full(shape, _INITIAL))
         if not self._groups:
             hint = "" if self.linear else "; `linear=True` gives them to the weights of linear layers"
-            raise ValueError(f"{type(self).__name__}: none of {few(parameters)} is a convolution's kernel{hint}")
+            raise ValueError(
+                f"`parameters`: {type(self).__name__}: none of {few(parameters)} is a convolution's kernel{hint}"
+            )
 
     def gains(self, step: int = 0) -> dict[str, Tensor]:
         """Return the gains by the parameters' dotted names.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number
+from lightning_plugins.arguments import check_arguments
 
 
 class Preconditioner(nn.Module):
@@ -113,6 +114,7 @@ class MetaSGD(Preconditioner):
             parameters: The adapted parameters by dotted name.
             steps: Has no effect.
         """
+        check_arguments(MetaSGD.initialise, locals())
         for name, parameter in parameters.items():
             self.factors[key(name)] = nn.Parameter(torch.full_like(parameter, self.initial))
 

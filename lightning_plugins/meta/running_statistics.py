@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import sum_over_ranks
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -149,6 +150,7 @@ def use_per_step_statistics(model: Model, steps: int) -> Model:
     Source:
         As for `PerStepBatchNorm`.
     """
+    check_arguments(use_per_step_statistics, locals())
     check_positive_int("steps", steps)
     found: dict[nn.Module, PerStepBatchNorm] = {}
     for module in model.modules():

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_plugins.functional.tensors import check_floating, check_real
+
 
 def check_embeddings(name: str, embeddings: Tensor, num_features: int | None = None) -> Tensor:
     """Return ``embeddings`` if it is a floating tensor of shape ``(N, num_features)``.
@@ -22,6 +24,7 @@ def check_embeddings(name: str, embeddings: Tensor, num_features: int | None = N
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
         kind = str(embeddings.dtype) if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise TypeError(f"`{name}` must be a floating tensor, got {kind}; convert it with `.float()`")
+    check_floating(name, embeddings)
     wanted = "d" if num_features is None else str(num_features)
     if embeddings.ndim != 2 or (num_features is not None and embeddings.shape[1] != num_features):
         hint = "; pool or flatten it to one row per sample" if embeddings.ndim > 2 else ""
@@ -66,8 +69,8 @@ def check_mask(name: str, embeddings: Tensor, mask: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         kind = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"`mask` must be a bool or integer tensor, true where a row counts, got {kind}")
-    if not isinstance(embeddings, Tensor):
-        raise TypeError(f"`{name}` must be a floating tensor, got {type(embeddings).__name__}")
+    check_real("mask", mask)
+    check_floating(name, embeddings)
     if embeddings.ndim < 2 or mask.shape != embeddings.shape[:-1]:
         raise ValueError(
             f"`mask` must have the shape of `{name}` without its last dimension, {tuple(embeddings.shape[:-1])}, got "

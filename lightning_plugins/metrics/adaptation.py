@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_non_negative_int
+from lightning_plugins._checks import check_non_negative_int, check_room
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.metrics._sums import SumMetric
 from lightning_plugins.metrics._tasks import MeanWithInterval, mean_with_interval
 
@@ -38,6 +39,7 @@ class AdaptationCurve(SumMetric):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = check_non_negative_int("steps", steps)
+        check_room("steps", steps)
         self.add_state("total", torch.zeros(steps + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(steps + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -52,8 +54,7 @@ class AdaptationCurve(SumMetric):
             TypeError: If it is not floating.
             ValueError: If it has another shape.
         """
-        if not values.is_floating_point():
-            raise TypeError(f"`values` must be a floating tensor, got {values.dtype}")
+        check_floating("values", values)
         if values.ndim != 2 or values.shape[1] != self.steps + 1:
             raise ValueError(
                 f"`values` must have shape (tasks, {self.steps + 1}), one number before the first step and one after"

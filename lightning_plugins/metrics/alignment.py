@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.functional.spectrum import normalize_rows
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.metrics._embeddings import check_embeddings, valid_rows
 from lightning_plugins.metrics._sums import SumMetric
 
@@ -52,6 +53,8 @@ class Alignment(SumMetric):
         if mask is None:
             check_embeddings("first", first)
             check_embeddings("second", second)
+        check_floating("first", first)
+        check_floating("second", second)
         if first.shape != second.shape:
             raise ValueError(
                 f"`second` must have the shape of `first`, {tuple(first.shape)}, got {tuple(second.shape)}; "

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_int, check_positive_int, check_room, shown
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
+from lightning_plugins.functional.tensors import check_dims, check_floating
 from lightning_plugins.metrics._sums import SumMetric
 
 
@@ -57,9 +58,8 @@ class CLSAttentionCorrelation(SumMetric):
         super().__init__()
         self.num_layers = check_positive_int("num_layers", num_layers)
         self.num_heads = check_positive_int("num_heads", num_heads)
-        if isinstance(query, bool) or not isinstance(query, int):
-            raise TypeError(f"`query` must be a position, an int, got {query!r}")
-        self.query = query
+        self.query = check_int("query", query)
+        check_room("num_layers", num_layers * num_heads)
         shape = (num_layers, num_heads)
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
@@ -81,10 +81,16 @@ class CLSAttentionCorrelation(SumMetric):
             TypeError: If an attention is not a floating tensor.
             ValueError: If a number or shape does not fit.
         """
+        if isinstance(attentions, str | bytes) or not isinstance(attentions, Sequence | Tensor):
+            raise TypeError(f"`attentions` must be a sequence of tensors, one a layer, got {shown(attentions)}")
+        if isinstance(attentions, Tensor):
+            check_floating("attentions", attentions)
+            check_dims("attentions", attentions, 5, "(layers, N, heads, L, L)")
         if len(attentions) != self.num_layers:
             raise ValueError(f"`attentions` must have `num_layers`={self.num_layers} entries, got {len(attentions)}")
         rows = []
         for attention in attentions:
+            check_floating("attentions", attention)
             found = cls_attention_correlation(attention.detach(), values, mask, tokens, query=self.query)
             if found.shape[1] != self.num_heads:
                 raise ValueError(f"`attentions` must have `num_heads`={self.num_heads} heads, got {found.shape[1]}")

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_positive_int, check_room
 from lightning_plugins.functional.spectrum import full_precision
+from lightning_plugins.functional.tensors import check_integers
 from lightning_plugins.metrics._embeddings import check_embeddings
 from lightning_plugins.metrics._sums import SumMetric
 
@@ -47,6 +48,8 @@ class ClassMetric(SumMetric):
         super().__init__()
         self.num_features = check_positive_int("num_features", num_features)
         self.num_classes = check_positive_int("num_classes", num_classes)
+        check_room("num_features", num_features**2)
+        check_room("num_classes", num_features * num_classes)
         self.add_state("gram", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(num_classes, num_features, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
@@ -63,7 +66,8 @@ class ClassMetric(SumMetric):
             ValueError: If one has another shape.
         """
         rows = check_embeddings("embeddings", embeddings, self.num_features).detach().to(self.gram.dtype)
-        check_labels(labels, len(rows))
+        check_labels(labels, len(rows), self.num_classes)
+        labels = labels.long()
         with full_precision(rows):
             self.gram = torch.addmm(self.gram, rows.T, rows)
             self.sums = self.sums.index_add(0, labels, rows)
@@ -86,22 +90,26 @@ class ClassMetric(SumMetric):
         return Scatter((within + within.T) / 2, between, present.sum(), rounding)
 
 
-def check_labels(labels: Tensor, rows: int) -> None:
+def check_labels(labels: Tensor, rows: int, num_classes: int) -> None:
     """Refuse labels that are not one integer per row.
 
     Args:
         labels: The argument.
         rows: How many are wanted.
+        num_classes: How many classes there are; looked at on a CPU only, elsewhere a wrong label stops the kernel.
 
     Raises:
         TypeError: If it is no integer tensor.
-        ValueError: If it has another shape.
+        ValueError: If it has another shape, or is no class.
     """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         kind = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"`labels` must be an integer tensor, got {kind}; convert it with `.long()`")
+    check_integers("labels", labels)
     if tuple(labels.shape) != (rows,):
         raise ValueError(f"`labels` must have one number for each of {rows} rows, got shape {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and rows and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"`labels` must be in 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
 
 
 def spectrum_of(covariance: Tensor, rounding: Tensor | float = 0.0) -> Tensor:

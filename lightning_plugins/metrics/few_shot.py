@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_plugins.functional.tensors import check_floating, check_integers
 from lightning_plugins.metrics._sums import SumMetric
 from lightning_plugins.metrics._tasks import mean_with_interval
 
@@ -91,10 +92,10 @@ class FewShotAccuracyInterval(_PerTask):
 
 
 def _check(outputs: Tensor, targets: Tensor) -> None:
-    if not outputs.is_floating_point():
+    if isinstance(outputs, Tensor) and not outputs.is_floating_point():
         raise TypeError(f"`outputs` must be a floating tensor, logits or probabilities, got {outputs.dtype}")
-    if targets.is_floating_point() or targets.is_complex():
-        raise TypeError(f"`targets` must be integers, the numbers of the classes, got {targets.dtype}")
+    check_floating("outputs", outputs)
+    check_integers("targets", targets, "integers, the numbers of the classes")
     if outputs.ndim != 3:
         hint = "; for one task, `outputs.unsqueeze(0), targets.unsqueeze(0)`" if outputs.ndim == 2 else ""
         raise ValueError(f"`outputs` must have shape (tasks, samples, classes), got {tuple(outputs.shape)}{hint}")

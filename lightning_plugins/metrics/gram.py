@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_positive_int, check_room
 from lightning_plugins.functional.spectrum import full_precision, normalize_rows
 from lightning_plugins.metrics._embeddings import valid_rows
 from lightning_plugins.metrics._sums import SumMetric
@@ -62,6 +62,7 @@ class GramMetric(SumMetric):
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = check_positive_int("num_features", num_features)
+        check_room("num_features", num_features**2)
         # A collection lets metrics with equal states of equal names share them: other sums need another name.
         self._sums = "gram" if self.unit_rows else "raw_gram"
         self.add_state(self._sums, torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int, check_positive_number
+from lightning_plugins._checks import check_positive_int, check_positive_number, check_room
 from lightning_plugins.functional.spectrum import full_precision
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.metrics._sums import SumMetric
 from lightning_plugins.metrics.classes import ClassMetric, effective_number, spectrum_of
 
@@ -48,6 +49,7 @@ class LiDAR(SumMetric):
     def __init__(self, num_features: int, *, delta: float = 1e-4) -> None:
         super().__init__()
         self.num_features = check_positive_int("num_features", num_features)
+        check_room("num_features", num_features**2)
         self.delta = check_positive_number("delta", delta)
         square = torch.zeros(num_features, num_features, dtype=torch.float64)
         self.add_state("within", square.clone(), dist_reduce_fx="sum")
@@ -66,9 +68,7 @@ class LiDAR(SumMetric):
             TypeError: If ``views`` is not a floating tensor.
             ValueError: If it has another shape.
         """
-        if not isinstance(views, Tensor) or not views.is_floating_point():
-            kind = str(views.dtype) if isinstance(views, Tensor) else type(views).__name__
-            raise TypeError(f"`views` must be a floating tensor, got {kind}")
+        check_floating("views", views)
         if views.ndim != 3 or views.shape[1] < 2 or views.shape[2] != self.num_features:
             raise ValueError(
                 f"`views` must have shape (N, q, {self.num_features}) with two views or more of each sample, got "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows, positive
 from lightning_plugins.functional.spectrum import full_precision
+from lightning_plugins.functional.tensors import check_integers, check_real
 from lightning_plugins.metrics._embeddings import check_embeddings
 from lightning_plugins.metrics._probe.fit import fit_probe
 from lightning_plugins.metrics._probe.kept_rows import pack, smallest, sum_by_key, unpack
@@ -122,7 +123,8 @@ class LinearProbe(SumMetric):
         columns = self._target_columns(targets, len(rows))
         if groups is None:
             groups = hash_rows(features)
-        elif groups.shape != (len(rows),):
+        check_integers("groups", groups)
+        if groups.shape != (len(rows),):
             raise ValueError(f"`groups` must have shape ({len(rows)},), one for each row, got {tuple(groups.shape)}")
         fold_of_row = assign_folds(groups, own.folds, seed=own.seed)  # checks the dtype of the groups
         if not len(rows):
@@ -192,8 +194,7 @@ class LinearProbe(SumMetric):
 
     def _target_columns(self, targets: Tensor, rows: int) -> Tensor:
         own = self.settings
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"`targets` must be a tensor, got {type(targets).__name__}")
+        check_real("targets", targets, "a tensor")
         if own.task == "classification":
             if targets.is_floating_point() or targets.shape != (rows,):
                 raise ValueError(

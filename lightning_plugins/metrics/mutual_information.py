@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins.functional.information import check_clip
 from lightning_plugins.functional.pair_scores import BOUNDS, candidate_bound, row_keys
 from lightning_plugins.functional.spectrum import full_precision
 from lightning_plugins.metrics._embeddings import check_embeddings
@@ -77,9 +78,8 @@ class MutualInformation(Metric):
         if num_candidates is not None and not 2 <= check_positive_int("num_candidates", num_candidates) <= max_pairs:
             raise ValueError(f"`num_candidates` must be in [2, `max_pairs` = {max_pairs}], got {num_candidates}")
         self.num_candidates = num_candidates
-        if isinstance(clip, bool) or not clip > 0:
-            raise ValueError(f"`clip` must be positive, got {clip!r}")
-        self.clip = clip
+        check_clip(clip)
+        self.clip = float(clip)
         self.units = check_choice("units", units, _UNITS)
         self.set_dtype(torch.float32)  # whatever the default was when each process built its metric
         # flat: a process without rows sends an empty tensor of one dimension, whatever the others have

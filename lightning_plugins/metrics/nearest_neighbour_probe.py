@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from lightning_plugins._checks import check_finite_number, check_positive_int
 from lightning_plugins.functional.folds import hash_rows
 from lightning_plugins.functional.spectrum import full_precision, normalize_rows
+from lightning_plugins.functional.tensors import check_real
 from lightning_plugins.metrics._embeddings import check_embeddings
 
 _CHUNK = 1024  # rows compared with all others at a time
@@ -89,6 +90,7 @@ class NearestNeighbourProbe(Metric):
             ValueError: If it has another shape, or a class is out of range.
         """
         rows = check_embeddings("features", features, self.num_features).detach()
+        check_real("targets", targets)
         if targets.is_floating_point() or targets.shape != (len(rows),):
             raise ValueError(
                 f"`targets` must be classes: integers of shape ({len(rows)},), got {targets.dtype} of shape "
@@ -98,6 +100,7 @@ class NearestNeighbourProbe(Metric):
             raise ValueError(f"`targets` must be classes below `num_classes`={self.num_classes}, got another")
         if groups is None:
             groups = hash_rows(features)
+        check_real("groups", groups)
         if groups.shape != targets.shape or groups.is_floating_point():
             raise ValueError(f"`groups` must be integers of shape ({len(rows)},), got {tuple(groups.shape)}")
         bits = groups.long().contiguous().view(torch.float32).view(len(rows), 2)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_fraction
+from lightning_plugins._checks import check_bool, check_fraction, check_instance
 from lightning_plugins._deprecation import renamed
 from lightning_plugins.compression.budget.budget import Multiplier, Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
@@ -120,6 +120,10 @@ class CompressionMixin:
             raise TypeError(f"`CompressionMixin` must be mixed into a LightningModule, got {type(self).__name__}")
         if _network_of(self) is not None:
             raise RuntimeError("`attach_compression` has been called already; `compress` ends what it began")
+        check_bool("masks", masks)
+        check_bool("ranks", ranks)
+        if rates is not None:
+            check_instance("rates", rates, ChoiceRates, "a ChoiceRates")
         least: Any = {"min_channels": min_channels, "multiple_of": multiple_of}
         settings = ChoiceSettings(layers=layers, budget=budget, cost=cost, masks=masks, ranks=ranks, keep=keep, **least)
         if not masks and not ranks:
@@ -127,6 +131,8 @@ class CompressionMixin:
         given = getattr(self, "example_input_array", None) if inputs is None else inputs
         if given is None and (masks or cost == "flops"):
             raise ValueError("`inputs` must be given where the module has no `example_input_array`, got None for both")
+        if given is not None:
+            check_instance("inputs", given, (Tensor, tuple, list, dict), "a tensor, a tuple of arguments or a dict")
         network = BudgetedNetwork(self, settings, inputs=given)
         network.begin()
         choice = Choice(network, rates or ChoiceRates())

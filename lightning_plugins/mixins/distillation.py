@@ -5,11 +5,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins._checks import check_finite_number, check_instance, check_text
 from lightning_plugins._lightning import LightningModule
 from lightning_plugins.callbacks._terms.distances import Distance
 from lightning_plugins.callbacks._terms.logged import log_mean, log_sum
-from lightning_plugins.callbacks._terms.teachers import freeze, make_teacher
+from lightning_plugins.callbacks._terms.teachers import check_teacher, freeze, make_teacher
 
 _KEY = "distillation_teacher"
 
@@ -52,6 +52,9 @@ class DistillationMixin:
             ValueError: If there is no such teacher.
             TypeError: If it is of the wrong kind.
         """
+        check_teacher(teacher)
+        if network is not None:
+            check_instance("network", network, nn.Module, "a module")
         if not isinstance(teacher, nn.Module) and network is None:
             raise ValueError(f"`network` must be given with `teacher={teacher!r}`, got None")
         vars(self)["_teacher"] = (make_teacher(teacher, network or nn.Identity()),)  # in a tuple: no child module
@@ -112,6 +115,8 @@ class DistillationMixin:
         theirs, _ = distance.places(teacher, None)
         found = distance(mine, theirs, valid)
         penalty = check_finite_number("weight", weight) * found
+        if name is not None:
+            check_text("name", name)
         if name is not None and isinstance(self, LightningModule) and self._trainer is not None:
             log_mean(self, f"distillation/{name}", found)
             log_sum(self, "distillation/penalty", penalty)

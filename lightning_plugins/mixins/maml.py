@@ -138,7 +138,7 @@ class MAMLMixin(_Module):
         if features is not None:
             if chunk_size is not None:
                 raise ValueError(f"`chunk_size` must be None where `features` is given, got {chunk_size}")
-            check_layer(network, features)
+            check_layer(network, features, "features")
             self.query_features = nn.Identity()
         collection = collection_of(metrics)
         self.val_measures, self.test_measures = Measures("val", collection), Measures("test", collection)

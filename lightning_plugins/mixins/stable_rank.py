@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins._checks import check_bool, check_finite_number
 from lightning_plugins._lightning import LightningModule
 from lightning_plugins.callbacks._terms.logged import log_sum, log_value
 from lightning_plugins.distributed import full_tensor
@@ -73,6 +73,7 @@ class StableRankMixin:
             TypeError: If an argument is of the wrong type, or this class is no ``nn.Module``.
         """
         check_finite_number("weight", weight)
+        check_bool("log", log)
         if not isinstance(self, nn.Module):
             raise TypeError(f"`StableRankMixin` must be mixed into a LightningModule, got {type(self).__name__}")
         check_power(p)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins._checks import check_finite_number, check_text
 from lightning_plugins._lightning import LightningModule
 from lightning_plugins.callbacks._rows.pool import Pool, resolve_pool
 from lightning_plugins.callbacks._terms.logged import log_mean, log_sum
@@ -78,6 +78,8 @@ class VNEMixin:
         term = VonNeumannEntropy(check_finite_number("weight", weight), scope=scope)
         entropy = term.entropy(pool_embeddings(features, resolve_pool(pool), layout=check_layout(layout), mask=mask))
         penalty = -weight * entropy
+        if name is not None:
+            check_text("name", name)
         if name is not None and isinstance(self, LightningModule) and self._trainer is not None:
             log_mean(self, f"vne/{name}/entropy", entropy)
             log_sum(self, "vne/penalty", penalty)

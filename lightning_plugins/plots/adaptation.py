@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def adaptation_figure(
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['MAML: 1.5 ± 0.1']
     """
+    check_arguments(adaptation_figure, locals())
     if not curves:
         raise ValueError("`curves` must have at least one curve, got none")
     checked = {name: _checked_curve(name, curve) for name, curve in curves.items()}
@@ -92,6 +94,7 @@ def gains_figure(gains: Mapping[str, Tensor], *, title: str | None = None) -> "F
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['conv1', 'conv2']
     """
+    check_arguments(gains_figure, locals())
     if not gains:
         raise ValueError("`gains` must have at least one layer, got none")
     figure = empty_figure(width=7.2, height=4.4, title=title)

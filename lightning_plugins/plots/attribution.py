@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_plugins.arguments import check_arguments
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -43,8 +45,12 @@ def attribution_figure(
         >>> figure.axes[0].get_ylabel()
         'input'
     """
+    check_arguments(attribution_figure, locals())
+    check_floating("inputs", inputs)
     if not maps:
         raise ValueError("`maps` must have at least one map, got none")
+    if not bool(inputs.isfinite().all()):
+        raise ValueError("`inputs` must be finite, got NaN or infinity")
     if inputs.ndim not in {1, 2, 3}:
         raise ValueError(f"`inputs` must be a signal ([C,] L) or an image (C, H, W), got {tuple(inputs.shape)}")
     spatial = tuple(inputs.shape[-2:] if inputs.ndim == 3 else inputs.shape[-1:])
@@ -73,6 +79,7 @@ def degradation_figure(curves: Curves, *, title: str | None = None) -> "Figure":
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['gradcam: +0.20']
     """
+    check_arguments(degradation_figure, locals())
     if not curves:
         raise ValueError("`curves` must have at least one method, got none")
     figure = empty_figure(width=7.2, height=4.8, title=title)

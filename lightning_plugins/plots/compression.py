@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.reports.report import CompressionReport, LayerChange
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
@@ -43,6 +44,7 @@ def compression_figure(report: CompressionReport, *, title: str | None = None) -
         >>> compression_figure(report).axes[0].get_title(loc="left")
         'parameters: 210 → 70, 66.7% removed'
     """
+    check_arguments(compression_figure, locals())
     if not report.layers:
         raise ValueError("`report` must have at least one layer, got none")
     layers = {name: change for name, change in report.layers.items() if _counts(change, report)} or report.layers

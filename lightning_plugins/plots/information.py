@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def information_figure(
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['truth', 'ln K', 'InfoNCE']
     """
+    check_arguments(information_figure, locals())
+    truths = [float(truth) for truth in truths]
     if not truths or not estimates:
         raise ValueError(
             f"`truths` and `estimates` must have at least one entry, got {len(truths)} and {len(estimates)}"

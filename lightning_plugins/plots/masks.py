@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def choice_figure(rows: Sequence[Mapping[str, Any]], budget: float, *, title: st
         >>> [axes.get_ylabel() for axes in choice_figure(rows, 0.4).axes][:2]
         ['share of the cost', 'channels kept']
     """
+    check_arguments(choice_figure, locals())
     if not rows:
         raise ValueError("`rows` must have at least one entry, got none")
     maps = [(key, label) for key, label in (("kept", "channels kept"), ("ranks", "rank")) if any(r[key] for r in rows)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -38,8 +39,12 @@ def point_cloud_figure(before: Mapping[str, Any], after: Mapping[str, Any], *, t
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['before', 'after', 'before, range view', 'after, range view']
     """
+    check_arguments(point_cloud_figure, locals())
     if "source" not in after:
         raise ValueError(f"`after` must have a `source` per point, as transforms return it, got {sorted(after)}")
+    for name, frame in (("before", before), ("after", after)):
+        if missing := [key for key in ("points", "boxes") if key not in frame]:
+            raise ValueError(f"`{name}` must have `points` and `boxes`, got {sorted(frame)} without {missing}")
     old, new = torch.as_tensor(before["points"]), torch.as_tensor(after["points"])
     added = torch.as_tensor(after["source"]) >= 0
     kept = {tuple(point) for point in new[~added, :3].tolist()}

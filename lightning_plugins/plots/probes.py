@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_plugins._checks import check_finite_number
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, colour_by_step, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def probe_profile_figure(
         >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
         ['layer.0', 'layer.1']
     """
+    check_arguments(probe_profile_figure, locals())
+    check_finite_number("lowest", lowest)
     if not profiles or len(profiles) != len(steps):
         raise ValueError(f"`profiles` must have one entry per step, got {len(profiles)} and {len(steps)} `steps`")
     names = [name for name in profiles[-1] if not name.endswith(_INITIAL) and name != "projection"]
@@ -113,6 +117,7 @@ def attention_heat_map_figure(
         >>> figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
         ('head', 'layer')
     """
+    check_arguments(attention_heat_map_figure, locals())
     if correlations.ndim != 2 or not correlations.numel():
         raise ValueError(f"`correlations` must have shape (layers, heads), got {tuple(correlations.shape)}")
     layers, heads = correlations.shape

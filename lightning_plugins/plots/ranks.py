@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from itertools import cycle
 from typing import TYPE_CHECKING
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression import RankSearch
 from lightning_plugins.plots.style import COLOURS, GRID, INK, MUTED, empty_figure, style_axes
 
@@ -46,6 +47,7 @@ def rank_figure(
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['rank', 'removed fraction']
     """
+    check_arguments(rank_figure, locals())
     if not searches:
         raise ValueError("`searches` must have at least one result, got none")
     names = list(next(iter(searches.values())).ranks)

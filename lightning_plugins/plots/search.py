@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def regret_figure(
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['random', 'B2EA']
     """
+    check_arguments(regret_figure, locals())
     if not methods:
         raise ValueError("`methods` must have at least one method, got none")
     for name, searches in methods.items():
@@ -82,6 +84,7 @@ def arms_figure(
         >>> len(arms_figure(rows).axes[0].patches)
         4
     """
+    check_arguments(arms_figure, locals())
     if not origins:
         raise ValueError("`origins` must have at least one trial, got none")
     sign = -1.0 if direction == "maximize" else 1.0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, colour_by_step, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def spectrum_figure(spectra: Sequence[Tensor], steps: Sequence[int], *, title: s
         >>> [axes.get_xlabel() for axes in figure.axes[:2]]
         ['eigenvalue number', 'training step']
     """
+    check_arguments(spectrum_figure, locals())
     sorted_spectra = [_checked(f"spectra[{index}]", spectrum) for index, spectrum in enumerate(spectra)]
     if not sorted_spectra:
         raise ValueError("`spectra` must have at least one spectrum, got none")
@@ -85,6 +87,7 @@ def spectrum_comparison_figure(spectra: Mapping[str, Tensor], *, title: str | No
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['without: effective rank 1.4', 'with VNE: effective rank 2.0']
     """
+    check_arguments(spectrum_comparison_figure, locals())
     if not spectra:
         raise ValueError("`spectra` must have at least one spectrum, got none")
     sorted_spectra = {name: _checked(f"spectra[{name!r}]", spectrum) for name, spectrum in spectra.items()}

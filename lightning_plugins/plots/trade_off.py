@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def trade_off_figure(
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['truncation', 'BSR']
     """
+    check_arguments(trade_off_figure, locals())
     if not methods:
         raise ValueError("`methods` must have at least one method, got none")
     for name, points in methods.items():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.weight_spectrum import summarize_spectrum
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, colour_by_step, empty_figure, style_axes
 
@@ -42,6 +43,7 @@ def weight_spectrum_figure(spectra: Sequence[Tensor], steps: Sequence[int], *, t
         >>> [axes.get_ylabel() for axes in figure.axes[:3]]
         ['singular value', 'rank', 'spectral norm']
     """
+    check_arguments(weight_spectrum_figure, locals())
     values = [_checked(f"spectra[{index}]", spectrum) for index, spectrum in enumerate(spectra)]
     if not values:
         raise ValueError("`spectra` must have at least one spectrum, got none")
@@ -84,6 +86,7 @@ def layer_spectra_figure(spectra: Mapping[str, Tensor], *, title: str | None = N
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['fc1', 'fc2']
     """
+    check_arguments(layer_spectra_figure, locals())
     from matplotlib.ticker import MaxNLocator
 
     if not spectra:

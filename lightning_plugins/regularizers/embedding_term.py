@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_bool, check_choice, check_finite_number
 from lightning_plugins.distributed import gather_rows, is_distributed, share_gradient
-from lightning_plugins.functional.spectrum import at_least_float32, check_floating, full_precision
+from lightning_plugins.functional.spectrum import at_least_float32, full_precision
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.functional.variance_covariance import centre_rows
 from lightning_plugins.regularizers.agreement import agreed_counts, refusals_are_told
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lightning_plugins._checks import check_choice, check_finite_number
 from lightning_plugins.distributed import gather_rows, is_distributed, share_gradient, sum_over_ranks
 from lightning_plugins.functional.entropy import Method, matrix_entropy, uses_products
-from lightning_plugins.functional.spectrum import check_floating, exact, full_precision, normalize_rows, smaller_gram
+from lightning_plugins.functional.spectrum import exact, full_precision, normalize_rows, smaller_gram
+from lightning_plugins.functional.tensors import check_floating
 from lightning_plugins.regularizers.agreement import agreed_counts, refusals_are_told
 
 Scope = Literal["global", "local"]

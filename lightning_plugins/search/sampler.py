@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int, shown
 from lightning_plugins.search.proposal import History, Proposal, propose
 from lightning_plugins.search.space import MAX_CANDIDATES, Space, key
 
@@ -188,7 +188,12 @@ def origins(study: "Study") -> list[dict[str, Any]]:
 
     Returns:
         For every trial that a model proposed: ``number``, ``value``, the names of both ``arms``, and ``mutated``.
+
+    Raises:
+        TypeError: If ``study`` is none of Optuna's.
     """
+    if not hasattr(study, "get_trials"):
+        raise TypeError(f"`study` must be a study of Optuna's, got {shown(study)}")
     rows = []
     for trial in study.get_trials(deepcopy=False):
         origin = trial.system_attrs.get(_ORIGIN)

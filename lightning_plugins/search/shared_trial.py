@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_finite_number, check_int, check_positive_int, shown
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import is_distributed
 
 try:
@@ -32,6 +33,8 @@ class SharedTrial:
     """
 
     def __init__(self, trial: "optuna.trial.Trial | None") -> None:
+        if trial is not None and not hasattr(trial, "suggest_float"):
+            raise TypeError(f"`trial` must be a trial of Optuna's, got {shown(trial)}")
         if trial is None and _first():
             raise ValueError("`trial` must be a trial on the first process, got None")
         self.trial = trial
@@ -48,10 +51,14 @@ class SharedTrial:
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
         """Return the same number on every process; as Optuna's method of this name."""
+        for argument, number in (("low", low), ("high", high), ("step", 1.0 if step is None else step)):
+            check_finite_number(argument, number)
         return float(self._suggest(name, lambda: self._own.suggest_float(name, low, high, step=step, log=log)))
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """Return the same int on every process; as Optuna's method of this name."""
+        for argument, number in (("low", low), ("high", high), ("step", step)):
+            check_int(argument, number)
         return int(self._suggest(name, lambda: self._own.suggest_int(name, low, high, step=step, log=log)))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
@@ -81,8 +88,12 @@ def shared_trials(study: "Study | None", n_trials: int) -> Iterator[SharedTrial]
         The trials, one at a time.
 
     Raises:
+        TypeError: If ``study`` is none of Optuna's.
         ValueError: If the first process has no study, or ``n_trials`` is less than 1.
     """
+    if study is not None and not hasattr(study, "ask"):
+        raise TypeError(f"`study` must be a study of Optuna's, got {shown(study)}")
+    check_arguments(shared_trials, locals())
     check_positive_int("n_trials", n_trials)
     if study is None and _first():
         raise ValueError("`study` must be a study on the first process, got None")

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lightning_plugins._checks import check_choice, check_fraction, check_positive_int
+from lightning_plugins.arguments import check_arguments
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class TercetRule:
         Returns:
             True if this is a place to look at and the curve is below the quantile.
         """
+        check_arguments(TercetRule.ends, locals())
+        curve = [float(value) for value in curve]
         looks = [max(1, math.floor(fraction * total)) for fraction in self.fractions]
         if len(curve) not in looks:
             return False

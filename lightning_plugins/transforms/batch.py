@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_fraction, check_positive_int
+from lightning_plugins._checks import check_fraction, check_instance, check_int, check_positive_int
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.data.object_bank import ObjectBank
 from lightning_plugins.functional.boxes import bev_overlap, points_in_boxes, rotate_z
 from lightning_plugins.functional.ground import ground_height
@@ -41,9 +42,10 @@ def collate_frames(frames: Sequence[Mapping[str, Any]], classes: Sequence[str]) 
         >>> {name: tuple(value.shape) for name, value in collate_frames([frame, frame], ["Car"]).items()}
         {'points': (2, 3, 4), 'mask': (2, 3), 'boxes': (2, 1, 7), 'labels': (2, 1)}
     """
+    check_arguments(collate_frames, locals())
     if not frames:
         raise ValueError("`frames` must have at least one frame, got none")
-    read = [Frame.read(frame) for frame in frames]
+    read = [Frame.read(frame, "frames") for frame in frames]
     known = [[number for number, label in enumerate(frame.labels) if label in classes] for frame in read]
     numbers = [
         torch.tensor([classes.index(f.labels[i]) for i in own]).long() for f, own in zip(read, known, strict=True)
@@ -144,8 +146,10 @@ class BatchAugmentation:
             ValueError: If a key is missing, the columns differ from the bank's, or ``share`` is out of range.
         """
         check_fraction("share", share)
+        check_instance("batch", batch, Mapping, "a dict of tensors, as `collate_frames` makes it")
+        step = check_int("step", step)
         if missing := [key for key in KEYS if key not in batch]:
-            raise ValueError(f"a batch must have {list(KEYS)}, got {sorted(map(str, batch))} without {missing}")
+            raise ValueError(f"`batch` must have {list(KEYS)}, got {sorted(map(str, batch))} without {missing}")
         slots = [(label, n) for label, count in self.targets.items() for n in range(round(share * count))]
         points, mask = batch["points"], batch["mask"]
         result = dict(batch)

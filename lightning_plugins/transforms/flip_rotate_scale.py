@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from lightning_plugins._checks import check_finite_number
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.boxes import rotate_z
 from lightning_plugins.transforms.frame import Frame, FrameTransform
 
@@ -27,6 +28,7 @@ class FlipRotateScale(FrameTransform):
     """
 
     def __init__(self, turn: float = math.pi / 4, scale: Sequence[float] = (0.95, 1.05), *, seed: int = 0) -> None:
+        check_arguments(FlipRotateScale.__init__, locals())
         super().__init__(seed)
         if check_finite_number("turn", turn) < 0:
             raise ValueError(f"`turn` must be at least 0, got {turn!r}")

@@ -31,7 +31,7 @@ class Frame:
     source: Tensor
 
     @classmethod
-    def read(cls, sample: Mapping[str, Any]) -> "Frame":
+    def read(cls, sample: Mapping[str, Any], name: str = "sample") -> "Frame":
         """Check a sample and take it apart.
 
         Returns:
@@ -42,10 +42,12 @@ class Frame:
             ValueError: If a key is missing, a shape is wrong, or the numbers of boxes and labels differ.
         """
         if not isinstance(sample, Mapping):
-            raise TypeError(f"a frame must be a dict of `points`, `boxes` and `labels`, got {type(sample).__name__}")
+            raise TypeError(
+                f"`{name}`: a frame must be a dict of `points`, `boxes` and `labels`, got {type(sample).__name__}"
+            )
         if missing := [key for key in ("points", "boxes", "labels") if key not in sample]:
             raise ValueError(
-                f"a frame must have `points`, `boxes` and `labels`, got {sorted(sample)} without {missing}"
+                f"`{name}`: a frame must have `points`, `boxes` and `labels`, got {sorted(sample)} without {missing}"
             )
         points = _tensor(sample["points"])
         if points.ndim != 2 or points.shape[1] < 3 or not points.is_floating_point():

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lightning_plugins._checks import check_fraction
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.boxes import points_in_boxes, rotate_z
 from lightning_plugins.transforms.frame import Frame, FrameTransform
 
@@ -36,6 +37,7 @@ class PolarMix(FrameTransform):
     def __init__(
         self, frames: Sequence[Mapping[str, Any]], *, swap: float = 0.5, paste: float = 1.0, seed: int = 0
     ) -> None:
+        check_arguments(PolarMix.__init__, locals())
         super().__init__(seed)
         if not hasattr(frames, "__getitem__") or not hasattr(frames, "__len__"):
             raise TypeError(f"`frames` must have `__len__` and `__getitem__`, got {type(frames).__name__}")

@@ -80,7 +80,7 @@ class WholeBodyAugmentation(FrameTransform):
         if grid is not None and not isinstance(grid, RangeGrid):
             raise TypeError(f"`grid` must be a RangeGrid, got {grid!r} ({type(grid).__name__})")
         self.grid = grid or GRID
-        if isinstance(stages, str):
+        if isinstance(stages, str | bytes) or not isinstance(stages, Sequence):
             raise TypeError(f"`stages` must be a sequence of names, got {stages!r}; did you mean [{stages!r}]?")
         self.stages = tuple(check_choice("stages", stage, STAGES) for stage in stages)
         self.area = check_area(area)

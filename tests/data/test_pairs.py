@@ -90,7 +90,7 @@ BAD = {
     "one member": (lambda: SameClassPairs(torch.zeros(3), [0, 0, 1]), ValueError, "class 1 has one: it has no partner"),
     "one member, drawn": (lambda: SameClassPairSampler([0, 0, 4], 3), ValueError, "class 4 has one"),
     "fewer targets": (lambda: SameClassPairs(SAMPLES, [0, 0]), ValueError, "one class for each of 4 samples, got 2"),
-    "real targets": (lambda: SameClassPairs(SAMPLES, [0.0] * 4), TypeError, "`targets` must be integers"),
+    "real targets": (lambda: SameClassPairs(SAMPLES, [0.0] * 4), TypeError, "`targets` must be of type Sequence"),
     "negative target": (lambda: SameClassPairs(SAMPLES, [-1, -1, 0, 0]), ValueError, "`targets` must be at least 0"),
     "no pair": (lambda: SameClassPairSampler([0, 0], 0), ValueError, "`num_pairs` must be at least 1"),
     "missing class": (

@@ -58,7 +58,7 @@ def test_draws_gains_shared_by_steps_and_gains_of_every_step():
     ("call", "error", "message"),
     [
         (lambda: adaptation_figure({}), ValueError, "`curves` must have at least one"),
-        (lambda: adaptation_figure({"a": torch.ones(3)}), TypeError, r"`curves\['a'\]` must be a pair"),
+        (lambda: adaptation_figure({"a": torch.ones(3)}), TypeError, r"`curves\['a'\]` must be of type tuple"),
         (lambda: adaptation_figure({"a": (torch.ones(3), torch.ones(2))}), ValueError, r"got shapes \(3,\) and \(2,\)"),
         (lambda: adaptation_figure({"a": (torch.ones(1) / 0, torch.ones(1))}), ValueError, "must be a finite mean"),
         (lambda: gains_figure({}), ValueError, "`gains` must have at least one layer"),

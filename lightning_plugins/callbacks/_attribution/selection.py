@@ -39,7 +39,7 @@ class Selection:
             least = -1.0 if select is None else check_fraction("select", select)
             self._rule = lambda probabilities: probabilities > least
         if classes is not None:
-            if isinstance(classes, int) or not len(classes):
+            if isinstance(classes, str | bytes) or not isinstance(classes, Sequence) or not classes:
                 raise ValueError(f"`classes` must name at least one positive class, such as [1], got {classes!r}")
             for number in classes:
                 check_non_negative_int("classes", number)

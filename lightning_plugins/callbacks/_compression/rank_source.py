@@ -1,10 +1,19 @@
 """Where the ranks of a compression come from: the user, or a search in the middle of the training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, nearest
+from torch import Tensor
+
+from lightning_plugins._checks import (
+    check_choice,
+    check_finite_number,
+    check_positive_int,
+    nearest,
+    plain_number,
+    shown,
+)
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import costs_of, example_inputs
 from lightning_plugins.callbacks._compression.rank_search import (
@@ -55,10 +64,15 @@ class RankSource:
         check_search_options(self.search, self.search_options)
         if self.score is not None and not isinstance(self.score, str) and not callable(self.score):
             raise TypeError(f"`score` must be the name of a method, a function or None, got {self.score!r}")
+        data = self.search_data
+        if data is not None and (isinstance(data, bytes | Tensor | Mapping) or not isinstance(data, Iterable)):
+            raise TypeError(f"`search_data` must be batches, the name of a method or None, got {shown(data)}")
         check_positive_int("search_batches", self.search_batches)
         _check_ranks(self.ranks)
         check_choice("cost", self.cost, COSTS)
         _calibration_options(self.calibration)
+        for name in ("ratio", "search_batches"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
 
     @property
     def scores(self) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
+from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, plain_number
 from lightning_plugins.callbacks._monitors.figures import check_figures
 from lightning_plugins.callbacks._trainer.phases import check_phases
 from lightning_plugins.compression.budget.choice import ChoiceRates
@@ -12,6 +12,12 @@ from lightning_plugins.schedules import Cubic, Linear, Schedule, Unit
 
 Criterion = Literal["learned", "magnitude"]
 CRITERIA: tuple[Criterion, ...] = ("learned", "magnitude")
+
+
+_NUMBERS = (
+    *("budget", "begin", "end", "min_channels", "multiple_of"),
+    *("learning_rate", "threshold_learning_rate", "beta_max", "update_every", "refresh_every"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,8 @@ class CompressionSettings(ChoiceSettings):
                 f"`beta_max` must be at least 1, where the inverse temperature begins, got {self.beta_max!r}"
             )
         check_positive_int("update_every", self.update_every)
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         check_figures(self.figures)
 
     @property

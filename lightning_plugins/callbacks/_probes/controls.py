@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_plugins._checks import check_choice
+from lightning_plugins._checks import check_names
 from lightning_plugins._lightning import MisconfigurationException, ModelParallelStrategy, Trainer, isolate_rng
 from lightning_plugins.callbacks._probes.capture import CopyingCapture
 from lightning_plugins.functional.folds import group_normal
@@ -24,8 +24,7 @@ def check_controls(controls: Sequence[str]) -> tuple[str, ...]:
         TypeError: If they are no strings.
         ValueError: If one is unknown.
     """
-    names = (controls,) if isinstance(controls, str) else tuple(controls)
-    return tuple(dict.fromkeys(check_choice("controls", name, CONTROLS) for name in names))
+    return check_names("controls", controls, CONTROLS)
 
 
 def require_whole_network(controls: Sequence[str], trainer: Trainer) -> None:

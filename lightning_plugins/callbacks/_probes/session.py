@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_plugins._checks import shown
 from lightning_plugins._lightning import MisconfigurationException, rank_zero_warn
 from lightning_plugins.callbacks._probes.batches import first_input
 from lightning_plugins.callbacks._probes.capture import CopyingCapture
@@ -28,6 +29,8 @@ def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
     if probe is not None and not isinstance(probe, Mapping):
         raise TypeError(f"`probe` must map arguments of LinearProbe to values, got {type(probe).__name__}")
     options = dict(probe or {})
+    if not all(isinstance(name, str) for name in options):
+        raise TypeError(f"`probe` must map names of arguments of LinearProbe to values, got {shown(probe)}")
     if "num_features" in options:
         raise ValueError("`probe` must leave out 'num_features', which the layers tell")
     try:

@@ -12,7 +12,7 @@ Step = str | int
 Select = Step | Sequence[Step] | None
 
 
-def check_select(select: Select) -> tuple[Step, ...] | None:
+def check_select(select: Select, name: str = "select") -> tuple[Step, ...] | None:
     """Return ``select`` as a path: indices, keys and names of attributes.
 
     Raises:
@@ -22,8 +22,12 @@ def check_select(select: Select) -> tuple[Step, ...] | None:
     if select is None:
         return None
     path = (select,) if isinstance(select, str | int) else select
-    rule = "`select` must be an index, a key or the name of an attribute, or a list of them from the outside in"
-    if not isinstance(path, Sequence) or any(isinstance(s, bool) or not isinstance(s, str | int) for s in path):
+    rule = f"`{name}` must be an index, a key or the name of an attribute, or a list of them from the outside in"
+    if (
+        isinstance(path, bytes)
+        or not isinstance(path, Sequence)
+        or any(isinstance(s, bool) or not isinstance(s, str | int) for s in path)
+    ):
         raise TypeError(f"{rule}, got {select!r} ({type(select).__name__})")
     if not path or "" in path:
         raise ValueError(f"{rule}, got {select!r}")

@@ -11,6 +11,7 @@ from lightning_plugins._checks import check_choice, check_finite_number
 from lightning_plugins.distributed import is_distributed, world_size
 from lightning_plugins.functional.distillation import cosine_error, feature_error, soft_target_divergence
 from lightning_plugins.functional.pooling import check_layout, layout_axes, pool_embeddings
+from lightning_plugins.functional.tensors import check_real, check_tensor
 
 LOSSES = ("kl", "mse", "cosine")
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NCHW"}
@@ -66,7 +67,10 @@ class Distance:
             TypeError: If it is no floating tensor.
         """
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"what is compared must be floating tensors, got {_described(tensor)}")
+            raise TypeError(f"`student` and `teacher` must be floating tensors, got {_described(tensor)}")
+        check_tensor("student", tensor)
+        if mask is not None:
+            check_real("mask", mask)
         layout = self.layout if self.layout and len(self.layout.replace("...", "")) == tensor.ndim else None
         layout = layout or _LAYOUTS.get(tensor.ndim)
         if layout is None:

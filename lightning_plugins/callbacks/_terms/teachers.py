@@ -33,7 +33,7 @@ def check_teacher(teacher: Any) -> Any:
         TypeError: If it is of the wrong kind.
         ValueError: If a file is missing, or nothing can be imported.
     """
-    if isinstance(teacher, nn.Module) or teacher == START:
+    if isinstance(teacher, nn.Module) or (isinstance(teacher, str) and teacher == START):
         return teacher
     if isinstance(teacher, Path) or (isinstance(teacher, str) and teacher.endswith(_FILES)):
         if not Path(teacher).is_file():

@@ -8,26 +8,25 @@ from lightning_plugins.callbacks._trainer.progress import training_progress
 from lightning_plugins.schedules import UNITS, Piecewise, Unit, check_position
 
 
-def check_phases(unit: Unit, **positions: float | None) -> None:
+def check_phases(unit: Unit, **positions: float) -> None:
     """Check the positions of phases that follow each other.
 
     Args:
         unit: ``"steps"``, ``"epochs"`` or ``"fraction"``.
-        **positions: The positions by the names of their arguments, in the order of the phases; None for a phase that
-            never comes.
+        **positions: The positions by the names of their arguments, in the order of the phases.
 
     Raises:
         TypeError: If a position is no number.
         ValueError: If a position is out of its range, or before the one of an earlier phase.
     """
     check_choice("unit", unit, UNITS)
-    given = {name: at for name, at in positions.items() if at is not None}
-    for name, at in given.items():
+    for name, at in positions.items():
         check_position(name, at, unit)
-    for earlier, later in pairwise(given):
-        if given[earlier] > given[later]:
+    for earlier, later in pairwise(positions):
+        if positions[earlier] > positions[later]:
             raise ValueError(
-                f"`{later}` must not be before `{earlier}`, got {earlier}={given[earlier]!r}, {later}={given[later]!r}"
+                f"`{later}` must not be before `{earlier}`, got {earlier}={positions[earlier]!r}, "
+                f"{later}={positions[later]!r}"
             )
 
 

@@ -19,6 +19,7 @@ from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of
+from lightning_plugins.compression.low_rank.splittable import pairs_in
 from lightning_plugins.compression.networks.plain_names import computed_names
 from lightning_plugins.compression.networks.replacements import Replacements
 from lightning_plugins.selection import select_kept
@@ -239,7 +240,9 @@ class BudgetedNetwork:
         try:
             self._project(nothing, scores, least, margins)
         except ValueError as error:
-            raise ValueError(str(error).replace("`target`", "`budget`")) from None
+            split = sum(bool(pairs_in(module)) for module in self.model.modules())
+            hint = split * f"; {split} layers are low-rank already and stay as they are"
+            raise ValueError(str(error).replace("`target`", "`budget`") + hint) from None
 
     def remove(self) -> None:
         """Take masks and thresholds off, those that are on: the model is the dense one."""

@@ -5,18 +5,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins._checks import check_bool, check_callable, check_choice, check_positive_int
 from lightning_plugins.functional.attribution._positions import maps_of_inputs, with_channels
 from lightning_plugins.functional.attribution.random import random_bits, sample_keys
-from lightning_plugins.functional.attribution.replacement import Patches, Perturbation, lines, replacements
+from lightning_plugins.functional.attribution.replacement import (
+    Patches,
+    Perturbation,
+    checked_perturbation,
+    lines,
+    replacements,
+)
 from lightning_plugins.functional.attribution.scoring import (
     MAX_FORWARD_BATCH,
+    OUTPUTS,
     Forward,
     Output,
     checked_target,
     class_scores,
     score_copies,
 )
+from lightning_plugins.functional.tensors import check_floating
 
 Order = Literal["most", "least"]
 ORDERS: tuple[Order, ...] = ("most", "least")
@@ -75,7 +83,10 @@ def perturbation_curve(
     """
     check_choice("order", order, ORDERS)
     limit = check_positive_int("max_forward_batch", max_forward_batch)
-    how = perturbation or Perturbation()
+    check_callable("forward", forward, "a function from inputs to logits")
+    check_choice("output", output, OUTPUTS)
+    check_bool("spread", spread)
+    how = checked_perturbation(perturbation, Perturbation())
     maps, x = maps_of_inputs(attributions, inputs), with_channels(inputs.detach())
     target = checked_target(target, len(x)).to(x.device)
     patches, keys = Patches(tuple(x.shape[2:]), how.patch, x.device), sample_keys(x)
@@ -147,6 +158,18 @@ def steps_of(patches: int, steps: int | None, *, spread: bool) -> Tensor:
     return (points * patches + count // 2) // count if spread else points.clamp_max(patches)
 
 
+def check_curves(name: str, curves: Tensor) -> None:
+    """Refuse what has not two points along its last dimension.
+
+    Raises:
+        TypeError: If it is no floating tensor.
+        ValueError: If there are less than two points.
+    """
+    check_floating(name, curves)
+    if curves.ndim == 0 or curves.shape[-1] < 2:
+        raise ValueError(f"`{name}` must have shape (..., points) with at least 2 points, got {tuple(curves.shape)}")
+
+
 def curve_area(curves: Tensor) -> Tensor:
     """Mean height of a curve by the trapezoid rule: its area, the way from its first to its last point being 1.
 
@@ -160,6 +183,7 @@ def curve_area(curves: Tensor) -> Tensor:
         >>> curve_area(torch.tensor([1.0, 0.5, 0.0]))
         tensor(0.5000)
     """
+    check_curves("curves", curves)
     return torch.trapezoid(curves, dim=-1) / (curves.shape[-1] - 1)
 
 
@@ -185,6 +209,8 @@ def degradation_score(least: Tensor, most: Tensor, *, reduction: Literal["sum", 
         Suh et al., arXiv 2211.12702; Schulz et al., ICLR 2020, https://arxiv.org/abs/2001.00396.
     """
     check_choice("reduction", reduction, ("sum", "mean"))
+    check_curves("least", least)
+    check_curves("most", most)
     if least.shape != most.shape:
         raise ValueError(f"`least` and `most` must have the same shape, got {tuple(least.shape)}, {tuple(most.shape)}")
     gap = scaled_curve(least) - scaled_curve(most)
@@ -204,6 +230,7 @@ def scaled_curve(curve: Tensor) -> Tensor:
         >>> scaled_curve(torch.tensor([0.9, 0.7, 0.1]))
         tensor([1.0000, 0.7500, 0.0000])
     """
+    check_curves("curve", curve)
     first, last = curve[..., :1], curve[..., -1:]
     fall = first - last
     flat = fall.abs() <= 8 * torch.finfo(curve.dtype).eps * first.abs().maximum(last.abs())

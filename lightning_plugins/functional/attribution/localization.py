@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_plugins._checks import check_non_negative_int, check_positive_int
+from lightning_plugins._checks import check_bool, check_non_negative_int, check_positive_int
 from lightning_plugins.functional.attribution._positions import flat_positions
 from lightning_plugins.functional.attribution._ties import count, expected_hits, hits_above, pairs_in_order
 
@@ -142,6 +142,7 @@ def attribution_localization(attributions: Tensor, masks: Tensor, *, weighted: b
     Source:
         Kohlbrenner et al., IJCNN 2020, https://arxiv.org/abs/1910.09840.
     """
+    check_bool("weighted", weighted)
     maps, truth = flat_positions(attributions, masks)
     positive = maps.clamp_min(0)
     positive = positive / positive.amax(1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # sums stay finite
@@ -178,6 +179,7 @@ def pointing_game(attributions: Tensor, masks: Tensor, *, tolerance: int = 0) ->
     maps, truth = flat_positions(attributions, masks)
     wide = truth
     if tolerance:
+        tolerance = min(tolerance, max(masks.shape))
         wide = _dilated(truth.reshape(masks.shape), tolerance).reshape(truth.shape)  # a channel of one stays one
     largest = maps == maps.amax(1, keepdim=True)
     score = count(largest & wide, maps) / count(largest, maps)

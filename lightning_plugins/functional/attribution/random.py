@@ -9,6 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_plugins._checks import check_int
+from lightning_plugins.functional.tensors import check_dims, check_real
+
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed integers: torch's int64 wraps around like an unsigned one
 _FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _SHIFTS = (30, 27, 31)
@@ -129,6 +132,9 @@ def random_attributions(inputs: Tensor, *, seed: int = 0) -> Tensor:
         >>> random_attributions(torch.zeros(2, 3, 8)).shape
         torch.Size([2, 8])
     """
+    check_real("inputs", inputs)
+    check_dims("inputs", inputs, 2, "(B, [C,] *spatial)")
+    seed = check_int("seed", seed)
     spatial = inputs.shape[2:] if inputs.ndim > 2 else inputs.shape[1:]
     return random_normal(sample_keys(inputs), math.prod(spatial), seed=seed + 1000).reshape(len(inputs), *spatial)
 

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import (
+    check_bool,
+    check_choice,
+    check_finite_number,
+    check_instance,
+    check_non_negative_int,
+    check_positive_int,
+)
 from lightning_plugins.functional.attribution.random import random_normal, random_uniform
 
 REPLACEMENTS = ("zero", "mean", "linear", "constant", "min", "gaussian", "uniform", "blur")
@@ -46,6 +53,7 @@ class Perturbation:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bool("sequential", self.sequential)
         check_positive_int("patch", self.patch)
         check_finite_number("value", self.value)
         check_non_negative_int("seed", self.seed)
@@ -55,6 +63,17 @@ class Perturbation:
             raise ValueError(
                 f"`sequential` is for `replacement='linear'`, which reads the neighbours, got {self.replacement!r}"
             )
+
+
+def checked_perturbation(perturbation: Perturbation | None, default: Perturbation) -> Perturbation:
+    """Return the perturbation, or the default for None.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if perturbation is None:
+        return default
+    return check_instance("perturbation", perturbation, Perturbation, "a Perturbation")
 
 
 class Patches:

@@ -6,13 +6,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice
+from lightning_plugins._checks import check_callable, check_choice
+from lightning_plugins.functional.tensors import check_dims, check_floating, check_integers, check_real
 
 Forward = Callable[[Tensor], Tensor]
 Explain = Callable[[Tensor, Tensor], Tensor]  # from inputs and their classes to maps
 Output = Literal["probability", "logit"]
 OUTPUTS: tuple[Output, ...] = ("probability", "logit")
 MAX_FORWARD_BATCH = 256  # copies of a sample in one forward pass, unless a caller says otherwise
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Refuse what are no samples with positions.
+
+    Raises:
+        TypeError: If it is no tensor of real numbers.
+        ValueError: If it has less than two dimensions.
+    """
+    check_real("inputs", inputs)
+    check_dims("inputs", inputs, 2, "(B, [C,] *spatial)")
 
 
 def class_scores(forward: Forward, inputs: Tensor, target: Tensor, *, output: Output = "logit") -> Tensor:
@@ -36,6 +48,9 @@ def class_scores(forward: Forward, inputs: Tensor, target: Tensor, *, output: Ou
         >>> class_scores(lambda x: x, torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 1]))
         tensor([0., 3.])
     """
+    check_callable("forward", forward, "a function from inputs to logits")
+    check_real("inputs", inputs)
+    check_dims("inputs", inputs, 1, "(B, ...)")
     check_choice("output", output, OUTPUTS)
     with torch.no_grad():
         logits = forward(inputs)
@@ -59,6 +74,7 @@ def checked_logits(logits: object, rows: int, output: Output) -> Tensor:
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"`forward` must return a floating tensor of logits, got {type(logits).__name__}")
+    check_floating("forward", logits)
     if logits.ndim != 2 or len(logits) != rows:
         raise ValueError(f"`forward` must return logits of shape ({rows}, classes), got {tuple(logits.shape)}")
     if output == "probability" and logits.shape[1] < 2:
@@ -79,6 +95,7 @@ def checked_target(target: object, rows: int) -> Tensor:
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"`target` must be a tensor of class numbers, got {kind}")
+    check_integers("target", target, "a tensor of class numbers")
     if target.shape != (rows,):
         raise ValueError(f"`target` must have shape ({rows},), one class for each sample, got {tuple(target.shape)}")
     return target
@@ -96,7 +113,7 @@ def pick(logits: Tensor, target: Tensor, output: Output) -> Tensor:
             f" {int(target.max())}"
         )
     values = logits.softmax(1) if output == "probability" else logits
-    return values.gather(1, target.to(values.device)[:, None])[:, 0]
+    return values.gather(1, target.to(values.device, torch.int64)[:, None])[:, 0]
 
 
 def score_copies(

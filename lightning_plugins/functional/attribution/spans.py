@@ -1,11 +1,13 @@
 """Truth as spans of a signal or boxes of an image, made into masks."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_positive_int, shown
+from lightning_plugins.functional.tensors import check_dims, check_integers
 
 
 def beat_spans(r_peaks: Tensor, labels: Tensor, length: int) -> dict[int, Tensor]:
@@ -34,9 +36,9 @@ def beat_spans(r_peaks: Tensor, labels: Tensor, length: int) -> dict[int, Tensor
     """
     check_positive_int("length", length)
     for name, value in (("r_peaks", r_peaks), ("labels", labels)):
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
-            raise TypeError(f"`{name}` must be a tensor of integers, got {_kind(value)}")
+        check_integers(name, value, "a tensor of integers")
         if value.ndim != 1 or value.shape != r_peaks.shape:
+            check_dims(name, r_peaks, 1, "(n,)")
             raise ValueError(
                 f"`{name}` must have shape (n,), one number a beat, got {tuple(value.shape)} for {len(r_peaks)} R peaks"
             )
@@ -70,7 +72,7 @@ def spans_to_mask(spans: Tensor | Sequence[Sequence[int]], length: int) -> Tenso
         >>> spans_to_mask([(0, 2), (3, 4)], length=5)
         tensor([ True,  True, False,  True, False])
     """
-    return boxes_to_mask(spans, (length,))
+    return _mask("spans", spans, (length,))
 
 
 def boxes_to_mask(boxes: Tensor | Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
@@ -93,14 +95,20 @@ def boxes_to_mask(boxes: Tensor | Sequence[Sequence[int]], shape: Sequence[int])
         tensor([[0, 1, 1, 0],
                 [0, 1, 1, 0]], dtype=torch.int32)
     """
+    return _mask("boxes", boxes, shape)
+
+
+def _mask(name: str, boxes: Tensor | Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes) or not shape:
+        raise TypeError(f"`shape` must be the sizes of the space, got {shown(shape)}")
+    what = "length" if name == "spans" else "shape"
     for size in shape:
-        check_positive_int("length" if len(shape) == 1 else "shape", size)
-    name = "spans" if len(shape) == 1 else "boxes"
-    table = torch.as_tensor(boxes)
+        check_positive_int(what, size)
+    table = _table(name, boxes)
+    if math.prod(shape) > 2**40:
+        raise ValueError(f"`{what}` must be a space that fits into memory, got {shown(shape)}")
     if table.numel() == 0:
         return torch.zeros(*shape, dtype=torch.bool)
-    if table.is_floating_point():
-        raise TypeError(f"`{name}` must be of integers, got {table.dtype}")
     if table.ndim != 2 or table.shape[1] != 2 * len(shape):
         raise ValueError(f"`{name}` must have shape (m, {2 * len(shape)}), got {tuple(table.shape)}")
     mask = torch.zeros(*shape, dtype=torch.bool)
@@ -114,5 +122,15 @@ def boxes_to_mask(boxes: Tensor | Sequence[Sequence[int]], shape: Sequence[int])
     return mask
 
 
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+def _table(name: str, boxes: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    if not isinstance(boxes, Tensor):
+        if not isinstance(boxes, Sequence) or isinstance(boxes, str | bytes):
+            raise TypeError(f"`{name}` must be a table of integers, got {shown(boxes)}")
+        try:
+            boxes = torch.tensor(boxes)
+        except (TypeError, ValueError, RuntimeError):  # rows of several lengths, or no numbers
+            raise TypeError(f"`{name}` must be a table of integers, got {shown(boxes)}") from None
+    if boxes.numel() == 0:
+        return boxes
+    check_integers(name, boxes, "of integers")
+    return boxes

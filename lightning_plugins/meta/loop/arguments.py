@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins._checks import check_finite_number, shown
 from lightning_plugins.meta.loop.structure import leaves
 from lightning_plugins.meta.preconditioners import Identity, Preconditioner, few, key
 from lightning_plugins.selection import TensorRef, select_modules, select_tensors
@@ -56,6 +56,8 @@ def weights_of_steps(weights: Sequence[float] | None, steps: int) -> list[float]
     """A weight for the query loss after every step; without steps, one for the model as it is."""
     if weights is None:
         return [0.0] * (steps - 1) + [1.0]
+    if isinstance(weights, str | bytes) or not isinstance(weights, Sequence):
+        raise TypeError(f"`step_weights` must be a sequence of numbers, got {shown(weights)}")
     if len(weights) != steps:
         raise ValueError(f"`step_weights` must have one number per step, {steps}, got {len(weights)}")
     checked = [check_finite_number("step_weights", weight) for weight in weights]
@@ -64,13 +66,13 @@ def weights_of_steps(weights: Sequence[float] | None, steps: int) -> list[float]
     return checked
 
 
-def check_layer(model: nn.Module, layer: str) -> TensorRef:
+def check_layer(model: nn.Module, layer: str, name: str = "layer") -> TensorRef:
     """The one tensor that a name of a layer stands for."""
     if not isinstance(layer, str):
-        raise TypeError(f"`layer` must be the name of a module, got {type(layer).__name__}")
+        raise TypeError(f"`{name}` must be the name of a module, got {type(layer).__name__}")
     references = select_tensors(model, layer)
     if len(references) > 1:
-        raise ValueError(f"`layer` must name one module, got {layer!r}, which is {few(r.label for r in references)}")
+        raise ValueError(f"`{name}` must name one module, got {layer!r}, which is {few(r.label for r in references)}")
     return references[0]
 
 

@@ -17,7 +17,7 @@ _PIXELS = 64 * 64  # from which vectorised convolutions are slower on a CPU than
 
 def check_vectorize(vectorize: object) -> Any:
     """Refuse all but True, False and "auto"."""
-    if not isinstance(vectorize, bool) and vectorize != "auto":
+    if not isinstance(vectorize, bool) and not (isinstance(vectorize, str) and vectorize == "auto"):
         kind = ValueError if isinstance(vectorize, str) else TypeError
         raise kind(f'`vectorize` must be True, False or "auto", got {vectorize!r}')
     return vectorize

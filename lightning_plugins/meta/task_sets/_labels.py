@@ -1,9 +1,11 @@
 """The labels of a dataset, if possible without loading its samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from lightning_plugins.functional.tensors import check_dims, check_tensor
 
 NAMES = ("targets", "labels", "_labels", "y")
 
@@ -12,6 +14,11 @@ def labels_of(dataset: Any) -> list[Any]:
     """One label per sample: an attribute of the dataset, or what its samples say."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"`dataset` must have `__len__` and `__getitem__`, got {type(dataset).__name__}")
+    if isinstance(dataset, Mapping | str | bytes):
+        raise TypeError(f"`dataset` must have samples by their numbers, got {type(dataset).__name__}")
+    if isinstance(dataset, Tensor):
+        check_tensor("dataset", dataset)
+        check_dims("dataset", dataset, 1, "(N, ...)")
     found = _known_labels(dataset)
     if found is None:
         found = [_label_of(dataset[index], index) for index in range(len(dataset))]

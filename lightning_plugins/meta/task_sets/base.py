@@ -4,9 +4,11 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_instance, check_positive_int
+from lightning_plugins.arguments import check_arguments
 
 Split = Literal["train", "val", "test"]
+_MOST_TASKS = 10**6
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -44,8 +46,21 @@ class TaskSet:
         raise NotImplementedError(f"{type(self).__name__} must define `sample(tasks, generator)`")
 
 
+def check_draw(tasks: int, generator: Generator) -> None:
+    """Refuse what no tasks can be drawn with.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If there is no task to draw, or too many for a batch.
+    """
+    check_instance("generator", generator, Generator, "a torch Generator")
+    if check_positive_int("tasks", tasks) > _MOST_TASKS:
+        raise ValueError(f"`tasks` must be at most {_MOST_TASKS}, the tasks of one batch, got {tasks}")
+
+
 def check_ways(ways: int) -> int:
     """Refuse tasks with fewer than two classes."""
+    check_arguments(check_ways, locals())
     if check_positive_int("ways", ways) < 2:
         raise ValueError("`ways` must be at least 2, got 1: with one class there is nothing to tell apart")
     return ways

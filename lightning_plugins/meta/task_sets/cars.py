@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_plugins._checks import check_choice
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._labelled_images import (
     LabelledImages,
     check_files,
@@ -53,6 +54,7 @@ class Cars(LabelledImages):
     def __init__(
         self, root: str | Path, split: Split = "train", *, transform: Callable[[Any], Any] | None = None
     ) -> None:
+        check_arguments(Cars.__init__, locals())
         root, _ = Path(root), check_choice("split", split, get_args(Split))
         if (root / "cars_annos.mat").is_file():
             images, classes = _annotated(root)

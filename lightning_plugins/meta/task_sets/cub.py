@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_plugins._checks import check_choice
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._labelled_images import (
     LabelledImages,
     check_files,
@@ -48,6 +49,7 @@ class CUB(LabelledImages):
     def __init__(
         self, root: str | Path, split: Split = "train", *, transform: Callable[[Any], Any] | None = None
     ) -> None:
+        check_arguments(CUB.__init__, locals())
         given, _ = Path(root), check_choice("split", split, get_args(Split))
         root = given / "CUB_200_2011" if (given / "CUB_200_2011").is_dir() else given
         if not all((root / table).is_file() for table in _TABLES):

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.meta.task_sets._labels import labels_of, names_of
-from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_ways
+from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_draw, check_ways
 
 
 class LabelledDataset(Protocol):
@@ -83,6 +83,7 @@ class FewShot(TaskSet):
             ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, ways * shots, ...)`` and
             ``(tasks, ways * queries, ...)``.
         """
+        check_draw(tasks, generator)
         indices = torch.stack([self._draw(generator) for _ in range(tasks)])
         parts = []
         for piece in indices.split([self.shots, self.queries], dim=2):
@@ -129,6 +130,8 @@ def _by_class(labels: Iterable[Any], classes: Sequence[Any] | None) -> dict[Any,
     if classes is None:
         # Not in the order of appearance, so that a shuffled dataset has the same tasks.
         return dict(sorted(members.items(), key=lambda item: (str(type(item[0])), item[0])))
+    if isinstance(classes, str | bytes) or not isinstance(classes, Sequence):
+        raise TypeError(f"`classes` must be a sequence of labels, got {type(classes).__name__}")
     if unknown := [label for label in classes if label not in members]:
         raise ValueError(f"`classes` must be labels of `dataset`, it has no sample of {unknown[:5]}")
     return {label: members[label] for label in classes}

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
 from lightning_plugins.meta.task_sets._glyph_images import glyphs
-from lightning_plugins.meta.task_sets.base import Batch, Split, TaskSet, check_ways
+from lightning_plugins.meta.task_sets.base import Batch, Split, TaskSet, check_draw, check_ways
 
 PIXELS = 28
 _BOUNDS = {"train": (0.0, 0.64), "val": (0.64, 0.8), "test": (0.8, 1.0)}
@@ -88,6 +88,7 @@ class GlyphFewShot(TaskSet):
             ``((support_x, support_y), (query_x, query_y))``, of shapes ``(tasks, ways * shots, 1, 28, 28)`` and
             ``(tasks, ways * queries, 1, 28, 28)`` with ink from 0 to 1; samples stand by class.
         """
+        check_draw(tasks, generator)
         chosen = torch.stack([self._draw(generator) for _ in range(tasks)])
         images = self._images[chosen.flatten()].unsqueeze(1) / 255
         grid = F.affine_grid(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_plugins._checks import check_choice
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._labelled_images import (
     LabelledImages,
     check_files,
@@ -47,6 +48,7 @@ class MiniImageNet(LabelledImages):
     def __init__(
         self, root: str | Path, split: Split = "train", *, transform: Callable[[Any], Any] | None = None
     ) -> None:
+        check_arguments(MiniImageNet.__init__, locals())
         root, _ = Path(root), check_choice("split", split, get_args(Split))
         table, cache = root / f"{split}.csv", root / f"mini-imagenet-cache-{split}.pkl"
         if table.is_file():

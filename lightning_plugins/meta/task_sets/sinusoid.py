@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.meta.task_sets.base import Batch, TaskSet
+from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_draw
 
 AMPLITUDES = (0.1, 5.0)
 PHASES = (0.0, math.pi)
@@ -50,6 +50,7 @@ class Sinusoid(TaskSet):
             ``((support_x, support_y), (query_x, query_y))``, of shape ``(tasks, shots, 1)`` each and
             ``(tasks, queries, 1)`` each.
         """
+        check_draw(tasks, generator)
         amplitude = _uniform((tasks, 1, 1), AMPLITUDES, generator)
         phase = _uniform((tasks, 1, 1), PHASES, generator)
         x = _uniform((tasks, self.shots + self.queries, 1), INPUTS, generator)

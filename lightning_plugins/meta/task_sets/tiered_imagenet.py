@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_plugins._checks import check_choice
+from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._labelled_images import LabelledImages, load_pickle, numbered, wrong_layout
 from lightning_plugins.meta.task_sets.base import Split
 
@@ -39,6 +40,7 @@ class TieredImageNet(LabelledImages):
     def __init__(
         self, root: str | Path, split: Split = "train", *, transform: Callable[[Any], Any] | None = None
     ) -> None:
+        check_arguments(TieredImageNet.__init__, locals())
         root, _ = Path(root), check_choice("split", split, get_args(Split))
         labels, encoded, decoded = (root / f"{split}_{name}" for name in ("labels.pkl", "images_png.pkl", "images.npz"))
         if not labels.is_file() or not (encoded.is_file() or decoded.is_file()):

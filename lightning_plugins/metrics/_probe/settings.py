@@ -12,6 +12,9 @@ from lightning_plugins._checks import (
     check_finite_number,
     check_non_negative_int,
     check_positive_int,
+    check_room,
+    is_number,
+    shown,
 )
 
 Task = Literal["regression", "classification"]
@@ -53,6 +56,8 @@ class ProbeSettings:
         check_choice("classifier", self.classifier, CLASSIFIERS)
         check_positive_int("reservoir", self.reservoir)
         check_non_negative_int("seed", self.seed)
+        for name in ("num_features", "num_targets", "controls"):
+            check_room(name, getattr(self, name) ** 2)
         if self.task == "classification" and self.num_targets < 2:
             raise ValueError(
                 f"`num_targets` must be the number of classes, at least 2, for classification, got {self.num_targets}"
@@ -83,8 +88,10 @@ def check_penalties(lambdas: Sequence[float] | None) -> tuple[float, ...]:
     """
     if lambdas is None:
         return LAMBDAS
-    if isinstance(lambdas, int | float):
+    if is_number(lambdas):
         raise TypeError(f"`lambdas` must be a sequence of numbers, got {lambdas!r}; did you mean [{lambdas!r}]?")
+    if isinstance(lambdas, str | bytes) or not isinstance(lambdas, Sequence):
+        raise TypeError(f"`lambdas` must be a sequence of numbers, got {shown(lambdas)}")
     checked = sorted(check_finite_number("lambdas", value) for value in lambdas)
     if not checked:
         raise ValueError("`lambdas` must have at least one penalty, got none; None takes the usual ones")

@@ -1,0 +1,57 @@
+"""A network that was compressed is compressed further, or told why it is not."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks import HybridCompression, LowRankCompression, MaskScheduling, RankScheduling
+from tests.callbacks.budgets import params
+from tests.models import Classifier, fit, make_batches
+
+BATCHES = make_batches(6)
+PHASES = {"begin": 1, "end": 2, "unit": "epochs", "figures": False}
+SPLIT = {"weight": 0.0, "search_at": 1, "factorize_at": 2, "unit": "epochs", "figures": False}
+
+
+class Inside(Classifier):
+    """All layers lie in one Sequential, and get Sequentials in their places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+        self.backbone, self.head = nn.Identity(), nn.Identity()
+        self.example_input_array = torch.zeros(2, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def compressed(callback) -> Inside:
+    torch.manual_seed(0)
+    model = Inside()
+    fit(model, BATCHES, [callback], max_epochs=3)
+    return model
+
+
+@pytest.mark.parametrize("layers", ["*", "net.*"])
+@pytest.mark.parametrize("kind", [HybridCompression, MaskScheduling])
+def test_a_second_and_a_third_fit_go_on(kind, layers):
+    model = compressed(kind(layers, budget=0.6, **PHASES))
+    sizes = [params(model)]
+    for budget in (0.6, 0.7):
+        fit(model, BATCHES, [kind(layers, budget=budget, **PHASES)], max_epochs=3)
+        assert params(model) < sizes[-1]
+        sizes.append(params(model))
+
+
+def test_layers_that_are_low_rank_already_are_named_first():
+    model = compressed(LowRankCompression("net.*", 0.5, search_data=BATCHES[:2], **SPLIT))
+    again = LowRankCompression("net.*", 0.5, search_data=BATCHES[:2], **SPLIT)
+    with pytest.raises(ValueError, match=r"in two, but 'net\.0' is a low-rank layer already, which is not split again"):
+        fit(model, BATCHES, [again], max_epochs=3)
+
+
+def test_a_budget_that_low_rank_layers_stand_against_says_so():
+    model = compressed(RankScheduling("*", budget=0.6, **PHASES))
+    with pytest.raises(ValueError, match=r"`budget` must be at least .*; \d layers are low-rank already and stay"):
+        fit(model, BATCHES, [RankScheduling("*", budget=0.5, **PHASES)], max_epochs=3)
