@@ -6,7 +6,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import (
+    check_bool,
+    check_choice,
+    check_finite_number,
+    check_non_negative_int,
+    check_positive_int,
+)
 from lightning_plugins.meta.batch_statistics import check_no_running_statistics
 from lightning_plugins.meta.loop import arguments
 from lightning_plugins.meta.loop.episode import Episode, Episodes, start
@@ -110,7 +116,8 @@ class InnerLoop(nn.Module):
         self.per_step = check_choice("rates", rates, get_args(Rates)) == "learned_per_step"
         self.chunk_size = None if chunk_size is None else check_positive_int("chunk_size", chunk_size)
         self.same_draws = check_choice("randomness", randomness, get_args(Randomness)) == "same"
-        self.first_order, self.vectorize, self.loss = first_order, check_vectorize(vectorize), loss
+        self.first_order, self.vectorize = check_bool("first_order", first_order), check_vectorize(vectorize)
+        self.loss = loss
         adapted = arguments.adapted_parameters(model, layers)
         self.adapted, self.model = tuple(adapted), model
         self.preconditioner = arguments.initialised(preconditioner, adapted, steps)

@@ -16,7 +16,7 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     sensitivity,
 )
-from lightning_plugins.functional.attribution._correlation import spearman
+from lightning_plugins.functional.attribution._ordering import spearman
 from lightning_plugins.functional.attribution.infidelity import noise_of
 from lightning_plugins.functional.attribution.random import random_bits, random_uniform, sample_keys, split_keys
 from tests.functional.test_attribution_curves import LENGTH, batch, network

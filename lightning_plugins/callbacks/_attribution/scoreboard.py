@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_plugins._checks import check_choice
+from lightning_plugins._checks import check_names
 from lightning_plugins.callbacks._attribution.report import AttributionReport
 from lightning_plugins.functional.attribution import random_attributions
 from lightning_plugins.functional.attribution.scoring import Explain, Forward
@@ -137,10 +137,9 @@ def checked_metrics(metrics: Sequence[str] | Mapping[str, Metric], limit: int) -
     if isinstance(metrics, Mapping):
         found = dict(metrics)
     else:
-        names = (metrics,) if isinstance(metrics, str) else metrics
-        if isinstance(names, Metric) or any(isinstance(name, Metric) for name in names):
+        if any(isinstance(name, Metric) for name in (metrics if isinstance(metrics, list | tuple) else [metrics])):
             raise TypeError("`metrics` must be names, or a mapping of names as in {'iou': LocalizationIoU()}")
-        found = {name: METRICS[check_choice("metrics", name, METRICS)](limit) for name in names}
+        found = {name: METRICS[name](limit) for name in check_names("metrics", metrics, METRICS)}
     if not found:
         raise ValueError(f"`metrics` must have at least one metric, got none; there are {', '.join(METRICS)}")
     kinds = tuple({type(make(1)) for make in METRICS.values()})

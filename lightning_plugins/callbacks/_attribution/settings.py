@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_plugins._checks import check_choice, nearest
 from lightning_plugins._lightning import LightningModule, MisconfigurationException
 from lightning_plugins.callbacks._attribution.methods import METHODS, WITH_LAYER, Call, known_options
-from lightning_plugins.functional.attribution._positions import maps_of_inputs
+from lightning_plugins.functional.attribution.positions import maps_of_inputs
 from lightning_plugins.functional.attribution.scoring import Explain
 
 Methods = str | Sequence[str] | Mapping[str, str | Mapping[str, Any] | Callable[[Tensor, Tensor], Tensor] | None]

@@ -68,7 +68,7 @@ class RankSource:
         if data is not None and (isinstance(data, bytes | Tensor | Mapping) or not isinstance(data, Iterable)):
             raise TypeError(f"`search_data` must be batches, the name of a method or None, got {shown(data)}")
         check_positive_int("search_batches", self.search_batches)
-        _check_ranks(self.ranks)
+        object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
         check_choice("cost", self.cost, COSTS)
         _calibration_options(self.calibration)
         for name in ("ratio", "search_batches"):
@@ -208,10 +208,9 @@ def _check_ratio(ratio: float) -> None:
         raise ValueError(f"`ratio`, the fraction to remove, must be more than 0 and less than 1, got {ratio!r}{hint}")
 
 
-def _check_ranks(ranks: dict[str, int] | None) -> None:
+def _checked_ranks(ranks: dict[str, int] | None) -> dict[str, int] | None:
     if ranks is None:
-        return
-    if not isinstance(ranks, dict) or not ranks:
+        return None
+    if not isinstance(ranks, dict) or not ranks or not all(isinstance(name, str) for name in ranks):
         raise TypeError(f"`ranks` must be a dict of layer names and ranks, with one at least, got {ranks!r}")
-    for name, rank in ranks.items():
-        check_positive_int(f"ranks[{name!r}]", rank)
+    return {name: check_positive_int(f"ranks[{name!r}]", rank) for name, rank in ranks.items()}

@@ -252,11 +252,7 @@ class BudgetedNetwork:
             remove_masks(self.model)
 
     def bake(self, choice: Projection) -> None:
-        """Write masks and thresholds into the weights, and take them off.
-
-        Args:
-            choice: What stays.
-        """
+        """Write masks and thresholds into the weights, as ``choice`` has them, and take them off."""
         self.be_hard(choice.kept)
         bake(self.model)
 
@@ -281,7 +277,7 @@ class BudgetedNetwork:
         """Groups, scores and thresholds, as tensors and primitives."""
         parts = {"masks": self.masks, "thresholds": self.thresholds}
         found = {name: None if part is None else dict(part.state_dict()) for name, part in parts.items()}
-        attached = self.masks is not None or self.thresholds is not None
+        attached = any(part is not None for part in parts.values())
         shifted = {"exchange": self.shift.exchange, "total": self.shift.total} if attached else None
         own = {"groups": groups_to_state(self.groups), "final": self.masks_are_final, "attached": attached}
         return {**found, **own, "shift": shifted, "scores": self.scores.state_dict()}

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_fraction, check_positive_int
-from lightning_plugins.functional.attribution._correlation import pearson
-from lightning_plugins.functional.attribution._positions import maps_of_inputs, with_channels
+from lightning_plugins.functional.attribution._ordering import pearson
+from lightning_plugins.functional.attribution.positions import maps_of_inputs, with_channels
 from lightning_plugins.functional.attribution.random import random_bits, sample_keys, split_keys
 from lightning_plugins.functional.attribution.replacement import Patches, Perturbation, replacements
 from lightning_plugins.functional.attribution.scoring import (

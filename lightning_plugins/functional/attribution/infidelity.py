@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
-from lightning_plugins.functional.attribution._positions import checked_maps
+from lightning_plugins.functional.attribution.positions import checked_maps
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys, split_keys
 from lightning_plugins.functional.attribution.scoring import (
     MAX_FORWARD_BATCH,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_plugins._checks import check_bool, check_non_negative_int, check_positive_int
-from lightning_plugins.functional.attribution._positions import flat_positions
-from lightning_plugins.functional.attribution._ties import count, expected_hits, hits_above, pairs_in_order
+from lightning_plugins.functional.attribution._ordering import count, expected_hits, hits_above, pairs_in_order
+from lightning_plugins.functional.attribution.positions import flat_positions
 
 
 class LocalizationScores(NamedTuple):

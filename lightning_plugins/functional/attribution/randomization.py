@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_non_negative_int
-from lightning_plugins.functional.attribution._correlation import spearman
-from lightning_plugins.functional.attribution._positions import checked_maps
+from lightning_plugins.functional.attribution._ordering import spearman
+from lightning_plugins.functional.attribution.positions import checked_maps
 
 
 def parameter_randomization(
