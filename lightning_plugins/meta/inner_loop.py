@@ -163,11 +163,8 @@ class InnerLoop(nn.Module):
         """Do what a call does, and return what a layer of the adapted models made of the query, with its gradient.
 
         Args:
-            support: As for a call.
-            query: As for a call.
+            support, query, steps, step_weights: As for a call.
             layer: Dotted name of a module in the model, ``"name:input"`` for what it receives.
-            steps: As for a call.
-            step_weights: As for a call.
 
         Returns:
             The episodes, and a tensor of shape ``(tasks, samples, ...)``.
@@ -191,8 +188,7 @@ class InnerLoop(nn.Module):
         """Measure on the query samples after every inner step: for evaluation, without a gradient.
 
         Args:
-            support: As for a call.
-            query: As for a call.
+            support, query: As for a call.
             steps: Number of inner steps.
 
         Returns:
@@ -200,8 +196,7 @@ class InnerLoop(nn.Module):
             ``(tasks, steps + 1, samples, ...)``.
 
         Raises:
-            TypeError: As for a call.
-            ValueError: As for a call.
+            TypeError, ValueError: As for a call.
         """
         steps, batch = self._check_call(steps), check_batches(support, query)
         statistics = Statistics(self.model, collect=False)
@@ -227,8 +222,7 @@ class InnerLoop(nn.Module):
             Every adapted parameter by dotted name, with a first dimension for the tasks, and with their gradient.
 
         Raises:
-            TypeError: As for a call.
-            ValueError: As for a call.
+            TypeError, ValueError: As for a call.
         """
         steps, batch = self._check_call(steps), check_batch(support)
         statistics = Statistics(self.model, collect=False)

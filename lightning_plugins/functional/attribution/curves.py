@@ -5,13 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from lightning_plugins._checks import check_bool, check_callable, check_choice, check_positive_int
-from lightning_plugins.functional.attribution._positions import maps_of_inputs, with_channels
-=======
-from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins.functional.attribution.positions import maps_of_inputs, with_channels
->>>>>>> main
 from lightning_plugins.functional.attribution.random import random_bits, sample_keys
 from lightning_plugins.functional.attribution.replacement import (
     Patches,
