@@ -139,7 +139,7 @@ class LowRankCompression(CompressingCallback):
             ranks=ranks,
             calibration=calibration,
             cost=cost,
-            scheme=scheme,
+            scheme=self.scheme,
         )
         self.ratio = plain_number(ratio)
         phases = {"search_at": search_at, **({} if factorize_at is None else {"factorize_at": factorize_at})}

@@ -6,13 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import (
-    check_bool,
-    check_choice,
-    check_finite_number,
-    check_non_negative_int,
-    check_positive_int,
-)
+from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
 from lightning_plugins.meta.batch_statistics import check_no_running_statistics
 from lightning_plugins.meta.loop import arguments
 from lightning_plugins.meta.loop.episode import Episode, Episodes, start
@@ -116,7 +110,7 @@ class InnerLoop(nn.Module):
         self.per_step = check_choice("rates", rates, get_args(Rates)) == "learned_per_step"
         self.chunk_size = None if chunk_size is None else check_positive_int("chunk_size", chunk_size)
         self.same_draws = check_choice("randomness", randomness, get_args(Randomness)) == "same"
-        self.first_order, self.vectorize = check_bool("first_order", first_order), check_vectorize(vectorize)
+        self.first_order, self.vectorize = arguments.check_first_order(first_order), check_vectorize(vectorize)
         self.loss = loss
         adapted = arguments.adapted_parameters(model, layers)
         self.adapted, self.model = tuple(adapted), model
@@ -163,8 +157,11 @@ class InnerLoop(nn.Module):
         """Do what a call does, and return what a layer of the adapted models made of the query, with its gradient.
 
         Args:
-            support, query, steps, step_weights: As for a call.
+            support: As for a call.
+            query: As for a call.
             layer: Dotted name of a module in the model, ``"name:input"`` for what it receives.
+            steps: As for a call.
+            step_weights: As for a call.
 
         Returns:
             The episodes, and a tensor of shape ``(tasks, samples, ...)``.
@@ -188,7 +185,8 @@ class InnerLoop(nn.Module):
         """Measure on the query samples after every inner step: for evaluation, without a gradient.
 
         Args:
-            support, query: As for a call.
+            support: As for a call.
+            query: As for a call.
             steps: Number of inner steps.
 
         Returns:

@@ -82,7 +82,7 @@ LABELLED = (X, Y[..., 0]), (QUERY_X, QUERY_Y[..., 0])
         (lambda: maml(layers="hed"), ValueError, "no module is called 'hed'"),
         (lambda: maml(rates="lerned"), ValueError, "`rates`.*did you mean 'learned'"),
         (lambda: Few(features="5"), ValueError, "no module is called '5'"),
-        (lambda: Few(features="*"), ValueError, "`layer` must name one module"),
+        (lambda: Few(features="*"), ValueError, "`features` must name one module"),
         (lambda: Few(features="3", chunk_size=2), ValueError, "`chunk_size` must be None where `features` is given"),
         (lambda: Few().adapt_and_measure_features(BATCH), ValueError, "`features` must be given to the constructor"),
         (lambda: maml(metrics=[MeanSquaredError()]), TypeError, "`metrics` must be a dictionary.*got list"),

@@ -4,10 +4,15 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number, shown
+from lightning_plugins._checks import check_bool, check_finite_number, shown
 from lightning_plugins.meta.loop.structure import leaves
 from lightning_plugins.meta.preconditioners import Identity, Preconditioner, few, key
 from lightning_plugins.selection import TensorRef, select_modules, select_tensors
+
+
+def check_first_order(value: bool) -> bool:
+    """Return ``value`` if it is a bool: a text such as "False" would be true."""
+    return check_bool("first_order", value)
 
 
 def adapted_parameters(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, Tensor]:
