@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from tests import fuzzing
 from tests.fuzzing import WRONG, Recorded, call, copied, is_named, like, public, recorded
 
+# It rings an alarm in its own process and takes memory away from it: not beside tests that others wait for.
+pytestmark = pytest.mark.slow
+
 NAMES = public()
 EXAMPLES = 25
 SECONDS = 0.5  # what takes longer was not refused, and is at work

@@ -147,7 +147,7 @@ def part_occupancy(points: Tensor, size: Tensor, parts: tuple[int, int, int], *,
     check_floating("size", size)
     check_shape("size", size, (3,))
     check_bool("mirror", mirror)
-    if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) != 3:
+    if not isinstance(parts, Sequence) or isinstance(parts, str | bytes) or len(parts) != 3:
         raise TypeError(f"`parts` must be three numbers of at least 1, got {shown(parts)}")
     if not all(isinstance(number, int | Integral) and number >= 1 for number in parts):
         raise ValueError(f"`parts` must be three numbers of at least 1, got {parts!r}")

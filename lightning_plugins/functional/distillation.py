@@ -38,7 +38,7 @@ def soft_target_divergence(student: Tensor, teacher: Tensor, *, temperature: flo
         wanted = torch.log_softmax(teacher / temperature, -1)
         found = torch.log_softmax(student / temperature, -1)
         difference = torch.where(wanted == -torch.inf, 0, wanted - found)  # a class that the teacher rules out
-        return temperature**2 * (wanted.exp() * difference).sum(-1)
+        return temperature * temperature * (wanted.exp() * difference).sum(-1)
 
 
 def feature_error(student: Tensor, teacher: Tensor) -> Tensor:

@@ -94,4 +94,8 @@ def cca_information(x: Tensor, y: Tensor) -> float:
         )
     z = torch.cat([x.detach().double(), y.detach().double()], dim=1)
     spread = z.std(dim=0)
-    return float(gaussian_information((z / spread.where(spread > 0, torch.ones_like(spread))).T.cov(), x.shape[1]))
+    covariance = (z / spread.where(spread > 0, torch.ones_like(spread))).T.cov()
+    try:
+        return float(gaussian_information(covariance, x.shape[1]))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`covariance` must be", "`x` and `y`: their covariance must be")) from None
