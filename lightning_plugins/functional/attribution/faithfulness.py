@@ -3,13 +3,19 @@
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_fraction, check_positive_int
+from lightning_plugins._checks import check_callable, check_choice, check_fraction, check_positive_int
 from lightning_plugins.functional.attribution._ordering import pearson
 from lightning_plugins.functional.attribution.positions import maps_of_inputs, with_channels
 from lightning_plugins.functional.attribution.random import random_bits, sample_keys, split_keys
-from lightning_plugins.functional.attribution.replacement import Patches, Perturbation, replacements
+from lightning_plugins.functional.attribution.replacement import (
+    Patches,
+    Perturbation,
+    checked_perturbation,
+    replacements,
+)
 from lightning_plugins.functional.attribution.scoring import (
     MAX_FORWARD_BATCH,
+    OUTPUTS,
     Forward,
     Output,
     checked_target,
@@ -66,7 +72,9 @@ def faithfulness_correlation(
     limit = check_positive_int("max_forward_batch", max_forward_batch)
     if check_fraction("share", share) == 0:
         raise ValueError("`share` must be above 0, got 0; a tenth of the positions is usual")
-    how = perturbation or Perturbation(patch=1, replacement="zero")
+    check_callable("forward", forward, "a function from inputs to logits")
+    check_choice("output", output, OUTPUTS)
+    how = checked_perturbation(perturbation, Perturbation(patch=1, replacement="zero"))
     if how.replacement == "linear":
         raise ValueError(
             "`replacement='linear'` replaces windows, and sets have single positions; take 'zero' or 'min'"

@@ -5,13 +5,22 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_finite_number,
+    check_non_negative_int,
+    check_positive_int,
+)
 from lightning_plugins.functional.attribution.positions import checked_maps
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys, split_keys
 from lightning_plugins.functional.attribution.scoring import (
     MAX_FORWARD_BATCH,
+    OUTPUTS,
     Forward,
     Output,
+    check_inputs,
     checked_target,
     score_copies,
 )
@@ -65,10 +74,16 @@ def infidelity(
         Yeh et al., NeurIPS 2019, https://arxiv.org/abs/1901.09392.
     """
     check_positive_int("draws", draws)
-    check_non_negative_int("seed", seed)
+    seed = check_non_negative_int("seed", seed)
     limit = check_positive_int("max_forward_batch", max_forward_batch)
     if check_finite_number("std", std) <= 0:
         raise ValueError(f"`std` must be above 0, got {std!r}")
+    check_callable("forward", forward, "a function from inputs to logits")
+    check_choice("output", output, OUTPUTS)
+    check_bool("normalize", normalize)
+    check_inputs(inputs)
+    if inputs.dtype == torch.bool:
+        raise TypeError("`inputs` must be numbers, to which noise can be added, got torch.bool; convert them")
     x, maps = inputs.detach(), _elementwise(attributions, inputs)
     target, keys = checked_target(target, len(x)).to(x.device), sample_keys(x)
     dots = maps.new_zeros(len(x), draws + 1)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from lightning_plugins.functional.attribution.scoring import check_inputs
+from lightning_plugins.functional.tensors import check_floating, check_real
+
 
 def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Check maps and masks against each other and flatten both.
@@ -21,6 +24,7 @@ def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]
     maps = checked_maps(attributions)
     if not isinstance(masks, Tensor):
         raise TypeError(f"`masks` must be a tensor, got {type(masks).__name__}; `spans_to_mask` makes one of spans")
+    check_real("masks", masks)
     if masks.shape != maps.shape and masks.ndim in {maps.ndim, maps.ndim + 1} and masks.shape[1:2] == (1,):
         masks = masks[:, 0] if masks.ndim > 2 else masks
     if maps.ndim == masks.ndim + 1:
@@ -35,24 +39,23 @@ def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]
     return maps.flatten(1), masks.flatten(1).to(maps.device) != 0
 
 
-def checked_maps(attributions: Tensor) -> Tensor:
+def checked_maps(attributions: Tensor, name: str = "attributions") -> Tensor:
     """Return ``attributions`` detached and at least in float32.
 
     Raises:
         TypeError: If it is not a floating tensor.
         ValueError: If it has no dimension beside the samples.
     """
-    if not isinstance(attributions, Tensor) or not attributions.is_floating_point():
-        kind = attributions.dtype if isinstance(attributions, Tensor) else type(attributions).__name__
-        raise TypeError(f"`attributions` must be a floating tensor, got {kind}")
+    check_floating(name, attributions)
     if attributions.ndim < 2:
-        raise ValueError(f"`attributions` must have shape (B, [C,] *spatial), got {tuple(attributions.shape)}")
+        raise ValueError(f"`{name}` must have shape (B, [C,] *spatial), got {tuple(attributions.shape)}")
     maps = attributions.detach()
     return maps if maps.dtype in {torch.float32, torch.float64} else maps.float()
 
 
 def with_channels(inputs: Tensor) -> Tensor:
     """``(B, L)`` as ``(B, 1, L)``; inputs of more dimensions have their channels already."""
+    check_inputs(inputs)
     return inputs.unsqueeze(1) if inputs.ndim == 2 else inputs
 
 

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_choice, check_non_negative_int
+from lightning_plugins._checks import check_bool, check_callable, check_choice, check_instance, check_non_negative_int
 from lightning_plugins.functional.attribution._ordering import spearman
 from lightning_plugins.functional.attribution.positions import checked_maps
+from lightning_plugins.functional.attribution.scoring import check_inputs, checked_target
 
 
 def parameter_randomization(
@@ -56,15 +57,18 @@ def parameter_randomization(
         Adebayo et al., NeurIPS 2018, https://arxiv.org/abs/1810.03292.
     """
     check_choice("order", order, ("cascade", "independent"))
-    check_non_negative_int("seed", seed)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a module, got {type(model).__name__}")
+    seed = check_non_negative_int("seed", seed)
+    check_bool("absolute", absolute)
+    check_instance("model", model, nn.Module, "a module")
+    check_callable("explain", explain, "a function from inputs and classes to maps")
+    check_inputs(inputs)
+    checked_target(target, len(inputs))
     layers = [(name, layer) for name, layer in model.named_modules() if any(True for _ in layer.parameters(False))]
     if not layers:
         raise ValueError(f"`model` must have parameters to make random, got {type(model).__name__} without any")
 
     def maps() -> Tensor:
-        found = checked_maps(explain(inputs, target)).flatten(1)
+        found = checked_maps(explain(inputs, target), "explain").flatten(1)
         return found.abs() if absolute else found
 
     original, generator, similar = maps(), torch.Generator().manual_seed(seed), {}

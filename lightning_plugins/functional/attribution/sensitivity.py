@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import check_callable, check_finite_number, check_non_negative_int, check_positive_int
 from lightning_plugins.functional.attribution.positions import checked_maps
 from lightning_plugins.functional.attribution.random import random_uniform, sample_keys, split_keys
-from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, checked_target
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, check_inputs, checked_target
 
 
 def sensitivity(
@@ -47,10 +47,12 @@ def sensitivity(
         Yeh et al., NeurIPS 2019, https://arxiv.org/abs/1901.09392.
     """
     check_positive_int("draws", draws)
-    check_non_negative_int("seed", seed)
+    seed = check_non_negative_int("seed", seed)
     limit = check_positive_int("max_forward_batch", max_forward_batch)
     if check_finite_number("radius", radius) <= 0:
         raise ValueError(f"`radius` must be above 0, got {radius!r}")
+    check_callable("explain", explain, "a function from inputs and classes to maps")
+    check_inputs(inputs)
     x = inputs.detach()
     target, keys = checked_target(target, len(x)).to(x.device), sample_keys(x)
     pairs = torch.arange(len(x) * (draws + 1), device=x.device)
@@ -61,7 +63,7 @@ def sensitivity(
         samples, points = part % len(x), part // len(x)
         noise = (2 * random_uniform(split_keys(keys[samples], points), math.prod(x.shape[1:]), seed=seed) - 1) * radius
         moved = x[samples] + (noise * (points > 0)[:, None]).reshape(x[samples].shape).to(x)
-        maps = checked_maps(explain(moved, target[samples])).flatten(1)
+        maps = checked_maps(explain(moved, target[samples]), "explain").flatten(1)
         own = maps[points == 0] if len(part) else maps
         original = own if original is None else torch.cat([original, own])
         found.append((maps - original[samples]).norm(dim=1))

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_bool, check_positive_int, check_room
+from lightning_plugins.functional.tensors import check_integers
 from lightning_plugins.metrics._sums import SumMetric
 
 
@@ -50,8 +51,9 @@ class AttributionMetric(SumMetric):
 
     def __init__(self, *, num_classes: int | None = None, per_class: bool = False) -> None:
         super().__init__()
-        self.num_classes, self.per_class = num_classes, per_class
+        self.num_classes, self.per_class = num_classes, check_bool("per_class", per_class)
         size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
+        check_room("num_classes", size)
         if per_class and num_classes is None:
             raise ValueError("`per_class=True` needs `num_classes`, so that every rank has the same sums, got None")
         for name in ("total", "random_total"):
@@ -116,6 +118,7 @@ def class_rows(name: str, classes: Tensor | None, rows: int, num_classes: int | 
     if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dtype == torch.bool:
         kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
         raise TypeError(f"`{name}` must be a tensor of integers, got {kind}")
+    check_integers(name, classes)
     if classes.shape != (rows,):
         raise ValueError(f"`{name}` must have shape ({rows},), got {tuple(classes.shape)}")
     on_host = classes.device.type == "cpu"  # elsewhere a look at the values would wait for the device

@@ -5,7 +5,8 @@ from abc import abstractmethod
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward, check_inputs
+from lightning_plugins.functional.tensors import check_dims, check_floating
 from lightning_plugins.metrics.attribution.base import AttributionMetric
 
 
@@ -43,6 +44,9 @@ class ForwardMetric(AttributionMetric):
             TypeError: If a tensor is of the wrong kind.
             ValueError: If shapes do not go together, or a class is out of range.
         """
+        check_inputs(inputs)
+        check_floating("attributions", attributions)
+        check_dims("attributions", attributions, 2, "(B, [C,] *spatial)")
         self.add(*self.score(forward, inputs, attributions, target), target, name="target")
 
     @abstractmethod

@@ -5,7 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_finite_number, check_fraction, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import (
+    check_bool,
+    check_fraction,
+    check_non_negative_int,
+    check_positive_int,
+    check_positive_number,
+)
 from lightning_plugins.functional.attribution import (
     Perturbation,
     faithfulness_correlation,
@@ -14,6 +20,7 @@ from lightning_plugins.functional.attribution import (
     sensitivity,
 )
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys
+from lightning_plugins.functional.attribution.replacement import checked_perturbation
 from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, Forward
 from lightning_plugins.metrics.attribution.base import AttributionMetric
 from lightning_plugins.metrics.attribution.by_forward import ForwardMetric
@@ -59,7 +66,7 @@ class FaithfulnessCorrelation(ForwardMetric):
     ) -> None:
         super().__init__(num_classes=num_classes, per_class=per_class, max_forward_batch=max_forward_batch)
         self.draws, self.share = check_positive_int("draws", draws), check_fraction("share", share)
-        self.perturbation = perturbation
+        self.perturbation = checked_perturbation(perturbation, Perturbation(patch=1, replacement="zero"))
 
     def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Score each sample; see `faithfulness_correlation`."""
@@ -117,8 +124,8 @@ class Infidelity(ForwardMetric):
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
         super().__init__(num_classes=num_classes, per_class=per_class, max_forward_batch=max_forward_batch)
-        self.draws, self.std = check_positive_int("draws", draws), check_finite_number("std", std)
-        self.normalize, self.seed = normalize, check_non_negative_int("seed", seed)
+        self.draws, self.std = check_positive_int("draws", draws), check_positive_number("std", std)
+        self.normalize, self.seed = check_bool("normalize", normalize), check_non_negative_int("seed", seed)
 
     def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Score each sample; see `infidelity`."""
@@ -179,7 +186,7 @@ class Sensitivity(AttributionMetric):
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
         super().__init__(num_classes=num_classes, per_class=per_class)
-        self.draws, self.radius = check_positive_int("draws", draws), check_finite_number("radius", radius)
+        self.draws, self.radius = check_positive_int("draws", draws), check_positive_number("radius", radius)
         self.seed = check_non_negative_int("seed", seed)
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
 

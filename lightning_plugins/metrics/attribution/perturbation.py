@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins._checks import check_bool, check_choice, check_positive_int
 from lightning_plugins.functional.attribution import (
     Perturbation,
     curve_area,
@@ -14,7 +14,8 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     scaled_curve,
 )
-from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward
+from lightning_plugins.functional.attribution.replacement import checked_perturbation
+from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward, check_inputs, checked_target
 from lightning_plugins.metrics._sums import SumMetric
 from lightning_plugins.metrics.attribution.base import AttributionScore, class_rows, skill_of
 from lightning_plugins.metrics.attribution.by_forward import ForwardMetric
@@ -74,10 +75,11 @@ class DegradationScore(SumMetric):
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
         super().__init__()
-        self.num_classes, self.per_class, self.baseline = num_classes, per_class, baseline
+        self.num_classes = num_classes
+        self.per_class, self.baseline = check_bool("per_class", per_class), check_bool("baseline", baseline)
         size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
         self.steps = check_positive_int("steps", steps)
-        self.perturbation = perturbation or Perturbation()
+        self.perturbation = checked_perturbation(perturbation, Perturbation())
         self.reduction: Reduction = reduction
         check_choice("reduction", reduction, ("sum", "mean"))
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
@@ -99,6 +101,8 @@ class DegradationScore(SumMetric):
             TypeError: If a tensor is of the wrong kind.
             ValueError: If shapes do not go together, or a class is out of range.
         """
+        check_inputs(inputs)
+        target = checked_target(target, len(inputs)).long()
         index = class_rows("target", target, len(inputs), self.num_classes).to(self.count.device)
         maps = (attributions, random_attributions(inputs)) if self.baseline else (attributions,)
         found = torch.stack(
@@ -220,8 +224,8 @@ class RegionPerturbation(ForwardMetric):
             raise ValueError(f"`steps` of `kind='insertion'` are all patches, got {steps!r}; leave it None")
         published = 100 if kind == "aopc" else None
         self.steps = published if steps is None else check_positive_int("steps", steps)
-        self.perturbation = perturbation or Perturbation(replacement="zero")
-        self.baseline = baseline
+        self.perturbation = checked_perturbation(perturbation, Perturbation(replacement="zero"))
+        self.baseline = check_bool("baseline", baseline)
         self.best = 0.0 if kind == "deletion" else 1.0
 
     def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
