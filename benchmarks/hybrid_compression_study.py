@@ -253,8 +253,9 @@ from scratch.
 `HybridCompression` chooses channels and ranks together, `RankScheduling` ranks alone, `MaskScheduling` channels alone
 (learned, or by magnitude); Torch-Pruning removes even shares of channels of all layers at two fifths of the training,
 or those that are last among all ("global"). Intervals are 95 % over training seeds. "Minus the better Torch-Pruning"
-compares seed by seed with the more accurate of its rows *for that seed*, which favours Torch-Pruning. The script is
-`benchmarks/hybrid_compression_study.py`; its results are in `hybrid_compression.json`.
+compares seed by seed with the more accurate of its rows *for that seed*, which favours Torch-Pruning; rows of fewer
+than five seeds are a first look. The script is `benchmarks/hybrid_compression_study.py`; its results are in
+`hybrid_compression.json`.
 
 {machine}
 
