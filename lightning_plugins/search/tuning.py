@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import check_choice, check_instance, check_non_negative_int, check_positive_int
 from lightning_plugins.search.sampler import B2EASampler, origins
 from lightning_plugins.search.trainings import ENDED, Objective, Search, best_trial
 from lightning_plugins.search.workers import run_workers
@@ -72,6 +72,12 @@ class TuneResult:
         return table
 
 
+def _check_storage(storage: str) -> None:
+    check_instance("storage", storage, str, "the URL of a storage, as in 'sqlite:///search.db'")
+    if "://" not in storage:
+        raise ValueError(f"`storage` must be a URL, as in 'sqlite:///search.db', got {storage!r}")
+
+
 def tune(
     objective: Objective,
     n_trials: int,
@@ -131,6 +137,13 @@ def tune(
     check_choice("direction", direction, ("minimize", "maximize"))
     check_positive_int("workers", workers)
     check_non_negative_int("retries", retries)
+    check_instance("directory", directory, (str, os.PathLike), "the path of a folder")
+    if storage is not None:
+        _check_storage(storage)
+    if sampler is not None:
+        check_instance("sampler", sampler, optuna.samplers.BaseSampler, "a sampler of Optuna's")
+    if pruner is not None:
+        check_instance("pruner", pruner, optuna.pruners.BasePruner, "a pruner of Optuna's")
     home = Path(directory)
     home.mkdir(parents=True, exist_ok=True)
     search = Search(
