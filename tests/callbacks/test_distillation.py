@@ -61,7 +61,7 @@ def test_gradients_by_finite_differences_and_degenerate_rows():
     assert zeros.grad.isfinite().all()
     with pytest.raises(ValueError, match=r"of shape \(2, 3\), got \(2, 4\)"):
         feature_error(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="`temperature` must be above 0, got nan"):
+    with pytest.raises(ValueError, match="`temperature` must be finite, got nan"):
         soft_target_divergence(one, other, temperature=float("nan"))
 
 
@@ -358,7 +358,7 @@ WRONG = {
     "no file": ({"teacher": "nowhere.ckpt"}, ValueError, "there is no file 'nowhere.ckpt'"),
     "no import": ({"teacher": "nowhere.at_all"}, ValueError, "`teacher='nowhere.at_all'` cannot be imported"),
     "nothing": ({"outputs": False}, ValueError, "`layers` must name a layer where `outputs=False`"),
-    "outputs": ({"outputs": 1.5}, TypeError, "`select` must be"),
+    "outputs": ({"outputs": 1.5}, TypeError, "`outputs` must be"),
     "layers": ({"layers": 3}, TypeError, "`layers` must be names of layers, or a mapping .* got int"),
     "layers in": ({"layers": [3]}, TypeError, "`layers` must be names of layers"),
     "glob": ({"layers": "net.*"}, ValueError, "without globs and sides, got 'net.*'"),

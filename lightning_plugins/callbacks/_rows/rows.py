@@ -89,7 +89,8 @@ class Rows:
                 mask = None  # such sequences hold no padding
             return pool_embeddings(features, self._pool, layout=layout, mask=mask)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"`layers`: {label!r}: {error}") from error
+            text = str(error).removeprefix("`features`: ")  # the layer is what the user named
+            raise type(error)(f"`layers`: {label!r}: {text}") from error
 
     def _known_layout(self, features: Tensor | PackedSequence, known: LayerLayout) -> str | None:
         shape = tuple(features.shape)  # type: ignore[union-attr]  # a tensor
