@@ -1,16 +1,15 @@
-"""A network that was compressed is compressed further, or told why it is not."""
+"""A network that lost channels is compressed further by the next fit."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks import HybridCompression, LowRankCompression, MaskScheduling, RankScheduling
+from lightning_plugins.callbacks import HybridCompression, MaskScheduling
 from tests.callbacks.budgets import params
 from tests.models import Classifier, fit, make_batches
 
 BATCHES = make_batches(6)
 PHASES = {"begin": 1, "end": 2, "unit": "epochs", "figures": False}
-SPLIT = {"weight": 0.0, "search_at": 1, "factorize_at": 2, "unit": "epochs", "figures": False}
 
 
 class Inside(Classifier):
@@ -42,16 +41,3 @@ def test_a_second_and_a_third_fit_go_on(kind, layers):
         fit(model, BATCHES, [kind(layers, budget=budget, **PHASES)], max_epochs=3)
         assert params(model) < sizes[-1]
         sizes.append(params(model))
-
-
-def test_layers_that_are_low_rank_already_are_named_first():
-    model = compressed(LowRankCompression("net.*", 0.5, search_data=BATCHES[:2], **SPLIT))
-    again = LowRankCompression("net.*", 0.5, search_data=BATCHES[:2], **SPLIT)
-    with pytest.raises(ValueError, match=r"in two, but 'net\.0' is a low-rank layer already, which is not split again"):
-        fit(model, BATCHES, [again], max_epochs=3)
-
-
-def test_a_budget_that_low_rank_layers_stand_against_says_so():
-    model = compressed(RankScheduling("*", budget=0.6, **PHASES))
-    with pytest.raises(ValueError, match=r"`budget` must be at least .*; \d layers are low-rank already and stay"):
-        fit(model, BATCHES, [RankScheduling("*", budget=0.5, **PHASES)], max_epochs=3)

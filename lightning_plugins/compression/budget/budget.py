@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_fraction, check_positive_number
-from lightning_plugins.arguments import check_arguments
+from lightning_plugins._checks import check_choice, check_finite_number, check_fraction
 from lightning_plugins.compression.budget.cost_terms import beyond_layers, count_terms
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.costs.layer_costs import COSTS, Cost
-from lightning_plugins.functional.tensors import check_floating
 
 
 class Budget:
@@ -56,7 +54,6 @@ class Budget:
         cost: Cost = "params",
         inputs: Any = None,
     ) -> None:
-        check_arguments(Budget.__init__, locals())
         if check_fraction("target", target) == 0:
             raise ValueError("`target` must be above 0, got 0; what is left of a network costs something")
         check_choice("cost", cost, COSTS)
@@ -158,7 +155,6 @@ class Budget:
         Raises:
             ValueError: If ``kept`` does not fit the groups, or a layer has no rank here.
         """
-        check_arguments(Budget.cost, locals())
         terms = self._terms
         if kept is not None and [tuple(keep.shape) for keep in kept] != [(group.size,) for group in self.groups]:
             raise ValueError(
@@ -232,7 +228,6 @@ class Multiplier:
     """
 
     def __init__(self, rate: float = 0.05, damping: float = 1.0) -> None:
-        check_arguments(Multiplier.__init__, locals())
         for name, value in (("rate", rate), ("damping", damping)):
             if check_finite_number(name, value) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {value!r}")
@@ -248,8 +243,6 @@ class Multiplier:
         Returns:
             Scalar.
         """
-        check_floating("share", share)
-        check_positive_number("target", target)
         gap = share / target - 1
         return self.value * gap + self.damping / 2 * gap.clamp_min(0).square()
 
@@ -263,8 +256,7 @@ class Multiplier:
         Returns:
             The multiplier.
         """
-        check_positive_number("target", target)
-        self.value = max(0.0, self.value + self.rate * (check_finite_number("share", share) / target - 1))
+        self.value = max(0.0, self.value + self.rate * (share / target - 1))
         return self.value
 
     def state_dict(self) -> dict[str, float]:

@@ -19,7 +19,6 @@ from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of
-from lightning_plugins.compression.low_rank.splittable import pairs_in
 from lightning_plugins.compression.networks.plain_names import computed_names
 from lightning_plugins.compression.networks.replacements import Replacements
 from lightning_plugins.selection import select_kept
@@ -240,9 +239,7 @@ class BudgetedNetwork:
         try:
             self._project(nothing, scores, least, margins)
         except ValueError as error:
-            split = sum(bool(pairs_in(module)) for module in self.model.modules())
-            hint = split * f"; {split} layers are low-rank already and stay as they are"
-            raise ValueError(str(error).replace("`target`", "`budget`") + hint) from None
+            raise ValueError(str(error).replace("`target`", "`budget`")) from None
 
     def remove(self) -> None:
         """Take masks and thresholds off, those that are on: the model is the dense one."""
@@ -252,7 +249,11 @@ class BudgetedNetwork:
             remove_masks(self.model)
 
     def bake(self, choice: Projection) -> None:
-        """Write masks and thresholds into the weights, as ``choice`` has them, and take them off."""
+        """Write masks and thresholds into the weights, and take them off.
+
+        Args:
+            choice: What stays.
+        """
         self.be_hard(choice.kept)
         bake(self.model)
 
@@ -277,7 +278,7 @@ class BudgetedNetwork:
         """Groups, scores and thresholds, as tensors and primitives."""
         parts = {"masks": self.masks, "thresholds": self.thresholds}
         found = {name: None if part is None else dict(part.state_dict()) for name, part in parts.items()}
-        attached = any(part is not None for part in parts.values())
+        attached = self.masks is not None or self.thresholds is not None
         shifted = {"exchange": self.shift.exchange, "total": self.shift.total} if attached else None
         own = {"groups": groups_to_state(self.groups), "final": self.masks_are_final, "attached": attached}
         return {**found, **own, "shift": shifted, "scores": self.scores.state_dict()}

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins._deprecation import renamed
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.channels.shrink import check_kept
 
@@ -55,7 +54,6 @@ def project(
         >>> project(budget, [torch.ones(8).bool()], [torch.arange(8.0)])
         Projection(kept=[tensor([False, False, False, False, False,  True,  True,  True])], ranks={}, cost=23)
     """
-    check_arguments(project, locals())
     check_positive_int("min_channels", min_channels)
     check_positive_int("multiple_of", multiple_of)
     check_kept_shapes(budget, kept, scores)
@@ -68,8 +66,7 @@ def project(
         if not state.remove():
             raise ValueError(
                 f"`target` must be at least {state.cost() / budget.dense:.4g} for this network: that is left when all "
-                f"groups and ranks are at their minimum (`min_channels={min_channels}`, `multiple_of={multiple_of}`), "
-                f"got {budget.target}"
+                f"groups and ranks are at their minimum, got {budget.target}"
             )
     return Projection(state.masks(), state.split(), state.cost())
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.calibration.masking import Mask, RowIndex, check_mask, mask_of
 from lightning_plugins.compression.calibration.passes import check_forward, placed
 from lightning_plugins.compression.low_rank.splittable import select_layers
@@ -47,7 +46,6 @@ def output_sensitivity(
         >>> output_sensitivity(net, [torch.ones(5, 3)], lambda net, x: 3 * net(x).sum())
         {'0': 9.0}
     """
-    check_arguments(output_sensitivity, locals())
     if not callable(loss):
         raise TypeError(f"`loss` must be a function of model and batch, got {type(loss).__name__}")
     check_forward(batches, None, passes=1)

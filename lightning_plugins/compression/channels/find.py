@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.channels.attention import attention_groups
 from lightning_plugins.compression.channels.dependencies import Bundle, bundles, parameters_of
 from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSearch, Member
@@ -59,7 +58,6 @@ def channel_groups(
     Source:
         Fang et al., DepGraph, CVPR 2023, https://arxiv.org/abs/2301.12900, for the graph.
     """
-    check_arguments(channel_groups, locals())
     search = find_channel_groups(model, example_inputs, layers, keep=keep)
     if not search.groups:
         few = "; ".join(f"{name!r}: {reason}" for name, reason in list(search.refused.items())[:3]) or "none is called"
@@ -84,7 +82,6 @@ def find_channel_groups(
     Raises:
         TypeError: If an argument is of the wrong kind.
     """
-    check_arguments(find_channel_groups, locals())
     check_layers(layers, sides=False)
     if not isinstance(example_inputs, Tensor | tuple | Mapping):
         raise TypeError(
@@ -151,7 +148,6 @@ def groups_to_state(groups: Iterable[ChannelGroup]) -> list[dict[str, Any]]:
     Returns:
         One dict per group.
     """
-    check_arguments(groups_to_state, locals())
     return [{**group._asdict(), "members": [member._asdict() for member in group.members]} for group in groups]
 
 
@@ -163,15 +159,9 @@ def groups_from_state(state: Iterable[dict[str, Any]]) -> list[ChannelGroup]:
 
     Returns:
         The groups.
-
-    Raises:
-        ValueError: If an entry is of something else.
     """
-    check_arguments(groups_from_state, locals())
     groups = []
     for entry in state:
-        if missing := [key for key in (*ChannelGroup._fields, "members") if key not in entry]:
-            raise ValueError(f"`state` must be what `groups_to_state` returns, got an entry without {missing}")
         members = tuple(Member(**{**member, "units": tuple(member["units"])}) for member in entry["members"])
         groups.append(ChannelGroup(**{**entry, "members": members}))
     return groups

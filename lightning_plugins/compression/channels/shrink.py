@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.resize import heads_of, resize_heads, resize_layer
 from lightning_plugins.compression.networks.parametrizations import clean_modules
@@ -40,7 +39,6 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
         >>> net[2], cut["2.weight"]
         (Linear(in_features=5, out_features=4, bias=True), [(1, tensor([0, 1, 2, 3, 4]))])
     """
-    check_arguments(shrink, locals())
     check_kept(groups, kept)
     modules = clean_modules(model)
     tensors = {

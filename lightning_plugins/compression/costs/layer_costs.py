@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.low_rank.layers import full_rank, matrix_shape
 from lightning_plugins.compression.low_rank.splittable import Layer, select_layers
 from lightning_plugins.compression.low_rank.transposed import as_linear
@@ -88,7 +87,6 @@ def layer_costs(
         >>> layer_costs(net, "0", cost="flops", inputs=torch.zeros(5, 3, 4, 4))
         {'0': LayerCost(dense=8640, per_rank=1400, full_rank=8)}
     """
-    check_arguments(layer_costs, locals())
     check_choice("cost", cost, COSTS)
     found = select_layers(model, layers, scheme=scheme, transposed=True)
     if cost == "params":

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.low_rank.splittable import is_low_rank_pair
 from lightning_plugins.compression.networks.evaluation import evaluation
@@ -109,7 +108,6 @@ def measure_network(
         >>> costs.layers, costs.flops
         ({'0': LayerSize(params=15, flops=120)}, 120)
     """
-    check_arguments(measure_network, locals())
     check_positive_int("repeats", repeats)
     check_model("model", model)
     sizes = _layer_sizes(model, check_inputs(inputs) if latency else inputs)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import check_kept
 from lightning_plugins.compression.gates.annealed import Annealed
@@ -146,9 +145,6 @@ def apply_masks(
     Source:
         Eo et al., https://arxiv.org/abs/2309.13077: our reading.
     """
-    check_arguments(apply_masks, locals())
-    if abs(check_finite_number("init", init)) > torch.finfo(torch.float32).max:
-        raise ValueError(f"`init` must fit into float32, got {init!r}")
     check_choice("gate", gate, get_args(Gate))
     if check_finite_number("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")
@@ -186,7 +182,6 @@ def masks_of(model: nn.Module) -> ChannelMasks | None:
     Returns:
         The masks that `apply_masks` put on, or None.
     """
-    check_arguments(masks_of, locals())
     masks = model._modules.get(NAME)
     return masks if isinstance(masks, ChannelMasks) else None
 
@@ -200,7 +195,6 @@ def remove_masks(model: nn.Module) -> None:
     Raises:
         ValueError: If it has no masks.
     """
-    check_arguments(remove_masks, locals())
     _take_off(model, bake=False)
 
 
@@ -213,7 +207,6 @@ def bake_masks(model: nn.Module) -> None:
     Raises:
         ValueError: If it has no masks.
     """
-    check_arguments(bake_masks, locals())
     masks = masks_of(model)
     if masks is not None:
         masks.set_hard()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.gates.masked_weight import scale_at_once
 from lightning_plugins.compression.gates.masks import bake_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds, Thresholded, defer_row_mask
@@ -65,7 +64,6 @@ def apply_thresholds(
     Source:
         Eo et al., https://arxiv.org/abs/2309.13077: our reading. The form of the gradient is ours.
     """
-    check_arguments(apply_thresholds, locals())
     if check_finite_number("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")
     if check_finite_number("init", init) < 0:
@@ -103,7 +101,6 @@ def thresholds_of(model: nn.Module) -> RankThresholds | None:
     Returns:
         The thresholds that `apply_thresholds` put on, or None.
     """
-    check_arguments(thresholds_of, locals())
     thresholds = model._modules.get(NAME)
     return thresholds if isinstance(thresholds, RankThresholds) else None
 
@@ -117,7 +114,6 @@ def remove_thresholds(model: nn.Module) -> None:
     Raises:
         ValueError: If it has no thresholds.
     """
-    check_arguments(remove_thresholds, locals())
     if thresholds_of(model) is None:
         raise ValueError("`model` must have thresholds to take off, got none; `apply_thresholds` puts them on")
     scale_at_once(model)
@@ -135,7 +131,6 @@ def bake(model: nn.Module) -> None:
     Raises:
         ValueError: If it has neither masks nor thresholds.
     """
-    check_arguments(bake, locals())
     masks, thresholds = masks_of(model), thresholds_of(model)
     if thresholds is None:
         bake_masks(model)

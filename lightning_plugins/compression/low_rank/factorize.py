@@ -6,7 +6,6 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.layers import full_rank, low_rank_layer, matrix_shape
 from lightning_plugins.compression.low_rank.splittable import Layer, replace_modules, select_layers
@@ -68,7 +67,6 @@ def factorize(
           (2): Linear(in_features=6, out_features=1, bias=True)
         )
     """
-    check_arguments(factorize, locals())
     replacements: dict[nn.Module, nn.Sequential] = {}
     for name, (layer, rank) in _chosen(model, ranks, layers, scheme).items():
         smaller = rank * sum(matrix_shape(layer, scheme=scheme)) < layer.weight.numel()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.low_rank.decomposition import Decomposition, InputMoment, decompose
 from lightning_plugins.compression.low_rank.splittable import Layer, reason_against
 from lightning_plugins.compression.low_rank.transposed import as_linear, is_transposed, stored_weight
@@ -56,7 +55,6 @@ def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: Input
         Schemes: Idelbayev and Carreira-Perpinan, CVPR 2020. The even split is the usual one; our reading for BSR (Eo et
         al., 2023, https://arxiv.org/abs/2111.15179).
     """
-    check_arguments(low_rank_layer, locals())
     values = [*factors(layer, rank, scheme=scheme, moment=moment), *([] if layer.bias is None else [layer.bias])]
     sequence = empty_low_rank_layer(layer, rank, scheme=scheme)
     with torch.no_grad():
@@ -145,7 +143,6 @@ def truncated(layer: Layer, rank: int, scheme: Scheme = 1) -> Tensor:
         >>> int(torch.linalg.matrix_rank(truncated(nn.Linear(6, 5), 2)))
         2
     """
-    check_arguments(truncated, locals())
     _check(layer, rank, scheme)
     U, S, Vh = decompose(as_linear(layer).weight, scheme=scheme)
     with torch.autocast(U.device.type, enabled=False):

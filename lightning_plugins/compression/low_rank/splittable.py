@@ -52,7 +52,7 @@ def select_layers(
     for name, module in matched.items():
         if is_quantized(module._parameters.get("weight")):  # whoever asks for all layers means these too
             raise ValueError(f"`layers`: {name!r} is quantised; compress first and quantise last")
-        reason = standing.get(module) or reason_against(module, scheme=scheme, transposed=transposed)
+        reason = reason_against(module, scheme=scheme, transposed=transposed) or standing.get(module)
         if reason is None:
             found[name] = cast("Layer", module)
         elif id(module) in named or name in patterns:  # by name; a wrapped layer answers to its wrapper's
@@ -60,7 +60,6 @@ def select_layers(
         else:
             passed.append(f"{name!r} {reason}")
     if not found:
-        passed.sort(key=lambda why: "is a low-rank layer" not in why)  # the network was compressed before
         few = "; ".join(passed[:3]) + (f"; and {len(passed) - 3} more" if len(passed) > 3 else "")
         raise ValueError(
             f"`layers`: {layers!r} must match linear layers or convolutions that can be split in two, but {few}"
@@ -151,13 +150,12 @@ def _reasons_in(model: nn.Module) -> dict[nn.Module, str]:
             reasons[module.out_proj] = "is called by nothing: its MultiheadAttention reads the weight; leave it dense"
         if isinstance(module, torch._dynamo.OptimizedModule):
             reasons[module._orig_mod] = "is compiled on its own; compile the model as a whole, or after this"
-        for first, second in pairs_in(module):
+        for first, second in _pairs(module):
             reasons[first] = reasons[second] = "is a half of a low-rank layer already; leave it as it is"
-            reasons[module] = "is a low-rank layer already, which is not split again; leave it as it is"
     return reasons
 
 
-def pairs_in(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def _pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """The two layers of a sequence such as `low_rank_layer` makes."""
     if type(module) is not nn.Sequential or len(module) != 2:
         return []

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.selection import select_modules
@@ -42,7 +41,6 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
         >>> net(torch.ones(2, 32)).shape
         torch.Size([2, 16])
     """
-    check_arguments(quantize, locals())
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     functions = _torchao()
@@ -92,7 +90,6 @@ def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
         >>> torch.equal(again(torch.ones(2, 32)), small(torch.ones(2, 32)))
         True
     """
-    check_arguments(load_quantized, locals())
     _torchao()
     restore_structure(model, state_dict)
     inner = state_dict.get("state_dict")

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.networks.evaluation import evaluation
@@ -116,7 +115,6 @@ def beam_search(
         Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our reading: where the search starts, what a
         child is and how the last step ends.
     """
-    check_arguments(beam_search, locals())
     _check_arguments(score, width, step, bounds, progress)
     check_batches(batches)
     problem = state_problem(model, ratio, layers, cost, inputs, scheme)

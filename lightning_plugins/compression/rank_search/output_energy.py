@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, nearest
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.rank_search.choices import Choice, cheapest_choices
@@ -66,7 +65,6 @@ def output_energy(
         Ours. The exchange rate is that of `trade_off`; what it leaves is a multiple-choice knapsack problem, solved by
         dynamic programming over the choices that bounds do not exclude (Dyer, Kayal and Walker, 1984).
     """
-    check_arguments(output_energy, locals())
     problem = state_problem(model, ratio, layers, cost, inputs, scheme)
     factors = _factors(problem, sensitivity)
     found = energies(problem.modules, scheme, calibration)

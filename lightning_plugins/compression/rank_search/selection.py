@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.layers import full_rank
@@ -64,7 +63,6 @@ def equal_ratio(
         >>> equal_ratio(net, ratio=0.5).ranks
         {'0': 6, '1': 3}
     """
-    check_arguments(equal_ratio, locals())
     problem = state_problem(model, ratio, layers, cost, inputs, scheme)
     full = [one.full_rank for one in problem.costs]
 
@@ -114,7 +112,6 @@ def energy_threshold(
         >>> energy_threshold(net, ratio=0.5).ranks
         {'0': 4, '1': 10}
     """
-    check_arguments(energy_threshold, locals())
     problem = state_problem(model, ratio, layers, cost, inputs, scheme)
     kept = []
     for energy in energies(problem.modules, scheme, calibration):
@@ -169,7 +166,6 @@ def trade_off(
         The compression step of the learning-compression algorithm: Idelbayev and Carreira-Perpinan, CVPR 2020. Our
         reading; its alternation with training is not part of this function.
     """
-    check_arguments(trade_off, locals())
     problem = state_problem(model, ratio, layers, cost, inputs, scheme)
     corners = [
         _corners(problem, layer, energy) for layer, energy in enumerate(energies(problem.modules, scheme, calibration))
@@ -217,7 +213,6 @@ def score_ranks(
         >>> score_ranks(net, {"0": 2}, [torch.ones(1, 3)], lambda net, x: net(x).sum())
         5.0
     """
-    check_arguments(score_ranks, locals())
     if not isinstance(ranks, Mapping) or not ranks:
         raise TypeError(f"`ranks` must give the rank of at least one layer by name, got {ranks!r}")
     for name, rank in ranks.items():

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import nn
 
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.costs.network_costs import (
     Inputs,
     Latency,
@@ -238,7 +237,6 @@ def compression_report(
         >>> report.layers["0"]
         LayerChange(before=LayerSize(params=210, flops=400), after=LayerSize(params=70, flops=120))
     """
-    check_arguments(compression_report, locals())
     check_positive_int("repeats", repeats)
     if not isinstance(before, NetworkCosts):
         check_model("before", before)

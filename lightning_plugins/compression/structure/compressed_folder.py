@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.channels.resize import set_head_attributes
 from lightning_plugins.compression.networks.pretrained import configuration_tells, is_pretrained_model, warn_when_saved
 from lightning_plugins.compression.networks.quantized import is_quantized
@@ -62,7 +61,6 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
         >>> torch.equal(again[0][0].weight, small[0][0].weight)
         True
     """
-    check_arguments(save_compressed, locals())
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     folder = _path(folder)
@@ -109,7 +107,6 @@ def load_compressed(model: Callable[..., M], folder: str | Path) -> M:
             another network than ``model`` builds.
         ImportError: If safetensors is not installed.
     """
-    check_arguments(load_compressed, locals())
     folder = _path(folder)
     if isinstance(model, nn.Module) or not callable(model):
         raise TypeError(

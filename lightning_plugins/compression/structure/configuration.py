@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.channels.attention import head_size
 from lightning_plugins.compression.channels.resize import head_attributes
 from lightning_plugins.compression.networks.pretrained import is_pretrained_model
@@ -40,7 +39,6 @@ def update_configuration(model: nn.Module) -> list[str]:
         >>> update_configuration(nn.Linear(2, 2))
         []
     """
-    check_arguments(update_configuration, locals())
     if not is_pretrained_model(model):
         return []
     own, changed = _sizes(model), list[str]()

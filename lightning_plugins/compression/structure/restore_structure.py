@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import nearest
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.compression.channels.resize import heads_of, projections_of, resize_heads, resize_layer, why_not
 from lightning_plugins.compression.low_rank.layers import empty_low_rank_layer
 from lightning_plugins.compression.low_rank.splittable import Layer, is_low_rank_pair, reason_against, replace_modules
@@ -59,7 +58,6 @@ def restore_structure(model: M, state_dict: Mapping[str, Any], *, strict: bool =
         >>> restore_structure(dense, small.state_dict()).load_state_dict(small.state_dict())
         <All keys matched successfully>
     """
-    check_arguments(restore_structure, locals())
     known = shapes_of(model)
     incoming = align(shapes_in(state_dict), known)
     dense = (f"{layer}.1.{tensor}" for layer, _, tensor in (key.rpartition(".") for key in incoming))
