@@ -277,7 +277,7 @@ MISTAKES = {
     "batch without a mask": (
         lambda: BatchAugmentation(BANK, {"Car": 1})({k: v for k, v in BATCH.items() if k != "mask"}),
         ValueError,
-        r"a batch must have .* without \['mask'\]",
+        r"`batch` must have .* without \['mask'\]",
     ),
     "share in percent": (
         lambda: BatchAugmentation(BANK, {"Car": 1})(BATCH, share=50),
@@ -297,7 +297,7 @@ MISTAKES = {
     "a folder without a bank": (
         lambda: PointCloudAugmentation("nowhere", {"Car": 1}),
         FileNotFoundError,
-        "`folder` must hold what `ObjectBank.save` wrote",
+        "`bank` must be a folder that `ObjectBank.save` wrote, got 'nowhere'",
     ),
     "figure without source": (
         lambda: point_cloud_figure(FRAME, FRAME),
