@@ -107,10 +107,10 @@ def object_returns(points, grid):
     )
     top, left = held.amin(0).tolist()
     part = image[top : top + height, left : left + width]  # around it there is nothing, which a margin stands for
-    part = torch.nn.functional.pad(part, (0, window[1]), value=math.inf)
-    shut = close_gaps(part.flatten(), RangeGrid(height, part.shape[1], -0.1, 0.1), window).reshape(part.shape)
+    part = torch.nn.functional.pad(part, (0, window[1], 0, window[0]), value=math.inf)
+    shut = close_gaps(part.flatten(), RangeGrid(*part.shape, -0.1, 0.1), window).reshape(part.shape)
     closed = torch.full_like(image, math.inf)
-    closed[top : top + height, left : left + width] = shut[:, :width]
+    closed[top : top + height, left : left + width] = shut[:height, :width]
     closed = closed.roll(int(columns[0]) * finer[1] - fine.columns // 2, 1)
     middle = closed[finer[0] // 2 :: finer[0], finer[1] // 2 :: finer[1]]
     row, column = middle.isfinite().nonzero().unbind(1)
