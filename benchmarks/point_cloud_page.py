@@ -122,13 +122,13 @@ def _precision(results: dict[str, Any]) -> list[str]:
         rows.append(
             [method, f"{100 * float(share):.0f} %", str(len(values)), mean_and_interval(list(values.values()), 3), gain]
         )
-        if method != "DR.CPO" and len(gains) > 1:
+        if method != "DR.CPO" and len(gains) >= 5:
             verdicts.append(f"- {100 * float(share):.0f} % of the frames: DR.CPO is {_verdict(gains)} {method}.")
     header = ["augmentation", "frames with labels", "seeds", "average precision", "DR.CPO minus it"]
     stored = len(results.get("precision", {}))
     left = f"{stored} of the study's 60 trainings are stored (five seeds, 10, 30 and 100 % of the frames, four augmentations)."
     if stored < 60:
-        left += " Of the others nothing is claimed; `python benchmarks/point_cloud.py precision` goes on where it was stopped."
+        left += " Where fewer than five seeds have run nothing is claimed; `python benchmarks/point_cloud.py precision` goes on where it was stopped."
     return ["## Average precision", PRECISION, markdown_table(header, rows), "\n".join(verdicts), left]
 
 
