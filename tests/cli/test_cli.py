@@ -241,7 +241,7 @@ def test_as_a_program(tmp_path: Path):
     command += ["--input_shape", "[1,9]"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
-    assert "times as fast" in run.stdout
+    assert "times as fast" in " ".join(run.stdout.split())  # slow times are longer, and break the line elsewhere
     assert "wrote net-compressed.pt" in run.stdout
 
 
