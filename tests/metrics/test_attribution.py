@@ -236,6 +236,7 @@ def test_unequal_ranks_equal_one_process(bounds, tmp_path):
     ("call", "error", "message"),
     [
         (lambda: LocalizationIoU(per_class=True), ValueError, "`per_class=True` needs `num_classes`"),
+        (lambda: DegradationScore(per_class=True), ValueError, "`per_class=True` needs `num_classes`"),
         (lambda: LocalizationIoU(num_classes=0), ValueError, "`num_classes` must be at least 1"),
         (lambda: PointingGame(tolerance=1.0), TypeError, "`tolerance` must be an int .* did you mean 1"),
         (

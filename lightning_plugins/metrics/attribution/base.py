@@ -51,11 +51,8 @@ class AttributionMetric(SumMetric):
 
     def __init__(self, *, num_classes: int | None = None, per_class: bool = False) -> None:
         super().__init__()
-        self.num_classes, self.per_class = num_classes, check_bool("per_class", per_class)
-        size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
-        check_room("num_classes", size)
-        if per_class and num_classes is None:
-            raise ValueError("`per_class=True` needs `num_classes`, so that every rank has the same sums, got None")
+        size = rows_of_sums(num_classes, per_class)
+        self.num_classes, self.per_class = num_classes, per_class
         for name in ("total", "random_total"):
             self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("count", "undefined"):
@@ -95,6 +92,20 @@ class AttributionMetric(SumMetric):
         self.undefined = self.undefined.index_add(0, index, (~defined).long())
 
 
+def rows_of_sums(num_classes: int | None, per_class: bool) -> int:
+    """Return how many rows a metric's sums have: one for each class, or one for all samples.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If there is no class, or their number is missing where results by class are wanted.
+    """
+    if check_bool("per_class", per_class) and num_classes is None:
+        raise ValueError("`per_class=True` needs `num_classes`, so that every rank has the same sums, got None")
+    size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
+    check_room("num_classes", size)
+    return size
+
+
 def class_rows(name: str, classes: Tensor | None, rows: int, num_classes: int | None) -> Tensor:
     """The row of the sums that each sample belongs to.
 
@@ -115,10 +126,7 @@ def class_rows(name: str, classes: Tensor | None, rows: int, num_classes: int | 
         return torch.zeros(rows, dtype=torch.long)
     if classes is None:
         raise ValueError(f"`{name}` must be given to a metric with `num_classes={num_classes}`, got None")
-    if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dtype == torch.bool:
-        kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
-        raise TypeError(f"`{name}` must be a tensor of integers, got {kind}")
-    check_integers(name, classes)
+    check_integers(name, classes, "a tensor of integers")
     if classes.shape != (rows,):
         raise ValueError(f"`{name}` must have shape ({rows},), got {tuple(classes.shape)}")
     on_host = classes.device.type == "cpu"  # elsewhere a look at the values would wait for the device

@@ -17,7 +17,7 @@ from lightning_plugins.functional.attribution import (
 from lightning_plugins.functional.attribution.replacement import checked_perturbation
 from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward, check_inputs, checked_target
 from lightning_plugins.metrics._sums import SumMetric
-from lightning_plugins.metrics.attribution.base import AttributionScore, class_rows, skill_of
+from lightning_plugins.metrics.attribution.base import AttributionScore, class_rows, rows_of_sums, skill_of
 from lightning_plugins.metrics.attribution.by_forward import ForwardMetric
 
 Reduction = Literal["sum", "mean"]
@@ -75,9 +75,8 @@ class DegradationScore(SumMetric):
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.per_class, self.baseline = check_bool("per_class", per_class), check_bool("baseline", baseline)
-        size = 1 if num_classes is None else check_positive_int("num_classes", num_classes)
+        size = rows_of_sums(num_classes, per_class)
+        self.num_classes, self.per_class, self.baseline = num_classes, per_class, check_bool("baseline", baseline)
         self.steps = check_positive_int("steps", steps)
         self.perturbation = checked_perturbation(perturbation, Perturbation())
         self.reduction: Reduction = reduction
