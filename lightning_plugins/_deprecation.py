@@ -9,17 +9,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def warn_of_older_name(old: str, new: str) -> None:
-    """Say that an argument has another name now, at the line of the user's call.
-
-    Args:
-        old: The older name.
-        new: The present one, and what it means where that has changed.
-    """
-    text = f"`{old}` has another name: pass {new}. The older name works up to the next minor version"
-    warnings.warn(text, FutureWarning, stacklevel=3)
-
-
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a callable take keyword arguments under older names, with a `FutureWarning` that gives the present one.
 
@@ -50,7 +39,8 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     continue
                 if new in given:
                     raise TypeError(f"`{old}` is the older name of `{new}`; pass `{new}` alone, got both")
-                warn_of_older_name(old, f"`{new}`")
+                text = f"`{old}` has another name: pass `{new}`. The older name works up to the next minor version"
+                warnings.warn(text, FutureWarning, stacklevel=2)
                 given[new] = given.pop(old)
             return function(*args, **kwargs)
 

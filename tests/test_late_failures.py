@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from lightning_plugins.arguments import fits
+from lightning_plugins._arguments import fits
 from lightning_plugins.callbacks import (
     AttributionEvaluation,
     HybridCompression,

@@ -15,7 +15,7 @@ from lightning_plugins.callbacks._rows.network_calls import NetworkCall, Network
 from lightning_plugins.callbacks._rows.pool import callable_name
 from lightning_plugins.callbacks._rows.rows import check_mask
 from lightning_plugins.callbacks._rows.select import Select, Step, check_select, selected
-from lightning_plugins.callbacks._terms.distances import Distance, check_positive
+from lightning_plugins.callbacks._terms.distances import Distance
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
 from lightning_plugins.callbacks._terms.projections import Projections
 from lightning_plugins.callbacks._terms.teachers import START, check_teacher, make_teacher
@@ -114,7 +114,7 @@ class Distillation(Callback):
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"`schedule` must be a Schedule, got {schedule!r} ({type(schedule).__name__})")
         self.schedule = schedule
-        self._projections = Projections(check_positive("projection_rate", projection_rate))
+        self._projections = Projections(check_positive_number("projection_rate", projection_rate))
         self._own: nn.Module | None = None  # the teacher
         self._saved: dict[str, Any] | None = None  # of a checkpoint, until there is a teacher to load it into
         self._calls: tuple[NetworkCalls, NetworkCalls] | None = None
@@ -276,8 +276,8 @@ class Distillation(Callback):
         arguments, batch = given
         try:
             mask = find_mask(LayerCall(pair[0], arguments, (), batch), self._mask, label)
-            mine, valid = distance.places(pair[0], mask)
-            theirs, _ = distance.places(pair[1], None)
+            mine, valid = distance.places("student", pair[0], mask)
+            theirs, _ = distance.places("teacher", pair[1], None)
             if mine.shape[:2] != theirs.shape[:2]:
                 raise ValueError(f"the teacher gives {tuple(pair[1].shape)}, the student {tuple(pair[0].shape)}")
             if label != "outputs" and (mine.shape[-1] != theirs.shape[-1] or label in self._projections.weights):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import (
     check_choice,
     check_finite_number,
@@ -16,7 +17,6 @@ from lightning_plugins._checks import (
     check_positive_int,
     check_room,
 )
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
 
 KINDS = ("premature", "wide", "inverted", "ventricular")

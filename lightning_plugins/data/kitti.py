@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_plugins.arguments import check_arguments
+from lightning_plugins._arguments import check_arguments
 
 
 class KITTIFrames(torch.utils.data.Dataset[dict[str, Any]]):

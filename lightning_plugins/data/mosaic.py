@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.tensors import check_integers
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_plugins._arguments import check_arguments, check_index
 from lightning_plugins._checks import check_finite_number, check_positive_int, nearest
-from lightning_plugins.arguments import check_arguments, check_index
 from lightning_plugins.functional.boxes import part_occupancy, points_in_boxes, rotate_z
 
 PARTS: dict[str, tuple[int, int, int]] = {"Car": (10, 4, 3), "Cyclist": (4, 2, 3), "Pedestrian": (2, 2, 3)}

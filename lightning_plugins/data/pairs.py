@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_fraction, check_int, check_non_negative_int, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import world_size
 from lightning_plugins.functional.class_information import binary_symmetric_channel_information, check_distribution
 from lightning_plugins.functional.tensors import check_dims

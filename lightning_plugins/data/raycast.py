@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_finite_number, check_fraction, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.range_image import RangeGrid
 
 _FLAT = 1e-12

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_plugins._arguments import check_arguments, check_index
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
-from lightning_plugins.arguments import check_arguments, check_index
 from lightning_plugins.data.raycast import Scan, Shape, SpinningSensor, prism, scan
 from lightning_plugins.functional.boxes import bev_overlap
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import gaussian_information
 from lightning_plugins.information.fitting import check_pairs
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_choice
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.information.marginals import Kind, Marginals
 
 CRITICS = ("separable", "bilinear", "joint", "cosine")

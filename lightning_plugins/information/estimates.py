@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_callable, check_instance, shown
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import class_entropy, class_posterior_information, infonce_ceiling
 from lightning_plugins.functional.pair_scores import BoundWithError, candidate_bound
 from lightning_plugins.information.critics import Critic

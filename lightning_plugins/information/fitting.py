@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import (
     check_choice,
     check_finite_number,
@@ -16,7 +17,6 @@ from lightning_plugins._checks import (
     check_non_negative_int,
     check_positive_int,
 )
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.information import (
     donsker_varadhan_bound,
     infonce_bound,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_positive_int, shown
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.class_information import class_entropy
 from lightning_plugins.functional.tensors import check_dims, check_floating, check_integers
 from lightning_plugins.information.fitting import check_pairs, shuffled_rows

@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_plugins.arguments import check_arguments
+from lightning_plugins._arguments import check_arguments
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_choice, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.preconditioning import Derivative, gap_precondition
 from lightning_plugins.meta.preconditioners import Preconditioner, few, key
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_finite_number
-from lightning_plugins.arguments import check_arguments
 
 
 class Preconditioner(nn.Module):

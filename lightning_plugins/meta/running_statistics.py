@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import sum_over_ranks
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -111,8 +111,8 @@ class DistillationMixin:
             TypeError: If an argument is of the wrong type.
         """
         distance = Distance(loss, temperature, layout)
-        mine, valid = distance.places(student, mask)
-        theirs, _ = distance.places(teacher, None)
+        mine, valid = distance.places("student", student, mask)
+        theirs, _ = distance.places("teacher", teacher, None)
         found = distance(mine, theirs, valid)
         penalty = check_finite_number("weight", weight) * found
         if name is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_plugins.arguments import check_arguments
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins.compression.reports.report import CompressionReport, LayerChange
 from lightning_plugins.plots.style import COLOURS, INK, MUTED, empty_figure, style_axes
 

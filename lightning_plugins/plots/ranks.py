@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from lightning_plugins.arguments import check_arguments
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins.compression import RankSearch
 from lightning_plugins.plots.style import COLOURS, GRID, INK, MUTED, empty_figure, style_axes
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_finite_number, check_int, check_positive_int, shown
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.distributed import is_distributed
 
 try:

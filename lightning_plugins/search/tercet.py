@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_choice, check_fraction, check_positive_int
-from lightning_plugins.arguments import check_arguments
 
 
 @dataclass(frozen=True)

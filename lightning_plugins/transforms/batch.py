@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_fraction, check_instance, check_int, check_positive_int
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.data.object_bank import ObjectBank
 from lightning_plugins.functional.boxes import bev_overlap, points_in_boxes, rotate_z
 from lightning_plugins.functional.ground import ground_height

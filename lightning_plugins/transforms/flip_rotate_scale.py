@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_finite_number
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.boxes import rotate_z
 from lightning_plugins.transforms.frame import Frame, FrameTransform
 

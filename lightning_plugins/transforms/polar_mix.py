@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_fraction
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.functional.boxes import points_in_boxes, rotate_z
 from lightning_plugins.transforms.frame import Frame, FrameTransform
 

@@ -1,6 +1,7 @@
 """Base of the callbacks that end in a smaller network: phases, checkpoints from before and after, batch norms."""
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_plugins.compression.networks.norm_statistics import NormStatistic
 from lightning_plugins.compression.reports.report import CompressionReport
 
 
-class CompressingCallback(Callback):
+class CompressingCallback(Callback, ABC):
     """A training that ends in a smaller network.
 
     A subclass writes what it requires (`_require`), how it begins (`_begin`) and what it does between two epochs
@@ -44,21 +45,21 @@ class CompressingCallback(Callback):
         self._small = False  # as a checkpoint had it whose callback was another
         self._jump: int | None = None  # batches since the network last jumped
 
+    @abstractmethod
     def _require(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse modules and Trainers that the callback does not work with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the dense network at the start of a fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
         """Do what it is time for between two epochs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _missed(self) -> str | None:
         """Return the end of a warning about a training that ended before the network was small; None for none."""
-        raise NotImplementedError
 
     @property
     def finished(self) -> bool:
@@ -146,9 +147,9 @@ class CompressingCallback(Callback):
         self._small, self._jump = state_dict.get("small", False), state_dict.get("jump")
         self._resume(entry)
 
+    @abstractmethod
     def _resume(self, entry: Callable[[str], Any]) -> None:
         """Take over the subclass's part of a state, which is read by key."""
-        raise NotImplementedError
 
     def _deliver(self, trainer: Trainer, pl_module: LightningModule, report: CompressionReport, *, last: bool) -> None:
         """Note that the module is the small network from now on."""

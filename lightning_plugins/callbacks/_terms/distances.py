@@ -1,32 +1,19 @@
 """The mean distance of a student's tensors from a teacher's, over the valid positions of all processes."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_plugins._checks import check_choice, check_finite_number
+from lightning_plugins._checks import check_choice, check_positive_number
 from lightning_plugins.distributed import is_distributed, world_size
 from lightning_plugins.functional.distillation import cosine_error, feature_error, soft_target_divergence
 from lightning_plugins.functional.pooling import check_layout, layout_axes, pool_embeddings
-from lightning_plugins.functional.tensors import check_real, check_tensor
+from lightning_plugins.functional.tensors import check_floating, check_real
 
 LOSSES = ("kl", "mse", "cosine")
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NCHW"}
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return ``value`` if it is a finite number above 0.
-
-    Raises:
-        TypeError: If ``value`` is not an int or float.
-        ValueError: If it is not finite, or not above 0.
-    """
-    if check_finite_number(name, value) <= 0:
-        raise ValueError(f"`{name}` must be above 0, got {value!r}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -49,13 +36,14 @@ class Distance:
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, LOSSES)
-        check_positive("temperature", self.temperature)
+        check_positive_number("temperature", self.temperature)
         check_layout(self.layout)
 
-    def places(self, tensor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def places(self, name: str, tensor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The channels at every position, and which positions count.
 
         Args:
+            name: What the tensor is called in messages.
             tensor: A tensor of two dimensions or more.
             mask: The valid positions; see `pool_embeddings`.
 
@@ -66,9 +54,7 @@ class Distance:
             ValueError: If the layout or the mask does not fit.
             TypeError: If it is no floating tensor.
         """
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"`student` and `teacher` must be floating tensors, got {_described(tensor)}")
-        check_tensor("student", tensor)
+        check_floating(name, tensor)
         if mask is not None:
             check_real("mask", mask)
         layout = self.layout if self.layout and len(self.layout.replace("...", "")) == tensor.ndim else None
@@ -120,7 +106,3 @@ class Distance:
             dist.all_reduce(of_all)
             mine = total * world_size() / of_all[1].clamp_min(1)
             return mine + (of_all[0] / of_all[1].clamp_min(1) - mine.detach())
-
-
-def _described(value: Any) -> str:
-    return f"one in {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -4,8 +4,8 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_instance, check_positive_int
-from lightning_plugins.arguments import check_arguments
 
 Split = Literal["train", "val", "test"]
 _MOST_TASKS = 10**6

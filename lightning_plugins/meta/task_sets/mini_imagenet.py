@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from lightning_plugins._arguments import check_arguments
 from lightning_plugins._checks import check_choice
-from lightning_plugins.arguments import check_arguments
 from lightning_plugins.meta.task_sets._labelled_images import (
     LabelledImages,
     check_files,
