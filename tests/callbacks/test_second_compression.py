@@ -38,6 +38,8 @@ def test_a_second_and_a_third_fit_go_on(kind, layers):
     model = compressed(kind(layers, budget=0.6, **PHASES))
     sizes = [params(model)]
     for budget in (0.6, 0.7):
-        fit(model, BATCHES, [kind(layers, budget=budget, **PHASES)], max_epochs=3)
+        callback = kind(layers, budget=budget, **PHASES)
+        fit(model, BATCHES, [callback], max_epochs=3)
         assert params(model) < sizes[-1]
+        assert callback.report.share <= budget  # of the operations that the network had before this fit
         sizes.append(params(model))
