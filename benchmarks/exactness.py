@@ -12,6 +12,7 @@ rows in any implementation, is left out by its weight where there is one.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
@@ -143,6 +144,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--losses", nargs="+", default=list(LOSSES))
     options = parser.parse_args()
+    if importlib.util.find_spec("lightly") is None and any(name.startswith("lightly") for name in options.losses):
+        parser.error("lightly is missing; install it, or name the others by `--losses`")
     lines = []
     for name in options.losses:
         lines.append((name, error(name, (8, 8)), error(name, (5, 11))))

@@ -110,7 +110,7 @@ def summary(rows: list[tuple[int, ...]]) -> dict[str, float]:
 def timing() -> dict[str, object]:
     """Processor seconds of a frame: median and minimum of interleaved runs."""
     small = RaycastScenes(40, SpinningSensor(beams=32, columns=1024, lowest=-22, highest=3), seed=1)
-    large = RaycastScenes(1, SpinningSensor(beams=64, columns=2048, lowest=-24, highest=4), seed=2, scenery=40)
+    large = RaycastScenes(1, SpinningSensor(beams=64, columns=2300, lowest=-24, highest=4), seed=2, scenery=40)
     bank = ObjectBank.from_frames(small)
     cases = {}
     whole, near = ((5.0, 65.0), (-35.0, 35.0)), ((5.0, 35.0), (-20.0, 20.0))  # near, hardly an object is dropped
