@@ -20,8 +20,8 @@ bank holds the same cuboid seen from 5 to 25 m; with range noise, 0.02 m of it. 
 place: its own points are right but for ground and range margins of its box, and what it ought to hide stays."""
 
 TIME = """Sixteen frames a case, the cases in turn, by processor time; the machine was shared, so the fastest says more than
-the median. Of the last frame: how many objects found a free place, and how many are left, since those that no five beams meet are
-dropped."""
+the median. Of the last frame: how many objects found a free place, and how many are left, since those that no five
+beams meet are dropped."""
 
 HIDDEN = """`hidden_points` on 20,000 points of a sphere of radius 1, and on 5,000 points of a car's box with 0.02 m of noise under
 the paper's radius. *Agrees* is the share of the points that both call visible, or both hidden. Open3D{version}."""
