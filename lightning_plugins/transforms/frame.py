@@ -81,7 +81,9 @@ class Frame:
         for number in gone.nonzero().flatten().tolist():
             kept[number] = int(points_in_boxes(left, self.boxes[number : number + 1]).sum()) >= min_points
         labels = [label for label, stays in zip(self.labels, kept.tolist(), strict=True) if stays]
-        return replace(self, points=left, boxes=self.boxes[kept], labels=labels, source=self.source.index_select(0, numbers))
+        return replace(
+            self, points=left, boxes=self.boxes[kept], labels=labels, source=self.source.index_select(0, numbers)
+        )
 
     def write(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """The sample with this frame in it, as NumPy where it was NumPy; other keys are kept."""
