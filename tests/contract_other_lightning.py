@@ -22,8 +22,9 @@ from lightning_plugins.callbacks import VNERegularization
 from lightning_plugins.mixins import CompressionMixin, StableRankMixin, VNEMixin
 from tests.callbacks.budgets import BATCHES as BUDGET_BATCHES
 from tests.callbacks.budgets import params, seeded
+from tests.contract_by_hand import Model
 from tests.contract_compression import COMPRESSIONS
-from tests.contract_table import SETTINGS, Model
+from tests.contract_table import SETTINGS
 from tests.mixins.few_shot import Few, FewGAP, make_tasks
 from tests.models import Batches, Classifier, fit, make_batches
 

@@ -10,7 +10,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from tests.contract_table import SETTINGS, Model, Setting
+from tests.contract_by_hand import Model
+from tests.contract_table import SETTINGS, Setting
 from tests.models import Batches, fit, make_batches
 
 BATCHES = make_batches(6)

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins.callbacks import VNERegularization
 from tests._processes import run_on_ranks
+from tests.contract_by_hand import ByHand, Model
 from tests.contract_ranks import BOUNDS, act_as_rank
-from tests.contract_table import SETTINGS, ByHand, Model, assert_close
+from tests.contract_table import SETTINGS, assert_close
 from tests.models import entropy_by_autograd, fit, make_batches, shard
 
 pytestmark = pytest.mark.distributed

@@ -10,8 +10,9 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from tests._killed import Killed, fork_ranks, fork_to_be_killed, run_in_nursery, saving
+from tests.contract_by_hand import Model
 from tests.contract_ranks import BOUNDS, act_as_rank
-from tests.contract_table import SETTINGS, Model, assert_close
+from tests.contract_table import SETTINGS, assert_close
 from tests.models import fit, make_batches, shard
 
 BATCHES = make_batches(6)

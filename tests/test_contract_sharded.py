@@ -13,8 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from lightning_plugins.callbacks import VNERegularization
 from lightning_plugins.distributed import full_tensor
 from tests._processes import run_on_ranks
+from tests.contract_by_hand import Model
 from tests.contract_ranks import BOUNDS, act_as_rank
-from tests.contract_table import SETTINGS, Model, assert_close
+from tests.contract_table import SETTINGS, assert_close
 from tests.models import fit, make_batches, shard
 
 BATCHES = make_batches(6)

@@ -9,7 +9,8 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from tests.contract_table import SETTINGS, Model, Setting
+from tests.contract_by_hand import Model
+from tests.contract_table import SETTINGS, Setting
 from tests.models import Batches, fit, make_batches
 
 BATCHES = make_batches(6)

@@ -21,8 +21,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from lightning_plugins.callbacks import RepresentationMonitor, StableRankRegularization, VNERegularization
 from lightning_plugins.regularizers import VonNeumannEntropy
 from tests._processes import run_on_ranks
+from tests.contract_by_hand import Model
 from tests.contract_ranks import act_as_rank
-from tests.contract_table import Model
 from tests.models import fit, make_batches, shard
 
 pytestmark = pytest.mark.distributed

@@ -13,8 +13,8 @@ from lightning_plugins.callbacks.collapse_alarm import Collapse
 from lightning_plugins.metrics import EffectiveRank, FeatureStableRank, RankMe, VonNeumannEntropy
 from tests._killed import saving
 from tests._processes import run_on_ranks
+from tests.contract_by_hand import Model
 from tests.contract_ranks import BOUNDS, act_as_rank
-from tests.contract_table import Model
 from tests.models import fit, make_batches, shard
 
 BATCHES = make_batches(6)

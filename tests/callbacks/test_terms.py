@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_plugins.callbacks import RepresentationRegularization, WeightRegularization
 from tests._killed import saving
 from tests._processes import run_on_ranks
+from tests.contract_by_hand import Model
 from tests.contract_ranks import BOUNDS, act_as_rank
-from tests.contract_table import Model, Setting
+from tests.contract_table import Setting
 from tests.models import fit, make_batches, shard
 from tests.regularizers.terms import ARGUMENTS, EMBEDDING_TERMS, WEIGHT_TERMS, make
 from tests.test_contract_yaml import run_cli
