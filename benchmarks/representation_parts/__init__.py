@@ -1,0 +1,1 @@
+"""The four trainings of `benchmarks/representations.py`, one file each."""
