@@ -68,7 +68,8 @@ class RepresentationRegularization(Callback):
         layout: What the dimensions of the tensor are, one letter each, as ``"NLC"``; needed where the module does not
             tell.
         queue_size: This many rows of earlier batches are remembered and join the batch, for batches too small to show
-            a spectrum. No gradient flows through them; they are saved in checkpoints.
+            a spectrum. No gradient flows through them, so that N rows with a queue of Q want about (N + Q) / N times
+            the ``weight``; they are saved in checkpoints.
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th optimizer step carries the term, then n times as strong.
         on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, with one warning and a count in the log:

@@ -45,7 +45,8 @@ class VNERegularization(RepresentationRegularization):
             tell.
         scope: ``"global"``: the entropy of the batch of all ranks together; ``"local"``: of each rank's own rows.
         queue_size: This many rows of earlier batches are remembered and join the spectrum, for batches too small to
-            show it (fewer than about 32 rows). No gradient flows through them; they are saved in checkpoints.
+            show it (fewer than about 32 rows). No gradient flows through them, so that N rows with a queue of Q want
+            about (N + Q) / N times the ``weight``; they are saved in checkpoints.
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th optimizer step carries the term, then n times as strong.
         method: How the spectrum is computed; see `lightning_plugins.functional.von_neumann_entropy`.
