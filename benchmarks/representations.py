@@ -57,14 +57,16 @@ def best(name: str, part: Part, group: str, method: str, store: Store) -> float 
 
 
 def missing(name: str, part: Part, store: Store) -> list[Run]:
-    """First all searches, then seed by seed, so that what has run after a while is even."""
-    pairs = [(group, method) for group in part.groups for method in part.methods]
-    searches = [run for pair in pairs for run in searched(part, *pair) if key(name, run) not in store]
-    if searches:
-        return searches
-    chosen = {pair: best(name, part, *pair, store) for pair in pairs}
-    runs = [Run(*pair, chosen[pair], seed, search=False) for seed in range(part.seeds) for pair in pairs]
-    return [run for run in runs if key(name, run) not in store]
+    """Group by group the searches, then seed by seed, so that what has run after a while is even."""
+    for group in part.groups:
+        runs = [run for method in part.methods for run in searched(part, group, method)]
+        if all(key(name, run) in store for run in runs):
+            chosen = {method: best(name, part, group, method, store) for method in part.methods}
+            seeds = range(part.seeds)
+            runs = [Run(group, method, knob, seed, search=False) for seed in seeds for method, knob in chosen.items()]
+        if left := [run for run in runs if key(name, run) not in store]:
+            return left
+    return []
 
 
 def results(name: str, part: Part, group: str, method: str, store: Store) -> dict[int, dict[str, float]]:
