@@ -24,6 +24,7 @@ from lightning_plugins.compression import (
     trade_off,
 )
 from lightning_plugins.compression import quantize as int8
+from lightning_plugins.compression.costs.layer_costs import arguments_of
 from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.compression.reports.export import export_onnx
 from lightning_plugins.plots import compression_figure, require_matplotlib
@@ -161,7 +162,7 @@ def _search(
 def _inputs(model: nn.Module, shape: list[int] | None, dtype: str, needed: str) -> Inputs | None:
     """An input of the shape given or, without one, what the network says of its input; None if nothing needs one."""
     if shape is None:
-        example = getattr(model, "example_input_array", None)  # of a LightningModule
+        example = arguments_of(getattr(model, "example_input_array", None))  # of a LightningModule
         if isinstance(example, Tensor | tuple | Mapping):
             return example
         configuration = getattr(model, "pretrained_cfg", None)  # of timm

@@ -12,6 +12,7 @@ from lightning_plugins.compression.budget.budget import Multiplier, Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
 from lightning_plugins.compression.budget.filling import ChoiceSettings
+from lightning_plugins.compression.costs.layer_costs import arguments_of
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.mixins._packages import refuse_other_package
 
@@ -128,11 +129,11 @@ class CompressionMixin:
         settings = ChoiceSettings(layers=layers, budget=budget, cost=cost, masks=masks, ranks=ranks, keep=keep, **least)
         if not masks and not ranks:
             raise ValueError("`masks` or `ranks` must be True, or there is nothing to choose, got False for both")
-        given = getattr(self, "example_input_array", None) if inputs is None else inputs
+        given = arguments_of(getattr(self, "example_input_array", None) if inputs is None else inputs)
         if given is None and (masks or cost == "flops"):
             raise ValueError("`inputs` must be given where the module has no `example_input_array`, got None for both")
         if given is not None:
-            check_instance("inputs", given, (Tensor, tuple, list, dict), "a tensor, a tuple of arguments or a dict")
+            check_instance("inputs", given, (Tensor, tuple, dict), "a tensor, a tuple of arguments or a dict")
         network = BudgetedNetwork(self, settings, inputs=given)
         network.begin()
         choice = Choice(network, rates or ChoiceRates())

@@ -292,3 +292,34 @@ def test_a_step_that_cannot_be_scored_is_named_at_the_start():
 
     with pytest.raises(MisconfigurationException, match="`score`: the search of ranks scores batches"):
         fit(seeded(Iterating), BATCHES, [LowRankCompression("*", 0.4, search_data=BATCHES[:2])], max_epochs=3)
+
+
+@pytest.mark.parametrize("kind", [HybridCompression, LowRankCompression])
+def test_a_list_of_example_inputs_holds_the_arguments(kind):
+    class TwoInputs(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.example_input_array = [self.example_input_array, 2.0]
+
+        def forward(self, x: Tensor, scale: float) -> Tensor:
+            return super().forward(scale * x)
+
+        def training_step(self, batch: Any, _: Any) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0], 1.0), batch[1])
+
+    late = {"search_data": BATCHES[:2], "search_at": 2, "factorize_at": 6, "unit": "steps"}
+    callback = LowRankCompression("*", 0.4, **late) if kind is LowRankCompression else in_steps(kind, budget=0.8)
+    fit(seeded(TwoInputs), BATCHES, [callback], max_epochs=3)
+    assert callback.report.after.flops < callback.report.before.flops
+
+
+def test_a_step_that_fails_in_evaluation_mode_is_named_with_the_mode():
+    class Predicting(Model):
+        def training_step(self, batch: Any, _: Any) -> Tensor:
+            losses = {"loss": self.loss(batch)} if self.training else []  # as detection networks do
+            return sum(losses.values())
+
+    with pytest.raises(
+        MisconfigurationException, match=r"of Predicting in evaluation mode, which fails .*AttributeErr"
+    ):
+        fit(seeded(Predicting), BATCHES, [LowRankCompression("*", 0.4, search_data=BATCHES[:2])], max_epochs=3)

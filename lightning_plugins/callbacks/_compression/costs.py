@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_plugins._lightning import LightningModule, Trainer, move_data_to_device
-from lightning_plugins.compression.costs.layer_costs import Cost, LayerCost, layer_costs
+from lightning_plugins.compression.costs.layer_costs import Cost, LayerCost, arguments_of, layer_costs
 from lightning_plugins.compression.costs.network_costs import NetworkCosts, measure_network
 from lightning_plugins.weights import Scheme
 
@@ -11,7 +11,7 @@ from lightning_plugins.weights import Scheme
 def example_inputs(trainer: Trainer, pl_module: LightningModule) -> Any:
     """The module's ``example_input_array`` on its device and in the training's precision; None if it has none."""
     inputs = trainer.precision_plugin.convert_input(pl_module.example_input_array)
-    return move_data_to_device(inputs, pl_module.device)
+    return arguments_of(move_data_to_device(inputs, pl_module.device))
 
 
 def network_costs(trainer: Trainer, pl_module: LightningModule) -> NetworkCosts:

@@ -197,8 +197,8 @@ def try_score(trainer: Trainer, pl_module: LightningModule, batch: Any, score: s
             what = repr(score) if isinstance(score, str) else "the training step" if score is None else "the function"
             raise MisconfigurationException(
                 f"`score`: the search of ranks scores batches of `search_data` with {what} of "
-                f"{type(pl_module).__name__}, which fails on the first one ({type(error).__name__}: {error}); pass the "
-                "name of a method that takes a batch, or a function of module and batch"
+                f"{type(pl_module).__name__} in evaluation mode, which fails on the first one ({type(error).__name__}: "
+                f"{error}); pass the name of a method that takes a batch, or a function of module and batch"
             ) from error
 
 

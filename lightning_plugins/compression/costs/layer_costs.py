@@ -111,6 +111,22 @@ def layer_costs(
     return {name: LayerCost(*flops[name], full_rank(layer, scheme=scheme)) for name, layer in found.items()}
 
 
+def arguments_of(example: Any) -> Any:
+    """The ``inputs`` of `run` that an ``example_input_array`` stands for: to Lightning a list holds the arguments.
+
+    Args:
+        example: A tensor, a tuple or list of arguments, a dict of keyword arguments, or None.
+
+    Returns:
+        A tuple for a list, everything else as it is.
+
+    Example:
+        >>> arguments_of([1, 2]), arguments_of(None)
+        ((1, 2), None)
+    """
+    return tuple(example) if isinstance(example, list) else example
+
+
 def run(model: nn.Module, inputs: Any) -> Any:
     """Run a model once, in evaluation mode and without gradients, and leave it as it was.
 
