@@ -20,6 +20,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the gallery's outputs come from tools/gallery.py
+nb_merge_streams = True  # lines that were printed one by one stand in one block
 exclude_patterns = ["_build", "executed"]
 
 html_theme = "furo"
