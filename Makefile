@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help install demo test test-all test-oldest test-newest lint format types imports docs docs-shots notebooks \
-	notebooks-check bench dist check-wheel clean
+	notebooks-check notebooks-run gallery bench dist check-wheel clean
 
 help:  ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -77,6 +77,12 @@ notebooks: $(INSTALLED)  ## Write the notebooks from the scripts under examples/
 
 notebooks-check: $(INSTALLED)  ## Fail if a notebook differs from its script
 	$(BIN)/python tools/notebooks.py --check
+
+notebooks-run: $(INSTALLED)  ## Run every notebook, shortened, from an empty folder with the wheel, and time each
+	$(BIN)/python tools/check_wheel.py --notebooks 2 --borrow "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+gallery: $(INSTALLED)  ## Run in full the notebooks whose outputs in docs/executed are not those of their code
+	$(BIN)/python tools/gallery.py
 
 bench: $(INSTALLED)  ## Run the short benchmarks, or those named: make bench BENCH=benchmarks/x.py
 	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script"; done

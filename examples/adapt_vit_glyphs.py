@@ -19,7 +19,9 @@
 
 # %%
 import os
+import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +30,25 @@ from torch import Tensor, nn
 
 from lightning_plugins.data import EpisodicDataModule
 from lightning_plugins.meta import GAP, GlyphFewShot
-from lightning_plugins.metrics import FewShotAccuracy, FewShotAccuracyInterval
+from lightning_plugins.metrics import AdaptationCurve, FewShotAccuracy, FewShotAccuracyInterval
 from lightning_plugins.mixins import MAMLMixin
+from lightning_plugins.plots import adaptation_figure
 
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "150"))  # batches of four tasks; the tests set 2
 SHORT = STEPS < 150
 warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
+
+
+def show(figure, name):
+    """Write the figure to a file, and show it in a notebook."""
+    path = Path(tempfile.gettempdir()) / f"{name}.png"
+    figure.savefig(path)
+    print(f"figure: {path}")
+    if "get_ipython" in globals():
+        from IPython.display import Image, display
+
+        display(Image(path))
+
 
 # %% [markdown]
 # ## The network
@@ -131,6 +146,27 @@ for name, settings in METHODS.items():
         accuracies.append(found["test/accuracy"])
     print(f"{name:18} {len(model.inner_loop.adapted):3} tensors adapt: accuracy without steps"
           f" {100 * accuracies[0]:.1f} %, after five {100 * accuracies[1]:.1f} %")  # fmt: skip
+
+# %% [markdown]
+# ## What a step brings
+#
+# The accuracy on the query samples after every inner step, over test tasks; the trainings took three.
+
+
+# %%
+@torch.no_grad()
+def curve(model: LightningModule, steps: int = 8) -> tuple[Tensor, Tensor]:
+    metric = AdaptationCurve(steps)
+    for number, (support, query) in enumerate(data.test_dataloader()):
+        if number == (2 if SHORT else 25):
+            break
+        _, outputs = model.inner_loop.curve(support, query, steps=steps)
+        metric.update((outputs.argmax(-1) == query[1].unsqueeze(1)).double().mean(-1))
+    return metric.compute()
+
+
+curves = {name: curve(model) for name, model in models.items()}
+show(adaptation_figure(curves, ylabel="accuracy", trained_steps=3, title="Five characters"), "adapt_vit_glyphs")
 
 # %% [markdown]
 # ## The claim

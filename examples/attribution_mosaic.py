@@ -8,7 +8,7 @@
 # quarter.
 
 # %%
-# %pip install --quiet 'lightning-plugins[lightning,plots]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,plots,attribution]' scikit-learn
 
 # %%
 import os

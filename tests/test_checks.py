@@ -47,6 +47,7 @@ def test_an_allowed_value_comes_back_unchanged(check, value):
         (check_fraction, math.nan, ValueError, r"`a` must be in \[0, 1\], got nan$"),
         (check_fraction, math.inf, ValueError, r"`a` must be in \[0, 1\], got inf$"),
         (check_fraction, 80, ValueError, r"got 80; did you mean 0\.8\?"),
+        (check_fraction, 1.5, ValueError, r"got 1\.5$"),  # no percentage that anybody would mean
         (check_fraction, False, TypeError, r"`a` must be a number in \[0, 1\], got False \(bool\)"),
         (check_positive_int, 0, ValueError, r"`a` must be at least 1, got 0"),
         (check_positive_int, -2, ValueError, r"`a` must be at least 1, got -2"),

@@ -1,6 +1,7 @@
 """The scripts under examples/ run, as scripts and as the notebooks made from them; one knob shortens them."""
 
 import ast
+import json
 import os
 import re
 import resource
@@ -13,6 +14,8 @@ import nbclient
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.test_docs import tool
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -125,6 +128,23 @@ def test_notebook_needs_no_file_beside_it_and_installs_what_it_imports(script):
     for module, package in packages.items():
         named = re.search(rf"^from {module}\b|^import {module}\b", source, re.MULTILINE)
         assert not named or package in cells[0].source or (module == "sklearn" and "search" in cells[0].source)
+
+
+@pytest.mark.parametrize(
+    ("install", "brought", "missing"),
+    [
+        ("'lightning-plugins[plots]'", {"matplotlib"}, {"captum", "sklearn", "timm"}),
+        ("'lightning-plugins[plots,attribution]'", {"matplotlib", "captum", "sklearn"}, {"timm"}),
+        ("'lightning-plugins[lightning]' scikit-learn timm", {"sklearn", "timm"}, {"matplotlib", "captum"}),
+    ],
+)
+def test_runs_without_an_installation_hide_what_the_first_cell_does_not_bring(install, brought, missing, tmp_path):
+    cells = [{"cell_type": "markdown", "source": ["# A"]}, {"cell_type": "code", "source": ["%pip install --quiet "]}]
+    cells[1]["source"].append(install)
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    hidden = tool("notebook_runs").missing_for(tmp_path / "a.ipynb", tool("check_wheel").EXTRAS)
+    assert missing <= set(hidden)
+    assert not brought & set(hidden)
 
 
 @pytest.mark.slow

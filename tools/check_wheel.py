@@ -4,6 +4,7 @@
     python tools/check_wheel.py --extras          # and one environment more for each extra
     python tools/check_wheel.py --borrow FOLDER   # dependencies from an installed site-packages; nothing is downloaded
     python tools/check_wheel.py --notebooks 2     # and every notebook, of so many steps, with the extra `examples`
+    python tools/check_wheel.py --notebooks 2 --only linear_probe     # or these alone
 
 "Use" means: import every module, without extras, and run the first program of README.md, with the names of
 `pytorch_lightning`, which the package depends on, unless the extra is `lightning`. The times are printed.
@@ -21,7 +22,11 @@ import tempfile
 import time
 import venv
 import zipfile
+from functools import partial
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
+from notebook_runs import run_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "lightning_plugins"
@@ -76,11 +81,6 @@ for module in pkgutil.walk_packages(lightning_plugins.__path__, "lightning_plugi
             need.append(f"{module.name}.{name}")
 print(f"{loaded} modules imported from {lightning_plugins.__path__[0]}")
 print(f"an extra is needed by {', '.join(need) or 'none'}")
-"""
-RUN_NOTEBOOK = """
-import sys, jupytext, nbclient
-notebook = jupytext.read(sys.argv[1])
-nbclient.NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": "."}}).execute()
 """
 
 
@@ -148,12 +148,12 @@ def environment(folder: Path, wheel: Path, extra: str | None, borrow: Path | Non
     return python
 
 
-def use(python: Path, *arguments: str) -> str:
+def use(python: Path, *arguments: str, **environment: str) -> str:
     """Run Python in an empty folder, outside of the clone and without its paths; what it printed."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     with tempfile.TemporaryDirectory() as folder:
         finished = subprocess.run(
-            [python, *arguments], cwd=folder, env=kept, capture_output=True, text=True, check=False
+            [python, *arguments], cwd=folder, env={**kept, **environment}, capture_output=True, text=True, check=False
         )
     if finished.returncode:
         raise SystemExit(f"{arguments[:1]} failed:\n{finished.stdout}\n{finished.stderr}")
@@ -181,6 +181,7 @@ def main() -> int:
     parser.add_argument("--borrow", type=Path, help="a site-packages folder that has the dependencies")
     parser.add_argument("--extras", action="store_true", help="try each extra in an environment of its own")
     parser.add_argument("--notebooks", metavar="STEPS", help="run the notebooks too")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the notebooks, these")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     options = parser.parse_args()
 
@@ -201,13 +202,11 @@ def main() -> int:
         for extra in extras if options.extras and options.borrow is None else ():
             try_out(Path(work), archives[0], extra, None)
         if options.notebooks:
-            os.environ["EXAMPLE_STEPS"] = options.notebooks
             if options.borrow is None:
                 python = environment(Path(work) / "examples", archives[0], "examples", None)
-            for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
-                began = time.perf_counter()
-                use(python, "-c", RUN_NOTEBOOK, str(notebook))
-                print(f"{notebook.name} ran in an empty folder in {time.perf_counter() - began:.0f} s")
+            settings = {"EXAMPLE_STEPS": options.notebooks}
+            failed = run_notebooks(partial(use, python), settings, options.only, EXTRAS if options.borrow else ())
+            return bool(failed)
     return 0
 
 

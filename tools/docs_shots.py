@@ -141,8 +141,6 @@ async def look_at(pages: list[str], root: str, port_file: Path) -> int:
             for window in WINDOWS:
                 for scheme in ("light", "dark"):
                     wanted = page in SHOTS or len(pages) < 5
-                    if scheme == "dark" and not wanted:
-                        continue  # other colours, the same layout
                     shot = BUILD / "shots" / f"{page.replace('/', '-')}-{window}-{scheme}.png" if wanted else None
                     for complaint in await browser.look(f"{root}/{page}.html", window, scheme, shot):
                         print(f"{page} ({window}, {scheme}) {complaint}", file=sys.stderr)

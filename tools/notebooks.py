@@ -1,21 +1,14 @@
-"""Write a notebook beside every script under examples/ that has `# %%` cells; with --check only compare.
-
-python tools/notebooks.py --execute linear_probe     # run notebooks to their ends, for the documentation's gallery
-"""
+"""Write a notebook beside every script under examples/ that has `# %%` cells; with --check only compare."""
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import jupytext
-import nbclient
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES, EXECUTED = ROOT / "examples", ROOT / "docs" / "executed"
+EXAMPLES = ROOT / "examples"
 
 
 def notebook_of(script: Path) -> str:
@@ -33,44 +26,10 @@ def notebook_of(script: Path) -> str:
     return nbformat.writes(notebook) + "\n"
 
 
-def is_result(output: dict[str, Any]) -> bool:
-    """True for results that a reader wants to see: printed, drawn, or the value of a cell."""
-    return (
-        output.get("name") == "stdout"
-        or output["output_type"] == "execute_result"
-        or "image/png" in output.get("data", {})
-    )
-
-
-def execute(name: str) -> None:
-    """Run a notebook in an empty folder and keep what it printed and drew; progress bars and warnings go."""
-    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
-    os.environ.pop("EXAMPLE_STEPS", None)
-    with tempfile.TemporaryDirectory() as folder:
-        nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
-    for number, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
-        shown = [output for output in cell.outputs if is_result(output)]
-        for output in shown:
-            if output.get("name") == "stdout":
-                lines = [line for line in output["text"].splitlines(True) if not line.startswith("figure: ")]
-                output["text"] = "".join(lines)
-        cell["outputs"] = [output for output in shown if number and output.get("text") != ""]
-        cell["metadata"] = {}
-    EXECUTED.mkdir(exist_ok=True)
-    (EXECUTED / f"{name}.ipynb").write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-    print(f"{name} was executed")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
-    parser.add_argument("--execute", nargs="+", metavar="NAME", help="run these notebooks for the gallery, in full")
-    options = parser.parse_args()
-    check = options.check
-    if options.execute:
-        for name in options.execute:
-            execute(name)
-        return 0
+    check = parser.parse_args().check
 
     scripts = [path for path in sorted(EXAMPLES.glob("*.py")) if "\n# %%" in f"\n{path.read_text(encoding='utf-8')}"]
     complaints = [

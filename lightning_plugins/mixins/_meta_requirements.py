@@ -20,9 +20,10 @@ def require_order(cls: type, mixin: type) -> None:
     """
     refuse_other_package(cls, mixin)
     if LightningModule in cls.__mro__ and cls.__mro__.index(LightningModule) < cls.__mro__.index(mixin):
+        written = next((base for base in cls.__bases__ if issubclass(base, mixin)), mixin).__name__
         raise TypeError(
-            f"`{mixin.__name__}` must stand before LightningModule, as in `class {cls.__name__}({mixin.__name__},"
-            " LightningModule)`, got it behind"
+            f"`{written}` must stand before LightningModule, as in `class {cls.__name__}({written}, LightningModule)`,"
+            " got it behind"
         )
 
 

@@ -43,6 +43,11 @@ def behind() -> None:
         pass
 
 
+def gap_behind() -> None:
+    class Behind(LightningModule, GAPMixin):
+        pass
+
+
 def frozen() -> nn.Module:
     return nn.Linear(2, 1).requires_grad_(False)
 
@@ -88,6 +93,7 @@ LABELLED = (X, Y[..., 0]), (QUERY_X, QUERY_Y[..., 0])
         (lambda: maml(metrics=[MeanSquaredError()]), TypeError, "`metrics` must be a dictionary.*got list"),
         (lambda: maml(metrics={"mse": F.mse_loss}), TypeError, r"`metrics\['mse'\]` must be a torchmetrics Metric"),
         (behind, TypeError, r"must stand before LightningModule, as in `class Behind\(MAMLMixin, LightningModule\)`"),
+        (gap_behind, TypeError, r"`GAPMixin` must stand before.*`class Behind\(GAPMixin, LightningModule\)`"),
         (lambda: NoLightning(nn.Linear(2, 1), F.mse_loss), TypeError, "into a LightningModule.*got NoLightning"),
         (lambda: FewGAP(MetaSGD()), TypeError, r"`GAP\(linear=True\)`, got MetaSGD; MAMLMixin takes any"),
         (lambda: FewGAP(GAP), TypeError, "must be a GAP or ApproximateGAP.*got GAP"),
