@@ -112,6 +112,13 @@ def test_tests_of_what_is_around_a_place_are_nearer():
     assert "tests/plots/test_spectra.py" in mutants.mirrors(TOOLS.parent, path, line)[: mutants.MOST_FILES]
 
 
+def test_users_import_a_module_by_either_form():
+    found = mirrors.users_of(TOOLS.parent, "lightning_plugins/meta/loop/arguments.py")
+    assert {file.name for file in found} >= {"inner_loop.py", "episode.py"}
+    found = mutants.mirrors(TOOLS.parent, "lightning_plugins/meta/loop/arguments.py", 88)
+    assert found[0] == "tests/meta/test_inner_loop.py"
+
+
 MODULE = """def least(a, b):
     return a if a < b else b
 

@@ -32,8 +32,17 @@ def definition_at(source: str, line: int) -> str:
     return found[-1] if found else ""
 
 
+def users_of(root: Path, path: str) -> dict[Path, str]:
+    """Modules of the package that import a module, with their texts."""
+    module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    package, _, own = module.rpartition(".")
+    imported = re.compile(rf"\b{re.escape(module)}\b|from {re.escape(package)} import .*\b{own}\b")
+    texts = {other: other.read_text(encoding="utf-8") for other in (root / PACKAGE).rglob("*.py")}
+    return {other: text for other, text in texts.items() if imported.search(text)}
+
+
 def mirrors(root: Path, path: str, line: int = 0) -> list[str]:
-    """Test files of a module: its namesake, those that import it or use its names, and its users' namesakes.
+    """Test files of a module: its namesake, those that import it or use its names, and those of its users.
 
     Args:
         root: The checkout.
@@ -47,18 +56,23 @@ def mirrors(root: Path, path: str, line: int = 0) -> list[str]:
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     source = file.read_text(encoding="utf-8")
     names, around = public_names(source), definition_at(source, line)
-    texts = {other: other.read_text(encoding="utf-8") for other in (root / PACKAGE).rglob("*.py")}
-    users = [other for other, text in texts.items() if module in text]
-    of_users = set().union(*map(namesakes, users)) if users else set()
-    near = [other for other in users if around and re.search(rf"\b{around}\b", texts[other])]
-    of_near = set().union(*map(namesakes, near)) if near else set()
+    users = users_of(root, path)
+    near = {other: text for other, text in users.items() if around and _has(text, around)}
+    of_users, of_near = ({name for other in some for name in namesakes(other)} for some in (users, near))
+    theirs = {name for text in near.values() for name in public_names(text) if not name.startswith("_")}
     ranked = []
     for test in (root / "tests").rglob("test_*.py"):
         text = test.read_text(encoding="utf-8")
-        known = sum(bool(re.search(rf"\b{name}\b", text)) for name in names)
-        imports = bool(re.search(rf"\b{re.escape(module)}\b", text))
-        score = 8 * (test.stem in namesakes(file)) + 4 * imports + 2 * min(known, 3) + 5 * (test.stem in of_users)
-        score += 4 * (test.stem in of_near) + 4 * bool(around and re.search(rf"\b{around}\b", text))
+        if test.stem == "test_mutants":  # names places of the package, and tests none
+            continue
+        known = sum(_has(text, name) for name in names)
+        score = 8 * (test.stem in namesakes(file)) + 4 * _has(text, module) + 2 * min(known, 3)
+        score += 5 * (test.stem in of_users) + 4 * (test.stem in of_near) + 4 * bool(around and _has(text, around))
+        score += 2 * any(_has(text, name) for name in theirs)
         if score:
             ranked.append((-score, folder not in test.parts, len(text), test.relative_to(root).as_posix()))
     return [name for *_, name in sorted(ranked)[: 2 * MOST_FILES]]
+
+
+def _has(text: str, name: str) -> bool:
+    return bool(re.search(rf"\b{re.escape(name)}\b", text))
