@@ -190,7 +190,7 @@ def copied(root: Path, *, heavy: bool) -> Iterator[tuple[Path, Tests, str]]:
 
 
 def shown(mutant: Mutant) -> dict[str, Any]:
-    """What is kept of a fault."""
+    """Parts of a fault that are kept."""
     return {key: getattr(mutant, key) for key in ("name", "path", "line", "operator", "before", "after")}
 
 

@@ -278,6 +278,6 @@ def _show(trainer: Trainer) -> Callable[[SearchLevel], None] | None:
         return None
 
     def show(level: SearchLevel) -> None:
-        bar.print(f"rank search: removed {level.ratio:.3f} of {level.target:.3f}, score {level.score:.4f}")
+        bar.print(f"rank search: {level.share:.3f} left, budget {level.budget:.3f}, score {level.score:.4f}")
 
     return show
