@@ -49,6 +49,15 @@ class ScoreTargets:
             for scores, target in zip(shift.masks.scores, self.targets, strict=True):
                 scores.copy_(target)
 
+    def begin_at(self, shift: BudgetShift) -> None:
+        """Take scores as they are for the targets that they have reached.
+
+        Args:
+            shift: What holds the scores.
+        """
+        if shift.masks is not None:
+            self.targets = [scores.detach().clone() for scores in shift.masks.scores]
+
     @torch.no_grad()
     def follow(self, shift: BudgetShift) -> None:
         """Move scores along with the saliency, after a backward pass.
