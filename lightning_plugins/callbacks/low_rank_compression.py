@@ -49,8 +49,8 @@ class LowRankCompression(CompressingCallback):
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be split: linear
             layers and convolutions without groups.
-        budget: The share of the selected layers' cost that may be left, between 0 and 1; without meaning where
-            ``ranks`` are given. Up to the next minor version the older ``ratio``, ``1 - budget``, is taken too.
+        budget: The share of the selected layers' cost that may be left, between 0 and 1; ignored where ``ranks`` are
+            given. Up to the next minor version the older ``ratio``, ``1 - budget``, is taken too.
         weight: Strength of the regularisation, at least 0. Watch ``stable_rank/<layer>`` in the log: it must have
             fallen to near 0 by ``factorize_at``, or the split costs accuracy. If it has not, raise ``weight``.
         search: ``"beam"``: a beam search over the score of the truncated network. ``"equal_ratio"``, ``"energy"``,
@@ -187,12 +187,12 @@ class LowRankCompression(CompressingCallback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for the data of the search, while nothing is lost yet if there is none."""
+        """Check for the data of the search now, when no training is lost if there is none."""
         if self.found is None and not self.finished:
             self._source.check_data(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Search if it is time: that needs no epoch's boundary."""
+        """Search if it is due; a search need not wait for the end of an epoch."""
         if batch_idx == 0:  # resumed from behind an epoch's last batch, Lightning leaves out `on_train_epoch_start`
             self._advance(trainer, pl_module)
         elif self.found is None and not self.finished and reached(trainer, self.search_at, self.unit):
@@ -219,13 +219,13 @@ class LowRankCompression(CompressingCallback):
             self._penalty.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last epoch do what is still to be done, before checkpoints of this epoch are written."""
+        """After the last epoch finish what is left to do, before checkpoints of this epoch are written."""
         if self._penalty is not None:
             self._penalty.on_train_epoch_end(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is still to be done, if the training was stopped early, and draw the report."""
+        """Finish what is left to do if the training was stopped early, and draw the report."""
         super().on_train_end(trainer, pl_module)
         if self.report is not None and self.figures and trainer.is_global_zero and has_matplotlib():
             hand_to_loggers(trainer, "compression", compression_figure(self.report, title=type(pl_module).__name__))
@@ -245,7 +245,7 @@ class LowRankCompression(CompressingCallback):
         self.found, self._penalty_state = entry("found"), entry("penalty")
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        """Search or split if it is time, between two epochs."""
+        """Search or split if it is due, between two epochs."""
         if self.finished:
             return
         if self.found is None and reached(trainer, self.search_at, self.unit, between_epochs=True):

@@ -99,7 +99,7 @@ class RankSource:
             )
 
     def check_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are layers, and that they can be had so small; for ``on_fit_start``.
+        """Check that there are layers, and that they can be made so small; for ``on_fit_start``.
 
         Raises:
             ValueError: If not.

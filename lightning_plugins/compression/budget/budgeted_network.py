@@ -293,10 +293,7 @@ class BudgetedNetwork:
             if part is not None:
                 part.load_state_dict(state[name])
         self.masks_are_final = state["final"]
-        if state.get("scores") is not None:
-            self.scores.load_state_dict(state["scores"])
-        else:  # a checkpoint of an earlier version: its scores move on from where they are
-            self.scores.begin_at(self.shift)
+        self.scores.load_state_dict(state.get("scores"), self.shift)
         if state.get("shift") is not None:
             self.shift.exchange.copy_(state["shift"]["exchange"])
             self.shift.total.copy_(state["shift"]["total"])
