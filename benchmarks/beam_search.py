@@ -131,7 +131,7 @@ def compare(net: nn.Module, batches: list[Batch], ratio: float, width: int, step
     }
     for name, options in variants.items():
         seconds, found = timed(
-            lambda options=options: beam_search(net, batches, hits, ratio=ratio, width=width, step=step, **options)
+            lambda options=options: beam_search(net, batches, hits, budget=1 - ratio, width=width, step=step, **options)
         )
         results.append(found)
         rows.append((name, seconds, found.evaluations))
@@ -151,7 +151,8 @@ def compare(net: nn.Module, batches: list[Batch], ratio: float, width: int, step
     print(markdown_table(header, table))
     given_up = sum(level.abandoned for level in found.trace)
     print(
-        f"\nEqual result: score {score:.4f}, removed {found.ratio:.4f}; given up {given_up} of {found.evaluations}.\n"
+        f"\nEqual result: score {score:.4f}, removed {1 - found.share:.4f}; "
+        f"given up {given_up} of {found.evaluations}.\n"
     )
 
 
@@ -161,14 +162,16 @@ def compare_steps(net: nn.Module, batches: list[Batch], validation: Batch) -> No
     def add(name: str, ratio: float, select: Callable[[], RankSearch]) -> None:
         seconds, found = timed(select)
         scores = [score_ranks(net, found.ranks, data, hits) for data in (batches, [validation])]
-        rows.append([name, str(ratio), f"{found.ratio:.4f}", *(f"{score:.4f}" for score in scores), f"{seconds:.1f}"])
+        rows.append(
+            [name, str(ratio), f"{1 - found.share:.4f}", *(f"{score:.4f}" for score in scores), f"{seconds:.1f}"]
+        )
 
     for ratio in (0.3, 0.5):
         for step in (2, 8, 0.02, 0.05):
-            settings = {"ratio": ratio, "step": step, "bounds": (0, 1), "width": 2}
+            settings = {"budget": 1 - ratio, "step": step, "bounds": (0, 1), "width": 2}
             add(f"beam, step {step}", ratio, partial(beam_search, net, batches, hits, **settings))
         for rule in (equal_ratio, energy_threshold, trade_off):
-            add(rule.__name__, ratio, partial(rule, net, ratio=ratio))
+            add(rule.__name__, ratio, partial(rule, net, budget=1 - ratio))
     print(markdown_table(["selection", "ratio", "removed", "held-out score", "validation score", "seconds"], rows))
 
 

@@ -90,11 +90,11 @@ def megabytes(model: nn.Module) -> float:
 def ranks_of(model: nn.Module, calibration: Calibration, batches: list[Tensor]) -> dict[str, Callable[..., Any]]:
     minded = output_sensitivity(model, batches, loss, LAYERS)
     return {
-        "plain SVD": lambda ratio: equal_ratio(model, ratio=ratio, layers=LAYERS),
-        "whitened": lambda ratio: equal_ratio(model, ratio=ratio, layers=LAYERS),
-        "whitened, chosen ranks": lambda ratio: output_energy(model, calibration, ratio=ratio, layers=LAYERS),
+        "plain SVD": lambda ratio: equal_ratio(model, budget=1 - ratio, layers=LAYERS),
+        "whitened": lambda ratio: equal_ratio(model, budget=1 - ratio, layers=LAYERS),
+        "whitened, chosen ranks": lambda ratio: output_energy(model, calibration, budget=1 - ratio, layers=LAYERS),
         "whitened, ranks by the loss": lambda ratio: output_energy(
-            model, calibration, ratio=ratio, layers=LAYERS, sensitivity=minded
+            model, calibration, budget=1 - ratio, layers=LAYERS, sensitivity=minded
         ),
     }
 

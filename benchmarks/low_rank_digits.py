@@ -74,7 +74,7 @@ def run(network: str, seed: int, epochs: int, ratios: list[float], weight: float
         for ratio in ratios:
             copied = Classifier(NETWORKS[network], **SETTINGS.get(network, {}))
             copied.load_state_dict(model.state_dict())
-            factorize(copied, equal_ratio(copied, ratio=ratio, layers=layers).ranks)
+            factorize(copied, equal_ratio(copied, budget=1 - ratio, layers=layers).ranks)
             store[f"{head} truncation {ratio}"] = measure(copied)
     for ratio in ratios:
         for method in ("BSR", "energy"):
@@ -84,8 +84,8 @@ def run(network: str, seed: int, epochs: int, ratios: list[float], weight: float
                 options = {"width": 2, "step": 0.04, "bounds": (0, 1)}
                 callback = LowRankCompression(
                     layers,
-                    ratio,
-                    weight,
+                    budget=1 - ratio,
+                    weight=weight,
                     score=accuracy,
                     search_options=options,
                     search_batches=4,
@@ -95,7 +95,7 @@ def run(network: str, seed: int, epochs: int, ratios: list[float], weight: float
                 )
             else:
                 callback = LowRankCompression(
-                    layers, ratio, weight=0, search="energy", search_at=SPLIT_AT, factorize_at=SPLIT_AT
+                    layers, budget=1 - ratio, weight=0, search="energy", search_at=SPLIT_AT, factorize_at=SPLIT_AT
                 )
             store[f"{head} {method} {ratio}"] = fit(network, seed, epochs, [callback])[1]
             print(f"{head} {method} {ratio}: {store[f'{head} {method} {ratio}']:.3f}", flush=True)

@@ -134,22 +134,22 @@ def calibrated(encoder: Encoder, texts: int) -> tuple[Calibration, float]:
 
 
 def plain_svd(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
-    ranks = equal_ratio(encoder.dense, ratio=ratio, layers=LAYERS).ranks
+    ranks = equal_ratio(encoder.dense, budget=1 - ratio, layers=LAYERS).ranks
     return factorize(copy.deepcopy(encoder.dense), ranks)
 
 
 def whitened(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
-    ranks = equal_ratio(encoder.dense, ratio=ratio, layers=LAYERS).ranks
+    ranks = equal_ratio(encoder.dense, budget=1 - ratio, layers=LAYERS).ranks
     return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
 
 
 def chosen_ranks(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
-    ranks = output_energy(encoder.dense, calibration, ratio=ratio, layers=LAYERS).ranks
+    ranks = output_energy(encoder.dense, calibration, budget=1 - ratio, layers=LAYERS).ranks
     return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
 
 
 def chosen_relative(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
-    ranks = output_energy(encoder.dense, calibration, ratio=ratio, layers=LAYERS, relative=True).ranks
+    ranks = output_energy(encoder.dense, calibration, budget=1 - ratio, layers=LAYERS, relative=True).ranks
     return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
 
 
@@ -163,7 +163,7 @@ def ranks_by_sensitivity(encoder: Encoder, calibration: Calibration, ratio: floa
         return (found * torch.randn(found.shape, generator=generator)).sum()
 
     weights = output_sensitivity(encoder.dense, batches, projected, LAYERS, mask="attention_mask")
-    ranks = output_energy(encoder.dense, calibration, ratio=ratio, layers=LAYERS, sensitivity=weights).ranks
+    ranks = output_energy(encoder.dense, calibration, budget=1 - ratio, layers=LAYERS, sensitivity=weights).ranks
     return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
 
 

@@ -136,8 +136,8 @@ print(f"{calibration.batches} batches, {calibration.moment('encoder.layer.0.outp
 # `equal_ratio` treats all layers alike. `output_energy` gives ranks to the layers that lose most without them.
 
 # %%
-equal = equal_ratio(model, ratio=0.5, layers="encoder.*").ranks
-chosen = output_energy(model, calibration, ratio=0.5, layers="encoder.*", relative=True).ranks
+equal = equal_ratio(model, budget=0.5, layers="encoder.*").ranks
+chosen = output_energy(model, calibration, budget=0.5, layers="encoder.*", relative=True).ranks
 small = {
     "equal ranks, weights alone": factorize(copy.deepcopy(model), equal),
     "equal ranks, calibrated": factorize(copy.deepcopy(model), equal, calibration=calibration),

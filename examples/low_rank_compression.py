@@ -34,7 +34,7 @@ from lightning_plugins.compression import compression_report, equal_ratio, facto
 from lightning_plugins.plots import trade_off_figure
 
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "460"))  # twenty epochs; the tests set 2
-RATIOS = (0.6, 0.8) if STEPS >= 460 else (0.6,)
+BUDGETS = (0.4, 0.2) if STEPS >= 460 else (0.4,)
 SEARCH = {"width": 2, "step": 0.05 if STEPS >= 460 else 0.4, "bounds": (0, 1)}  # accuracies lie between 0 and 1
 warnings.filterwarnings("ignore", module="lightning")  # about loaders without workers, which memory does not need
 settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -93,7 +93,7 @@ some = val[:1][0]
 # %% [markdown]
 # ## The lines to add
 #
-# `ratio` is the fraction of the layers' weights to remove. The search raises what `score` returns; without it, it
+# `budget` is the share of the layers' weights that may be left. The search raises what `score` returns; without it, it
 # lowers the loss of the module's own training step.
 
 
@@ -103,15 +103,15 @@ def accuracy(model: Classifier, batch: list[Tensor]) -> Tensor:
     return (model.net(inputs).argmax(1) == labels).float().mean()
 
 
-def bsr(layers: str, ratio: float) -> LowRankCompression:
+def bsr(layers: str, budget: float) -> LowRankCompression:
     search = {"score": accuracy, "search_options": SEARCH, "search_batches": 2}
     times = {"search_at": 0.3, "factorize_at": 0.7}
-    return LowRankCompression(layers, ratio, weight=1.0, every_n_steps=4, figures=False, **search, **times)
+    return LowRankCompression(layers, budget=budget, weight=1.0, every_n_steps=4, figures=False, **search, **times)
 
 
-def energy_threshold(layers: str, ratio: float) -> LowRankCompression:
+def energy_threshold(layers: str, budget: float) -> LowRankCompression:
     times = {"search_at": 0.7, "factorize_at": 0.7}
-    return LowRankCompression(layers, ratio, weight=0, search="energy", figures=False, **times)
+    return LowRankCompression(layers, budget=budget, weight=0, search="energy", figures=False, **times)
 
 
 # %%
@@ -132,22 +132,22 @@ def compare(build, layers: str) -> dict[str, dict[float, list[float]]]:
     """Accuracy of the dense network, and of those compressed in three ways."""
     dense = fit(build)
     found: dict[str, dict[float, list[float]]] = {"BSR": {}, "energy threshold": {}, "truncation alone": {}}
-    for ratio in RATIOS:
+    for budget in BUDGETS:
         copied = build()
         copied.load_state_dict(dense.state_dict())
-        factorize(copied, equal_ratio(copied, ratio=ratio, layers=layers).ranks)
-        found["truncation alone"][ratio] = [measure(copied)]
+        factorize(copied, equal_ratio(copied, budget=budget, layers=layers).ranks)
+        found["truncation alone"][budget] = [measure(copied)]
         for name, make in {"BSR": bsr, "energy threshold": energy_threshold}.items():
-            found[name][ratio] = [measure(fit(build, make(layers, ratio)))]
-    found["dense"] = {0.0: [measure(dense)]}
-    print({name: {ratio: round(scores[0], 3) for ratio, scores in points.items()} for name, points in found.items()})
+            found[name][budget] = [measure(fit(build, make(layers, budget)))]
+    found["dense"] = {1.0: [measure(dense)]}
+    print({name: {budget: round(scores[0], 3) for budget, scores in points.items()} for name, points in found.items()})
     return found
 
 
 def draw(found: dict[str, dict[float, list[float]]], title: str):
     methods = {name: points for name, points in found.items() if name != "dense"}
-    dense = statistics.mean(found["dense"][0.0])
-    labels = {"xlabel": "weights removed", "ylabel": "validation accuracy"}
+    dense = statistics.mean(found["dense"][1.0])
+    labels = {"xlabel": "share of the weights that is left", "ylabel": "validation accuracy"}
     return trade_off_figure(methods, reference=("dense", dense), title=title, **labels)
 
 
@@ -179,7 +179,7 @@ show(draw(vit, "Vision transformer on the digits"), "low_rank_compression_vit")
 # fresh network the structure that a state dict was saved with, so nothing but the weights needs to be kept.
 
 # %%
-model = fit(Classifier, bsr("net.layer*", RATIOS[-1]))
+model = fit(Classifier, bsr("net.layer*", BUDGETS[-1]))
 print(compression_report(Classifier().net, model.net, some, latency=STEPS >= 460))
 
 again = restore_structure(Classifier(), model.state_dict())

@@ -96,6 +96,11 @@ def fit(model: LightningModule, batches: Sequence[Any], callbacks: Any = (), **s
     return trainer
 
 
+def without_hooks(model: nn.Module) -> bool:
+    """Tell whether no module has a hook around its forward pass."""
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def entropy_by_autograd(embeddings: Tensor) -> Tensor:
     """An independent reference for well-conditioned batches: autograd through the eigenvalues of ``Z.T @ Z / N``."""
     z = embeddings / embeddings.norm(dim=1, keepdim=True)

@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from tests.contract_by_hand import Model
 from tests.contract_table import SETTINGS, Setting
-from tests.models import Batches, fit, make_batches
+from tests.models import Batches, fit, make_batches, without_hooks
 
 BATCHES = make_batches(6)
 CLIPPED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2}
@@ -109,6 +109,7 @@ def test_compiled(setting: Setting, backend: Any):
     fit(torch.compile(model, backend=backend), BATCHES, setting.callbacks())
     fit(expected, BATCHES)
     assert_same(model, expected, **setting.tolerance)
+    assert without_hooks(model)
 
 
 @every_setting

@@ -111,12 +111,12 @@ LATE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "`schedule` must be a Schedule",
     ),
     "a number as data": (
-        lambda: LowRankCompression("*", 0.5, search="beam", search_data=5),
+        lambda: LowRankCompression("*", budget=0.5, search="beam", search_data=5),
         TypeError,
         "`search_data` must be",
     ),
     "no time of the search": (
-        lambda: LowRankCompression("*", 0.5, search_at=None),
+        lambda: LowRankCompression("*", budget=0.5, search_at=None),
         TypeError,
         r"`search_at` must be a number in \[0, 1\], got None",
     ),

@@ -13,6 +13,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))  # the script imports its neighbour as it does when it is run
 mutants = importlib.import_module("mutants")
 operators = importlib.import_module("mutation_operators")
+mirrors = importlib.import_module("mutation_mirrors")
 
 CHANGES = [
     ("compare", "return a < b", "return (a <= b)"),
@@ -98,8 +99,24 @@ def test_the_order_is_spread_over_operators_and_folders():
 )
 def test_tests_that_mirror_a_module(path, nearest):
     found = mutants.mirrors(TOOLS.parent, path)
-    assert len(found) <= mutants.MOST_FILES
+    assert len(found) <= 2 * mutants.MOST_FILES
     assert any(name.startswith(nearest) for name in found)
+
+
+def test_tests_of_what_is_around_a_place_are_nearer():
+    path = "lightning_plugins/plots/style.py"
+    source = (TOOLS.parent / path).read_text()
+    line = source[: source.index("bar = axes.figure.colorbar")].count("\n") + 1
+    assert mirrors.definition_at(source, line) == "colour_by_step"
+    assert mirrors.definition_at(source, 1) == ""
+    assert "tests/plots/test_spectra.py" in mutants.mirrors(TOOLS.parent, path, line)[: mutants.MOST_FILES]
+
+
+def test_users_import_a_module_by_either_form():
+    found = mirrors.users_of(TOOLS.parent, "lightning_plugins/meta/loop/arguments.py")
+    assert {file.name for file in found} >= {"inner_loop.py", "episode.py"}
+    found = mutants.mirrors(TOOLS.parent, "lightning_plugins/meta/loop/arguments.py", 88)
+    assert found[0] == "tests/meta/test_inner_loop.py"
 
 
 MODULE = """def least(a, b):
@@ -120,6 +137,9 @@ def test_least():
 def test_of_a_broken_machine():
     assert least(1, 2) == 3
 """
+
+
+NUMBERS = "tests/part/test_numbers.py"
 
 
 @pytest.fixture
@@ -156,6 +176,31 @@ def test_a_run_tells_what_was_noticed_and_goes_on(checkout):
     assert mutants.run(checkout, path, 99, 600.0, heavy=False) == state  # nothing is planted twice
 
 
+def test_a_fault_that_lived_is_planted_again(checkout):
+    path, tests = checkout / "results.json", checkout / "tests/part/test_numbers.py"
+    mutants.run(checkout, path, 99, 600.0, heavy=False)
+    text = TESTS.replace("import least", "import largest, least")
+    tests.write_text(f"{text}\n\n@pytest.mark.distributed\ndef test_largest():\n    assert largest(1, 2) == 2\n")
+    (checkout / "lightning_plugins/part/numbers.py").write_text(MODULE.replace("a < b", "b > a"))
+    results = mutants.again(checkout, path, 600.0, heavy=False)["results"]
+    assert {(result["before"], result["first"], result["outcome"]) for result in results} == {
+        ("a if a < b else b", "failed", "failed"),
+        ("max(a, b)", "passed", "failed"),
+    }  # the other one's place has gone
+    assert [result["by"] for result in results if result["first"] == "passed"] == [[f"{NUMBERS}::test_largest"]]
+    assert json.loads(path.read_text())["results"] == results
+
+
+def test_explained_faults_are_not_planted_again(checkout):
+    path = checkout / "results.json"
+    state = mutants.run(checkout, path, 99, 600.0, heavy=False)
+    for result in state["results"]:
+        result["note"] = "" if result["outcome"] == "failed" else "explained"
+    mutants.save(path, state)
+    (checkout / "tests/part/test_numbers.py").unlink()
+    assert mutants.again(checkout, path, 600.0, heavy=False) == state
+
+
 def test_faults_that_hang_or_break_the_import_are_noticed(checkout):
     (checkout / "tests/part/test_numbers.py").write_text(
         "from lightning_plugins.part.numbers import least\n\n\n"
@@ -181,8 +226,12 @@ def test_the_page_counts_and_names_what_was_not_noticed():
         {**shown, "outcome": outcome, "note": ""} for outcome in ("failed", "timeout", "broken", "passed", "none")
     ]
     results[3]["note"] = "equal either way"
+    results[0]["first"] = "passed"
     text = mutants.page({"seed": 3, "results": results})
-    assert "5 faults, drawn with seed 3, the tests noticed **3** (60%)" in text
+    assert "Faults drawn with seed 3" in text
+    assert "first planted | 2 of 5 (40%) |" in text
+    assert "written for the others | 3 of 5 (60%) |" in text
+    assert "noticed or explained | 4 of 5 (80%) |" in text
     assert "| compare | 5 | 3 |" in text
     assert "| meta | 5 | 3 |" in text
     assert "## Not noticed: 2, of which 1 are explained" in text

@@ -80,7 +80,7 @@ def test_rays_hit_where_geometry_says():
     yaw = 0.4
     shapes = [
         Shape((12.0, 1.0, 0.0, 4.0, 2.0, 3.0, yaw)),
-        Shape((-9.0, 0.0, 0.0, 1.5, 1.5, 3.0, 0.0), "cylinder"),
+        Shape((-9.0, 0.0, 0.0, 1.5, 0.4, 3.0, 0.0), "cylinder"),  # its diameter is `dx` alone
     ]
     found = scan(shapes, sensor)
     on_box = torch.from_numpy(found.points[found.hit == 0]).double()

@@ -3,17 +3,17 @@
 Usage::
 
     python tools/mutants.py run --count 120 --seconds 1800     # goes on from docs/benchmarks/mutation.json
+    python tools/mutants.py again                              # plants those once more that lived
     python tools/mutants.py page                               # writes docs/benchmarks/mutation.md from it
     python tools/mutants.py explain NUMBER "why no test can notice"
 
 The faults are drawn by a seed, in turns from every operator and every folder of the package, so that a run that is
 cut short is spread as evenly as one that is not. Each is planted in a copy of the checkout. A test that fails with the
-fault is run again without it: only if it passes there has it noticed something. Tests marked `slow` or `distributed`
-are left out, and so are the docstrings' examples.
+fault is run again without it: only if it passes there has it noticed something. If the nearest test files pass, their
+tests of several processes are run, and the next files. Tests marked `slow` and the docstrings' examples are left out.
 """
 
 import argparse
-import ast
 import json
 import os
 import random
@@ -23,24 +23,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mutation_mirrors import MOST_FILES, PACKAGE, folder_of, mirrors
 from mutation_operators import OPERATORS, Mutant, mutants_of
+from mutation_page import NOTICED, page
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE, SEED, MOST_FILES, PATIENCE = "lightning_plugins", 0, 5, 120
+SEED, PATIENCE = 0, 120
+ALONE, TOGETHER = "not slow and not distributed", "distributed and not slow"
 RESULTS = ROOT / "docs" / "benchmarks" / "mutation.json"
 PAGE = ROOT / "docs" / "benchmarks" / "mutation.md"
 COPIED = (PACKAGE, "tests", "tools", "examples", "benchmarks", "docs")
-NOTICED = ("failed", "timeout", "broken")
-
-
-def folder_of(path: str) -> str:
-    """The folder of the package that a file is in; the file's own name at the top."""
-    parts = Path(path).parts
-    return parts[1] if len(parts) > 2 else "top level"
 
 
 def drawn(root: Path, seed: int) -> list[Mutant]:
@@ -75,44 +72,6 @@ def drawn(root: Path, seed: int) -> list[Mutant]:
     return order
 
 
-def public_names(source: str) -> list[str]:
-    """Names of the functions and classes that a module defines."""
-    kinds = ast.FunctionDef | ast.ClassDef
-    return [node.name for node in ast.parse(source).body if isinstance(node, kinds)]
-
-
-def namesakes(file: Path) -> set[str]:
-    """Names that a test file of a module may have."""
-    stem = file.stem.lstrip("_")
-    return {f"test_{stem}", f"test_{file.parent.name}_{stem}"}
-
-
-def mirrors(root: Path, path: str) -> list[str]:
-    """Test files of a module: its namesake, those that import it or use its names, and its users' namesakes.
-
-    Args:
-        root: The checkout.
-        path: The module's file.
-
-    Returns:
-        At most `MOST_FILES` files, the nearest first.
-    """
-    file, folder = root / path, folder_of(path)
-    module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    names = public_names(file.read_text(encoding="utf-8"))
-    users = [other for other in (root / PACKAGE).rglob("*.py") if module in other.read_text(encoding="utf-8")]
-    of_users = set().union(*map(namesakes, users)) if users else set()
-    ranked = []
-    for test in (root / "tests").rglob("test_*.py"):
-        text = test.read_text(encoding="utf-8")
-        known = sum(bool(re.search(rf"\b{name}\b", text)) for name in names)
-        imports = bool(re.search(rf"\b{re.escape(module)}\b", text))
-        score = 8 * (test.stem in namesakes(file)) + 4 * imports + 2 * min(known, 3) + 5 * (test.stem in of_users)
-        if score:
-            ranked.append((-score, folder not in test.parts, len(text), test.relative_to(root).as_posix()))
-    return [name for *_, name in sorted(ranked)[:MOST_FILES]]
-
-
 class Tests:
     """Runs tests of a checkout in a process of their own, up to the first failure.
 
@@ -134,23 +93,20 @@ class Tests:
     def __exit__(self, *_: object) -> None:
         self._server.communicate()
 
-    def __call__(self, root: Path, tests: list[str]) -> tuple[str, list[str]]:
-        """Run files, or single tests.
+    def __call__(self, root: Path, tests: list[str], marks: str = ALONE) -> tuple[str, list[str]]:
+        """Run files, or single tests, of what `marks` selects.
 
         Returns:
             ``"passed"``, ``"failed"``, ``"timeout"``, ``"broken"`` or ``"none"``, and the tests that failed.
         """
-        print(
-            json.dumps({"root": str(root), "tests": tests, "seconds": self.seconds}),
-            file=self._server.stdin,
-            flush=True,
-        )
+        request = {"root": str(root), "tests": ["-m", marks, *tests], "seconds": self.seconds}
+        print(json.dumps(request), file=self._server.stdin, flush=True)
         code, text = json.loads(self._server.stdout.readline())
         outcome = {None: "timeout", 0: "passed", 1: "failed", 4: "none", 5: "none"}.get(code, "broken")
         return outcome, re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", text, re.MULTILINE)
 
 
-def plant(copy: Path, mutant: Mutant, tests: list[str], run_tests: Tests) -> dict[str, Any]:
+def plant(copy: Path, mutant: Mutant, tests: list[str], run_tests: Tests, marks: str = ALONE) -> dict[str, Any]:
     """Plant a fault in a copy of the checkout, and see what the tests say.
 
     Args:
@@ -158,6 +114,7 @@ def plant(copy: Path, mutant: Mutant, tests: list[str], run_tests: Tests) -> dic
         mutant: The fault.
         tests: The test files.
         run_tests: Runs them.
+        marks: Selects tests in them.
 
     Returns:
         The outcome, the tests that noticed, and the time.
@@ -170,12 +127,32 @@ def plant(copy: Path, mutant: Mutant, tests: list[str], run_tests: Tests) -> dic
     while True:
         file.write_text(mutant.applied(source), encoding="utf-8")
         try:
-            outcome, failed = run_tests(copy, [*tests, *(f"--deselect={name}" for name in wrong)])
+            outcome, failed = run_tests(copy, [*tests, *(f"--deselect={name}" for name in wrong)], marks)
         finally:
             file.write_text(source, encoding="utf-8")
-        if outcome != "failed" or not failed or run_tests(copy, failed)[0] == "passed":
+        if outcome != "failed" or not failed or run_tests(copy, failed, marks)[0] == "passed":
             return {"outcome": outcome, "by": failed, "seconds": round(time.monotonic() - began, 1)}
         wrong += failed
+
+
+def hunt(copy: Path, mutant: Mutant, run_tests: Tests) -> dict[str, Any]:
+    """Plant a fault, and run more and more tests until one notices: the nearest, theirs of several processes, the next.
+
+    Returns:
+        As `plant`, and the files.
+    """
+    tests = mirrors(copy, mutant.path, mutant.line)
+    rounds = ((tests[:MOST_FILES], ALONE), (tests[:MOST_FILES], TOGETHER), (tests[MOST_FILES:], ALONE))
+    result: dict[str, Any] = {"tests": tests}
+    seconds = 0.0
+    for files, marks in rounds:
+        found = plant(copy, mutant, files, run_tests, marks)
+        seconds += found["seconds"]
+        if found["outcome"] in NOTICED or "outcome" not in result:
+            result |= found
+        if result["outcome"] in NOTICED:
+            break
+    return {**result, "seconds": round(seconds, 1)}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -192,6 +169,31 @@ def save(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+@contextmanager
+def copied(root: Path, *, heavy: bool) -> Iterator[tuple[Path, Tests, str]]:
+    """Copy a checkout, and start what runs its tests.
+
+    Yields:
+        The copy, what runs tests in it, and the commit.
+    """
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder, Tests(PATIENCE, heavy=heavy) as run_tests:
+        copy = Path(folder)
+        for name in COPIED:
+            if (root / name).exists():
+                shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+        for file in root.glob("*.*"):
+            if file.is_file():
+                shutil.copy(file, copy)
+        yield copy, run_tests, commit
+
+
+def shown(mutant: Mutant) -> dict[str, Any]:
+    """Parts of a fault that are kept."""
+    return {key: getattr(mutant, key) for key in ("name", "path", "line", "operator", "before", "after")}
+
+
 def run(root: Path, results: Path, count: int, seconds: float, *, heavy: bool = True) -> dict[str, Any]:
     """Plant faults that were not planted before.
 
@@ -206,28 +208,15 @@ def run(root: Path, results: Path, count: int, seconds: float, *, heavy: bool = 
         The results.
     """
     state, began = load(results), time.monotonic()
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
-    commit = revision.stdout.strip()
     known = {result["name"] for result in state["results"]}
-    with tempfile.TemporaryDirectory() as folder, Tests(PATIENCE, heavy=heavy) as run_tests:
-        copy = Path(folder)
-        for name in COPIED:
-            if (root / name).exists():
-                shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("_build", "__pycache__"))
-        for file in root.glob("*.*"):
-            if file.is_file():
-                shutil.copy(file, copy)
+    with copied(root, heavy=heavy) as (copy, run_tests, commit):
         for mutant in drawn(copy, state["seed"]):
             if len(state["results"]) >= count or time.monotonic() - began > seconds:
                 break
             if mutant.name in known:
                 continue
-            tests = mirrors(copy, mutant.path)
-            found = plant(copy, mutant, tests, run_tests)
-            shown = {key: getattr(mutant, key) for key in ("name", "path", "line", "operator", "before", "after")}
-            state["results"].append({**shown, "tests": tests, **found, "commit": commit, "note": ""})
+            found = hunt(copy, mutant, run_tests)
+            state["results"].append({**shown(mutant), **found, "first": found["outcome"], "commit": commit, "note": ""})
             save(results, state)
             print(
                 f"{len(state['results'])} {found['outcome']}: {mutant.path}:{mutant.line} {mutant.operator}", flush=True
@@ -235,45 +224,36 @@ def run(root: Path, results: Path, count: int, seconds: float, *, heavy: bool = 
     return state
 
 
-def table(results: list[dict[str, Any]], key: Any, title: str) -> list[str]:
-    """Lines of a table that counts outcomes by some key."""
-    planted, noticed = Counter(map(key, results)), Counter(key(r) for r in results if r["outcome"] in NOTICED)
-    rows = [f"| {name} | {planted[name]} | {noticed[name]} |" for name in sorted(planted)]
-    return [f"| {title} | planted | noticed |", "|---|---|---|", *rows, ""]
+def again(root: Path, results: Path, seconds: float, *, heavy: bool = True) -> dict[str, Any]:
+    """Plant those faults once more that lived and are not explained; forget those whose place has gone.
+
+    Args:
+        root: As for `run`.
+        results: As for `run`.
+        seconds: As for `run`.
+        heavy: As for `Tests`.
+
+    Returns:
+        The results.
+    """
+    state, began = load(results), time.monotonic()
+    with copied(root, heavy=heavy) as (copy, run_tests, commit):
+        there = {mutant.name: mutant for mutant in drawn(copy, state["seed"])}
+        state["results"] = [result for result in state["results"] if result["name"] in there or not alive(result)]
+        for result in filter(alive, state["results"]):
+            if time.monotonic() - began > seconds:
+                break
+            mutant = there[result["name"]]
+            first = result.get("first", result["outcome"])
+            result |= {**shown(mutant), **hunt(copy, mutant, run_tests), "first": first, "commit": commit}
+            save(results, state)
+            print(f"{result['outcome']}: {mutant.path}:{mutant.line} {mutant.operator}", flush=True)
+    return state
 
 
-def page(state: dict[str, Any]) -> str:
-    """The page of all results, with every fault that no test noticed."""
-    results = state["results"]
-    noticed = sum(result["outcome"] in NOTICED for result in results)
-    outcomes = Counter(result["outcome"] for result in results)
-    lived = [(i, result) for i, result in enumerate(results, 1) if result["outcome"] not in NOTICED]
-    share = f" ({noticed / len(results):.0%})" if results else ""
-    explained = sum(bool(result["note"]) for _, result in lived)
-    details = ", ".join(f"{number} {name}" for name, number in sorted(outcomes.items()))
-    lines = [
-        "# Planted faults",
-        "",
-        "Written by `tools/mutants.py page`. Small faults are planted in the package, in turns from every operator and",
-        "folder, and the tests that mirror the module are run, without those marked `slow` or `distributed`. Of",
-        f"{len(results)} faults, drawn with seed {state['seed']}, the tests noticed **{noticed}**{share}.",
-        "",
-        f"In detail: {details}. A test counts only if it passes without the fault.",
-        "*Timeout*: tests hang with the fault; *broken*: they cannot be collected; both are noticed. *None*: no test",
-        "file was found.",
-        "",
-        *table(results, lambda result: result["operator"], "operator"),
-        *table(results, lambda result: folder_of(result["path"]), "folder"),
-        f"## Not noticed: {len(lived)}, of which {explained} are explained",
-        "",
-        "| | place | before | after | why |",
-        "|---|---|---|---|---|",
-    ]
-    for number, result in lived:
-        before, after = (" ".join(result[key].split()).replace("|", "\\|")[:80] for key in ("before", "after"))
-        place = f"`{result['path'].removeprefix(PACKAGE + '/')}`, line {result['line']}"
-        lines.append(f"| {number} | {place} | `{before}` | `{after}` | {result['note'] or 'open'} |")
-    return "\n".join(lines) + "\n"
+def alive(result: dict[str, Any]) -> bool:
+    """Tell whether no test noticed a fault, and nothing explains why."""
+    return result["outcome"] not in NOTICED and not result["note"]
 
 
 def main() -> None:
@@ -282,6 +262,8 @@ def main() -> None:
     planting = commands.add_parser("run")
     planting.add_argument("--count", type=int, default=100)
     planting.add_argument("--seconds", type=float, default=3600.0)
+    once_more = commands.add_parser("again")
+    once_more.add_argument("--seconds", type=float, default=3600.0)
     commands.add_parser("page")
     explaining = commands.add_parser("explain")
     explaining.add_argument("number", type=int)
@@ -289,6 +271,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "run":
         run(ROOT, RESULTS, given.count, given.seconds)
+    if given.command == "again":
+        again(ROOT, RESULTS, given.seconds)
     state = load(RESULTS)
     if given.command == "explain":
         state["results"][given.number - 1]["note"] = given.why

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 HEAVY = ("torch", "torchmetrics", "lightning.pytorch", "matplotlib.pyplot", "hypothesis", "torch_pruning")
-OPTIONS = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow and not distributed", "-rfE"]
+OPTIONS = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-rfE"]
 WAIT = 10  # seconds on the clock for each one of computing: a test that sleeps computes nothing
 
 

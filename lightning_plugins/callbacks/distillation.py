@@ -32,7 +32,7 @@ from lightning_plugins.schedules import Schedule
 
 
 class Distillation(Callback):
-    r"""Keep a network near to a teacher while it is trained or compressed.
+    r"""Keep a network close to a teacher while it is trained or compressed.
 
     The module, or the part of it that ``network`` names, is called in ``training_step`` as ever; the teacher is called
     with the same arguments, in evaluation mode and without gradients. Added to the loss is ``weight`` times the sum of
@@ -44,7 +44,7 @@ class Distillation(Callback):
     start is stored as this callback's state, so that a resumed training has the same teacher.
 
     Where a student's layer is narrower than its teacher's, a linear map from the one to the other is learnt along with
-    the module, by an optimizer of its own, and left behind at the end.
+    the module, by an optimizer of its own, and discarded at the end.
 
     Args:
         teacher: ``"start"``: the network as it is when `fit` begins, before anything compresses it (put this callback

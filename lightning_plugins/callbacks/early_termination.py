@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class EarlyTermination(Callback):
-    """End a training that looks hopeless beside others, at the same epoch on all processes.
+    """End a training that looks hopeless compared with others, at the same epoch on all processes.
 
     Behind every epoch with a validation the first process reports the monitored metric and decides; its decision is
     broadcast, and every process leaves ``fit`` by Lightning's own stop, with checkpoints and ``teardown`` as ever. With
-    Optuna, `raise_if_ended` is then called behind ``fit`` and raises `optuna.TrialPruned` on every process, when none
-    waits for another. Any storage will do, since only the first process talks to it.
+    Optuna, `raise_if_ended` is then called behind ``fit`` and raises `optuna.TrialPruned` on every process, once no
+    process waits for another. Any storage will do, since only the first process talks to it.
 
     Args:
         monitor: Name of the metric, as logged in validation; the same value on all processes, or that of the first
@@ -171,7 +171,7 @@ class EarlyTermination(Callback):
         return max(1, (trainer.max_epochs or 1) // (trainer.check_val_every_n_epoch or 1))
 
     def _former(self) -> list[list[float]]:
-        """The curves of the file; a line that is none, such as the half of one, is passed over with a warning."""
+        """The curves of the file; a line that is no curve, such as a truncated one, is passed over with a warning."""
         if self.history is None or not self.history.exists():
             return []
         curves = []

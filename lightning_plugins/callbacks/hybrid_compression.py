@@ -8,7 +8,7 @@ from lightning_plugins.schedules import Schedule
 
 
 class HybridCompression(ScheduledCompression):
-    """Learn which channels and which ranks a network needs within a budget, and make it so small, in one training.
+    """Learn which channels and which ranks a network needs within a budget, and reduce it to them, in one training.
 
     1. Up to ``begin`` the network trains as it is.
     2. From there to ``end`` masks on channels, ``sigmoid(beta * a)`` with learned scores ``a``, and thresholds on the

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from lightning_plugins._checks import plain_number
+from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins._lightning import LightningModule, Trainer
 from lightning_plugins.callbacks._compression.compressing_callback import CompressingCallback
 from lightning_plugins.callbacks._compression.costs import network_costs
@@ -18,6 +19,7 @@ from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._trainer.phases import check_phases, reached, require_end
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.compression.budget.carried_state import split_layers
+from lightning_plugins.compression.rank_search.problem import removed_for
 from lightning_plugins.compression.reports.report import CompressionReport
 from lightning_plugins.plots import compression_figure
 from lightning_plugins.plots.style import has_matplotlib
@@ -29,7 +31,7 @@ class LowRankCompression(CompressingCallback):
     """Train a network to a wanted size within one ``trainer.fit``: its weights become products of two smaller ones.
 
     1. Up to ``search_at`` the network trains as it is.
-    2. There a search finds a rank for each layer such that the fraction ``ratio`` of the layers' cost is removed.
+    2. There a search finds a rank for each layer such that at most ``budget`` of the layers' cost is left.
     3. From then on the modified stable rank drives the weights to these ranks (see `StableRankRegularization`).
     4. At the first start of an epoch from ``factorize_at`` on, or else at the end of training, each layer is factorised
        in place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. The state of the optimizers is carried over to the
@@ -47,7 +49,8 @@ class LowRankCompression(CompressingCallback):
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be split: linear
             layers and convolutions without groups.
-        ratio: The fraction of the layers' cost to remove, between 0 and 1; without meaning where ``ranks`` are given.
+        budget: The share of the selected layers' cost that may be left, between 0 and 1; ignored where ``ranks`` are
+            given. Up to the next minor version the older ``ratio``, ``1 - budget``, is taken too.
         weight: Strength of the regularisation, at least 0. Watch ``stable_rank/<layer>`` in the log: it must have
             fallen to near 0 by ``factorize_at``, or the split costs accuracy. If it has not, raise ``weight``.
         search: ``"beam"``: a beam search over the score of the truncated network. ``"equal_ratio"``, ``"energy"``,
@@ -63,7 +66,7 @@ class LowRankCompression(CompressingCallback):
         search_batches: How many batches are scored at the most.
         ranks: Ranks by layer name, instead of a search.
         calibration: Whether layers are truncated by what they put out on ``search_data``; or options of `Calibration`.
-        cost: What ``ratio`` is a fraction of: ``"params"``, or ``"flops"`` of the module's ``example_input_array``.
+        cost: What ``budget`` is a share of: ``"params"``, or ``"flops"`` of the module's ``example_input_array``.
         p: 1 drives the singular values beyond the rank to zero, 2 lowers them.
         scheme: How a convolution is split: 1 into ``k x k`` and ``1 x 1``, 2 into ``1 x k`` and ``k x 1``.
         search_at: When the ranks are searched, in ``unit``.
@@ -87,21 +90,22 @@ class LowRankCompression(CompressingCallback):
     ``rank/<layer>`` once the ranks are known.
 
     Example:
-        >>> callback = LowRankCompression(layers="backbone.*", ratio=0.7, search_options={"width": 2})
-        >>> callback.ratio
-        0.7
+        >>> callback = LowRankCompression(layers="backbone.*", budget=0.3, search_options={"width": 2})
+        >>> callback.budget
+        0.3
 
     Source:
         Our reading of Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. When the phases begin and what
         becomes of the optimizer's state is ours.
     """
 
+    @renamed(listed=True, positional=("ratio", "weight"), ratio=Replaced("budget", share_left))
     def __init__(
         self,
         layers: str | list[str],
-        ratio: float = 0.6,
-        weight: float = 1.0,
         *,
+        budget: float = 0.4,
+        weight: float = 1.0,
         search: Literal["beam", "equal_ratio", "energy", "trade_off", "output_energy"] = "beam",
         search_options: dict[str, Any] | None = None,
         score: str | Callable[[Any, Any], Any] | None = None,
@@ -130,7 +134,7 @@ class LowRankCompression(CompressingCallback):
         self.scheme, self.cost = check_scheme(scheme), cost
         self._source = RankSource(
             layers=self.layers,
-            ratio=ratio,
+            budget=budget,
             search=search,
             search_options=search_options,
             score=score,
@@ -141,11 +145,16 @@ class LowRankCompression(CompressingCallback):
             cost=cost,
             scheme=self.scheme,
         )
-        self.ratio = plain_number(ratio)
+        self.budget = plain_number(budget)
         phases = {"search_at": search_at, **({} if factorize_at is None else {"factorize_at": factorize_at})}
         check_phases(unit, **phases)
         self.search_at, self.unit = plain_number(search_at), unit
         self.factorize_at = None if factorize_at is None else plain_number(factorize_at)
+
+    @property
+    def ratio(self) -> float:
+        """The fraction to remove, ``1 - budget``; an older name, which works up to the next minor version."""
+        return removed_for(self.budget, "ratio", "budget")
 
     def _forget(self) -> None:
         super()._forget()
@@ -178,12 +187,12 @@ class LowRankCompression(CompressingCallback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for the data of the search, while nothing is lost yet if there is none."""
+        """Check for the data of the search now, when no training is lost if there is none."""
         if self.found is None and not self.finished:
             self._source.check_data(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Search if it is time: that needs no epoch's boundary."""
+        """Search if it is due; a search need not wait for the end of an epoch."""
         if batch_idx == 0:  # resumed from behind an epoch's last batch, Lightning leaves out `on_train_epoch_start`
             self._advance(trainer, pl_module)
         elif self.found is None and not self.finished and reached(trainer, self.search_at, self.unit):
@@ -210,13 +219,13 @@ class LowRankCompression(CompressingCallback):
             self._penalty.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last epoch do what is still to be done, before checkpoints of this epoch are written."""
+        """After the last epoch finish what is left to do, before checkpoints of this epoch are written."""
         if self._penalty is not None:
             self._penalty.on_train_epoch_end(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is still to be done, if the training was stopped early, and draw the report."""
+        """Finish what is left to do if the training was stopped early, and draw the report."""
         super().on_train_end(trainer, pl_module)
         if self.report is not None and self.figures and trainer.is_global_zero and has_matplotlib():
             hand_to_loggers(trainer, "compression", compression_figure(self.report, title=type(pl_module).__name__))
@@ -236,7 +245,7 @@ class LowRankCompression(CompressingCallback):
         self.found, self._penalty_state = entry("found"), entry("penalty")
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        """Search or split if it is time, between two epochs."""
+        """Search or split if it is due, between two epochs."""
         if self.finished:
             return
         if self.found is None and reached(trainer, self.search_at, self.unit, between_epochs=True):

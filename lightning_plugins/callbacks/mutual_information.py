@@ -1,4 +1,4 @@
-"""Watch how much the representations of two views share, and how near a contrastive loss stands to its ceiling."""
+"""Watch how much the representations of two views share, and how close a contrastive loss is to its ceiling."""
 
 import math
 from contextlib import ExitStack
@@ -53,8 +53,8 @@ class MutualInformationMonitor(Callback):
             views in the first half of the rows and their partners, in the same order, in the second.
         labels: Where the batch has the classes of the pairs, an index or a key, if pairs are of the same class; a row
             for each pair, or for each view. None for other pairs.
-        loss_candidates: K of the contrastive loss that ``training_step`` returns, the partner included; None for
-            losses that are not InfoNCE's. Count the rows of this process alone if the loss does not gather.
+        loss_candidates: K of the contrastive loss that ``training_step`` returns, the partner included; None for losses
+            other than InfoNCE. Count the rows of this process alone if the loss does not gather.
         every_n_epochs: In `fit`, the validations of every n-th epoch.
         max_pairs: A random sample of at most so many pairs is used.
         settings: Critic, bound, candidates and units; None for the defaults with 500 steps.

@@ -149,7 +149,7 @@ class RepresentationMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let one process take over the sums of a checkpoint, which are those of all.
 
-        Resumed between an epoch's last batch and its end, Lightning calls no hook for that end: it is made up for here.
+        Resumed between an epoch's last batch and its end, Lightning calls no hook for that end; this does it.
         """
         if self._restored is not None:
             if trainer.is_global_zero:
@@ -161,7 +161,7 @@ class RepresentationMonitor(Callback):
         self._epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note of which epoch the sums are."""
+        """Remember which epoch the sums belong to."""
         self._epoch = trainer.current_epoch
 
     @contextmanager

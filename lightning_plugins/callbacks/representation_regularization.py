@@ -163,7 +163,7 @@ class RepresentationRegularization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register the hooks of layers that the module's ``setup`` or ``configure_model`` has just made."""
         if isinstance(self.term, nn.Module):
-            self.term.to(pl_module.device)  # buffers of one's own
+            self.term.to(pl_module.device)  # the user's own buffers
         if self._capture is None:
             self._attach(pl_module)
 
@@ -295,6 +295,6 @@ class RepresentationRegularization(Callback):
             raise RankError(f"`layers`: {at!r}: {error}") from error
         except (TypeError, ValueError) as error:
             raise type(error)(f"`layers`: {label!r}: {error}") from error
-        # a row that is NaN would spoil every value until it has left
+        # a NaN row would spoil every value until it leaves the queue
         self._queues[label] = rows[-self.queue_size :].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return cast(Tensor, value)

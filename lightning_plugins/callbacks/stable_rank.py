@@ -26,7 +26,7 @@ _PRODUCTS_FROM = 64  # rows and columns, on an accelerator
 
 
 class StableRankRegularization(WeightRegularization):
-    """Press weights towards a low rank during training, with no change to the model.
+    """Drive weights towards a low rank during training, with no change to the model.
 
     Without ``rank`` the term of a layer is ``weight * SR``, with ``SR`` the stable rank: the squared Frobenius norm
     over the squared spectral norm. With ``rank`` it is ``weight * mSR``: the sum of ``s ** p`` over the singular values
@@ -134,7 +134,7 @@ class StableRankRegularization(WeightRegularization):
         return [weight for weight, _ in targets]
 
     def _forget(self, weights: list[WeightMatrix] | None = None) -> None:
-        """Vectors that nobody follows fall behind: start afresh afterwards."""
+        """Vectors that are not followed become outdated: start afresh afterwards."""
         for label in list(self._starts) if weights is None else [weight.label for weight in weights]:
             self._starts.pop(label, None)
 

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins.cli._files import build_model, import_object, load_into, read_checkpoint
 from lightning_plugins.cli._outputs import beside, check_outputs, write_whole
 from lightning_plugins.compression import (
@@ -39,11 +40,12 @@ _WITHOUT_SCORE: dict[str, Callable[..., RankSearch]] = {
 }
 
 
+@renamed(listed=True, ratio=Replaced("budget", share_left))
 def compress(
     checkpoint: str,
     *,
     model: str,
-    ratio: float = 0.5,
+    budget: float = 0.5,
     method: Method = "trade_off",
     layers: str | list[str] = "*",
     cost: Literal["params", "flops"] = "params",
@@ -71,10 +73,11 @@ def compress(
     Args:
         checkpoint: A Lightning checkpoint, or a state dict saved with torch.save.
         model: What builds the dense network: 'package.module:callable', or 'timm:resnet18'.
-        ratio: The fraction of the layers' cost to remove, between 0 and 1.
+        budget: The share of the layers' cost that may be left, between 0 and 1; up to the next minor version the older
+            ratio, 1 - budget, is taken too.
         method: How the ranks are chosen; beam_search needs data, the others look at the weights alone.
         layers: The layers: dotted name, glob over dotted names, or a list of them.
-        cost: What the ratio is of: parameters, or floating-point operations.
+        cost: What the budget is a share of: parameters, or floating-point operations.
         scheme: How a convolution is split: 1 into k x k and 1 x 1, 2 into 1 x k and k x 1.
         model_args: What to call the model's callable with, such as '{num_classes: 10}'.
         input_shape: Shape of the network's input, such as '[1,3,224,224]'; where the network does not say it itself.
@@ -107,7 +110,9 @@ def compress(
     inputs = _inputs(dense, input_shape, input_dtype, needed)
     small = copy.deepcopy(dense)
     moments = _calibrated(small, layers, calibration)
-    search = _search(small, method, data, moments, ratio=ratio, layers=layers, cost=cost, scheme=scheme, inputs=inputs)
+    search = _search(
+        small, method, data, moments, budget=budget, layers=layers, cost=cost, scheme=scheme, inputs=inputs
+    )
     factorize(small, search.ranks, layers, scheme=scheme, calibration=moments)
     report = compression_report(dense, small, inputs, latency=latency)
     console.print(report.table())

@@ -42,7 +42,7 @@ def rank_figure(
         >>> from torch import nn
         >>> from lightning_plugins.compression import energy_threshold, equal_ratio
         >>> net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
-        >>> chosen = {rule.__name__: rule(net, ratio=0.5) for rule in (equal_ratio, energy_threshold)}
+        >>> chosen = {rule.__name__: rule(net, budget=0.5) for rule in (equal_ratio, energy_threshold)}
         >>> figure = rank_figure(chosen, {"0": 20, "1": 10}, title="half of the weights")
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['rank', 'removed fraction']
@@ -72,7 +72,7 @@ def _draw_ranks(
         axes.barh(rows, [full_ranks[name] for name in names], height=0.62, color=GRID, label="full rank", zorder=1)
     for (name, search), colour in zip(searches.items(), cycle(COLOURS), strict=False):
         ranks = [search.ranks[layer] for layer in names]
-        axes.scatter(ranks, rows, s=26, color=colour, label=f"{name}: {search.ratio:.1%} removed", zorder=2)
+        axes.scatter(ranks, rows, s=26, color=colour, label=f"{name}: {1 - search.share:.1%} removed", zorder=2)
     style_axes(axes, "rank", "")
     axes.set_yticks(rows, names)
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
@@ -84,12 +84,13 @@ def _draw_ranks(
 def _draw_search(axes: "Axes", searches: Mapping[str, RankSearch]) -> None:
     style_axes(axes, "removed fraction", "score, truncated without fine-tuning")
     for search, colour in zip(searches.values(), cycle(COLOURS), strict=False):
+        removed = 1 - search.share
         if search.trace and search.score is not None:
-            levels = [(level.ratio, level.score) for level in search.trace[:-1]] + [(search.ratio, search.score)]
+            levels = [(1 - level.share, level.score) for level in search.trace[:-1]] + [(removed, search.score)]
             axes.plot(*zip(*levels, strict=True), color=colour, linewidth=1.8)
-            axes.scatter([search.ratio], [search.score], s=32, color=colour, zorder=3)
+            axes.scatter([removed], [search.score], s=32, color=colour, zorder=3)
         else:
-            axes.axvline(search.ratio, color=colour, linewidth=1.1, linestyle=(0, (5, 4)))
+            axes.axvline(removed, color=colour, linewidth=1.1, linestyle=(0, (5, 4)))
     if not any(search.trace for search in searches.values()):
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no search among them", transform=axes.transAxes, ha="center", color=MUTED, fontsize=9)

@@ -34,7 +34,7 @@ def in_steps(search_at: float = 3, factorize_at: float | None = 9, **settings: A
     return LowRankCompression(
         **{
             "layers": "*",
-            "ratio": 0.3,
+            "budget": 0.7,
             "weight": 0.3,
             "search_data": BATCHES[:2],
             "unit": "steps",

@@ -110,7 +110,7 @@ def test_low_rank_compression_truncates_by_the_outputs(search: str):
     expected = seeded(Model)
     calibration = moments_by_hand()
     if search == "output_energy":
-        assert compression.found == output_energy(expected, calibration, ratio=0.3).ranks
+        assert compression.found == output_energy(expected, calibration, budget=0.7).ranks
     assert_same(model, factorize(expected, compression.found, calibration=calibration), rtol=1e-4, atol=1e-5)
 
 

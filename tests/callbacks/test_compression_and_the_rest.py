@@ -69,7 +69,8 @@ class Volumes(Model):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: in_steps(RankScheduling, budget=0.97), lambda: LowRankCompression("*", 0.3, search="energy")]
+    "make",
+    [lambda: in_steps(RankScheduling, budget=0.97), lambda: LowRankCompression("*", budget=0.7, search="energy")],
 )
 def test_layers_that_cannot_be_touched_are_named_at_the_start(make):
     with pytest.warns(UserWarning, match=r"'volumes' \(Conv3d\) stay whole and hold 9\d% of the network's parameters"):
@@ -147,7 +148,7 @@ def test_checkpoints_by_a_metric_begin_anew_at_the_surgery(kind, tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)
     stop = EarlyStopping("val_loss", patience=50)
     callback = (
-        LowRankCompression("backbone.*", 0.5, search="energy", search_at=2, factorize_at=9, unit="steps")
+        LowRankCompression("backbone.*", budget=0.5, search="energy", search_at=2, factorize_at=9, unit="steps")
         if kind is LowRankCompression
         else in_steps(kind, budget=0.5)
     )
@@ -196,7 +197,7 @@ def test_statistics_of_a_resumed_training_go_on_where_they_were(kind, tmp_path):
         if kind is MaskScheduling:
             return in_steps(kind, layers="backbone.*")
         phases = {"search_at": 2, "factorize_at": 9, "unit": "steps"}
-        return LowRankCompression("backbone.*", 0.5, search="energy", **phases)
+        return LowRankCompression("backbone.*", budget=0.5, search="energy", **phases)
 
     def trained(**settings):
         model, compression = seeded(Normed), callback()
@@ -247,7 +248,7 @@ def test_a_picture_that_cannot_be_written_ends_no_training(kind, tmp_path):
     (tmp_path / "compression.png").mkdir()  # a folder is in the way
     (tmp_path / "compression").write_text("")
     callback = (
-        LowRankCompression("backbone.*", 0.5, search="energy", search_at=2, factorize_at=9, unit="steps")
+        LowRankCompression("backbone.*", budget=0.5, search="energy", search_at=2, factorize_at=9, unit="steps")
         if kind is LowRankCompression
         else in_steps(kind, figures=True)
     )
@@ -279,7 +280,7 @@ def test_a_step_is_called_as_lightning_calls_it(form):
             return self.loss(batch)
 
     kind = {"named": Named, "starred": Starred, "typed": Typed}[form]
-    callback = LowRankCompression("*", 0.4, search_data=BATCHES[:2], search_at=2, factorize_at=9, unit="steps")
+    callback = LowRankCompression("*", budget=0.6, search_data=BATCHES[:2], search_at=2, factorize_at=9, unit="steps")
     fit(seeded(kind), BATCHES, [callback], max_epochs=3)
     assert callback.finished
 
@@ -291,7 +292,7 @@ def test_a_step_that_cannot_be_scored_is_named_at_the_start():
             return self.loss(batch)
 
     with pytest.raises(MisconfigurationException, match="`score`: the search of ranks scores batches"):
-        fit(seeded(Iterating), BATCHES, [LowRankCompression("*", 0.4, search_data=BATCHES[:2])], max_epochs=3)
+        fit(seeded(Iterating), BATCHES, [LowRankCompression("*", budget=0.6, search_data=BATCHES[:2])], max_epochs=3)
 
 
 @pytest.mark.parametrize("kind", [HybridCompression, LowRankCompression])
@@ -308,7 +309,7 @@ def test_a_list_of_example_inputs_holds_the_arguments(kind):
             return nn.functional.cross_entropy(self(batch[0], 1.0), batch[1])
 
     late = {"search_data": BATCHES[:2], "search_at": 2, "factorize_at": 6, "unit": "steps"}
-    callback = LowRankCompression("*", 0.4, **late) if kind is LowRankCompression else in_steps(kind, budget=0.8)
+    callback = LowRankCompression("*", budget=0.6, **late) if kind is LowRankCompression else in_steps(kind, budget=0.8)
     fit(seeded(TwoInputs), BATCHES, [callback], max_epochs=3)
     assert callback.report.after.flops < callback.report.before.flops
 
@@ -322,4 +323,4 @@ def test_a_step_that_fails_in_evaluation_mode_is_named_with_the_mode():
     with pytest.raises(
         MisconfigurationException, match=r"of Predicting in evaluation mode, which fails .*AttributeErr"
     ):
-        fit(seeded(Predicting), BATCHES, [LowRankCompression("*", 0.4, search_data=BATCHES[:2])], max_epochs=3)
+        fit(seeded(Predicting), BATCHES, [LowRankCompression("*", budget=0.6, search_data=BATCHES[:2])], max_epochs=3)

@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {"enable_checkpointing": True, "max_epochs": 6}
 
 def make(kind: Any) -> Any:
     if kind is LowRankCompression:
-        return LowRankCompression("backbone.*", 0.4, search="energy", search_at=6, factorize_at=25, unit="steps")
+        return LowRankCompression("backbone.*", budget=0.6, search="energy", search_at=6, factorize_at=25, unit="steps")
     return in_steps(kind, begin=4, end=25, budget=0.6)
 
 

@@ -108,7 +108,7 @@ class WithoutInput(Model):
             MaskScheduling,
             {},
             Model,
-            {"callbacks": [LowRankCompression("*", 0.3, search="energy")]},
+            {"callbacks": [LowRankCompression("*", budget=0.7, search="energy")]},
             "would change the same weights",
         ),
     ],

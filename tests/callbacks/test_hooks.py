@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
-from tests.models import Classifier, fit, make_batches
+from tests.models import Classifier, fit, make_batches, without_hooks
 
 LAYERS = ["backbone", "head:input"]
 
@@ -24,10 +24,6 @@ def callbacks() -> list[Callback]:
         VNERegularization(LAYERS, weight=0.3, mask=lambda call: None),
         RepresentationMonitor(LAYERS, every_n_steps=1, figures=False),
     ]
-
-
-def is_free(model: nn.Module) -> bool:
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def saved(model: nn.Module) -> bytes:
@@ -76,7 +72,7 @@ def test_a_module_can_be_copied_and_pickled_at_any_time(act: Any):
         if isinstance(result, bytes):
             buffer = io.BytesIO(result)
             result = torch.load(buffer, weights_only=False) if result[:2] == b"PK" else pickle.loads(result)
-        assert is_free(result)
+        assert without_hooks(result)
 
 
 def test_to_torchscript_during_training():
@@ -102,10 +98,10 @@ def test_a_copy_made_inside_a_step_loses_the_hooks_when_it_runs(tmp_path: Any):
     expected.load_state_dict(model.state_dict())
     fit(model, make_batches(2), callbacks(), max_epochs=1)
     (teacher,) = model.teacher
-    assert is_free(teacher.backbone)
-    assert is_free(model)
+    assert without_hooks(teacher.backbone)
+    assert without_hooks(model)
     assert vars(teacher).get("training_step", teacher.training_step).__self__ is teacher
-    assert is_free(pickle.loads(pickle.dumps(teacher)).backbone)
+    assert without_hooks(pickle.loads(pickle.dumps(teacher)).backbone)
     (tmp_path / "backbone.pt").write_bytes(model.pickled)
     code = (
         "import sys, torch; sys.modules['lightning_plugins'] = None\n"

@@ -79,7 +79,7 @@ class AtTheSplit(LowRankCompression):
 
 def test_the_small_network_is_the_truncated_one():
     model = seeded()
-    callback = AtTheSplit("*", 0.3, 0.1, search_data=BATCHES[:2], figures=False)
+    callback = AtTheSplit("*", budget=0.7, weight=0.1, search_data=BATCHES[:2], figures=False)
     trainer = fit(model, BATCHES, [callback], max_epochs=3)
     x = BATCHES[0][0].double()
     truncated = factorize(copy.deepcopy(callback.dense), callback.found)
@@ -131,17 +131,17 @@ SEARCHES = {"equal_ratio": equal_ratio, "energy": energy_threshold, "trade_off":
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("cost", ["params", "flops"])
 def test_searches_of_weights(search, cost):
-    callback = in_steps(search_at=0, search=search, cost=cost, ratio=0.4)
+    callback = in_steps(search_at=0, search=search, cost=cost, budget=0.6)
     expected = seeded().double()
     inputs = {"inputs": expected.example_input_array.double()} if cost == "flops" else {}
-    wanted = SEARCHES[search](expected, ratio=0.4, cost=cost, **inputs)
+    wanted = SEARCHES[search](expected, budget=0.6, cost=cost, **inputs)
     model = seeded()
     trainer = fit(model, BATCHES, [callback], max_epochs=4)
     assert callback.found == wanted.ranks
     small, dense = getattr(callback.report.after, cost), getattr(callback.report.before, cost)
     logged = trainer.callback_metrics[f"budget/{cost}"].item()
     assert logged == pytest.approx(small / dense)
-    assert (logged > 1 - wanted.ratio + 0.01) == (cost == "params")  # the network has biases, the layers' weights none
+    assert (logged > wanted.share + 0.01) == (cost == "params")  # the network has biases, the layers' weights none
     assert {name: int(trainer.callback_metrics[f"rank/{name}"]) for name in wanted.ranks} == wanted.ranks
 
 
@@ -164,7 +164,7 @@ def test_beam_search_scores_what_it_is_told(score, function, data):
     callback = in_steps(search_at=0, factorize_at=None, score=score, **options)
     batches = {str: BATCHES[4:], list: BATCHES[:2], Batches: BATCHES[:3]}[type(data)]
     doubled = [(x.double(), y) for x, y in batches]
-    wanted = beam_search(seeded().double(), doubled, function, ratio=0.3, step=1)
+    wanted = beam_search(seeded().double(), doubled, function, budget=0.7, step=1)
     fit(seeded(), BATCHES, [callback], max_epochs=1, max_steps=1)
     assert callback.found == wanted.ranks
 
@@ -256,7 +256,7 @@ def test_splitting_alone_at_the_start():
     ids=str,
 )
 def test_when_layers_are_split(settings, epochs, split):
-    callback = AtTheSplit("*", 0.3, 0.1, search_data=BATCHES[:2], figures=False, **settings)
+    callback = AtTheSplit("*", budget=0.7, weight=0.1, search_data=BATCHES[:2], figures=False, **settings)
     fit(seeded(), BATCHES, [callback], max_epochs=epochs)
     assert callback.step == split
 
@@ -297,7 +297,7 @@ def test_a_training_that_is_stopped(factorize_at):
     ids=["fast_dev_run", "without epochs", "validated"],
 )
 def test_kinds_of_training(settings):
-    model, callback = seeded(), LowRankCompression("*", 0.3, 0.1, search_data=BATCHES[:2], figures=False)
+    model, callback = seeded(), LowRankCompression("*", budget=0.7, weight=0.1, search_data=BATCHES[:2], figures=False)
     fit(model, BATCHES, [callback], **settings)
     assert callback.finished
     assert type(model.backbone[0]) is nn.Sequential

@@ -27,9 +27,9 @@ BATCHES = make_batches(6)
     [
         ({"layers": []}, ValueError, "`layers` must be a module name"),
         ({"layers": "head:input"}, ValueError, "no side of it"),
-        ({"ratio": 0}, ValueError, "`ratio`, the fraction to remove, must be more than 0 and less than 1, got 0"),
-        ({"ratio": 60}, ValueError, "did you mean 0.6?"),
-        ({"ratio": "0.6"}, TypeError, "`ratio` must be a number"),
+        ({"budget": 0}, ValueError, "`budget`, the share left, must be more than 0 and less than 1, got 0"),
+        ({"budget": 60}, ValueError, "did you mean 0.6?"),
+        ({"budget": "0.6"}, TypeError, "`budget` must be a number"),
         ({"weight": -0.1}, ValueError, "`weight` must be at least 0, got -0.1"),
         ({"weight": math.inf}, ValueError, "`weight` must be finite"),
         ({"search": "bem"}, ValueError, "did you mean 'beam'?"),
@@ -99,7 +99,7 @@ def grouped() -> Classifier:
         (grouped, {"layers": "extra"}, {}, "has 4 groups"),
         (normed, {"layers": "head"}, {}, "has a weight that is computed"),
         (tied, {"layers": "head"}, {}, r"shares a parameter with another module \(tied weights\)"),
-        (Classifier, {"ratio": 0.99}, {}, "`ratio` must be at most 0.6"),
+        (Classifier, {"budget": 0.01}, {}, "`budget` must be at least 0.3"),
         (Classifier, {"ranks": {"hed": 2}}, {}, "did you mean 'head'"),
         (Classifier, {"ranks": {"head": 9}}, {}, r"`ranks\['head'\]` must be at most 3, got 9"),
         (Classifier, {"ranks": {"head": 2}}, {}, r"must make at least one layer smaller, as at most \{'head': 1\} do"),
@@ -123,7 +123,7 @@ def grouped() -> Classifier:
 )
 def test_wrong_combinations_are_named(model, arguments, trainer, message):
     trainer = {"max_epochs": 1, **trainer}
-    callback = LowRankCompression(**{"layers": "*", "ratio": 0.3, "search_data": BATCHES[:2], **arguments})
+    callback = LowRankCompression(**{"layers": "*", "budget": 0.7, "search_data": BATCHES[:2], **arguments})
     with pytest.raises(Exception, match=message):
         fit(model(), BATCHES[:1], [callback, *trainer.pop("others", [])], **trainer)
 
@@ -134,7 +134,7 @@ class WithoutLoss(Classifier):
 
 
 def test_a_training_step_without_a_loss_is_no_score():
-    callback = LowRankCompression("*", 0.3, search_data=BATCHES[:2], search_at=0)
+    callback = LowRankCompression("*", budget=0.7, search_data=BATCHES[:2], search_at=0)
     with pytest.raises(Exception, match="`score` must be given where the training step returns no loss, got NoneType"):
         fit(WithoutLoss(), BATCHES[:1], [callback], max_epochs=1)
 
@@ -167,7 +167,7 @@ trainer:
     - class_path: lightning_plugins.callbacks.LowRankCompression
       init_args:
         layers: ["backbone.*", head]
-        ratio: 0.3
+        budget: 0.7
         weight: 0.1
         search: beam
         search_options: {width: 2, step: 1}
@@ -216,4 +216,17 @@ def test_yaml_trains_like_python(ranks, tmp_path: Path, monkeypatch: pytest.Monk
     fit(expected, BATCHES, [LowRankCompression(**arguments)], max_epochs=3)
     torch.testing.assert_close(dict(cli.model.state_dict()), dict(expected.state_dict()))
     assert cli.trainer.callbacks[0].finished
-    assert {*entry["init_args"], "ranks"} == set(inspect.signature(LowRankCompression).parameters)
+    assert {*entry["init_args"], "ranks", "ratio"} == set(inspect.signature(LowRankCompression).parameters)
+
+
+def test_yaml_with_the_older_name_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = yaml.safe_load(YAML)
+    (entry,) = config["trainer"]["callbacks"]
+    del entry["init_args"]["budget"]
+    entry["init_args"]["ratio"] = 0.3
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path)])
+    with pytest.warns(FutureWarning, match=r"`ratio` has another name: pass `budget=0\.7`"):
+        cli = LightningCLI(FromYaml, save_config_callback=None, run=False)
+    assert cli.trainer.callbacks[0].budget == 0.7

@@ -67,8 +67,8 @@ def seeded(kind: type[Model] = Model) -> Model:
 def compression(factorize_at: int = SPLIT_AT - 3) -> LowRankCompression:
     return LowRankCompression(
         "*",
-        0.3,
-        0.1,
+        budget=0.7,
+        weight=0.1,
         score="score",
         search_data=BATCHES[:2],
         search_options={"step": 1, "width": 2},

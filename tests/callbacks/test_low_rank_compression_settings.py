@@ -58,7 +58,7 @@ class Images(Model):
 
 @pytest.mark.parametrize("scheme", [1, 2])
 def test_convolutions(scheme):
-    callback, model = in_steps(scheme=scheme, ratio=0.5), seeded(Images)
+    callback, model = in_steps(scheme=scheme, budget=0.5), seeded(Images)
     trainer = fit(model, BATCHES, [callback], max_epochs=3)
     assert type(model.backbone[4]) is nn.Sequential
     kernels = [part.kernel_size for part in model.backbone[4]]
@@ -164,7 +164,7 @@ def test_nothing_but_the_layers_is_changed(kind):
 def test_state_key_tells_layers_apart_and_nothing_else():
     base = {"layers": "a", "search_at": 0.2}
     changes: list[dict[str, Any]] = [
-        {"ratio": 0.5},
+        {"budget": 0.5},
         {"weight": 0.5},
         {"search": "energy"},
         {"search_options": {"width": 2}},

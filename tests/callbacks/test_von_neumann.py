@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins.callbacks import VNERegularization
 from lightning_plugins.schedules import Linear, Piecewise
-from tests.models import Batches, Classifier, entropy_by_autograd, fit, make_batches
+from tests.models import Batches, Classifier, entropy_by_autograd, fit, make_batches, without_hooks
 
 
 class ByHand(Classifier):
@@ -152,6 +152,7 @@ def test_compiled_trains_like_eager_twice(compiled_part, layer):
         fit(expected, make_batches())
     weights = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     torch.testing.assert_close(weights, dict(expected.state_dict()))
+    assert without_hooks(model)  # they stay between the steps of compiled code, and go at the end
 
 
 class KeepsATeacher(Classifier):
@@ -317,7 +318,7 @@ def test_module_is_untouched_afterwards(kind):
     else:
         fit(model, make_batches(), callbacks)
     assert vars(model).keys() == before.keys()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert without_hooks(model)
 
 
 def test_a_wrapper_put_on_later_survives():

@@ -89,7 +89,7 @@ def loaded(path: Path, model: nn.Module, key: str | None = None) -> nn.Module:
 @pytest.mark.parametrize("method", ["equal_ratio", "energy_threshold", "trade_off"])
 @pytest.mark.parametrize("cost", ["params", "flops"])
 def test_compresses_a_state_dict(saved: Path, method: str, cost: str, capsys: Any):
-    arguments = ["--ratio", "0.5", "--method", method, "--cost", cost, "--layers", '["conv", "fc"]']
+    arguments = ["--budget", "0.5", "--method", method, "--cost", cost, "--layers", '["conv", "fc"]']
     assert main(["compress", str(saved), *OPTIONS, *arguments]) == 0
     dense, small = loaded(saved, Net()), loaded(saved.with_name("net-compressed.pt"), Net())
     assert isinstance(small.conv, nn.Sequential)
@@ -103,19 +103,19 @@ def test_compresses_a_state_dict(saved: Path, method: str, cost: str, capsys: An
 
 def test_the_network_that_comes_out_is_that_of_the_functions(saved: Path):
     target = saved.with_name("folder") / "small.pt"
-    assert main(["compress", str(saved), *OPTIONS, "--ratio", "0.6", "--scheme", "2", "--output", str(target)]) == 0
+    assert main(["compress", str(saved), *OPTIONS, "--budget", "0.4", "--scheme", "2", "--output", str(target)]) == 0
     expected = loaded(saved, Net())
-    factorize(expected, trade_off(expected, ratio=0.6, scheme=2).ranks, scheme=2)
+    factorize(expected, trade_off(expected, budget=0.4, scheme=2).ranks, scheme=2)
     torch.testing.assert_close(dict(loaded(target, Net()).state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
     assert target.with_suffix(".json").exists()
 
 
 def test_searches_with_data(saved: Path):
-    arguments = ["--method", "beam_search", "--data", f"{HERE}:data", "--ratio", "0.4"]
+    arguments = ["--method", "beam_search", "--data", f"{HERE}:data", "--budget", "0.6"]
     assert main(["compress", str(saved), *OPTIONS, *arguments]) == 0
     expected = loaded(saved, Net())
     batches, score = data(expected)
-    found = beam_search(expected, batches, score, ratio=0.4)
+    found = beam_search(expected, batches, score, budget=0.6)
     small = loaded(saved.with_name("net-compressed.pt"), Net())
     torch.testing.assert_close(dict(small.state_dict()), dict(factorize(expected, found.ranks).state_dict()))
 
@@ -125,11 +125,11 @@ def calibration_data(model: nn.Module) -> Any:
 
 
 def test_calibrates_and_quantises(saved: Path, capsys: Any):
-    arguments = ["--method", "output_energy", "--calibration", f"{HERE}:calibration_data", "--ratio", "0.4"]
+    arguments = ["--method", "output_energy", "--calibration", f"{HERE}:calibration_data", "--budget", "0.6"]
     assert main(["compress", str(saved), *OPTIONS, *arguments, "--quantize", "int8"]) == 0
     expected = loaded(saved, Net())
     calibration = Calibration(expected).record(calibration_data(expected))
-    factorize(expected, output_energy(expected, calibration, ratio=0.4).ranks, calibration=calibration)
+    factorize(expected, output_energy(expected, calibration, budget=0.6).ranks, calibration=calibration)
     target = saved.with_name("net-compressed.pt")
     small = load_quantized(Net(), torch.load(target, weights_only=True)).eval()
     x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -138,10 +138,18 @@ def test_calibrates_and_quantises(saved: Path, capsys: Any):
     assert "is quantised; compress the floating one and quantise last" in capsys.readouterr().err
 
 
+def test_the_older_name_of_the_budget(saved: Path):
+    new, old = saved.with_name("new.pt"), saved.with_name("old.pt")
+    assert main(["compress", str(saved), *OPTIONS, "--budget", "0.3", "--output", str(new)]) == 0
+    with pytest.warns(FutureWarning, match=r"`ratio` has another name: pass `budget=0\.3`"):
+        assert main(["compress", str(saved), *OPTIONS, "--ratio", "0.7", "--output", str(old)]) == 0
+    torch.testing.assert_close(torch.load(old), torch.load(new), rtol=0, atol=0)
+
+
 def test_compresses_what_is_compressed_already(saved: Path):
     for name, following in (("net", "0.3"), ("net-compressed", "0.5")):
         layers = "fc" if name == "net" else "conv"
-        arguments = [*OPTIONS, "--ratio", following, "--layers", layers]
+        arguments = [*OPTIONS, "--budget", following, "--layers", layers]
         assert main(["compress", str(saved.with_name(f"{name}.pt")), *arguments]) == 0
     small = loaded(saved.with_name("net-compressed-compressed.pt"), Net())
     assert isinstance(small.fc, nn.Sequential)
@@ -152,7 +160,7 @@ def test_lightning_checkpoints(tmp_path: Path):
     trainer = fit(Lit(width=7), make_batches(2), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "lit.ckpt")
     model = f"{HERE}:Lit"
-    assert main(["compress", str(tmp_path / "lit.ckpt"), "--model", model, "--ratio", "0.2"]) == 0
+    assert main(["compress", str(tmp_path / "lit.ckpt"), "--model", model, "--budget", "0.8"]) == 0
     path = tmp_path / "lit-compressed.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["hyper_parameters"] == {"width": 7}  # which also built the model
@@ -273,8 +281,8 @@ BAD = {
         ["--model", f"{HERE}:Net", "--input_shape", "[0,3,6,6]"],
         "`input_shape` must be of sizes",
     ),
-    "ratio": ([*OPTIONS, "--ratio", "1.5"], "`ratio`"),
-    "percent": ([*OPTIONS, "--ratio", "60"], "`ratio`"),
+    "budget": ([*OPTIONS, "--budget", "1.5"], "`budget`"),
+    "percent": ([*OPTIONS, "--budget", "60"], "`budget`"),
     "layers": ([*OPTIONS, "--layers", "fcc"], "`layers`: no module is called 'fcc'; did you mean 'fc'"),
     "no data": ([*OPTIONS, "--method", "beam_search"], "`data` must be given with `method=beam_search`"),
     "needless data": (

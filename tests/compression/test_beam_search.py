@@ -65,7 +65,7 @@ def likelihood(net, batch):
     return -nn.functional.cross_entropy(net(batch[0]), batch[1])
 
 
-def naive_search(net, batches, score, ratio, width, steps):
+def naive_search(net, batches, score, budget, width, steps):
     """Every child on a copy of its own, with decompositions of its own and all batches."""
     costs = layer_costs(net)
     dense = sum(cost.dense for cost in costs.values())
@@ -73,8 +73,8 @@ def naive_search(net, batches, score, ratio, width, steps):
     def decomposed(name):
         return torch.linalg.svd(net.get_submodule(name).weight.detach(), full_matrices=False)
 
-    def removed(ranks):
-        return (dense - sum(cost.at(rank) for cost, rank in zip(costs.values(), ranks, strict=True))) / dense
+    def share(ranks):
+        return sum(cost.at(rank) for cost, rank in zip(costs.values(), ranks, strict=True)) / dense
 
     def evaluate(ranks):
         copy = deepcopy(net).eval()
@@ -99,14 +99,14 @@ def naive_search(net, batches, score, ratio, width, steps):
             for layer, rank in enumerate(parent):
                 for lower in range(rank - 1, max(rank - steps[layer], 1) - 1, -1):  # smallest step that reaches it
                     child = (*parent[:layer], lower, *parent[layer + 1 :])
-                    if removed(child) >= ratio or lower == max(rank - steps[layer], 1):
+                    if share(child) <= budget or lower == max(rank - steps[layer], 1):
                         children.add(child)
                         break
         scored = {child: evaluate(child) for child in children}
-        finished |= {child: score for child, score in scored.items() if removed(child) >= ratio}
-        beam = sorted(((c, s) for c, s in scored.items() if removed(c) < ratio), key=order)[:width]
+        finished |= {child: score for child, score in scored.items() if share(child) <= budget}
+        beam = sorted(((c, s) for c, s in scored.items() if share(c) > budget), key=order)[:width]
     ranks, best = min(finished.items(), key=order)
-    return dict(zip(costs, ranks, strict=True)), best, removed(ranks), beams
+    return dict(zip(costs, ranks, strict=True)), best, share(ranks), beams
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -119,11 +119,11 @@ def naive_search(net, batches, score, ratio, width, steps):
 def test_finds_what_the_naive_search_finds(score, bounds, width, seed):
     net = make_net(seed)
     batches = make_batches(net)
-    found = beam_search(net, batches, score, ratio=0.6, width=width, step=1, bounds=bounds)
-    ranks, best, ratio, beams = naive_search(net, batches, score, 0.6, width, steps=[1] * 4)
+    found = beam_search(net, batches, score, budget=0.4, width=width, step=1, bounds=bounds)
+    ranks, best, share, beams = naive_search(net, batches, score, 0.4, width, steps=[1] * 4)
     assert found.ranks == ranks
     assert found.score == best
-    assert found.ratio == ratio
+    assert found.share == share
     assert [[tuple(one) for one in level.beam] for level in found.trace[:-1]] == beams
     assert found.trace[-1].beam == ()
 
@@ -133,9 +133,9 @@ def test_steps_may_be_large_and_measured_in_cost():
     batches = make_batches(net)
     steps = [max(1, round(0.1 * 704 / cost.per_rank)) for cost in layer_costs(net).values()]
     assert steps == [3, 2, 2, 4]
-    found = beam_search(net, batches, likelihood, ratio=0.7, width=2, step=0.1)
-    ranks, best, ratio, _ = naive_search(net, batches, likelihood, 0.7, 2, steps)
-    assert (found.ranks, found.score, found.ratio) == (ranks, best, ratio)
+    found = beam_search(net, batches, likelihood, budget=0.3, width=2, step=0.1)
+    ranks, best, share, _ = naive_search(net, batches, likelihood, 0.3, 2, steps)
+    assert (found.ranks, found.score, found.share) == (ranks, best, share)
 
 
 def test_giving_children_up_saves_batches_and_changes_nothing():
@@ -147,10 +147,10 @@ def test_giving_children_up_saves_batches_and_changes_nothing():
         calls.append(1)
         return hits(net, batch)
 
-    whole = beam_search(net, batches, counting, ratio=0.6, step=1, width=2)
+    whole = beam_search(net, batches, counting, budget=0.4, step=1, width=2)
     all_calls = len(calls)
     calls.clear()
-    raced = beam_search(net, batches, counting, ratio=0.6, step=1, width=2, bounds=(0, 1))
+    raced = beam_search(net, batches, counting, budget=0.4, step=1, width=2, bounds=(0, 1))
     assert raced[:4] == whole[:4]
     assert sum(level.abandoned for level in raced.trace) > 0.2 * raced.evaluations
     assert len(calls) < 0.8 * all_calls
@@ -166,7 +166,7 @@ def test_no_rank_vector_is_scored_twice():
         seen.append(tuple(layer.weight.clone() for layer in (net.stem, net.one, net.two, net.head)))
         return hits(net, batch)
 
-    found = beam_search(net, batches, remember, ratio=0.7, step=1, width=6)
+    found = beam_search(net, batches, remember, budget=0.3, step=1, width=6)
     distinct = {tuple(weight.numpy().tobytes() for weight in weights) for weights in seen}
     assert len(distinct) == found.evaluations == len(seen)
     assert found.evaluations < 0.8 * sum(4 * len(level.beam) for level in found.trace)  # two orders of two steps
@@ -177,7 +177,7 @@ def test_one_decomposition_per_layer(monkeypatch):
     batches = make_batches(net)
     real, calls = torch.linalg.svd, []
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or real(*a, **k))
-    beam_search(net, batches, hits, ratio=0.6, step=1)
+    beam_search(net, batches, hits, budget=0.4, step=1)
     assert len(calls) == 4
 
 
@@ -195,11 +195,11 @@ def test_activations_are_reused_and_need_not_be():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "linear", linear)
-        with_reuse = beam_search(net, batches, hits, ratio=0.6, step=1)
+        with_reuse = beam_search(net, batches, hits, budget=0.4, step=1)
         assert counts["head"] == 5 * with_reuse.evaluations
         assert counts["stem"] < 0.6 * counts["head"]
         counts.update(stem=0, head=0)
-        without = beam_search(net, batches, hits, ratio=0.6, step=1, reuse_activations=False)
+        without = beam_search(net, batches, hits, budget=0.4, step=1, reuse_activations=False)
         assert counts["stem"] == counts["head"] == 5 * without.evaluations
     assert with_reuse == without
 
@@ -225,10 +225,10 @@ def test_the_network_and_the_generators_are_left_as_they_were():
         torch.manual_seed(3)
         state = torch.get_rng_state()
         if stop is None:
-            beam_search(net, loader, score, ratio=0.6, step=1)
+            beam_search(net, loader, score, budget=0.4, step=1)
         else:
             with pytest.raises(stop, match="in the middle"):
-                beam_search(net, loader, score, ratio=0.6, step=1)
+                beam_search(net, loader, score, budget=0.4, step=1)
         assert torch.equal(torch.get_rng_state(), state)
         assert [module.training for module in net.modules()] == modes
         assert {name: p.data_ptr() for name, p in net.named_parameters()} == pointers
@@ -238,27 +238,27 @@ def test_the_network_and_the_generators_are_left_as_they_were():
 
 @settings(max_examples=15, deadline=None)
 @given(
-    ratio=st.floats(0.05, 0.72),
+    budget=st.floats(0.28, 0.95),
     width=st.integers(1, 3),
     step=st.one_of(st.integers(1, 4), st.floats(0.01, 0.3)),
     seed=st.integers(0, 9),
 )
-def test_delivered_ranks_meet_the_ratio_by_as_little_as_they_can(ratio, width, step, seed):
+def test_delivered_ranks_meet_the_budget_by_as_little_as_they_can(budget, width, step, seed):
     net = make_net(seed)
-    found = beam_search(net, make_batches(net, count=1), hits, ratio=ratio, width=width, step=step)
+    found = beam_search(net, make_batches(net, count=1), hits, budget=budget, width=width, step=step)
     costs = layer_costs(net)
     dense = sum(cost.dense for cost in costs.values())
 
-    def removed(ranks):
-        return (dense - sum(cost.at(ranks[name]) for name, cost in costs.items())) / dense
+    def share(ranks):
+        return sum(cost.at(ranks[name]) for name, cost in costs.items()) / dense
 
-    assert found.ratio == removed(found.ranks) >= ratio
+    assert found.share == share(found.ranks) <= budget
     start = {name: cost.break_even for name, cost in costs.items()}
     if found.ranks != start:  # one rank more in the layer that was lowered last would be too much
         raised = [{**found.ranks, name: rank + 1} for name, rank in found.ranks.items() if rank < start[name]]
-        assert any(removed(ranks) < ratio for ranks in raised)
-    ratios = [removed(dict(zip(costs, one.ranks, strict=True))) for level in found.trace for one in level.beam[:1]]
-    assert ratios == sorted(ratios)
+        assert any(share(ranks) > budget for ranks in raised)
+    shares = [share(dict(zip(costs, one.ranks, strict=True))) for level in found.trace for one in level.beam[:1]]
+    assert shares == sorted(shares, reverse=True)
     assert all(1 <= rank <= start[name] for name, rank in found.ranks.items())
 
 
@@ -274,7 +274,7 @@ def test_a_beam_of_full_width_is_exhaustive(seed):
     dense = sum(cost.dense for cost in costs.values())
 
     def meets(ranks):
-        return (dense - sum(c.at(r) for c, r in zip(costs.values(), ranks, strict=True))) / dense >= 0.4
+        return sum(c.at(r) for c, r in zip(costs.values(), ranks, strict=True)) / dense <= 0.6
 
     reached = [
         ranks
@@ -283,7 +283,7 @@ def test_a_beam_of_full_width_is_exhaustive(seed):
         and any(not meets((*ranks[:i], ranks[i] + 1, *ranks[i + 1 :])) for i in range(3) if ranks[i] < start[i])
     ]
     best = max(score_ranks(net, dict(zip(costs, ranks, strict=True)), batches, likelihood) for ranks in reached)
-    found = beam_search(net, batches, likelihood, ratio=0.4, step=1, width=1000)
+    found = beam_search(net, batches, likelihood, budget=0.6, step=1, width=1000)
     assert len(reached) > 3
     assert found.score == best
 
@@ -291,19 +291,19 @@ def test_a_beam_of_full_width_is_exhaustive(seed):
 def test_the_factorised_network_scores_what_was_promised():
     net = make_net(width=16)
     batches = make_batches(net)
-    found = beam_search(net, batches, hits, ratio=0.5)
+    found = beam_search(net, batches, hits, budget=0.5)
     assert score_ranks(net, found.ranks, batches, hits) == found.score
     before = sum(layer.weight.numel() for layer in (net.stem, net.one, net.two, net.head))
     factorize(net, found.ranks).eval()
     after = sum(p.numel() for name, p in net.named_parameters() if name.endswith("weight") and "norm" not in name)
-    assert 1 - after / before == pytest.approx(found.ratio)
+    assert after / before == pytest.approx(found.share)
     with torch.no_grad():
         assert sum(int(hits(net, batch)[0]) for batch in batches) / 40 == found.score
 
 
-def test_a_ratio_that_break_even_ranks_reach_ends_at_once():
+def test_a_budget_that_break_even_ranks_meet_ends_at_once():
     net = make_net()
-    found = beam_search(net, make_batches(net), hits, ratio=0.01)
+    found = beam_search(net, make_batches(net), hits, budget=0.99)
     assert found.ranks == {name: cost.break_even for name, cost in layer_costs(net).items()}
     assert [level.number for level in found.trace] == [0]
 
@@ -311,9 +311,9 @@ def test_a_ratio_that_break_even_ranks_reach_ends_at_once():
 def test_layers_that_cannot_become_cheaper_stay_dense():
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     batches = [torch.randn(5, 6).double()]
-    found = beam_search(net, batches, lambda net, x: -net(x).square().mean(), ratio=0.3)
+    found = beam_search(net, batches, lambda net, x: -net(x).square().mean(), budget=0.7)
     assert found.ranks["1" if "1" in found.ranks else "2"] == 1  # its full rank
-    assert found.ratio >= 0.3
+    assert found.share <= 0.7
 
 
 def test_flops_are_a_cost():
@@ -326,25 +326,25 @@ def test_flops_are_a_cost():
     def score(net, x):
         return -net(x).square().mean()
 
-    found = beam_search(net, batches, score, ratio=0.5, cost="flops", inputs=batches[0], step=1)
+    found = beam_search(net, batches, score, budget=0.5, cost="flops", inputs=batches[0], step=1)
     costs = layer_costs(net, cost="flops", inputs=batches[0])
     dense = sum(cost.dense for cost in costs.values())
-    assert found.ratio == (dense - sum(cost.at(found.ranks[name]) for name, cost in costs.items())) / dense >= 0.5
-    second = beam_search(net, batches, score, ratio=0.5, layers=["0", "2"], scheme=2, step=0.05)
+    assert found.share == sum(cost.at(found.ranks[name]) for name, cost in costs.items()) / dense <= 0.5
+    second = beam_search(net, batches, score, budget=0.5, layers=["0", "2"], scheme=2, step=0.05)
     assert set(second.ranks) == {"0", "2"}
 
 
 def test_a_batch_with_a_number_for_a_score_counts_like_any_other():
     net = make_net()
     batches = make_batches(net)
-    found = beam_search(net, batches, lambda net, batch: float(likelihood(net, batch)), ratio=0.3, step=2)
-    assert found == beam_search(net, batches, likelihood, ratio=0.3, step=2)
+    found = beam_search(net, batches, lambda net, batch: float(likelihood(net, batch)), budget=0.7, step=2)
+    assert found == beam_search(net, batches, likelihood, budget=0.7, step=2)
 
 
 def test_progress_is_told_of_every_level():
     net = make_net()
     levels = []
-    found = beam_search(net, make_batches(net), hits, ratio=0.6, step=1, progress=levels.append)
+    found = beam_search(net, make_batches(net), hits, budget=0.4, step=1, progress=levels.append)
     assert tuple(levels) == found.trace
     assert [level.number for level in levels] == list(range(len(levels)))
     assert levels[-1].score == found.score
@@ -353,8 +353,8 @@ def test_progress_is_told_of_every_level():
 def test_rich_draws_a_bar(capsys):
     net = make_net()
     with rich_progress() as progress:
-        beam_search(net, make_batches(net), hits, ratio=0.6, step=1, progress=progress)
-    assert "of 0.600, score" in capsys.readouterr().out
+        beam_search(net, make_batches(net), hits, budget=0.4, step=1, progress=progress)
+    assert "budget 0.400, score" in capsys.readouterr().out
 
 
 def test_rich_is_asked_for(monkeypatch):
@@ -366,7 +366,7 @@ def test_rich_is_asked_for(monkeypatch):
 def test_a_stopped_search_goes_on_where_it_was(tmp_path):
     net = make_net()
     batches = make_batches(net)
-    settings = {"ratio": 0.6, "step": 1, "width": 3, "bounds": (0, 1)}
+    settings = {"budget": 0.4, "step": 1, "width": 3, "bounds": (0, 1)}
     whole = beam_search(net, batches, hits, **settings)
     file = tmp_path / "new" / "search.json"
     for stop in (0, 2, 3, len(whole.trace) - 2):  # levels after which the search is stopped
@@ -389,6 +389,27 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
     assert beam_search(net, batches, never, **settings, state_file=str(file)) == whole  # it is all there
 
 
+def test_a_file_with_removed_fractions_is_read(tmp_path):
+    """As older versions wrote it."""
+    net = make_net()
+    settings = {"step": 1, "width": 3, "bounds": (0, 1)}
+    file, levels = tmp_path / "search.json", []
+    whole = beam_search(net, make_batches(net), hits, budget=0.4, **settings, state_file=file)
+    content = json.loads(file.read_text())
+    content["format"] = 1
+    del content["search"]["budget"]
+    content["search"]["ratio"] = 0.6
+    for level in content["levels"]:
+        del level["budget"]
+        level["target"], level["ratio"] = 0.6, 1 - level.pop("share")
+    file.write_text(json.dumps(content))
+    found = beam_search(net, make_batches(net), hits, budget=0.4, **settings, state_file=file, progress=levels.append)
+    assert (found.ranks, found.score, found.evaluations, levels) == (whole.ranks, whole.score, whole.evaluations, [])
+    for one, other in zip(found.trace, whole.trace, strict=True):
+        assert one._replace(share=other.share) == other
+        assert one.share == pytest.approx(other.share)
+
+
 def _search_until_killed(file):
     def fatal(net, batch):
         if file.exists() and len(json.loads(file.read_text())["levels"]) > 2:
@@ -396,7 +417,7 @@ def _search_until_killed(file):
         return hits(net, batch)
 
     net = make_net()
-    beam_search(net, make_batches(net), fatal, ratio=0.6, step=1, width=3, bounds=(0, 1), state_file=file)
+    beam_search(net, make_batches(net), fatal, budget=0.4, step=1, width=3, bounds=(0, 1), state_file=file)
 
 
 def test_a_killed_search_goes_on_where_it_was(tmp_path):
@@ -409,9 +430,9 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
     batches = make_batches(net)
     levels = []
     found = beam_search(
-        net, batches, hits, ratio=0.6, step=1, width=3, bounds=(0, 1), state_file=file, progress=levels.append
+        net, batches, hits, budget=0.4, step=1, width=3, bounds=(0, 1), state_file=file, progress=levels.append
     )
-    assert found == beam_search(net, batches, hits, ratio=0.6, step=1, width=3, bounds=(0, 1))
+    assert found == beam_search(net, batches, hits, budget=0.4, step=1, width=3, bounds=(0, 1))
     assert 0 < len(levels) < len(found.trace) - 2
 
 
@@ -427,14 +448,14 @@ def _on_a_rank(rank, folder):
             return score(net, batch)
 
         file = f"{folder}/{score.__name__}.json"
-        found = beam_search(net, batches, counting, ratio=0.6, step=1, width=width, bounds=bounds, state_file=file)
-        again = beam_search(net, batches, counting, ratio=0.6, step=1, width=width, bounds=bounds, state_file=file)
+        found = beam_search(net, batches, counting, budget=0.4, step=1, width=width, bounds=bounds, state_file=file)
+        again = beam_search(net, batches, counting, budget=0.4, step=1, width=width, bounds=bounds, state_file=file)
         results.append((found, again == found, len(calls)))
     net = make_net()
     batches = make_batches(net, seed=1 + rank)
     message = ""
     try:
-        beam_search(net, batches, hits, ratio=0.6)
+        beam_search(net, batches, hits, budget=0.4)
     except ValueError as error:
         message = str(error)
     return results, message, dist.get_world_size()
@@ -445,8 +466,8 @@ def test_two_processes_share_the_children_and_find_the_same(tmp_path):
     (first, message, _), (second, other, _) = run_on_ranks(_on_a_rank, 2, tmp_path, str(tmp_path))
     net = make_net()
     batches = make_batches(net)
-    one = beam_search(net, batches, hits, ratio=0.6, step=1, width=3, bounds=(0, 1))
-    two = beam_search(net, batches, likelihood, ratio=0.6, step=1, width=2)
+    one = beam_search(net, batches, hits, budget=0.4, step=1, width=3, bounds=(0, 1))
+    two = beam_search(net, batches, likelihood, budget=0.4, step=1, width=2)
     for results in (first, second):
         assert results[0][0][:4] == one[:4]  # what is given up depends on who scores it
         assert results[1][0] == two
@@ -470,19 +491,19 @@ class Fewer:
 
 NET = make_net()
 BATCHES = make_batches(NET)
-GOOD = {"model": NET, "batches": BATCHES, "score": hits, "ratio": 0.5}
+GOOD = {"model": NET, "batches": BATCHES, "score": hits, "budget": 0.5}
 POISONED = make_net()
 POISONED.two.weight.data[0, 0] = torch.nan
 UNCALLED = make_net()
 UNCALLED.spare = nn.Linear(9, 9).double()
 BAD = {
     "no model": ({"model": lambda x: x}, TypeError, "`model` must be a torch.nn.Module, got function"),
-    "ratio is text": ({"ratio": "half"}, TypeError, "`ratio` must be a number"),
-    "ratio is percent": ({"ratio": 60}, ValueError, r"`ratio` must be in \[0, 1\], got 60; did you mean 0.6"),
-    "ratio 0": ({"ratio": 0}, ValueError, "`ratio` must be more than 0 and less than 1, got 0"),
-    "ratio 1": ({"ratio": 1.0}, ValueError, "`ratio` must be more than 0"),
-    "ratio NaN": ({"ratio": math.nan}, ValueError, "`ratio` must be in"),
-    "impossible ratio": ({"ratio": 0.9}, ValueError, "`ratio` must be at most 0.721154 for these 4 layers, .* got 0.9"),
+    "budget is text": ({"budget": "half"}, TypeError, "`budget` must be a number"),
+    "budget is percent": ({"budget": 60}, ValueError, r"`budget` must be in \[0, 1\], got 60; did you mean 0.6"),
+    "budget 0": ({"budget": 0}, ValueError, "`budget` must be more than 0 and less than 1, got 0"),
+    "budget 1": ({"budget": 1.0}, ValueError, "`budget` must be more than 0"),
+    "budget NaN": ({"budget": math.nan}, ValueError, "`budget` must be in"),
+    "impossible": ({"budget": 0.1}, ValueError, "`budget` must be at least 0.278846 for these 4 layers, .* got 0.1"),
     "no such layer": ({"layers": "heads"}, ValueError, "did you mean 'head'"),
     "a layer without matrix": ({"layers": "norm"}, ValueError, "'norm' must be a layer that can be split"),
     "unknown cost": ({"cost": "flop"}, ValueError, "did you mean 'flops'"),
@@ -528,17 +549,17 @@ def test_bad_arguments_are_named(case):
 def test_a_count_that_depends_on_the_network_has_no_bounds():
     counts = itertools.count(1)
     with pytest.raises(ValueError, match="must count the same for every network"):
-        beam_search(NET, BATCHES, lambda n, b: (n(b[0]).sum() * 0, next(counts)), ratio=0.5, bounds=(0, 1))
+        beam_search(NET, BATCHES, lambda n, b: (n(b[0]).sum() * 0, next(counts)), budget=0.5, bounds=(0, 1))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ratio": 0.55}, "its ratio is another; delete it"),
+        ({"budget": 0.45}, "its budget is another; delete it"),
         ({"width": 2, "step": 2}, "its width, steps are another"),
         ({"model": make_net(5)}, "its weights is another"),
     ],
-    ids=["ratio", "width and step", "weights"],
+    ids=["budget", "width and step", "weights"],
 )
 def test_a_file_of_another_search_is_refused(change, message, tmp_path):
     file = tmp_path / "search.json"

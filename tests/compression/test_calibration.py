@@ -343,8 +343,8 @@ def test_searches_take_the_outputs_errors():
     energies = torch.linalg.svdvals(outputs).square()
     torch.testing.assert_close(energies_of({"0": net[0]}, 1, calibration)[0][:6], energies[:6], rtol=1e-6, atol=1e-6)
     for search in (energy_threshold, trade_off):
-        assert search(net, ratio=0.3, calibration=calibration).ratio >= 0.3
-    ranks = equal_ratio(net, ratio=0.3).ranks
+        assert search(net, budget=0.7, calibration=calibration).share <= 0.7
+    ranks = equal_ratio(net, budget=0.7).ranks
 
     def score(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch).mean()

@@ -62,8 +62,8 @@ def errors_of(net: nn.Sequential, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("ratio", [0.1, 0.35, 0.5, 0.7])
-def test_ranks_have_the_least_sum_of_output_errors(ratio: float, relative: bool):
+@pytest.mark.parametrize("budget", [0.9, 0.65, 0.5, 0.3])
+def test_ranks_have_the_least_sum_of_output_errors(budget: float, relative: bool):
     net, x = make_net(), torch.randn(200, 6, dtype=torch.float64) * torch.linspace(0.1, 2, 6)
     calibration = Calibration(net, effort=None, damping=1e-12).record([x])
     factors = {"0": 1.0, "2": 3.0, "4": 0.5}
@@ -80,9 +80,9 @@ def test_ranks_have_the_least_sum_of_output_errors(ratio: float, relative: bool)
         return sum(cost.at(rank) for cost, rank in zip(costs, ranks, strict=True))
 
     options = itertools.product(*([*range(1, cost.break_even + 1), cost.full_rank] for cost in costs))
-    best = min(loss(ranks) for ranks in options if (dense - left(ranks)) / dense >= ratio)
-    found = output_energy(net, calibration, ratio=ratio, sensitivity=factors, relative=relative)
-    assert found.ratio >= ratio
+    best = min(loss(ranks) for ranks in options if left(ranks) / dense <= budget)
+    found = output_energy(net, calibration, budget=budget, sensitivity=factors, relative=relative)
+    assert found.share <= budget
     assert loss(tuple(found.ranks.values())) == pytest.approx(best, rel=1e-6)
 
 
@@ -90,7 +90,7 @@ def test_ranks_have_the_least_sum_of_output_errors(ratio: float, relative: bool)
 def test_no_worse_than_other_choices(cost: Any):
     net, x = make_net(), torch.randn(50, 6, dtype=torch.float64)
     calibration = Calibration(net, effort=None).record([x])
-    given: Any = {"ratio": 0.4, "cost": cost, "inputs": x if cost == "flops" else None}
+    given: Any = {"budget": 0.6, "cost": cost, "inputs": x if cost == "flops" else None}
     errors = errors_of(net, x)
 
     def loss(ranks: dict[str, int]) -> float:
@@ -101,19 +101,19 @@ def test_no_worse_than_other_choices(cost: Any):
         assert found <= loss(other.ranks) * 1.001
 
 
-@pytest.mark.parametrize("ratio", [1 / 3, 0.3, 0.7, 2 / 3, 0.1 + 0.2])
-def test_a_ratio_that_a_choice_meets_exactly_is_met(ratio: float):
+@pytest.mark.parametrize("budget", [1 / 3, 0.3, 0.7, 2 / 3, 0.1 + 0.2])
+def test_a_budget_that_a_choice_meets_exactly_is_met(budget: float):
     net = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 10))
-    assert output_energy(net, ratio=ratio).ratio >= ratio
+    assert output_energy(net, budget=budget).share <= budget
 
 
 def test_mistakes_are_named():
     net = make_net()
     with pytest.raises(ValueError, match="`sensitivity` must have a factor for each layer, but has none for '2'"):
-        output_energy(net, ratio=0.4, sensitivity={"0": 1.0})
+        output_energy(net, budget=0.6, sensitivity={"0": 1.0})
     with pytest.raises(ValueError, match=r"`sensitivity\['0'\]` must be at least 0, got -1"):
-        output_energy(net, ratio=0.4, sensitivity={"0": -1.0, "2": 1.0, "4": 1.0})
+        output_energy(net, budget=0.6, sensitivity={"0": -1.0, "2": 1.0, "4": 1.0})
     with pytest.raises(TypeError, match="`sensitivity` must give a number for each layer by name, got list"):
-        output_energy(net, ratio=0.4, sensitivity=[1.0])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`ratio` must be at most"):
-        output_energy(net, ratio=0.999)
+        output_energy(net, budget=0.6, sensitivity=[1.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`budget` must be at least"):
+        output_energy(net, budget=0.001)

@@ -83,7 +83,7 @@ def test_only_layers_that_are_called_as_such_are_quantised():
 FIRST_QUANTISED: dict[str, Callable[[nn.Module], Any]] = {
     "factorize": lambda net: factorize(net, 0.5),
     "factorize one layer": lambda net: factorize(net, 0.5, "0"),
-    "ranks": lambda net: equal_ratio(net, ratio=0.5),
+    "ranks": lambda net: equal_ratio(net, budget=0.5),
     "calibration": Calibration,
     "channels": lambda net: find_channel_groups(net, X),
     "thresholds": apply_thresholds,

@@ -33,9 +33,9 @@ def make_net(seed=0):
     return net.double()
 
 
-def removed(costs, ranks):
+def share(costs, ranks):
     dense = sum(cost.dense for cost in costs.values())
-    return (dense - sum(cost.at(rank) for cost, rank in zip(costs.values(), ranks, strict=True))) / dense
+    return sum(cost.at(rank) for cost, rank in zip(costs.values(), ranks, strict=True)) / dense
 
 
 def spectra(net):
@@ -54,54 +54,54 @@ def dense_where_no_gain(costs, ranks):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.66])
-def test_equal_ratio_is_the_largest_common_fraction(ratio, seed):
+@pytest.mark.parametrize("budget", [0.95, 0.7, 0.5, 0.34])
+def test_equal_ratio_is_the_largest_common_fraction(budget, seed):
     net = make_net(seed)
     costs = layer_costs(net)
     best = None
     for numerator in range(1, 841):  # every k / full rank is a whole number of 1 / 840
         chosen = dense_where_no_gain(costs, [max(1, cost.full_rank * numerator // 840) for cost in costs.values()])
-        best = chosen if removed(costs, chosen) >= ratio else best
-    found = equal_ratio(net, ratio=ratio)
+        best = chosen if share(costs, chosen) <= budget else best
+    found = equal_ratio(net, budget=budget)
     assert tuple(found.ranks.values()) == best
-    assert found.ratio == removed(costs, best)
+    assert found.share == share(costs, best)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.66])
-def test_energy_threshold_keeps_as_much_of_every_layer_as_it_can(ratio, seed):
+@pytest.mark.parametrize("budget", [0.95, 0.7, 0.5, 0.34])
+def test_energy_threshold_keeps_as_much_of_every_layer_as_it_can(budget, seed):
     net = make_net(seed)
     costs, energies = layer_costs(net), spectra(net)
     kept = [(energy.cumsum(0) / energy.sum()).tolist() for energy in energies]
     best, most = None, 0.0
     for threshold in sorted({value for layer in kept for value in layer}):
         ranks = [next(i for i, value in enumerate(layer) if value >= threshold - 1e-12) + 1 for layer in kept]
-        if removed(costs, chosen := dense_where_no_gain(costs, ranks)) >= ratio:
+        if share(costs, chosen := dense_where_no_gain(costs, ranks)) <= budget:
             best, most = chosen, threshold
-    found = energy_threshold(net, ratio=ratio)
+    found = energy_threshold(net, budget=budget)
     assert tuple(found.ranks.values()) == best
     assert all(layer[rank - 1] >= most - 1e-12 for layer, rank in zip(kept, best, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.66])
-def test_trade_off_has_the_least_error_at_its_cost(ratio, seed):
+@pytest.mark.parametrize("budget", [0.95, 0.7, 0.5, 0.34])
+def test_trade_off_has_the_least_error_at_its_cost(budget, seed):
     net = make_net(seed)
     costs, energies = layer_costs(net), spectra(net)
 
     def error(ranks):
         return math.fsum(float(energy[rank:].sum()) for energy, rank in zip(energies, ranks, strict=True))
 
-    found = trade_off(net, ratio=ratio)
+    found = trade_off(net, budget=budget)
     ranks = tuple(found.ranks.values())
-    least = min(error(other) for other in all_ranks(costs) if removed(costs, other) >= found.ratio)
+    least = min(error(other) for other in all_ranks(costs) if share(costs, other) <= found.share)
     assert error(ranks) == pytest.approx(least, rel=1e-9)
 
 
 def test_trade_off_is_exact_at_every_price():
     net = make_net()
     costs, energies = layer_costs(net), spectra(net)
-    reached = {tuple(trade_off(net, ratio=ratio / 200).ranks.values()) for ratio in range(1, 134)}
+    reached = {tuple(trade_off(net, budget=budget / 200).ranks.values()) for budget in range(67, 200)}
     best = set()
     for price in torch.logspace(-4, 3, 4000).tolist():
         choice = []
@@ -109,30 +109,31 @@ def test_trade_off_is_exact_at_every_price():
             options = [*range(1, cost.break_even + 1), cost.full_rank]
             choice.append(min(options, key=lambda r, c=cost, e=energy: float(e[r:].sum()) + price * c.at(r)))
         best.add(tuple(choice))
-    inside = {ranks for ranks in best if 0.005 < removed(costs, ranks) < 0.66}
+    inside = {ranks for ranks in best if 0.34 < share(costs, ranks) < 0.995}
     assert inside
     assert inside <= reached
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    ratio=st.floats(0.01, 0.66),
+    budget=st.floats(0.34, 0.99),
     scheme=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
     selection=st.sampled_from(SELECTIONS),
     flops=st.booleans(),
 )
-def test_the_ratio_is_met_and_more_is_removed_for_more(ratio, scheme, seed, selection, flops):
+def test_the_budget_is_met_and_less_is_left_for_less(budget, scheme, seed, selection, flops):
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 9))
     inputs = torch.zeros(1, 3, 7, 7)
     settings = {"cost": "flops", "inputs": inputs} if flops else {}
     costs = layer_costs(net, scheme=scheme, **settings)
-    ratio = min(ratio, removed(costs, [1] * 3))
-    found = selection(net, ratio=ratio, scheme=scheme, **settings)
-    assert found.ratio == removed(costs, found.ranks.values()) >= ratio
-    more = selection(net, ratio=(ratio + removed(costs, [1] * 3)) / 2, scheme=scheme, **settings)
-    assert all(one >= other for one, other in zip(found.ranks.values(), more.ranks.values(), strict=True))
+    least = share(costs, [1] * 3)
+    budget = max(budget, least)
+    found = selection(net, budget=budget, scheme=scheme, **settings)
+    assert found.share == share(costs, found.ranks.values()) <= budget
+    less = selection(net, budget=(budget + least) / 2, scheme=scheme, **settings)
+    assert all(one >= other for one, other in zip(found.ranks.values(), less.ranks.values(), strict=True))
     assert (found.score, found.evaluations, found.trace) == (None, 0, ())
 
 
@@ -140,10 +141,10 @@ def test_the_ratio_is_met_and_more_is_removed_for_more(ratio, scheme, seed, sele
 def test_factorising_removes_what_was_said(selection):
     net = make_net()
     before = sum(layer.weight.numel() for layer in net[::2])
-    found = selection(net, ratio=0.5)
+    found = selection(net, budget=0.5)
     factorize(net, found.ranks)
     after = sum(p.numel() for name, p in net.named_parameters() if name.endswith("weight"))
-    assert 1 - after / before == pytest.approx(found.ratio)
+    assert after / before == pytest.approx(found.share)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -151,8 +152,8 @@ def test_weights_of_zeros_and_of_rank_one_have_ranks(selection):
     net = make_net()
     net[0].weight.data.zero_()
     net[2].weight.data = torch.outer(torch.arange(8.0), torch.ones(9)).double()
-    found = selection(net, ratio=0.4)
-    assert found.ratio >= 0.4
+    found = selection(net, budget=0.6)
+    assert found.share <= 0.6
     assert all(rank >= 1 for rank in found.ranks.values())
 
 
@@ -161,16 +162,16 @@ def test_weights_that_are_not_finite_are_refused(selection):
     net = make_net()
     net[2].weight.data[0, 0] = math.inf
     with pytest.raises(ValueError, match="weight of '2' must be finite"):
-        selection(net, ratio=0.4)
+        selection(net, budget=0.6)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"ratio": 0.9}, ValueError, "`ratio` must be at most 0.719577 for these 4 layers, which rank 1"),
-        ({"ratio": 0}, ValueError, "`ratio` must be more than 0"),
-        ({"ratio": "0.5"}, TypeError, "`ratio` must be a number"),
+        ({"budget": 0.1}, ValueError, "`budget` must be at least 0.280423 for these 4 layers, which rank 1"),
+        ({"budget": 0}, ValueError, "`budget` must be more than 0"),
+        ({"budget": "0.5"}, TypeError, "`budget` must be a number"),
         ({"layers": "9"}, ValueError, "no module is called '9'"),
         ({"layers": "1"}, ValueError, "'1' must be a layer that can be split"),
         ({"cost": "latency"}, ValueError, "`cost` must be"),
@@ -180,24 +181,24 @@ def test_weights_that_are_not_finite_are_refused(selection):
 )
 def test_bad_arguments_are_named(selection, change, error, message):
     with pytest.raises(error, match=message):
-        selection(make_net(), **{"ratio": 0.4, **change})
+        selection(make_net(), **{"budget": 0.6, **change})
 
 
-def test_the_largest_possible_ratio_is_named_and_possible():
+def test_the_least_possible_budget_is_named_and_possible():
     net = make_net()
-    with pytest.raises(ValueError, match="must be at most") as raised:
-        equal_ratio(net, ratio=0.99)
-    most = float(str(raised.value).split("at most ")[1].split()[0])
+    with pytest.raises(ValueError, match="must be at least") as raised:
+        equal_ratio(net, budget=0.01)
+    least = float(str(raised.value).split("at least ")[1].split()[0])
     for selection in SELECTIONS:
-        ranks = selection(net, ratio=most - 1e-6).ranks
+        ranks = selection(net, budget=least + 1e-6).ranks
         assert set(ranks.values()) == {1}
 
 
-def test_layers_that_a_pass_of_the_inputs_does_not_reach_have_no_ratio():
+def test_layers_that_a_pass_of_the_inputs_does_not_reach_have_no_share():
     net = nn.ModuleDict({"spare": nn.Linear(5, 5), "used": nn.ReLU()})
     net.forward = net["used"].forward
     with pytest.raises(ValueError, match="`inputs` must reach a layer"):
-        equal_ratio(net, ratio=0.3, cost="flops", inputs=torch.zeros(1, 5))
+        equal_ratio(net, budget=0.7, cost="flops", inputs=torch.zeros(1, 5))
 
 
 def score(net, x):
@@ -246,6 +247,6 @@ def test_the_search_is_no_worse_than_what_looks_at_no_data():
     def closeness(net, batch):
         return -(net(batch[0]) - batch[1]).square().mean()
 
-    found = beam_search(net, [(x, y)], closeness, ratio=0.5, step=1, width=8)
+    found = beam_search(net, [(x, y)], closeness, budget=0.5, step=1, width=8)
     for selection in SELECTIONS:
-        assert found.score >= score_ranks(net, selection(net, ratio=0.5).ranks, [(x, y)], closeness)
+        assert found.score >= score_ranks(net, selection(net, budget=0.5).ranks, [(x, y)], closeness)

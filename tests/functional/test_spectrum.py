@@ -123,6 +123,16 @@ def test_matrix_entropy_gradient_is_minus_log_minus_identity():
     assert matrix_entropy(matrix.detach().bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("logarithm", [False, True])
+def test_the_slope_at_a_zero_eigenvalue_is_that_at_the_floor(logarithm):
+    """A power of one leaves no eigenvalue out, whereas a power below one does."""
+    matrix = torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64)).requires_grad_()
+    (gradient,) = torch.autograd.grad(spectral_sum(matrix, logarithm=logarithm), matrix)
+    floor = torch.finfo(torch.float64).eps ** 2
+    at_zero = np.log(floor) + 1 if logarithm else 1.0
+    torch.testing.assert_close(gradient, torch.diag(torch.tensor([at_zero, 1.0], dtype=torch.float64)))
+
+
 def test_kernels_of_power_below_one_leave_out_rounding_errors():
     noise = torch.diag(torch.tensor([1.0, 1e-7, -1e-7])).requires_grad_()
     value = spectral_sum(noise, power=0.5)

@@ -248,6 +248,11 @@ def test_adapt_and_predict_are_what_the_call_does():
     assert episodes.losses.requires_grad
 
 
+def test_a_model_of_one_parameter_predicts():
+    loop = InnerLoop(nn.Linear(1, 1, bias=False).double(), F.mse_loss, steps=1)
+    torch.testing.assert_close(loop.predict(loop.adapt(batch()), batch()[0]), loop(batch(), batch()).outputs)
+
+
 def test_step_weights_add_up_the_losses_after_each_step():
     loop, batches = InnerLoop(mlp(), F.mse_loss, steps=3, learning_rate=0.3), (batch(), batch(seed=7))
     after = [loop(*batches, steps=steps).loss for steps in (1, 2, 3)]

@@ -14,8 +14,8 @@ FULL = {name: cost.full_rank for name, cost in layer_costs(NET).items()}
 
 @pytest.fixture(scope="module")
 def searches():
-    found = beam_search(NET, [(X, Y)], lambda net, b: (net(b[0]).argmax(1) == b[1]).float().mean(), ratio=0.5, step=1)
-    return {"beam": found, "equal": equal_ratio(NET, ratio=0.5), "trade-off": trade_off(NET, ratio=0.6)}
+    found = beam_search(NET, [(X, Y)], lambda net, b: (net(b[0]).argmax(1) == b[1]).float().mean(), budget=0.5, step=1)
+    return {"beam": found, "equal": equal_ratio(NET, budget=0.5), "trade-off": trade_off(NET, budget=0.4)}
 
 
 def test_shows_every_rank_of_every_choice(searches):
@@ -32,10 +32,10 @@ def test_shows_the_search_up_to_what_it_delivers(searches):
     right = rank_figure(searches, FULL).axes[1]
     trace, *others = right.lines
     found = searches["beam"]
-    assert trace.get_xdata()[-1] == found.ratio
+    assert trace.get_xdata()[-1] == 1 - found.share
     assert trace.get_ydata()[-1] == found.score
-    assert list(trace.get_xdata())[:-1] == [level.ratio for level in found.trace[:-1]]
-    assert [line.get_xdata()[0] for line in others] == [searches["equal"].ratio, searches["trade-off"].ratio]
+    assert list(trace.get_xdata())[:-1] == [1 - level.share for level in found.trace[:-1]]
+    assert [line.get_xdata()[0] for line in others] == [1 - searches[name].share for name in ("equal", "trade-off")]
 
 
 def test_choices_without_a_search_and_without_full_ranks_are_drawn(searches, tmp_path):
@@ -50,6 +50,6 @@ def test_what_cannot_be_drawn_is_refused(searches):
     with pytest.raises(ValueError, match="`searches` must have at least one result"):
         rank_figure({})
     with pytest.raises(ValueError, match="same layers, got others for 'other'"):
-        rank_figure({"equal": searches["equal"], "other": equal_ratio(NET, ratio=0.5, layers="0")})
+        rank_figure({"equal": searches["equal"], "other": equal_ratio(NET, budget=0.5, layers="0")})
     with pytest.raises(ValueError, match="`full_ranks` must have the full rank of every layer, got none for '2'"):
         rank_figure(searches, {"0": 10})

@@ -184,3 +184,17 @@ def test_warping_has_a_derivative_at_both_ends(exponent):
     a, b = (torch.full((1,), exponent, dtype=torch.float64, requires_grad=True) for _ in range(2))
     gradients = torch.autograd.grad(kumaraswamy(ends, a, b).sum(), (a, b))
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+PRIORS = [(-0.7, 1.0), (0.0, 0.75), (0.0, 0.75), (0.0, 1.0), (-2.0, 1.5), (-4.63, 0.5)]  # mean and deviation
+
+
+def test_the_prior_is_a_normal_distribution_of_each_logarithm():
+    drawn = gaussian_process._Parameters(*torch.randn(3, 3).double(), *torch.randn(3).double())
+    at_zero = gaussian_process._Parameters(*torch.zeros(3, 3).double(), *torch.zeros(3).double())
+    found = [point.log_prior().item() for point in (drawn, at_zero)]
+    expected = [
+        sum(stats.norm(*prior).logpdf(value.numpy()).sum() for value, prior in zip(point, PRIORS, strict=True))
+        for point in (drawn, at_zero)
+    ]
+    assert found[0] - found[1] == pytest.approx(expected[0] - expected[1])

@@ -65,6 +65,11 @@ def test_a_study_resumed_from_storage_proposes_what_the_uninterrupted_one_would(
         assert [t.params for t in again.trials] == [t.params for t in open_journal(tmp_path / "c.log").trials]
 
 
+def test_studies_without_a_seed_draw_theirs_from_a_wide_range():
+    studies = [optuna.create_study(sampler=sampler(seed=None)) for _ in range(20)]
+    assert max(study.sampler._seed_of(study) for study in studies) > 2**20  # by chance wrong once in 10**66
+
+
 def test_other_seeds_choose_other_trials():
     studies = [optuna.create_study(sampler=sampler(seed=seed)) for seed in (0, 1)]
     for study in studies:

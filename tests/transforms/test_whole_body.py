@@ -1,6 +1,7 @@
 """Whole-body augmentation: what it inserts, what it hides, and that it is the same in any worker."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,6 +110,15 @@ def test_placement_on_a_slope():
     augment = whole(area=((10.0, 30.0), (-10.0, 10.0)))
     body = augment.place(augment.construct(0, np.random.default_rng(0)), frame, [], np.random.default_rng(0))
     assert float(body.box[2] - body.box[5] / 2) == pytest.approx(0.05 * float(body.box[0]) - 2, abs=0.01)
+
+
+def test_an_object_needs_five_points():
+    augment = WholeBodyAugmentation(BANK, {}, stages=["placement"], grid=SMALL.grid)
+    body = augment.construct(int(np.argmax([len(one.points) for one in BANK])), np.random.default_rng(0))
+    frame = Frame.read(FRAMES[0])
+    for count in (4, 5):
+        few = replace(body, points=body.points[:count], source=body.source[:count])
+        assert len(augment.insert(frame, [few]).boxes) == len(frame.boxes) + (count == 5)
 
 
 def test_construction_completes_an_object(cuboids):

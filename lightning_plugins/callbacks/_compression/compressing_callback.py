@@ -42,8 +42,8 @@ class CompressingCallback(Callback, ABC):
     def _forget(self) -> None:
         """Begin with another module."""
         self.report: CompressionReport | None = None
-        self._small = False  # as a checkpoint had it whose callback was another
-        self._jump: int | None = None  # batches since the network last jumped
+        self._small = False  # as in a checkpoint that another callback wrote
+        self._jump: int | None = None  # batches since the last abrupt change
 
     @abstractmethod
     def _require(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,7 +55,7 @@ class CompressingCallback(Callback, ABC):
 
     @abstractmethod
     def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        """Do what it is time for between two epochs."""
+        """Do what is due between two epochs."""
 
     @abstractmethod
     def _missed(self) -> str | None:
@@ -100,17 +100,17 @@ class CompressingCallback(Callback, ABC):
         self._begin(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what it is time for."""
+        """Do what is due."""
         if not in_epoch(trainer):
             self._advance(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last epoch do what is still to be done, before checkpoints of this epoch are written."""
+        """After the last epoch finish what is left to do, before checkpoints of this epoch are written."""
         if is_last_epoch(trainer):
             self._advance(trainer, pl_module, last=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is still to be done, if the training was stopped early."""
+        """Finish what is left to do if the training was stopped early."""
         self._advance(trainer, pl_module, last=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""The search of ranks in the middle of a training: its data, its score, and what must not notice it."""
+"""The search of ranks in the middle of a training: its data, its score, and how the training is shielded from it."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +40,7 @@ BEAM_OPTIONS = ("width", "step", "bounds", "reuse_activations", "state_file")
 
 
 def check_search_options(search: str, options: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the options, none of which the search would refuse the name of.
+    """Return the options, after checking that the search knows their names.
 
     Raises:
         TypeError: If they are no dict.
@@ -87,7 +87,7 @@ def unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 
 
 def search_data(trainer: Trainer, pl_module: LightningModule, source: Any) -> Iterable[Any]:
-    """The batches to search with, still where they lie.
+    """The batches to search with, not yet moved to the device.
 
     Args:
         trainer: A Trainer whose training data is set up.
@@ -215,7 +215,7 @@ def _negative_loss(pl_module: Any, batch: Any) -> Tensor:
 
 
 def step_arguments(step: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
-    """The arguments of a step of a module by Lightning's own rule: the batch, and an index wherever there is room.
+    """The arguments of a step of a module by Lightning's own rule: the batch, and an index if the step takes one.
 
     Args:
         step: The step, a function or a bound method.
@@ -278,6 +278,6 @@ def _show(trainer: Trainer) -> Callable[[SearchLevel], None] | None:
         return None
 
     def show(level: SearchLevel) -> None:
-        bar.print(f"rank search: removed {level.ratio:.3f} of {level.target:.3f}, score {level.score:.4f}")
+        bar.print(f"rank search: {level.share:.3f} left, budget {level.budget:.3f}, score {level.score:.4f}")
 
     return show

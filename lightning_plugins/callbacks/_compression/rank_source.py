@@ -47,7 +47,7 @@ class RankSource:
     """
 
     layers: Sequence[str]
-    ratio: float
+    budget: float
     search: str
     search_options: dict[str, Any] | None
     score: str | Callable[[Any, Any], Any] | None
@@ -59,7 +59,7 @@ class RankSource:
     scheme: Scheme
 
     def __post_init__(self) -> None:
-        _check_ratio(self.ratio)
+        _check_budget(self.budget)
         check_choice("search", self.search, SEARCHES)
         check_search_options(self.search, self.search_options)
         if self.score is not None and not isinstance(self.score, str) and not callable(self.score):
@@ -71,7 +71,7 @@ class RankSource:
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
         check_choice("cost", self.cost, COSTS)
         _calibration_options(self.calibration)
-        for name in ("ratio", "search_batches"):
+        for name in ("budget", "search_batches"):
             object.__setattr__(self, name, plain_number(getattr(self, name)))
 
     @property
@@ -99,7 +99,7 @@ class RankSource:
             )
 
     def check_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are layers, and that they can be had so small; for ``on_fit_start``.
+        """Check that there are layers, and that they can be made so small; for ``on_fit_start``.
 
         Raises:
             ValueError: If not.
@@ -107,7 +107,7 @@ class RankSource:
         if self.ranks is None:
             inputs = example_inputs(trainer, pl_module) if self.cost == "flops" else None
             with trainer.precision_plugin.forward_context():
-                state_problem(pl_module, self.ratio, self.layers, self.cost, inputs, self.scheme)
+                state_problem(pl_module, self.budget, self.layers, self.cost, inputs, self.scheme)
             return
         allowed = select_layers(pl_module, self.layers, scheme=self.scheme, transposed=True)
         costs = costs_of(trainer, pl_module, list(self.ranks), "params", self.scheme)
@@ -130,7 +130,7 @@ class RankSource:
         taken = list(self.ranks or select_layers(pl_module, self.layers, scheme=self.scheme))
         left = untouched(pl_module, self.layers, taken)
         if left and self.ranks is None:
-            rank_zero_warn(f"{name}: of what `layers` matches, {left}; `ratio={self.ratio}` is of the others' cost")
+            rank_zero_warn(f"{name}: of what `layers` matches, {left}; `budget={self.budget}` is of the others' cost")
 
     def check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to search with, and score a batch of it; for ``on_train_start``.
@@ -168,7 +168,7 @@ class RankSource:
         return load_batches(trainer, pl_module, source, self.search_batches), score_function(pl_module, self.score)
 
     def _search(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
-        options = {"ratio": self.ratio, "layers": self.layers, "cost": self.cost, "scheme": self.scheme}
+        options = {"budget": self.budget, "layers": self.layers, "cost": self.cost, "scheme": self.scheme}
         if self.cost == "flops":
             options["inputs"] = example_inputs(trainer, pl_module)
         batches: list[Any] = []
@@ -202,10 +202,10 @@ def _calibration_options(calibration: bool | dict[str, Any]) -> dict[str, Any]:
     return calibration
 
 
-def _check_ratio(ratio: float) -> None:
-    if not 0 < check_finite_number("ratio", ratio) < 1:
-        hint = f"; did you mean {ratio / 100!r}?" if 1 < ratio < 100 else ""
-        raise ValueError(f"`ratio`, the fraction to remove, must be more than 0 and less than 1, got {ratio!r}{hint}")
+def _check_budget(budget: float) -> None:
+    if not 0 < check_finite_number("budget", budget) < 1:
+        hint = f"; did you mean {budget / 100!r}?" if 1 < budget < 100 else ""
+        raise ValueError(f"`budget`, the share left, must be more than 0 and less than 1, got {budget!r}{hint}")
 
 
 def _checked_ranks(ranks: dict[str, int] | None) -> dict[str, int] | None:

@@ -17,8 +17,8 @@ def require_compression(name: str, settings: CompressionSettings, trainer: Train
         pl_module: The module.
 
     Raises:
-        MisconfigurationException: For manual optimization, a module without example input, a training without end
-            where fractions of it are asked for, and strategies and callbacks that keep hold of parameters.
+        MisconfigurationException: For manual optimization, a module without example input, a training without end where
+            fractions of it are asked for, and strategies and callbacks that hold references to parameters.
     """
     require_lightning_module(name, pl_module)
     require_operable(name, trainer, parametrizes=True)

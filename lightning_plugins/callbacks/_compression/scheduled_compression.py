@@ -57,7 +57,7 @@ class ScheduledCompression(CompressingCallback):
 
     def _forget(self) -> None:
         super()._forget()
-        self._state: dict[str, Any] | None = None  # of the choice, while it is not there
+        self._state: dict[str, Any] | None = None  # of the choice, until it is attached
         self._mode = _WHOLE
         self._updated_at = -1
         self._share: Tensor | float = 1.0
@@ -79,14 +79,13 @@ class ScheduledCompression(CompressingCallback):
         if state is None:
             return
         if self._mode == _WHOLE:
-            if "scores" in state["network"]:
-                network.scores.load_state_dict(state["network"]["scores"])
+            network.scores.load_state_dict(state["network"].get("scores"), network.shift)
         else:
             self._attach(trainer, pl_module, network).load_state_dict(state)
             network.bypass(False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let masks and thresholds act as they do at this time."""
+        """Set masks and thresholds for this step."""
         if batch_idx == 0:  # resumed from behind an epoch's last batch, Lightning leaves out `on_train_epoch_start`
             self._advance(trainer, pl_module)
         if self._network is not None:
@@ -95,7 +94,7 @@ class ScheduledCompression(CompressingCallback):
             self._norms.before_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Let scores and thresholds take their step, beside the user's optimizer."""
+        """Step the optimizer of scores and thresholds beside the user's."""
         if self._network is None or not self.settings.learned:
             return
         if self._mode == _WHOLE:
@@ -204,7 +203,7 @@ class ScheduledCompression(CompressingCallback):
         self._mode, self._share = _HARD, found.cost / network.budget.dense
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        """Make the network smaller if it is time, between two epochs."""
+        """Make the network smaller if it is due, between two epochs."""
         settings, network = self.settings, self._network
         if network is None or not reached(trainer, settings.end, settings.unit, between_epochs=True):
             return

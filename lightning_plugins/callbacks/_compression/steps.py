@@ -57,7 +57,7 @@ class StepTrial:
         return [self._call(model, step, batch) for step in self.steps]
 
     def _call(self, model: Any, step: str, batch: Any) -> Any:
-        vars(model).pop("training_step", None)  # what other callbacks wrap around it answers for the module itself
+        vars(model).pop("training_step", None)  # what other callbacks wrap around it belongs to the module itself
         model._trainer = self.trainer
         method = getattr(type(model), step)
         try:

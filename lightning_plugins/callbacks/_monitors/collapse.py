@@ -1,4 +1,4 @@
-"""Measure of collapse of one layer: the rows of a step, or of a queue, over all processes, and what they say."""
+"""Measure of collapse of one layer: the rows of a step, or of a queue, over all processes, and their metric."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +99,7 @@ class CollapseMeasure:
         if not found:
             return {}, {}
         together = torch.stack(list(found.values()))
-        if is_distributed():  # processes of unlike hardware would differ in the last digit, and act apart
+        if is_distributed():  # processes on unlike hardware would differ in the last digit, and act differently
             dist.broadcast(together, 0)
         return dict(zip(found, together.tolist(), strict=True)), most
 
@@ -112,7 +112,7 @@ class CollapseMeasure:
         self.rows = {label: Rows(queue=queue) for label, queue in queues.items()}
 
     def _remember(self, own: Rows, embeddings: Tensor | None, device: torch.device) -> None:
-        """The newest rows of all processes; one that has none takes part all the same."""
+        """The newest rows of all processes; one that has none takes part as well."""
         width = max(gather_row_counts(0 if embeddings is None else embeddings.shape[1]))
         block = torch.empty(0, width, device=device) if embeddings is None else at_least_float32(embeddings.detach())
         counts = gather_row_counts(len(block))

@@ -1,4 +1,4 @@
-"""Figures that callbacks draw: when there is time for it, and how the loggers that are there get them."""
+"""Figures that callbacks draw: when there is time for it, and how they reach the loggers."""
 
 import io
 import re
@@ -41,11 +41,11 @@ class PendingFigures(Generic[Key]):
         self._next = 0.0
 
     def add(self, key: Key) -> None:
-        """Note that the figure of ``key`` is no longer true."""
+        """Mark the figure of ``key`` as outdated."""
         self._keys[key] = None
 
     def draw_if_time(self, trainer: Trainer) -> None:
-        """Draw if that leaves the share of drawing small."""
+        """Draw if the share of time spent drawing stays small."""
         if time.monotonic() >= self._next:
             self.draw(trainer)
 
@@ -99,7 +99,7 @@ def hand_to_loggers(trainer: Trainer, tag: str, figure: "Figure") -> None:
         return
     try:
         _hand_over(trainer, tag, figure)
-    except OSError as error:  # a full disk, a folder that cannot be written: no picture is worth a training
+    except OSError as error:  # a full disk, a folder that cannot be written: a figure must not end a training
         if trainer not in _WARNED:
             _WARNED.add(trainer)
             rank_zero_warn(f"the figure {tag!r} could not be written, and the training goes on without: {error}")
@@ -146,7 +146,7 @@ def _write(folder: str, tag: str, figure: "Figure") -> None:
     try:
         with system.open(part, "wb") as file:
             file.write(content)
-        system.mv(part, place)  # a disk that is full leaves the old figure, and no half of a new one
+        system.mv(part, place)  # a full disk leaves the old figure, not half of a new one
     except OSError:
         if system.exists(part):
             system.rm(part)

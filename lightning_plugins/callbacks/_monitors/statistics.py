@@ -48,7 +48,7 @@ class LayerSummary(NamedTuple):
 class LayerStatistics:
     """The sums of several layers: one Gram matrix serves all metrics that rest on it.
 
-    What a checkpoint brings is added to the sums of the rank that is told to take it, and to no other.
+    Sums from a checkpoint are added on the one rank that is told to take them.
 
     Args:
         metrics: Names out of ``METRICS``.

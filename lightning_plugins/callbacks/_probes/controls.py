@@ -135,7 +135,7 @@ class InitialNetwork:
 
 
 def random_projection(inputs: Tensor, width: int, *, seed: int) -> Tensor:
-    """Project a network's input by a fixed random matrix: what a layer of this width knows that was never trained.
+    """Project a network's input by a fixed random matrix: what an untrained layer of this width knows.
 
     Args:
         inputs: Floating ``(N, ...)``, of which all but the first dimension are projected, ``(N, L, c)``, of which the

@@ -32,7 +32,7 @@ class UnknownLayoutError(ValueError):
 
 
 class LayerLayout:
-    """The layout of one layer's input or output, as far as the model tells.
+    """The layout of one layer's input or output, as far as it follows from the model.
 
     Args:
         model: The model.

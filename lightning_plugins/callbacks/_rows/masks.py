@@ -111,7 +111,7 @@ def _free_dimensions(value: Tensor) -> int:
 
 
 def _true_where_valid(value: Tensor, name: str | int) -> Tensor:
-    """Turn torch's kind of mask round, ``key_padding_mask``, which is true at the padding."""
+    """Invert torch's kind of mask, ``key_padding_mask``, which is true at the padding."""
     if isinstance(name, str) and name.endswith("padding_mask") and not value.is_floating_point():
         return value == 0
     return value

@@ -16,9 +16,9 @@ class ObservedRows(LayerRows):
     """The rows of named layers, without a gradient, while `recording`.
 
     They are pooled and copied in the hook: a later operation of the step may change the layer's tensor in place, as
-    ``ReLU(inplace=True)`` does. Without a gradient such work saves nothing for the backward, so activation
-    checkpointing does not mind it. A layer that does not run is left out, and so is, with one warning, a layer whose
-    rows can't be read: looking on never ends a training.
+    ``ReLU(inplace=True)`` does. Without a gradient such work saves nothing for the backward, so it does not affect
+    activation checkpointing. A layer that does not run is left out, and so is, with one warning, a layer whose rows
+    can't be read: a monitor never ends a training.
 
     Args:
         model: The model.
@@ -42,10 +42,10 @@ class ObservedRows(LayerRows):
         return taken
 
     def leave_out(self, label: str, error: Exception) -> None:
-        """Look at a layer no more, and say why, once."""
+        """Stop watching a layer, and warn once with the reason."""
         if label not in self.left_out:
             self.left_out[label] = str(error)
-            rank_zero_warn(f"a layer is not watched from here on: {error}")
+            rank_zero_warn(f"a layer is no longer watched: {error}")
 
     def _clear(self) -> None:
         super()._clear()

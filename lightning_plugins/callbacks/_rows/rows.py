@@ -61,7 +61,7 @@ class Rows:
         return {"pool": callable_name(self.pool), **named}
 
     def layout_of(self, model: nn.Module, reference: TensorRef) -> LayerLayout:
-        """Return the layout of one layer's tensor as far as the model tells."""
+        """Return the layout of one layer's tensor as far as it follows from the model."""
         return LayerLayout(model, reference.module, reference.side, self.path[0] if self.path else None)
 
     def of(self, call: LayerCall, known: LayerLayout | None, label: str) -> Tensor:

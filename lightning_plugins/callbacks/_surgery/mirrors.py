@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._lightning import LightningModule, rank_zero_warn
 
-_FEWEST = 3  # tensors of the shapes of parameters, in their order, that are no accident
+_FEWEST = 3  # tensors of the shapes of parameters, in their order, that are no coincidence
 
 
 def warn_of_mirrors(name: str, pl_module: LightningModule) -> None:

@@ -31,7 +31,7 @@ class StructureHook:
             renew_averages(module._trainer, module)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        """A copy of the module, or one that was saved, is nothing of the callback's."""
+        """Copies and pickles of the module do not belong to the callback."""
         return _nothing, ()
 
 

@@ -41,10 +41,10 @@ class NonfiniteGuard:
         self._on_nonfinite = on_nonfinite
         self._skipped: Tensor | int = 0  # a tensor on the device while training: adding to it does not synchronise
         self._warned = False
-        self._entered: Tensor | None = None  # what a message is to tell of
+        self._entered: Tensor | None = None  # what a message names
 
     def enter(self, embeddings: Tensor) -> Tensor:
-        """Pass embeddings into the term: in float32 at least, their gradient free of undefined entries.
+        """Pass embeddings into the term, in float32 at least, with a gradient free of undefined entries.
 
         The cast comes first: an overflow in the half-precision gradient behind it is what an fp16 scaler looks for.
 

@@ -47,7 +47,7 @@ class Projections:
         return features.to(weight.dtype) @ weight.T
 
     def step(self, trainer: Trainer) -> None:
-        """Take a step with the gradients that have come together; before the module's optimizer does.
+        """Step with the accumulated gradients, before the module's optimizer does.
 
         Args:
             trainer: The Trainer, whose precision plugin may have scaled the loss.

@@ -19,9 +19,9 @@ from lightning_plugins.callbacks._terms.logged import log_sum
 
 
 class StepListener(Protocol):
-    """Interface by which a callback takes part in the training step."""
+    """Interface through which a callback takes part in the training step."""
 
-    method: str  # what its penalties are logged under
+    method: str  # the name its penalties are logged under
 
     def recording(self, pl_module: LightningModule) -> AbstractContextManager[None]:
         """The context that the module's own step runs in."""
@@ -41,7 +41,7 @@ class ExchangingListener(Protocol):
 class WrappedStep:
     """The wrapper of one module's ``training_step`` and the callbacks that take part in it.
 
-    It stands on the module, so a copy or a pickle of the module comes to hold its own ``training_step`` there instead.
+    It is an attribute of the module; a copy or pickle of the module gets its own ``training_step`` there instead.
 
     Attributes:
         batch: What the step under way was called with; None where it fetches its batch itself.
@@ -101,7 +101,7 @@ class WrappedStep:
         return output
 
     def _abandon(self) -> None:
-        """Spare the other processes a wait: the first listener they wait for makes them raise, so one is enough."""
+        """Keep the other processes from waiting: the first listener they wait for makes them all raise."""
         exchanging = (listener for listener in self.listeners if isinstance(listener, ExchangingListener))
         any(listener.abandon(self._pl_module) for listener in exchanging)
 

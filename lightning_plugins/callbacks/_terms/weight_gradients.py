@@ -1,4 +1,4 @@
-"""Gradients of terms of weights: computed once among the ranks, exchanged, and added where autograd's stand."""
+"""Gradients of terms of weights: computed once among the ranks, exchanged, and added to those of autograd."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -293,8 +293,7 @@ class BudgetedNetwork:
             if part is not None:
                 part.load_state_dict(state[name])
         self.masks_are_final = state["final"]
-        if state.get("scores") is not None:  # not in a checkpoint of an earlier version, whose scores stay as they are
-            self.scores.load_state_dict(state["scores"])
+        self.scores.load_state_dict(state.get("scores"), self.shift)
         if state.get("shift") is not None:
             self.shift.exchange.copy_(state["shift"]["exchange"])
             self.shift.total.copy_(state["shift"]["total"])

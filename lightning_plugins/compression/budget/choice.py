@@ -29,7 +29,7 @@ class ChoiceRates:
 
 
 class Choice:
-    """Scores and thresholds under a budget that is met at every moment; no part of it knows what trains the network.
+    """Scores and thresholds under a budget that is met at every step, whatever trains the network.
 
     Call `act` before the forward pass, `step` between the backward pass and the optimizer's step, and `harden` at the
     end.
@@ -39,7 +39,7 @@ class Choice:
         rates: How fast they move.
 
     Attributes:
-        done: How much of what the budget takes is gone.
+        done: The part of the reduction that has been reached.
     """
 
     def __init__(self, network: BudgetedNetwork, rates: ChoiceRates) -> None:
@@ -48,12 +48,12 @@ class Choice:
         self.done, self._beta = 0.0, 1.0
 
     def act(self, way: float) -> None:
-        """Let masks and thresholds act as they do where the choice has come so far.
+        """Set masks and thresholds to their state at a point of the choice.
 
         Args:
-            way: How far, in [0, 1]: the inverse temperature is ``beta_max ** way``. What is learned goes as a cubic
-                schedule does, fast at first, so that the network has time to recover; the last tenth of the way is
-                left for it to settle at the budget.
+            way: How far, in [0, 1]: the inverse temperature is ``beta_max ** way``. The cost follows a cubic schedule,
+                fast at first, so that the network has time to recover; in the last tenth of the way it stays at the
+                budget.
         """
         self.done, self._beta = 1 - (1 - min(way / _SETTLED, 1.0)) ** 3, float(self.rates.beta_max**way)
         self.network.be_soft(self._beta)
@@ -68,7 +68,7 @@ class Choice:
             The share of the cost that is left, a scalar, and the ranks by layer.
         """
         network, rates = self.network, self.rates
-        spectra = network.spectra()  # those of the forward pass: the scores' step would make them old
+        spectra = network.spectra()  # taken before the scores move, which would make them outdated
         # Scores are counted in logits of the masks: steps at a high temperature would throw channels open and closed.
         of_scores = [rates.scores / self._beta] if network.masks is not None else []
         of_thresholds = [rates.thresholds] if network.thresholds is not None else []

@@ -25,7 +25,7 @@ class Terms(NamedTuple):
 
     Attributes:
         counts: How often every unit stands in every row, ``(rows, units)``.
-        least: What of a row no unit stands for, ``(rows,)``.
+        least: The part of a row that belongs to no unit, ``(rows,)``.
         first: The row of a term's first dimension, ``(terms,)``.
         second: The row of its second dimension.
         inner: The product of its other dimensions.
@@ -46,7 +46,7 @@ class Terms(NamedTuple):
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own parameters by the names they have without masks and thresholds; a shared one is there once."""
+    """The model's own parameters by the names they have without masks and thresholds; a shared one appears once."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for owner, module in clean_modules(model).items():

@@ -1,4 +1,4 @@
-"""Exchange rate between thresholds on singular values and scores of channels, by the effect of each on the loss."""
+"""Exchange rate between thresholds on singular values and scores of channels, from the effect of each on the loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -25,8 +25,8 @@ def project(
     """Remove the least useful units and singular values until the exact cost is within the budget.
 
     First every number of units and every rank is rounded up to a multiple. Then, one block of that size after the
-    other, the units with the least scores or the least singular values leave, whichever is less, until the cost is
-    at most ``budget.limit``.
+    other, the units with the lowest scores or the smallest singular values are removed, whichever are lower, until the
+    cost is at most ``budget.limit``.
 
     Args:
         budget: The budget.
@@ -102,7 +102,7 @@ class _State:
         multiple: int,
     ) -> None:
         self.budget, self.minimum, self.multiple, self.margins = budget, minimum, multiple, margins
-        # What was to leave anyway comes last in the order, so that rounding up takes the best of it back.
+        # What was to be removed anyway comes last in the order, so that rounding up restores the best of it.
         self.orders, self.values, self.counts = [], [], []
         for group, keep, score in zip(budget.groups, kept, scores, strict=True):
             score = score.detach().double().cpu()
@@ -132,7 +132,7 @@ class _State:
         }
 
     def remove(self) -> bool:
-        """Let the least useful block leave; False if everything is at its minimum."""
+        """Remove the least useful block; False if everything is at its minimum."""
         best: tuple[float, int, str, int] | None = None
         for index, (group, count) in enumerate(zip(self.budget.groups, self.counts, strict=True)):
             step = 1 if group.attention else self.multiple

@@ -21,9 +21,9 @@ class ScoreTargets:
     """Scores that follow the saliency of their channels, with a mean of 2 before anything moves them.
 
     A score moves as far as twice the root of the expected rise of the loss per cost does, in units of the average over
-    all groups; its own steps and those of the shift add up with that. A group of which nothing is known, as a frozen
-    one, stays at the norms of its weights. Over the first few steps the loss also says how far thresholds rise where
-    scores fall by one, so that channels and singular values of the same worth leave together.
+    all groups; its own steps and those of the shift add up with that. A group without gradients, such as a frozen one,
+    stays at the norms of its weights. Over the first few steps the loss also says how far thresholds rise where scores
+    fall by one, so that channels and singular values of the same worth are removed together.
 
     Args:
         model: The model.
@@ -80,12 +80,16 @@ class ScoreTargets:
         parts = {"saliency": self.saliency.state_dict(), "exchange": self.exchange.state_dict()}
         return {"targets": list(self.targets), "looks": self.looks, **parts}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, shift: BudgetShift) -> None:
         """Go on from a state.
 
         Args:
-            state: From `state_dict`.
+            state: From `state_dict`; None from the first version, whose scores move on from where they are.
+            shift: What holds the scores.
         """
+        if state is None:
+            self.targets = [] if shift.masks is None else [scores.detach().clone() for scores in shift.masks.scores]
+            return
         device = next(self.model.parameters()).device
         self.targets, self.looks = [target.to(device) for target in state["targets"]], int(state["looks"])
         self.saliency.load_state_dict(state["saliency"])

@@ -25,8 +25,9 @@ class BudgetShift:
 
     Scores of all groups move alike, and so do the thresholds of all layers, which stop short of the largest singular
     value: a network with a weight of zeros cannot recover. A unit counts as long as its score is positive, as a
-    singular value does as long as it is above its threshold, and nothing moves back further than it has come: where
-    the cost is flat, as that of a layer whose rank is too high to factorise it, scores would run away from thresholds.
+    singular value does as long as it is above its threshold, and nothing moves back beyond its starting point: where
+    the cost is flat, as for a layer whose rank is too high to be worth factorising, scores and thresholds would drift
+    apart.
 
     Args:
         budget: The budget, which counts the cost.

@@ -99,7 +99,7 @@ class Calibration:
 
         Args:
             batches: Batches: a `DataLoader`, a list, or anything else that gives the same ones at every pass. In a
-                process group each process brings its own, if need be none.
+                process group each process brings its own, or none.
             forward: Called as ``forward(model, batch)``; by default the model takes a tensor, a tuple of arguments or a
                 dict of keyword arguments. Tensors are moved to the model's device before.
 
@@ -112,7 +112,7 @@ class Calibration:
                 another shape than the rows, or a layer received NaN or infinite values.
         """
         if self._open is not None:
-            raise ValueError("`record` must follow `gather()` where a loop of one's own has recorded before")
+            raise ValueError("`record` must follow `gather()` after batches were recorded in a loop of your own")
         check_forward(batches, forward, passes=len(self._parts))
         with ExitStack() as stack:
             for context in (evaluation(self._model), layer_by_layer(), uncompiled()):
@@ -127,7 +127,7 @@ class Calibration:
 
     @contextmanager
     def recording(self, batch: Any) -> Iterator[None]:
-        """Add what the layers receive while the model runs in the context, for loops of one's own.
+        """Add what the layers receive while the model runs in the context, for loops of your own.
 
         In a process group `gather` adds up what the processes have recorded.
 
@@ -151,7 +151,7 @@ class Calibration:
         """
         if len(self._parts) > 1:
             raise ValueError(
-                f"`memory` must hold the moments of all layers at a time in a loop of one's own, "
+                f"`memory` must hold the moments of all layers at a time in a loop of your own, "
                 f"{sum(self._sizes.values())} bytes, or pass fewer `layers`; `record` makes several passes"
             )
         if self._open is None:

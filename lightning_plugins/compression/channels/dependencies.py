@@ -43,7 +43,7 @@ class Bundle(NamedTuple):
 
 
 class _Sets:
-    """Disjoint sets of elements that come up one by one."""
+    """Disjoint sets of elements, which are added as they are met."""
 
     def __init__(self) -> None:
         self.parent: list[int] = []
@@ -118,7 +118,7 @@ def _side(handler: Any) -> str:
 def _walk(graph: Any, root: Any, number: Mapping[int, int], sets: _Sets, largest: int) -> None:
     """Join every channel of a layer's output with the channels that go with it.
 
-    Channels behind the largest that any layer has come from a reshape in a circle, which multiplies them without end.
+    Channels behind the largest that any layer has come from a cycle of reshapes, which multiplies them without end.
     """
     from torch_pruning._helpers import _HybridIndex  # type: ignore[import-untyped]  # it ships no types
 

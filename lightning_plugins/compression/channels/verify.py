@@ -76,7 +76,7 @@ def _first_trial(model: nn.Module, inputs: Any, run: Run) -> tuple[_Trial | None
 def _largest(
     groups: Sequence[ChannelGroup], fails: Callable[[Sequence[ChannelGroup]], str], reasons: dict[str, str]
 ) -> list[ChannelGroup]:
-    """As many of the groups as do not fail together, found by halving what does."""
+    """A large set of groups that pass together, found by bisecting sets that fail."""
     passed: list[ChannelGroup] = []
     stack = [list(groups)] if groups else []
     while stack:
@@ -127,7 +127,7 @@ def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
 
 
 class _Last:
-    """The module of a copy that began last, for the message of an error that it raises."""
+    """The module of a copy that was called last, for the message of an error."""
 
     def __init__(self, model: nn.Module) -> None:
         self.name = ""

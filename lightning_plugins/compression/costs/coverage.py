@@ -17,7 +17,7 @@ def untouched(model: nn.Module, layers: str | Sequence[str], touched: Iterable[s
         model: The model, dense.
         layers: The names and globs.
         touched: The names of parameters, or of layers, that can become smaller.
-        kept: The names of layers that stay whole because they are to.
+        kept: The names of layers that stay whole on purpose.
 
     Returns:
         A sentence, or nothing if such weights hold less than a twentieth of the parameters.

@@ -1,4 +1,4 @@
-"""The step that a mask is on the way to a weight, with a gradient that saves passes over the weight."""
+"""The parametrization that applies a mask to a weight, with a gradient that saves passes over the weight."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ class Masked(nn.Module):
     """Scale the slices of a parameter by the masks of the groups they belong to.
 
     Attributes:
-        deferred: Whether the step behind this one does it.
+        deferred: Whether the next parametrization applies them instead.
     """
 
     def __init__(self, masks: Any, parts: Sequence[tuple[int, int, tuple[int, ...]]]) -> None:
@@ -60,7 +60,7 @@ class Masked(nn.Module):
 
 
 def scale_at_once(model: nn.Module) -> None:
-    """Leave the work of no mask to the step behind it."""
+    """Let every mask be applied by its own parametrization again."""
     for module in model.modules():
         if isinstance(module, Masked):
             module.deferred = False

@@ -104,7 +104,7 @@ class RankThresholds(Annealed):
 
 
 class Thresholded(nn.Module):
-    """Lower the singular values of a weight, and scale its rows first if the mask before leaves that to this step."""
+    """Lower the singular values of a weight, and scale its rows first if the mask before it is deferred."""
 
     def __init__(self, thresholds: RankThresholds, index: int, layer: nn.Module) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Thresholded(nn.Module):
         return weight
 
     def _deferred(self) -> Masked | None:
-        """The mask whose work is left to this step."""
+        """The mask that this parametrization applies as well."""
         return next((step for step in self._steps() if isinstance(step, Masked) and step.deferred), None)
 
     def _scale(self, wide: Tensor) -> Tensor | None:
@@ -234,7 +234,7 @@ class Thresholded(nn.Module):
 
 
 def defer_row_mask(layer: nn.Module) -> None:
-    """Let the last step on the way to a layer's weight do the work of a mask right before it, where it can."""
+    """Let the last parametrization of a layer's weight apply the mask right before it, where it can."""
     steps: Any = layer.parametrizations["weight"]  # type: ignore[index]
     rows, columns = steps.original.flatten(1).shape
     mask = steps[-2] if len(steps) > 1 else None

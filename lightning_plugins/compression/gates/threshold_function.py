@@ -59,7 +59,7 @@ def decompose_wide(wide: Tensor, scale: Tensor | None = None) -> Basis:
     Returns:
         The basis.
     """
-    with torch.inference_mode(mode=False), torch.no_grad():  # what a validation makes serves the training behind it
+    with torch.inference_mode(mode=False), torch.no_grad():  # one made in validation serves training too
         gram = _lower_gram(wide)
         gram, poison = finite_or_zero(gram if scale is None else gram.mul_(scale[:, None]).mul_(scale))
         squares, vectors = decompose(gram, vectors=True, overwrite=True)
@@ -100,7 +100,7 @@ class Lower(Function):
     from an earlier step is a constant, and ``Q @ G`` the gradient of what is computed; ``A @ M`` is then taken
     ``every`` times as strong in the step with the decomposition, of ``age`` 0. Without that, singular values near the
     threshold, whose part of ``Q @ G`` is small, sink below it. The gradient with respect to ``tau`` is that of ``Q`` in
-    every step; the ``every - 1`` held steps share the columns out that they take it from.
+    every step; each of the ``every - 1`` held steps takes it from a part of the columns.
     """
 
     @staticmethod

@@ -32,11 +32,11 @@ def apply_thresholds(
     of the smaller Gram matrix, and the backward is a closed form that needs no other.
 
     A decomposition is kept as long as neither weight nor mask change: it serves all batches that are accumulated. With
-    ``refresh_every=k`` it also serves the ``k - 1`` optimizer steps behind: they multiply the weight, as it is by then,
-    by the ``U diag(max(1 - tau / s, 0)) U.T`` of the step with the decomposition, with the threshold of then. The
-    gradient takes that matrix for a constant there, which saves a product, and what comes of its change with the weight
-    is taken ``k`` times as strong in the step with the decomposition. So the mean over ``k`` steps is the exact
-    gradient, but for what the weight moves meanwhile.
+    ``refresh_every=k`` it also serves the next ``k - 1`` optimizer steps: they multiply the current weight by the
+    ``U diag(max(1 - tau / s, 0)) U.T`` of the step with the decomposition, and keep its threshold. The gradient takes
+    that matrix for a constant there, which saves a product, and what comes of its change with the weight is taken ``k``
+    times as strong in the step with the decomposition. So the mean over ``k`` steps is the exact gradient, but for what
+    the weight moves meanwhile.
 
     Args:
         model: The model, changed in place: the thresholds are parameters of its submodule ``rank_thresholds``.

@@ -50,7 +50,7 @@ def select_layers(
     named = {id(model.get_submodule(pattern)) for pattern in patterns if _has(model, pattern)}  # the others are globs
     standing, found, passed = _reasons_in(model), {}, []
     for name, module in matched.items():
-        if is_quantized(module._parameters.get("weight")):  # whoever asks for all layers means these too
+        if is_quantized(module._parameters.get("weight")):  # asking for all layers includes these
             raise ValueError(f"`layers`: {name!r} is quantised; compress first and quantise last")
         reason = reason_against(module, scheme=scheme, transposed=transposed) or standing.get(module)
         if reason is None:

@@ -21,7 +21,7 @@ def is_transposed(module: nn.Module) -> bool:
         >>> is_transposed(nn.Linear(2, 3))
         False
     """
-    source = sys.modules.get("transformers.pytorch_utils")  # who has such a layer has imported it
+    source = sys.modules.get("transformers.pytorch_utils")  # a model with such a layer has imported it
     kind = getattr(source, "Conv1D", None)
     return kind is not None and type(module) is kind
 

@@ -11,7 +11,7 @@ class NormStatistics:
     """Restarts the running statistics of a network's batch norms after an abrupt change of its channels or weights.
 
     The n-th batch after a jump counts for 1/n of the statistics, or for the norm's own momentum where that is more:
-    they are the mean over the batches since, and of the network before nothing is left after one batch.
+    they are the mean over the batches since, and nothing of the earlier network is left after one batch.
 
     Args:
         model: The network.
@@ -39,7 +39,7 @@ class NormStatistics:
             if norm.momentum is not None and norm.momentum * self.batches < 1:
                 self._own.append((norm, norm.momentum))
                 norm.momentum = 1 / self.batches
-        if not self._own:  # all norms are at their own pace again
+        if not self._own:  # all norms use their own momentum again
             self.batches = None
 
     def after_batch(self) -> None:

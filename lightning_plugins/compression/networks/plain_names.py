@@ -33,10 +33,10 @@ def plain_names(
 
     Args:
         renamed: Names of the dense model's parameters, with those they have now.
-        parts: Modules that the dense model has not, by name.
+        parts: Modules that the dense model does not have, by name.
 
     Returns:
-        What goes behind ``state_dict``, and what goes before ``load_state_dict``.
+        The hook that runs after ``state_dict``, and the one that runs before ``load_state_dict``.
     """
 
     def save(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

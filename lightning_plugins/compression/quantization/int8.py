@@ -20,8 +20,8 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
     quantised takes no gradient and is refused by everything here that makes a network smaller. The halves of low-rank
     layers are linear layers like others. Convolutions, embeddings and norms stay as they are, as do layers with one
     input, weights that are tied to others, and what `nn.MultiheadAttention` reads without calling it. Activations stay
-    floating: weights are multiplied out as a layer runs, so memory and files shrink, and time only with `torch.compile`
-    or on devices with such kernels.
+    floating: weights are dequantised as a layer runs, so memory and files shrink, but time only with `torch.compile` or
+    on devices with such kernels.
 
     Args:
         model: The network; a module that holds the layers.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, check_positive_int
+from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.networks.evaluation import evaluation
@@ -20,12 +21,13 @@ from lightning_plugins.compression.rank_search.truncation import TruncatedWeight
 from lightning_plugins.weights import Scheme
 
 
+@renamed(ratio=Replaced("budget", share_left))
 def beam_search(
     model: nn.Module,
     batches: Iterable[Any],
     score: Score,
     *,
-    ratio: float,
+    budget: float,
     layers: str | Sequence[str] = "*",
     cost: Cost = "params",
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -38,12 +40,12 @@ def beam_search(
     calibration: InputMoments | None = None,
     progress: Callable[[SearchLevel], None] | None = None,
 ) -> RankSearch:
-    """Find ranks that remove the wanted fraction of the layers' cost and keep the score high.
+    """Find ranks that are within a budget of the layers' cost and keep the score high.
 
     Every layer starts at its break-even rank, the largest at which two factors are cheaper than the layer. At each
     level every rank vector of the beam has one child per layer, in which that layer's rank is lower by a step. The
     children are scored with truncated weights and without fine-tuning, and the best ``width`` of them are the next
-    beam. A child whose step would reach the ratio takes only as much of the step as that needs, and leaves the beam;
+    beam. A child whose step would reach the budget takes only as much of the step as that needs, and leaves the beam;
     the search ends when the beam is empty, and delivers the best of those that left. Among equal scores the one that
     discards the least energy of the weights wins. ``width=1`` is the greedy search.
 
@@ -63,7 +65,7 @@ def beam_search(
         score: Called as ``score(model, batch)``; the higher the better. It returns the mean over the batch, all
             batches counting alike, or a pair of sum and count. It may call any part of the model, and depends on the
             batch and the weights only. It runs under ``torch.no_grad``.
-        ratio: The fraction of the selected layers' cost to remove, in (0, 1).
+        budget: The share of the selected layers' cost that may be left, in (0, 1).
         layers: The layers: dotted name, glob over dotted names, or a sequence of them. Globs take linear layers and
             convolutions that `factorize` can split.
         cost: ``"params"`` for weights, ``"flops"`` for floating-point operations of a forward pass of ``inputs``.
@@ -83,11 +85,11 @@ def beam_search(
         progress: Called with every new `SearchLevel`, on every process; see `rich_progress`.
 
     Returns:
-        The ranks, their score and removed fraction, and the trace.
+        The ranks, their score, the share that they leave, and the trace.
 
     Raises:
-        ValueError: If an argument is out of its range, no layer is selected or one is not called, the ratio cannot be
-            reached, ``batches`` differ between passes or processes, a score is not one finite number or not within
+        ValueError: If an argument is out of its range, no layer is selected or one is not called, the budget cannot
+            be met, ``batches`` differ between passes or processes, a score is not one finite number or not within
             ``bounds``, a weight is not finite, or the file belongs to another search.
         TypeError: If an argument or a score is of a wrong type.
 
@@ -107,8 +109,8 @@ def beam_search(
         ...     return accuracy(net(x), y, task="multiclass", num_classes=4)
         >>> net = Net()
         >>> batches = [(x, net(x).argmax(1)) for x in torch.randn(3, 32, 8)]
-        >>> found = beam_search(net, batches, score, ratio=0.5, bounds=(0, 1))
-        >>> found.ratio >= 0.5, list(found.ranks)
+        >>> found = beam_search(net, batches, score, budget=0.5, bounds=(0, 1))
+        >>> found.share <= 0.5, list(found.ranks)
         (True, ['body', 'head'])
 
     Source:
@@ -117,7 +119,7 @@ def beam_search(
     """
     _check_arguments(score, width, step, bounds, progress)
     check_batches(batches)
-    problem = state_problem(model, ratio, layers, cost, inputs, scheme)
+    problem = state_problem(model, budget, layers, cost, inputs, scheme)
     steps = rank_steps(problem, step)
     device = next(iter(problem.modules.values())).weight.device
     path = None if state_file is None else Path(state_file)
@@ -125,7 +127,7 @@ def beam_search(
         stack.enter_context(evaluation(model))
         weights = stack.enter_context(TruncatedWeights(problem.modules, scheme, calibration))
         reuse = stack.enter_context(PrefixReuse(model, problem.modules, enabled=reuse_activations))
-        description = {"weights": weights.fingerprint(), "layers": list(problem.names), "ratio": ratio}
+        description = {"weights": weights.fingerprint(), "layers": list(problem.names), "budget": budget}
         if calibration is not None:  # three digits: sums of a resumed process may differ in the last ones
             description["calibration"] = [f"{float(energy.sum()):.2e}" for energy in weights.energies]
         description |= {"costs": [list(one) for one in problem.costs], "scheme": scheme, "width": width, "steps": steps}
@@ -165,8 +167,9 @@ def rich_progress() -> Iterator[Callable[[SearchLevel], None]]:
         task = bar.add_task("")
 
         def show(level: SearchLevel) -> None:
-            text = f"removed {level.ratio:.3f} of {level.target:.3f}, score {level.score:.4f}, level {level.number}"
-            bar.update(task, completed=level.ratio, total=max(level.target, level.ratio), description=text)
+            text = f"{level.share:.3f} left, budget {level.budget:.3f}, score {level.score:.4f}, level {level.number}"
+            done, whole = 1 - level.share, 1 - level.budget
+            bar.update(task, completed=done, total=max(whole, done), description=text)
 
         yield show
 

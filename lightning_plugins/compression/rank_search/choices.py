@@ -82,7 +82,7 @@ def _rate(one: Choice, other: Choice) -> float:
 
 
 def _at_price(hulls: Sequence[Sequence[Choice]], limit: int) -> tuple[float, list[Choice]]:
-    """From the cheapest choices on buy what saves most error per cost, until something does not fit.
+    """Starting from the cheapest choices, take what saves most error per cost, until something does not fit.
 
     Returns:
         The price at which that is, 0 if all fits, and the choices.

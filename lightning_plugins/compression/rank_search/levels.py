@@ -1,4 +1,4 @@
-"""The levels of a beam search: children, which of them go on, and what reached the ratio."""
+"""The levels of a beam search: children, which of them go on, and what is within the budget."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ class Beam:
     """The levels of one search.
 
     Args:
-        problem: The layers and the ratio.
+        problem: The layers and the budget.
         steps: How much a step lowers the rank of each layer.
         width: How many rank vectors a level starts from.
         scores: Scores rank vectors.
@@ -57,7 +57,7 @@ class Beam:
         return self._add_level(self.scores.best(contests), len(children))
 
     def result(self) -> RankSearch:
-        """The best of what reached the ratio."""
+        """The best within the budget."""
         best = self._best()
         evaluations = sum(level.scored for level in self.state.levels)
         return self.problem.result(best.ranks, best.score, evaluations, self.state.levels)
@@ -70,8 +70,8 @@ class Beam:
         best = beam[0] if beam else self._best()
         level = SearchLevel(
             number=len(self.state.levels),
-            ratio=self.problem.removed(best.ranks),
-            target=self.problem.target,
+            share=self.problem.share(best.ranks),
+            budget=self.problem.budget,
             score=best.score,
             candidates=candidates,
             scored=len(scored),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, nearest
+from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.rank_search.choices import Choice, cheapest_choices
@@ -16,11 +17,12 @@ from lightning_plugins.compression.rank_search.truncation import energies
 from lightning_plugins.weights import Scheme
 
 
+@renamed(ratio=Replaced("budget", share_left))
 def output_energy(
     model: nn.Module,
     calibration: InputMoments | None = None,
     *,
-    ratio: float,
+    budget: float,
     layers: str | Sequence[str] = "*",
     cost: Cost = "params",
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -28,7 +30,7 @@ def output_energy(
     sensitivity: Mapping[str, float] | None = None,
     relative: bool = False,
 ) -> RankSearch:
-    """Minimise the sum of all layers' output errors, exactly, over all ranks that remove enough.
+    """Minimise the sum of all layers' output errors, exactly, over all ranks within a budget.
 
     Each layer gives up output energy for each rank that goes; ranks go where a unit of cost gives up least. Rising and
     falling along this exchange rate is `trade_off`; here the rest of the budget, which no common rate fits, is spent
@@ -37,7 +39,7 @@ def output_energy(
     Args:
         model: As for `equal_ratio`.
         calibration: What the layers receive, such as a `Calibration`; None counts the energy of the weights.
-        ratio: As for `equal_ratio`.
+        budget: As for `equal_ratio`.
         layers: As for `equal_ratio`.
         cost: As for `equal_ratio`.
         inputs: As for `equal_ratio`.
@@ -58,14 +60,14 @@ def output_energy(
         >>> net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
         >>> from lightning_plugins.compression import Calibration
         >>> calibration = Calibration(net).record([torch.randn(64, 30)])
-        >>> output_energy(net, calibration, ratio=0.5).ratio >= 0.5
+        >>> output_energy(net, calibration, budget=0.5).share <= 0.5
         True
 
     Source:
         Ours. The exchange rate is that of `trade_off`; what it leaves is a multiple-choice knapsack problem, solved by
         dynamic programming over the choices that bounds do not exclude (Dyer, Kayal and Walker, 1984).
     """
-    problem = state_problem(model, ratio, layers, cost, inputs, scheme)
+    problem = state_problem(model, budget, layers, cost, inputs, scheme)
     factors = _factors(problem, sensitivity)
     found = energies(problem.modules, scheme, calibration)
     choices = []
@@ -83,8 +85,8 @@ def output_energy(
 def _limit(problem: RankProblem) -> int:
     """The most that may be left: the largest number that `RankProblem.meets` accepts, whatever is rounded in it."""
     dense = problem.dense_cost
-    limit = math.floor(dense * (1 - problem.target)) + 1
-    while (dense - limit) / dense < problem.target:
+    limit = math.floor(dense * problem.budget) + 1
+    while limit / dense > problem.budget:
         limit -= 1
     return limit
 

@@ -5,8 +5,8 @@ every run is recorded, and in the next one a module whose call had ended by then
 level of the module tree at which that is possible. One run's outputs are in memory at a time.
 
 That is exact for modules without randomness and without state of their own (the network in evaluation mode). A tensor
-that something changed in place is never handed back, and a call that changed its input in place is made again. So that
-a convolution need not be, for the sake of the activation in place behind it, its output is copied before that.
+that something changed in place is never handed back, and a call that changed its input in place is made again. To spare
+repeating a convolution that an in-place activation follows, its output is copied before the activation runs.
 """
 
 import sys
@@ -74,7 +74,7 @@ class PrefixReuse:
             first = self.first_calls()
             self._shared = min((first[name] for name in changed), default=len(self._calls))
         del self._calls[self._shared :]
-        kept = set(map(id, self._calls))  # what other calls gave is memory of a run that is over
+        kept = set(map(id, self._calls))  # outputs of other calls belong to a run that is over: free them
         self._made_by = {output: call for output, call in self._made_by.items() if id(call) in kept}
         self._position = 0
 
@@ -103,7 +103,7 @@ class PrefixReuse:
         def run(*args: Any, **kwargs: Any) -> Any:
             index = self._position
             if index < self._shared and self._calls[index].module is not module:
-                self._shared = index  # the model went another way; from here on everything is new
+                self._shared = index  # the model took another path; everything from here on is new
                 del self._calls[index:]
             if index < self._shared:
                 call = self._calls[index]

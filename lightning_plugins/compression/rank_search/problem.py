@@ -1,5 +1,6 @@
-"""Problem and result of every choice of ranks: costs of layers, the wanted ratio, and the ranks found."""
+"""Problem and result of every choice of ranks: costs of layers, the budget, and the ranks found."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_fraction
+from lightning_plugins._deprecation import share_left
 from lightning_plugins.compression.costs.layer_costs import Cost, LayerCost, layer_costs
 from lightning_plugins.compression.low_rank.splittable import Layer, select_layers
 from lightning_plugins.weights import Scheme
@@ -31,8 +33,9 @@ class SearchLevel(NamedTuple):
 
     Attributes:
         number: 0 for the start, then one more for every level.
-        ratio: Removed fraction of the best of ``beam``; of the best that reached ``target`` once ``beam`` is empty.
-        target: The wanted removed fraction, at which the search ends.
+        share: Share of the cost that the best of ``beam`` leaves; that the best within ``budget`` leaves once ``beam``
+            is empty.
+        budget: The share that may be left, at which the search ends.
         score: Score of that best one.
         candidates: Distinct rank vectors that the level looked at.
         scored: Of these, how many had not been scored before, and were.
@@ -41,45 +44,67 @@ class SearchLevel(NamedTuple):
     """
 
     number: int
-    ratio: float
-    target: float
+    share: float
+    budget: float
     score: float
     candidates: int
     scored: int
     abandoned: int
     beam: tuple[ScoredRanks, ...]
 
+    @property
+    def ratio(self) -> float:
+        """The removed fraction, ``1 - share``; an older name, which works up to the next minor version."""
+        return removed_for(self.share, "ratio", "share")
+
+    @property
+    def target(self) -> float:
+        """The wanted removed fraction, ``1 - budget``; an older name, which works up to the next minor version."""
+        return removed_for(self.budget, "target", "budget")
+
 
 class RankSearch(NamedTuple):
-    """Ranks that remove the wanted fraction, and how they were found.
+    """Ranks within a budget, and how they were found.
 
     Attributes:
         ranks: Rank of every layer that was selected, as `factorize` takes them; the full rank for one that stays dense.
         score: Score of the network truncated to ``ranks``, without fine-tuning; None for selections that do not score.
-        ratio: Removed fraction of the cost of the selected layers; at least what was asked for.
+        share: Share of the cost of the selected layers that is left; at most the budget.
         evaluations: How many rank vectors were scored.
         trace: One entry per level of the search, the start included; empty for selections that do not search.
     """
 
     ranks: dict[str, int]
     score: float | None
-    ratio: float
+    share: float
     evaluations: int
     trace: tuple[SearchLevel, ...]
 
+    @property
+    def ratio(self) -> float:
+        """The removed fraction, ``1 - share``; an older name, which works up to the next minor version."""
+        return removed_for(self.share, "ratio", "share")
+
+
+def removed_for(share: float, old: str, new: str) -> float:
+    """Return the removed fraction for a share, and warn of the older name that was asked for."""
+    text = f"`{old}`, the removed fraction, has another name: `{new}` is the share that is left, `1 - {old}`"
+    warnings.warn(f"{text}. The older name works up to the next minor version", FutureWarning, stacklevel=3)
+    return float(share_left(share))
+
 
 class RankProblem(NamedTuple):
-    """Layers with their costs, and the removed fraction to reach.
+    """Layers with their costs, and the share that may be left.
 
     Attributes:
         modules: The layers by name; the names' order is that of every rank vector.
         costs: Their costs, in the same order.
-        target: Fraction of the sum of the dense costs that must go.
+        budget: Share of the sum of the dense costs that may be left.
     """
 
     modules: Mapping[str, Layer]
     costs: tuple[LayerCost, ...]
-    target: float
+    budget: float
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,14 +116,13 @@ class RankProblem(NamedTuple):
         """Cost of all dense layers together."""
         return sum(cost.dense for cost in self.costs)
 
-    def removed(self, ranks: Sequence[int]) -> float:
-        """The removed fraction."""
-        kept = sum(cost.at(rank) for cost, rank in zip(self.costs, ranks, strict=True))
-        return (self.dense_cost - kept) / self.dense_cost
+    def share(self, ranks: Sequence[int]) -> float:
+        """The share of the cost that is left."""
+        return sum(cost.at(rank) for cost, rank in zip(self.costs, ranks, strict=True)) / self.dense_cost
 
     def meets(self, ranks: Sequence[int]) -> bool:
-        """Return whether enough is removed."""
-        return self.removed(ranks) >= self.target
+        """Return whether the ranks are within the budget."""
+        return self.share(ranks) <= self.budget
 
     def without_gainless(self, ranks: Sequence[int]) -> Ranks:
         """The ranks, with the full rank wherever factors would not be cheaper than the dense layer."""
@@ -111,47 +135,47 @@ class RankProblem(NamedTuple):
     ) -> RankSearch:
         """The result that delivers ``ranks``."""
         named = dict(zip(self.names, ranks, strict=True))
-        return RankSearch(named, score, self.removed(ranks), evaluations, tuple(trace))
+        return RankSearch(named, score, self.share(ranks), evaluations, tuple(trace))
 
 
 def state_problem(
     model: nn.Module,
-    ratio: float,
+    budget: float,
     layers: str | Sequence[str],
     cost: Cost,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
     scheme: Scheme,
 ) -> RankProblem:
-    """Find the layers and their costs, and check that the ratio can be reached.
+    """Find the layers and their costs, and check that the budget can be met.
 
     Returns:
         What is to be solved.
 
     Raises:
-        TypeError: If ``model`` is not a module or ``ratio`` not a number.
-        ValueError: If ``ratio`` is not inside (0, 1), or is more than rank 1 everywhere removes.
+        TypeError: If ``model`` is not a module or ``budget`` not a number.
+        ValueError: If ``budget`` is not inside (0, 1), or is less than rank 1 everywhere leaves.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-    if check_fraction("ratio", ratio) in {0, 1}:
-        raise ValueError(f"`ratio` must be more than 0 and less than 1, got {ratio!r}; it is the removed fraction")
+    if check_fraction("budget", budget) in {0, 1}:
+        raise ValueError(f"`budget` must be more than 0 and less than 1, got {budget!r}; it is the share that is left")
     costs = layer_costs(model, layers, cost=cost, inputs=inputs, scheme=scheme)
     problem = RankProblem(
-        select_layers(model, list(costs), scheme=scheme, transposed=True), tuple(costs.values()), ratio
+        select_layers(model, list(costs), scheme=scheme, transposed=True), tuple(costs.values()), budget
     )
     if problem.dense_cost == 0:
         raise ValueError(f"`inputs` must reach a layer of `layers`, but {layers!r} cost no {cost} in a pass of them")
     if not problem.meets([1] * len(costs)):
-        most = problem.removed([1] * len(costs))
+        least = problem.share([1] * len(costs))
         raise ValueError(
-            f"`ratio` must be at most {most:.6f} for these {len(costs)} layers, which rank 1 in every one of them "
-            f"removes of their {cost}, got {ratio!r}"
+            f"`budget` must be at least {least:.6f} for these {len(costs)} layers, which rank 1 in every one of them "
+            f"leaves of their {cost}, got {budget!r}"
         )
     return problem
 
 
 def largest_that_meets(problem: RankProblem, ranks_at: Callable[[float], Ranks], levels: Tensor) -> Ranks:
-    """Bisect for the ranks at the largest of ``levels`` where enough is removed.
+    """Bisect for the ranks at the largest of ``levels`` that are within the budget.
 
     Args:
         problem: What must be met.
@@ -162,7 +186,7 @@ def largest_that_meets(problem: RankProblem, ranks_at: Callable[[float], Ranks],
         The ranks.
     """
     ordered = torch.unique(levels).tolist()  # sorted
-    low, high = 0, len(ordered)  # enough is removed at `low`, too little from `high` on
+    low, high = 0, len(ordered)  # within the budget at `low`, above it from `high` on
     while high - low > 1:
         middle = (low + high) // 2
         if problem.meets(ranks_at(ordered[middle])):

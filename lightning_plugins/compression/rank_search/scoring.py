@@ -1,4 +1,4 @@
-"""Scores of many rank vectors on the same batches, with no more work than it takes to tell the best."""
+"""Scores of many rank vectors on the same batches, with no more work than finding the best takes."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,8 +103,8 @@ class CandidateScores:
         """Score the members of every contest.
 
         Returns:
-            The score of every candidate; None for those that were given up because they cannot be among the wanted
-            of their contest, whatever the batches left say.
+            The score of every candidate; None for those that were given up because they cannot be among the best of
+            their contest, whatever the remaining batches give.
         """
         members = sorted((ranks for contest in contests for ranks in contest.members), key=self._call_order)
         self._weights.forget(all_but=members)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_plugins._deprecation import share_left
 from lightning_plugins.compression.rank_search.problem import Ranks, ScoredRanks, SearchLevel
 from lightning_plugins.distributed import gather_row_counts, gather_rows, is_distributed
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class SearchState:
@@ -21,7 +22,7 @@ class SearchState:
 
     Attributes:
         levels: The trace.
-        finished: The rank vectors that reached the ratio, with their scores; None for those that were given up.
+        finished: The rank vectors within the budget, with their scores; None for those that were given up.
     """
 
     def __init__(self) -> None:
@@ -69,8 +70,9 @@ class SearchState:
             return state
         try:
             content = json.loads(text)
-            found, written = content["format"], content["search"]
-        except (ValueError, KeyError, TypeError) as error:
+            found = _from_removed(content) if content["format"] == 1 else content["format"]
+            written = content["search"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"`state_file`: {str(path)!r} must be written by a search, but is not; delete it"
             ) from error
@@ -86,6 +88,14 @@ class SearchState:
             state.levels.append(SearchLevel(**level, beam=beam))
         state.finished = {tuple(ranks): score for ranks, score in content["finished"]}
         return state
+
+
+def _from_removed(content: dict[str, Any]) -> int:
+    """Bring a file that has removed fractions to the present format, that of shares left."""
+    content["search"]["budget"] = share_left(content["search"].pop("ratio", None))
+    for level in content["levels"]:
+        level["share"], level["budget"] = share_left(level.pop("ratio")), share_left(level.pop("target"))
+    return _FORMAT
 
 
 def _read(path: Path, device: torch.device) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.layers import full_rank
@@ -29,41 +30,42 @@ from lightning_plugins.compression.rank_search.truncation import TruncatedWeight
 from lightning_plugins.weights import Scheme
 
 
+@renamed(ratio=Replaced("budget", share_left))
 def equal_ratio(
     model: nn.Module,
     *,
-    ratio: float,
+    budget: float,
     layers: str | Sequence[str] = "*",
     cost: Cost = "params",
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     scheme: Scheme = 1,
 ) -> RankSearch:
-    """Give every layer the same fraction of its full rank, the largest that removes enough.
+    """Give every layer the same ratio of its rank to its full rank, the largest within the budget.
 
-    The rank is the fraction of the full rank, rounded down, at least 1. A layer that this would not make cheaper stays
-    dense.
+    The rank is this ratio of the full rank, rounded down, at least 1. A layer that this would not make cheaper stays
+    dense. The ratio is not the budget, which is a share of the cost.
 
     Args:
         model: The network; only its weights are looked at.
-        ratio: The fraction of the selected layers' cost to remove, in (0, 1).
+        budget: The share of the selected layers' cost that may be left, in (0, 1).
         layers: The layers: dotted name, glob over dotted names, or a sequence of them.
         cost: ``"params"`` or ``"flops"``.
         inputs: Input of the model for ``cost="flops"``.
         scheme: How a convolution's kernel becomes a matrix; see `low_rank_layer`.
 
     Returns:
-        The ranks and their removed fraction; the score is None and the trace empty.
+        The ranks and the share that they leave; the score is None and the trace empty.
 
     Raises:
-        ValueError: If an argument is out of its range, no layer is selected, or the ratio cannot be reached.
+        ValueError: If an argument is out of its range, no layer is selected, or the budget cannot be met.
         TypeError: If an argument is of a wrong type.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
-        >>> equal_ratio(net, ratio=0.5).ranks
+        >>> equal_ratio(net, budget=0.5).ranks
         {'0': 6, '1': 3}
     """
-    problem = state_problem(model, ratio, layers, cost, inputs, scheme)
+    problem = state_problem(model, budget, layers, cost, inputs, scheme)
     full = [one.full_rank for one in problem.costs]
 
     def ranks_at(fraction: float) -> Ranks:  # the fraction is k / full for one layer: rounding must not lose the k
@@ -73,24 +75,25 @@ def equal_ratio(
     return problem.result(largest_that_meets(problem, ranks_at, levels))
 
 
+@renamed(ratio=Replaced("budget", share_left))
 def energy_threshold(
     model: nn.Module,
     *,
-    ratio: float,
+    budget: float,
     layers: str | Sequence[str] = "*",
     cost: Cost = "params",
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     scheme: Scheme = 1,
     calibration: InputMoments | None = None,
 ) -> RankSearch:
-    """Keep the same fraction of every weight's energy, the largest that removes enough.
+    """Keep the same fraction of every weight's energy, the largest within the budget.
 
     The energy is the sum of the squared singular values of the weight, or of what the layer puts out; a layer's rank is
     the smallest that keeps the fraction. A layer that this would not make cheaper stays dense.
 
     Args:
         model: As for `equal_ratio`.
-        ratio: As for `equal_ratio`.
+        budget: As for `equal_ratio`.
         layers: As for `equal_ratio`.
         cost: As for `equal_ratio`.
         inputs: As for `equal_ratio`.
@@ -109,10 +112,10 @@ def energy_threshold(
         >>> net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
         >>> with torch.no_grad():
         ...     net[0].weight[1:] *= 0.01  # one strong direction, so that little rank keeps much energy
-        >>> energy_threshold(net, ratio=0.5).ranks
+        >>> energy_threshold(net, budget=0.5).ranks
         {'0': 4, '1': 10}
     """
-    problem = state_problem(model, ratio, layers, cost, inputs, scheme)
+    problem = state_problem(model, budget, layers, cost, inputs, scheme)
     kept = []
     for energy in energies(problem.modules, scheme, calibration):
         total = energy.cumsum(0)
@@ -124,10 +127,11 @@ def energy_threshold(
     return problem.result(largest_that_meets(problem, ranks_at, torch.cat(kept)))
 
 
+@renamed(ratio=Replaced("budget", share_left))
 def trade_off(
     model: nn.Module,
     *,
-    ratio: float,
+    budget: float,
     layers: str | Sequence[str] = "*",
     cost: Cost = "params",
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -142,7 +146,7 @@ def trade_off(
 
     Args:
         model: As for `equal_ratio`.
-        ratio: As for `equal_ratio`.
+        budget: As for `equal_ratio`.
         layers: As for `equal_ratio`.
         cost: As for `equal_ratio`.
         inputs: As for `equal_ratio`.
@@ -159,14 +163,14 @@ def trade_off(
     Example:
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
-        >>> trade_off(net, ratio=0.5).ratio >= 0.5
+        >>> trade_off(net, budget=0.5).share <= 0.5
         True
 
     Source:
         The compression step of the learning-compression algorithm: Idelbayev and Carreira-Perpinan, CVPR 2020. Our
         reading; its alternation with training is not part of this function.
     """
-    problem = state_problem(model, ratio, layers, cost, inputs, scheme)
+    problem = state_problem(model, budget, layers, cost, inputs, scheme)
     corners = [
         _corners(problem, layer, energy) for layer, energy in enumerate(energies(problem.modules, scheme, calibration))
     ]

@@ -32,7 +32,7 @@ class Tally:
         self.counts[ranks] += count
 
     def exchange(self, members: Sequence[Ranks], mine: set[Ranks], device: torch.device) -> None:
-        """Hand out what the owners of candidates know; all processes call.
+        """Share what the owners of candidates know; all processes call.
 
         Args:
             members: The candidates.

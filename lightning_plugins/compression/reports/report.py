@@ -91,7 +91,7 @@ class CompressionReport:
 
     @property
     def params_ratio(self) -> float:
-        """Removed fraction of the parameters."""
+        """Removed fraction of the parameters, the compression ratio of papers; `share` is what is left."""
         return removed(self.before.params, self.after.params)
 
     @property

@@ -1,4 +1,4 @@
-"""The files of a compressed network: written, read, and checked for what was changed in them."""
+"""The files of a compressed network: written, read, and checked for changes."""
 
 import hashlib
 import json
