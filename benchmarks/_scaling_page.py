@@ -179,7 +179,9 @@ take turns on a core, so these columns say nothing of a network, and differences
 
 {wall}
 
-By the processor: the mean over nine steps and over the processes.
+By the processor: the mean over nine steps and over the processes. The decompositions of weights are shared out, so that
+`SpectrumMonitor` and `LowRankCompression` cost each process less the more there are; terms of rows are computed on all,
+over more rows, with more messages.
 
 {processor}
 

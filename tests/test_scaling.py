@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))  # the script imports its neighbours as it d
 scaling = importlib.import_module("scaling")
 cases = importlib.import_module("_scaling_cases")
 exchanges = importlib.import_module("_scaling_exchanges")
+pages = importlib.import_module("_scaling_page")
 
 WITHIN = 0.2
 
@@ -62,3 +63,12 @@ def test_counted_bytes_are_those_on_paper(tmp_path: Any):
         every = cases.CASES[name].exchanges(size_of(name))
         wanted = sum(one.received(2) + one.headers(2) for one in every)
         assert sum(found[name] for found in ranks) / 2 == pytest.approx(wanted, rel=WITHIN), name
+
+
+def test_what_is_stored_is_near_the_paper_and_stands_on_the_page():
+    report = scaling.load()
+    assert list(report) == ["1", "2", "4", "8"]
+    found = list(pages.compared(report))
+    assert {line.case for line in found} == cases.CASES.keys()
+    assert all(abs(line.ratio - 1) < WITHIN for line in found)
+    assert scaling.STORE.with_suffix(".md").read_text() == pages.page(report)
