@@ -1,11 +1,13 @@
 """The page of what `scaling.py` has measured."""
 
+import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from _report import markdown_table
 from _scaling_cases import CASES, REST
 from _scaling_exchanges import HEADER, PLAIN, SINGLE, Exchange, Size
+from two_machines import RATES, SHAPES, link
 
 EXTRAPOLATED = (8, 64, 1024)
 FAR = (32, 512, 4)  # rows, width and layers of what is extrapolated
@@ -39,8 +41,8 @@ def compared(report: dict[str, Any]) -> Iterator[Counted]:
                     yield Counted(name, size, line["bytes"], payload, sum(one.headers(ranks) for one in exchanges))
 
 
-def page(report: dict[str, Any]) -> str:
-    """The page, from the JSON."""
+def page(report: dict[str, Any], linked: dict[str, Any]) -> str:
+    """The page, from the JSON of this script and of `two_machines.py`."""
     counted = list(compared(report))
     rows = [
         (
@@ -62,6 +64,9 @@ def page(report: dict[str, Any]) -> str:
         wall=times(report, "wall"),
         processor=times(report, "processor"),
         far=far(),
+        link="\n".join(link(RATES[0])),
+        linked_on=linked["about"],
+        linked=linked_table(linked["rates"]),
         exchanges="\n".join(
             f"- **{name}**, each {case.unit}. {case.exchanges.__doc__}" for name, case in CASES.items()
         ),
@@ -103,6 +108,31 @@ def plain_table(report: dict[str, Any]) -> str:
             one = Exchange(*PLAIN[name], SINGLE)
             rows.append((name, count, f"{counted:,.0f}", f"{one.received(ranks) + one.headers(ranks):,.0f}"))
     return markdown_table(("float32 numbers of each process", "processes", "counted, bytes", "on paper, bytes"), rows)
+
+
+def linked_table(rates: dict[str, list[dict[str, Any]]]) -> str:
+    """Bytes and time over a link of a limited rate; means over both machines."""
+    rows = []
+    for rate, found in rates.items():
+        for name in found[0]:
+            parts = {
+                key: [statistics.fmean(one[name][of][key] for one in found) for of in ("bare", "with")]
+                for key in ("bytes", "wall", "processor")
+            }
+            added = {key: pair[1] - pair[0] for key, pair in parts.items()}
+            exchanges = CASES[name].exchanges(Size(*SHAPES[name], 2))
+            paper = sum(one.received(2) + one.headers(2) for one in exchanges)
+            rows.append(
+                (
+                    name,
+                    rate,
+                    *(f"{number / 1e3:,.0f}" for number in (added["bytes"], paper)),
+                    f"{1e3 * paper * 8 / (float(rate) * 1e6):.0f}",
+                    *(f"{1e3 * number:.0f}" for number in (added["wall"], added["processor"], parts["wall"][0])),
+                )
+            )
+    ends = ("by rate, ms", "measured, ms", "of the processor, ms", "step without, ms")
+    return markdown_table(("callback", "Mbit/s", "counted, kB", "on paper, kB", *ends), rows)
 
 
 def far() -> str:
@@ -184,6 +214,29 @@ By the processor: the mean over nine steps and over the processes. The decomposi
 over more rows, with more messages.
 
 {processor}
+
+## Two machines in the small
+
+Two network namespaces, each with its own addresses, joined by a link whose rate is limited in both directions, and one
+process in each: `Trainer(num_nodes=2, devices=1, strategy="ddp")`, which finds the other machine by `MASTER_ADDR`.
+Measured by `python benchmarks/two_machines.py` (root, and `ip` and `tc` of iproute2): {linked_on}.
+
+*By rate* is what the bytes on paper take at the rate of the link, *measured* what the callback adds to the fastest of
+nine steps, beside the time of the processor that it adds, which is not the link's. What is behind a link of this rate
+costs what its bytes cost; latency is not limited here.
+
+{linked}
+
+By hand, with a script of yours that trains with `num_nodes=2`:
+
+```bash
+{link}
+export MASTER_ADDR=10.77.0.1 MASTER_PORT=29500 GLOO_SOCKET_IFNAME=eth0
+NODE_RANK=0 ip netns exec left python train.py &
+NODE_RANK=1 ip netns exec right python train.py
+ip netns delete left
+ip netns delete right
+```
 
 ## Extrapolated
 

@@ -36,6 +36,7 @@ from _scaling_exchanges import BATCHES, PLAIN, Kind, Size
 from _scaling_page import page
 
 STORE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "scaling.json"
+LINKED = STORE.with_name("two_machines.json")
 PROCESSES = (1, 2, 4, 8)
 WARM_UP = 3  # DDP arranges its buckets anew in the second step
 RECEIVED = 128  # `tcpi_bytes_received` in Linux's `struct tcp_info`
@@ -115,29 +116,36 @@ class Counts(Callback):
         self._mark("validation ends")
 
 
-def train(size: Size, unit: Unit, callbacks: list[Callback]) -> dict[str, float]:
+def train(size: Size, unit: Unit, callbacks: list[Callback], *, nodes: int = 1) -> dict[str, float]:
     """Bytes that this process receives each time; seconds of the fastest step, and of the processor for a step."""
-    torch.manual_seed(0)
     count = Counts()
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=size.processes,
-        strategy="ddp",
-        max_epochs=1,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        callbacks=[count, *callbacks],
-        **quiet,
-    )
-    loader = torch.utils.data.DataLoader(data_of(size), batch_size=None)
-    trainer.fit(Module(size), loader, loader if unit == "validation" else None)
+    fit(size, [count, *callbacks], data_of(size), nodes=nodes, validates=unit == "validation")
     extra = count.bytes[-1] - count.bytes[WARM_UP - 1] if unit == "step" else None
     steps = BATCHES - WARM_UP
     wall = min(after - before for before, after in itertools.pairwise(count.wall[WARM_UP - 1 :]))
     processor = (count.processor[-1] - count.processor[WARM_UP - 1]) / steps
     each = count.at[f"{unit} ends"] - count.at[f"{unit} begins"] if extra is None else extra / steps
     return {"bytes": each, "wall": wall, "processor": processor}
+
+
+def fit(size: Size, callbacks: list[Callback], data: Any, *, nodes: int = 1, validates: bool = False) -> Module:
+    """A training, with validation if it ``validates``."""
+    torch.manual_seed(0)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=size.processes // nodes,
+        num_nodes=nodes,
+        strategy="ddp",
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        **quiet,
+    )
+    module, loader = Module(size), torch.utils.data.DataLoader(data, batch_size=None)
+    trainer.fit(module, loader, loader if validates else None)
+    return module
 
 
 def plain_exchanges(processes: int) -> dict[str, float]:
@@ -226,10 +234,10 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="only write the page of what is stored to this file")
     arguments = parser.parse_args()
     if arguments.page is not None:
-        arguments.page.write_text(page(load()))
+        arguments.page.write_text(page(load(), json.loads(LINKED.read_text())))
         return
     run(arguments.processes, arguments.again)
-    print(page(load()))
+    print(page(load(), json.loads(LINKED.read_text())))
 
 
 if __name__ == "__main__":

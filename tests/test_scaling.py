@@ -1,6 +1,7 @@
 """Bytes that callbacks exchange are those on paper, counted by the benchmark's own means on two processes."""
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -71,4 +72,4 @@ def test_what_is_stored_is_near_the_paper_and_stands_on_the_page():
     found = list(pages.compared(report))
     assert {line.case for line in found} == cases.CASES.keys()
     assert all(abs(line.ratio - 1) < WITHIN for line in found)
-    assert scaling.STORE.with_suffix(".md").read_text() == pages.page(report)
+    assert scaling.STORE.with_suffix(".md").read_text() == pages.page(report, json.loads(scaling.LINKED.read_text()))
