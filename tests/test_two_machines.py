@@ -19,7 +19,7 @@ CASE = "WeightRegularization"
 
 
 def trained(tmp_path: Path) -> list[dict[str, Any]]:
-    """What the script found on both machines: with a link, or on the loopback if it says why there is none."""
+    """Results of the script on both machines: with a link, or on the loopback if it says why there is none."""
     command = [
         sys.executable,
         str(two_machines.SCRIPT),
