@@ -1,25 +1,35 @@
 """Ranks that do not do the same: none waits in vain, none trains on in silence, and messages name layer and rank.
 
-All kinds but the last end on all ranks together, so one process group serves them one after the other: that it still
-does is part of the test. The last one ends by the time-out of the group.
+All kinds end on all ranks together, so one process group serves them one after the other: that it still does is part of
+the test. Those that end by the time-out of the group stand in `tests.test_disagreement_waits`.
 """
 
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from lightning_plugins.callbacks import RepresentationMonitor, StableRankRegularization, VNERegularization
+from lightning_plugins.callbacks import (
+    CollapseAlarm,
+    Distillation,
+    HybridCompression,
+    LayerProbe,
+    LowRankCompression,
+    MutualInformationMonitor,
+    RepresentationMonitor,
+    SpectralNormCap,
+    SpectrumMonitor,
+    StableRankRegularization,
+    VNERegularization,
+)
 from lightning_plugins.regularizers import VonNeumannEntropy
+from lightning_plugins.schedules import Linear
 from tests._processes import run_on_ranks
 from tests.contract_by_hand import Model
 from tests.contract_ranks import act_as_rank
@@ -42,6 +52,9 @@ class Uneven(Model):
     def __init__(self, does: str = "", *, always: bool = False) -> None:
         super().__init__()
         self.does, self.always = does, always
+        self.example_input_array = torch.zeros(2, 6)
+        if on_rank_one() and does == "has its head in front":
+            self.backbone = self._modules.pop("backbone")
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Any:
         own = on_rank_one() and (self.always or self.global_step == 1)
@@ -73,13 +86,6 @@ def wrong(features: Tensor) -> Any:
     return 0.5 if on_rank_one() else features
 
 
-class Stops(Callback):
-    """Behind the second step: in that one DDP exchanges something of its own, and would be the first to wait."""
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        trainer.should_stop = on_rank_one() and trainer.global_step >= 2
-
-
 def vne(layers: Any = LAYERS, **settings: Any) -> list[Callback]:
     return [VNERegularization(layers, weight=0.3, **settings)]
 
@@ -89,13 +95,40 @@ def made(does: str = "", **settings: Any) -> Uneven:
     return Uneven(does, **settings)
 
 
-def attempt(model: Uneven, callbacks: list[Callback], bounds: Sequence[int] = (0, 3, 8)) -> dict[str, Any]:
+def attempt(
+    model: Uneven, callbacks: list[Callback], bounds: Sequence[int] = (0, 3, 8), batches: Any = BATCHES
+) -> dict[str, Any]:
     """Outcome of a training: the error, or weights and log."""
     try:
-        trainer = fit(model, shard(BATCHES, bounds), callbacks, strategy="ddp", devices=2, max_epochs=1)
+        trainer = fit(model, shard(batches, bounds), callbacks, strategy="ddp", devices=2, max_epochs=1)
     except Exception as error:  # noqa: BLE001  # it is looked at by the test
         return {"error": f"{type(error).__name__}: {error}"}
     return {"weights": dict(model.state_dict()), "log": dict(trainer.callback_metrics)}
+
+
+# Callbacks to which something else is given on rank 1, and how the message on rank 0 names what it was given.
+Make = Callable[[int], list[Callback]]
+ARGUMENTS: dict[str, tuple[str, Make]] = {
+    "another weight of rows": ("'weight': 0.3", lambda rank: [VNERegularization("head", 0.3 + rank / 10)]),
+    "another weight of weights": ("'weight': 0.1", lambda rank: [StableRankRegularization("head", 0.1 + rank)]),
+    "layers named in another order": ("('backbone.0', 'backbone.1')", lambda rank: vne(LAYERS[:: 1 - 2 * rank])),
+    "another cap": ("'maximum': 1.0", lambda rank: [SpectralNormCap("head", 1.0 + rank)]),
+    "another limit": ("'minimum': 0.5", lambda rank: [CollapseAlarm("backbone", minimum=0.5 + rank)]),
+    "other looks": (
+        "'every_n_steps': 3",
+        lambda rank: [SpectrumMonitor("head", every_n_steps=3 + rank, figures=False)],
+    ),
+    "other metrics": (
+        "('entropy',)",
+        lambda rank: [RepresentationMonitor("head", metrics=["entropy", "rankme"][: 1 + rank], figures=False)],
+    ),
+    "other folds": ("'folds': 3", lambda rank: [LayerProbe("backbone", 1, probe={"folds": 3 + rank}, figures=False)]),
+    "other pairs": ("'calls'", lambda rank: [MutualInformationMonitor("backbone", pairs=["calls", "halves"][rank])]),
+    "another temperature": ("'temperature': 1.0", lambda rank: [Distillation(temperature=1.0 + rank)]),
+    "another budget": ("budget=0.5", lambda rank: [HybridCompression("*", 0.5 + rank / 10, cost="params")]),
+    "another ratio": ("'beam', 0.6", lambda rank: [LowRankCompression("backbone.*", 0.6 + rank / 10)]),
+    "another schedule": ("until=2", lambda rank: vne("head", schedule=Linear(0.0, 1.0, until=2 + rank, unit="steps"))),
+}
 
 
 def disagree(rank: int) -> dict[str, dict[str, Any]]:
@@ -113,6 +146,8 @@ def disagree(rank: int) -> dict[str, dict[str, Any]]:
         "NaN shall raise": attempt(made(), vne("head:input", pool=undefined, on_nonfinite="raise")),
         "other layers": attempt(made(), vne(other)),
         "other weights": attempt(made(), [StableRankRegularization(["backbone.0", "head"][: 1 + rank], 0.1)]),
+        "another order of layers": attempt(made("has its head in front"), vne(["backbone.0", "head"])),
+        **{name: attempt(made(), make(rank)) for name, (_, make) in ARGUMENTS.items()},
         "other callbacks first": attempt(made(), [*vne("backbone.0"), *vne("backbone.1")][:: 1 - 2 * rank]),
         "other widths": attempt(made(), vne("backbone", pool=narrower)),
         "a pool that fails": attempt(made(), vne("backbone", pool=wrong)),
@@ -155,6 +190,8 @@ MESSAGES = {
         f"{SAME} backbone.0, backbone.1 on rank 1 and others on rank 0",
     ),
     "other weights": (f"{SAME} backbone.0 (8, 6) on rank 0", f"{SAME} backbone.0 (8, 6), head (3, 5) on rank 1"),
+    "another order of layers": (f"{SAME} backbone.0, head on rank 0", f"{SAME} head, backbone.0 on rank 1"),
+    **{kind: (told, "on rank 1 and others on rank 0") for kind, (told, _) in ARGUMENTS.items()},
     "other callbacks first": (f"{SAME} backbone.0 on rank 0", f"{SAME} backbone.1 on rank 1"),
     "other widths": 2
     * ("'backbone': `embeddings` must have as many columns on every rank, got 5 on rank 0, 4 on rank 1",),
@@ -207,20 +244,3 @@ def test_a_rank_without_rows_joins_the_sums_of_a_monitor(ranks: list[dict[str, A
     values = [found["no rows for a monitor"]["log"][name] for found in ranks]
     assert values[0].isfinite()
     torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
-
-
-def stop_early(rank: int, folder: str) -> dict[str, Any]:
-    act_as_rank(rank, 2)
-    _set_pg_timeout(timedelta(seconds=TIME_OUT))
-    begin = time.monotonic()
-    found = attempt(made(), [*vne(), Stops()])
-    found["seconds"] = time.monotonic() - begin
-    dist.destroy_process_group()  # of no use after a time-out; the helper's own farewell needs one
-    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
-    return found
-
-
-def test_one_rank_stops_early(tmp_path: Path):
-    ranks = run_on_ranks(stop_early, 2, tmp_path, str(tmp_path), seconds=120)
-    assert "RankError: `layers`: 'backbone.0': rank 0 waited in vain for another of 2 ranks" in ranks[0]["error"]
-    assert max(found["seconds"] for found in ranks) < 3 * TIME_OUT + 20

@@ -29,7 +29,7 @@ from lightning_plugins.callbacks._attribution.selection import Selection
 from lightning_plugins.callbacks._attribution.settings import Methods, check_methods, find_network, method_calls, named
 from lightning_plugins.callbacks._attribution.untouched import untouched
 from lightning_plugins.callbacks._monitors.figures import hand_to_loggers
-from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
+from lightning_plugins.callbacks._trainer.requirements import require_lightning_module, require_same_on_ranks
 from lightning_plugins.distributed import is_distributed
 from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, checked_target, class_scores
 from lightning_plugins.metrics.attribution.localization import LocalizationMetric
@@ -146,6 +146,7 @@ class AttributionEvaluation(Callback):
                 "`strategy='ddp'`, for example for the trained checkpoint: gradients of inputs and hooks need whole "
                 "parameters"
             )
+        require_same_on_ranks(type(self).__name__, (), self.state_key)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a validation."""

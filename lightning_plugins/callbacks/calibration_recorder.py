@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int, plain_number
 from lightning_plugins._lightning import Callback, LightningModule, Trainer
-from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
+from lightning_plugins.callbacks._trainer.requirements import require_lightning_module, require_same_on_ranks
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.calibration.masking import check_mask
 from lightning_plugins.compression.calibration.storage import check_options
@@ -73,6 +73,7 @@ class CalibrationRecorder(Callback):
         """Check the module."""
         require_lightning_module(type(self).__name__, pl_module)
         if stage == "fit":
+            require_same_on_ranks(type(self).__name__, (), self.state_key)
             self._saved = None  # a checkpoint's state comes after this hook
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -28,8 +28,7 @@ from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
-    require_lightning_module,
-    require_supported_strategy,
+    require_supported,
 )
 from lightning_plugins.selection import check_layers
 
@@ -159,8 +158,7 @@ class CollapseAlarm(Callback):
         """Check the module and the Trainer, and join the training step."""
         if stage != "fit":
             return
-        require_lightning_module(type(self).__name__, pl_module)
-        require_supported_strategy(type(self).__name__, trainer)
+        require_supported(self, trainer, pl_module)
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
             self.load_state_dict({"below": {}, "best": {}, "queues": {}, "alarms": {}})
         self._pending = None

@@ -26,6 +26,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_automatic_optimization,
     require_known_total,
     require_lightning_module,
+    require_same_on_ranks,
     require_supported_strategy,
 )
 from lightning_plugins.schedules import Schedule
@@ -140,6 +141,8 @@ class Distillation(Callback):
         require_lightning_module(name, pl_module)
         require_automatic_optimization(name, pl_module, mixin="DistillationMixin")
         require_supported_strategy(name, trainer)
+        rates = self.weight, self.schedule, self._projections.rate
+        require_same_on_ranks(name, (), f"{self.state_key} {vars(self.distance)} {rates}")
         require_known_total(name, self.schedule, trainer)
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
             self._own, self._saved = None, None

@@ -16,8 +16,7 @@ from lightning_plugins.callbacks._probes.session import ControlSettings, ProbeSe
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
-    require_lightning_module,
-    require_supported_strategy,
+    require_supported,
 )
 from lightning_plugins.metrics import ProbeResult
 from lightning_plugins.plots import probe_profile_figure
@@ -118,9 +117,7 @@ class LayerProbe(Callback):
         """Check the module and the Trainer, register the hooks and join the training step."""
         if not set(_STAGE_OF.get(stage, ())) & set(self.stages):
             return
-        name = type(self).__name__
-        require_lightning_module(name, pl_module)
-        require_supported_strategy(name, trainer)
+        require_supported(self, trainer, pl_module, f"{self.stages} {self.controls}")
         require_whole_network(self.controls, trainer)
         if stage == "fit":
             if trainer.global_step == 0:  # a new training

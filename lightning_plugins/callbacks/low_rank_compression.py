@@ -168,6 +168,11 @@ class LowRankCompression(CompressingCallback):
         require_end(name, trainer, self.unit)
         self._source.require(name, pl_module)
 
+    def _arguments(self) -> str:
+        source, phases = self._source, (self.search_at, self.factorize_at, self.unit)
+        search = source.search, source.ratio, source.cost, source.ranks, source.search_batches
+        return f"{self.layers}, {search}, {phases}, {self._settings}"
+
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
         if self.factorize_at is not None:

@@ -16,8 +16,7 @@ from lightning_plugins.callbacks._rows.rows import Rows
 from lightning_plugins.callbacks._terms.logged import log_equal
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
-    require_lightning_module,
-    require_supported_strategy,
+    require_supported,
 )
 from lightning_plugins.distributed import is_distributed, world_size
 from lightning_plugins.functional.class_information import infonce_ceiling
@@ -117,12 +116,10 @@ class MutualInformationMonitor(Callback):
         """
         if stage not in {"fit", "validate"}:
             return
-        name = type(self).__name__
-        require_lightning_module(name, pl_module)
-        require_supported_strategy(name, trainer)
+        require_supported(self, trainer, pl_module, f"{self.max_pairs} {self.every_n_epochs} {self.labels}")
         if stage == "fit" and self.loss_candidates is not None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"{name}: `loss_candidates` reads the loss that `training_step` returns, and "
+                f"{type(self).__name__}: `loss_candidates` reads the loss that `training_step` returns, and "
                 f"{type(pl_module).__name__} uses manual optimization; leave it out"
             )
         if stage == "fit" and trainer.global_step == 0:

@@ -23,8 +23,7 @@ from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_t
 from lightning_plugins.callbacks._trainer.progress import steps_done
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
-    require_lightning_module,
-    require_supported_strategy,
+    require_supported,
 )
 from lightning_plugins.selection import check_layers
 
@@ -128,9 +127,7 @@ class RepresentationMonitor(Callback):
         """Check the module and the Trainer, register the hooks and join the training step."""
         if stage not in {"fit", "validate", "test"}:
             return
-        name = type(self).__name__
-        require_lightning_module(name, pl_module)
-        require_supported_strategy(name, trainer)
+        require_supported(self, trainer, pl_module)
         for statistics in self._statistics.values():  # of a broken-off run; a checkpoint's come after this hook
             statistics.reset()
         if stage == "fit":

@@ -24,7 +24,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     require_automatic_optimization,
     require_known_total,
     require_lightning_module,
-    require_same_layers,
+    require_same_on_ranks,
     require_supported_strategy,
 )
 from lightning_plugins.distributed import RankError, is_distributed
@@ -250,7 +250,7 @@ class RepresentationRegularization(Callback):
 
     def _attach(self, pl_module: LightningModule) -> None:
         self._capture = LayerRows(pl_module, self.layers, self.rows)
-        require_same_layers(type(self).__name__, self._capture.labels)
+        require_same_on_ranks(type(self).__name__, self._capture.labels, self.state_key)
         self._capture.attach()
         wanted = [(self._name_of(label), self._name_of(other)) for label, other in self._capture.log_names]
         self._names = dict(zip(self._capture.labels, claim_names(pl_module, self, wanted), strict=True))

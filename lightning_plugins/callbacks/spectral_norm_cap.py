@@ -14,8 +14,7 @@ from lightning_plugins.callbacks._terms.query_key import QueryKey, select_query_
 from lightning_plugins.callbacks._terms.weight_gradients import scale_rows, shared_out
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
-    require_lightning_module,
-    require_supported_strategy,
+    require_supported,
 )
 from lightning_plugins.distributed import is_distributed
 from lightning_plugins.functional.query_key import query_key_norms
@@ -100,8 +99,7 @@ class SpectralNormCap(Callback):
         """Check the module and the Trainer, and find the weights."""
         if stage != "fit":
             return
-        require_lightning_module(type(self).__name__, pl_module)
-        require_supported_strategy(type(self).__name__, trainer)
+        require_supported(self, trainer, pl_module)
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
             self._starts.clear()
             self._capped_at = 0

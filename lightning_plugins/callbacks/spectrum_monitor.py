@@ -17,7 +17,7 @@ from lightning_plugins.callbacks._trainer.progress import steps_done
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_lightning_module,
-    require_same_layers,
+    require_same_on_ranks,
     require_supported_strategy,
 )
 from lightning_plugins.computed_weights import parametrizations_at_rest
@@ -129,7 +129,7 @@ class SpectrumMonitor(Callback):
             self._find(pl_module)
         with parametrizations_at_rest(pl_module):  # a shape may have to be computed
             names = [f"{weight.label} {tuple(weight.shape)}" for weight in self._in_use.now(pl_module)]
-        require_same_layers(type(self).__name__, names)
+        require_same_on_ranks(type(self).__name__, names, self.state_key)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the weights before the first step."""

@@ -26,7 +26,7 @@ from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
     require_known_total,
     require_lightning_module,
-    require_same_layers,
+    require_same_on_ranks,
     require_supported_strategy,
 )
 from lightning_plugins.computed_weights import parametrizations_at_rest
@@ -137,7 +137,7 @@ class WeightRegularization(Callback):
         self._in_use.tell(pl_module)
         with parametrizations_at_rest(pl_module):  # a shape may have to be computed
             names = [f"{weight.label} {tuple(weight.shape)}" for weight in weights]
-        require_same_layers(type(self).__name__, names)
+        require_same_on_ranks(type(self).__name__, names, self.state_key)
         self._check_trained(trainer, weights)
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise MisconfigurationException(

@@ -15,7 +15,7 @@ from lightning_plugins.callbacks._surgery.monitors import forget_best, warn_if_u
 from lightning_plugins.callbacks._surgery.restored_structure import StructureHook
 from lightning_plugins.callbacks._surgery.swap import require_operable_optimizers
 from lightning_plugins.callbacks._trainer.phases import in_epoch, is_last_epoch
-from lightning_plugins.callbacks._trainer.requirements import require_lightning_module
+from lightning_plugins.callbacks._trainer.requirements import require_lightning_module, require_same_on_ranks
 from lightning_plugins.compression.networks.norm_statistics import NormStatistics
 from lightning_plugins.compression.reports.report import CompressionReport
 
@@ -61,6 +61,10 @@ class CompressingCallback(Callback, ABC):
     def _missed(self) -> str | None:
         """Return the end of a warning about a training that ended before the network was small; None for none."""
 
+    @abstractmethod
+    def _arguments(self) -> str:
+        """Return what every process must have been given alike, in words."""
+
     @property
     def finished(self) -> bool:
         """True if the network is the small one."""
@@ -79,6 +83,7 @@ class CompressingCallback(Callback, ABC):
         if stage != "fit":
             return
         self._require(trainer, pl_module)
+        require_same_on_ranks(type(self).__name__, (), self._arguments())
         if trainer.global_step == 0 and (self._compressed is None or self._compressed() is not pl_module):
             self._forget()  # a new training of another module; a checkpoint's state comes after this hook
 

@@ -68,6 +68,9 @@ class ScheduledCompression(CompressingCallback):
         require_compression(type(self).__name__, self.settings, trainer, pl_module)
         require_alone(self, trainer, (CompressingCallback,))
 
+    def _arguments(self) -> str:
+        return repr(self.settings)
+
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name, state = type(self).__name__, self._state
         warn_of_mirrors(name, pl_module)

@@ -1,5 +1,6 @@
 """Requirements of callbacks on module and Trainer, checked in ``setup``, and on all processes together."""
 
+import re
 import zlib
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ import torch.distributed as dist
 
 from lightning_plugins._lightning import (
     PACKAGE,
+    Callback,
     DDPStrategy,
     DeepSpeedStrategy,
     LightningModule,
@@ -38,20 +40,33 @@ def require_lightning_module(name: str, pl_module: object) -> None:
         )
 
 
-def require_same_layers(name: str, labels: Sequence[str]) -> None:
-    """Refuse layers that differ between ranks, whose tensors would be taken for each other's; on all ranks alike.
+def require_same_on_ranks(name: str, labels: Sequence[str], arguments: str) -> None:
+    """Refuse layers and arguments that differ between ranks; on all ranks alike, which must call together.
+
+    Tensors of other layers would be taken for each other's. Other numbers, such as a weight of the term, would give an
+    average that nobody asked for, or ranks whose parameters drift apart.
+
+    Args:
+        name: The callback's.
+        labels: The layers in their order, where they are known by now.
+        arguments: The others in words, such as the callback's state key. Addresses of objects do not count.
 
     Raises:
-        MisconfigurationException: Naming this rank's layers, and the ranks that have others.
+        MisconfigurationException: Naming this rank's layers or arguments, and the ranks that have others.
     """
-    sums = [found for (found,) in gather_integers([zlib.crc32("\n".join(labels).encode())])]
-    if len(set(sums)) > 1:
-        rank = dist.get_rank()
-        others = [other for other, found in enumerate(sums) if found != sums[rank]]
-        raise MisconfigurationException(
-            f"{name}: `layers` must choose the same layers in the same order on every rank, got "
-            f"{', '.join(labels[:8])} on rank {rank} and others on rank {', '.join(map(str, others))}"
-        )
+    words = "\n".join(labels), re.sub(r" at 0x[0-9a-f]+", "", arguments)
+    found = gather_integers([zlib.crc32(text.encode()) for text in words])
+    rules = (
+        ("`layers` must choose the same layers in the same order", ", ".join(labels[:8])),
+        ("arguments must be the same", arguments),
+    )
+    for index, (rule, own) in enumerate(rules):
+        others = [str(rank) for rank, sums in enumerate(found) if sums[index] != zlib.crc32(words[index].encode())]
+        if others:
+            raise MisconfigurationException(
+                f"{name}: {rule} on every rank, got {own} on rank {dist.get_rank()} and others on rank "
+                f"{', '.join(others)}"
+            )
 
 
 def agreed_widths(labels: Sequence[str], widths: Sequence[int]) -> list[int]:
@@ -95,6 +110,25 @@ def require_supported_strategy(name: str, trainer: Trainer) -> None:
             f"{name} supports a single device, DDP and FSDP2, got {type(strategy).__name__}; pass `strategy='ddp'`, "
             "or ModelParallelStrategy with `fully_shard` in `configure_model`"
         )
+
+
+def require_supported(callback: Callback, trainer: Trainer, pl_module: object, further: str = "") -> None:
+    """Refuse modules, strategies and, between ranks, arguments that a callback does not work with; for ``setup``.
+
+    Args:
+        callback: The callback, whose state key tells its arguments.
+        trainer: The Trainer.
+        pl_module: The module.
+        further: Arguments that are not in the state key and have to be the same on all ranks, in words.
+
+    Raises:
+        MisconfigurationException: As `require_lightning_module`, `require_supported_strategy` and
+            `require_same_on_ranks` do.
+    """
+    name = type(callback).__name__
+    require_lightning_module(name, pl_module)
+    require_supported_strategy(name, trainer)
+    require_same_on_ranks(name, (), f"{callback.state_key} {further}".strip())
 
 
 def require_automatic_optimization(name: str, pl_module: LightningModule, mixin: str) -> None:
