@@ -170,7 +170,7 @@ class LowRankCompression(CompressingCallback):
 
     def _arguments(self) -> str:
         source, phases = self._source, (self.search_at, self.factorize_at, self.unit)
-        search = source.search, source.ratio, source.cost, source.ranks, source.search_batches
+        search = source.search, source.budget, source.cost, source.ranks, source.search_batches
         return f"{self.layers}, {search}, {phases}, {self._settings}"
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
