@@ -41,7 +41,12 @@ def test_program_is_short_and_runs_in_seconds(program, printed, capsys):
         (ENTROPY, '("l1", weight', '("l2", weight', r"`layers`: no module is called 'l2'; did you mean 'l1'\?"),
         (ENTROPY, "weight=0.1", 'weight=0.1, pool="avg"', r"`pool` must be 'mean', 'max',.* got 'avg'"),
         (COMPRESSION, "budget=0.5", "budget=50", r"`budget` must be in \[0, 1\], got 50; did you mean 0\.5\?"),
-        (COMPRESSION, "equal_ratio(net, budget=0.5).ranks", '{"layer1.conv": 3}', r"called 'layer1.conv'; did you mean"),
+        (
+            COMPRESSION,
+            "equal_ratio(net, budget=0.5).ranks",
+            '{"layer1.conv": 3}',
+            r"called 'layer1.conv'; did you mean",
+        ),
         (COMPRESSION, "(make, ", "(make(), ", r"`model` must be a class or function.*got ResNet; for a network"),
         (FEW_SHOT, "inner_steps=2", "inner_steps=0", r"`inner_steps` must be at least 1, got 0"),
         (FEW_SHOT, '("train")', '("training")', r"`split` must be .* got 'training'; did you mean 'train'\?"),
