@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -66,10 +67,10 @@ class Lbfgs(Model):
         return torch.optim.LBFGS(self.parameters())
 
 
-class OfList(Model):
+class OfArray(Model):
     def __init__(self) -> None:
         super().__init__()
-        self.example_input_array = [[0.0] * 6]
+        self.example_input_array = np.zeros((1, 6))
 
 
 class WithoutInput(Model):
@@ -148,8 +149,8 @@ def test_what_cannot_be_had_is_named_before_training(kind, settings, message):
 
 
 def test_an_example_input_of_another_kind_is_named():
-    with pytest.raises(TypeError, match=r"must be a tensor, a tuple .*, got list; did you mean a tuple"):
-        fit(seeded(OfList), BATCHES, [in_steps()])
+    with pytest.raises(TypeError, match=r"must be a tensor, a tuple .*, got ndarray"):
+        fit(seeded(OfArray), BATCHES, [in_steps()])
 
 
 def test_the_same_callback_twice_is_named():

@@ -12,6 +12,7 @@ from lightning_plugins.compression.budget.exchange import Exchange
 from lightning_plugins.compression.budget.saliency import Saliency
 from lightning_plugins.compression.budget.shift import BudgetShift
 from lightning_plugins.compression.channels.group import ChannelGroup
+from lightning_plugins.compression.gates.masks import ChannelMasks
 
 _MEAN = 2.0  # of all scores: masks are nearly open
 _LOOKS = 10  # optimizer steps over which channels and directions are compared
@@ -80,16 +81,20 @@ class ScoreTargets:
         parts = {"saliency": self.saliency.state_dict(), "exchange": self.exchange.state_dict()}
         return {"targets": list(self.targets), "looks": self.looks, **parts}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, shift: BudgetShift) -> None:
+    def start_from(self, masks: ChannelMasks | None) -> None:
+        """Go on from the scores of a checkpoint of the first version, which has no targets.
+
+        Args:
+            masks: They hold the scores; None without masks.
+        """
+        self.targets = [] if masks is None else [scores.detach().clone() for scores in masks.scores]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state.
 
         Args:
-            state: From `state_dict`; None from the first version, whose scores move on from where they are.
-            shift: What holds the scores.
+            state: From `state_dict`.
         """
-        if state is None:
-            self.targets = [] if shift.masks is None else [scores.detach().clone() for scores in shift.masks.scores]
-            return
         device = next(self.model.parameters()).device
         self.targets, self.looks = [target.to(device) for target in state["targets"]], int(state["looks"])
         self.saliency.load_state_dict(state["saliency"])
