@@ -339,6 +339,8 @@ def main() -> None:
     part("words", lambda: word_controls(corpus, batches, tokenizer, settings.seeds))
     part("token", lambda: layers(model, "token"))
     part("overhead", lambda: overhead(model, batches, settings.rounds))
+    many = 5 * settings.passages  # the probes' eigendecompositions cost the same, whatever the number of passages
+    part("overhead of five times as many", lambda: overhead(model, make_batches(corpus, many, tokenizer), 1))
     part("attention", lambda: [v.tolist() for v in attention(model, corpus, batches).compute()])
     part("sgd", lambda: sgd_probe(model, batches, 1, 10, settings.seeds))
     print(tables(results))
@@ -366,8 +368,9 @@ def tables(results: dict[str, Any]) -> str:
         )
     lines = [results["machine"], json.dumps(results["corpus"]), markdown_table(header, rows)]
     lines += [f"{name} alone: {cell(value)}" for name, value in results["words"].items()]
-    own = results["overhead"]
-    lines.append(f"validation {min(own['plain']):.1f} s CPU, with probes of all layers {own['overhead']:+.1%}")
+    for name in ("overhead", "overhead of five times as many"):
+        own = results[name]
+        lines.append(f"{name}: {min(own['plain']):.1f} s CPU, with probes of all layers {own['overhead']:+.1%}")
     sgd = results["sgd"]
     lines += [f"Adam, layer {sgd['layer']}, {name}: {cell(v)}" for name, v in sgd.items() if isinstance(v, dict)]
     lines.append(f"Adam, one layer with its search: {sgd['seconds']:.1f} s CPU behind the forward pass")
