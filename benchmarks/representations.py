@@ -138,10 +138,11 @@ def page(store: Store, machine: str) -> str:
         if any(one.startswith(f"{name} |") for one in store):
             parts += [f"## {part.title}", part.text, f"![{part.title}]({figure(name, part, store)})"]
             for group in part.groups:
-                parts += [f"**{group}**", table(name, part, group, store)]
-        conclusion = Path(__file__).with_name("representation_parts") / f"{name}.md"
-        if conclusion.exists():
-            parts.append(conclusion.read_text().strip())
+                if results(name, part, group, next(iter(part.methods)), store):
+                    parts += [f"**{group}**", table(name, part, group, store)]
+            conclusion = Path(__file__).with_name("representation_parts") / f"{name}.md"
+            if conclusion.exists():
+                parts.append(conclusion.read_text().strip())
     return "\n\n".join(parts) + "\n"
 
 

@@ -190,11 +190,11 @@ RATES = (5e-4, 2e-3, 5e-3)
 PART = Part(
     title="Small batches without labels",
     text=f"""Two views of a sample are pulled together for {STEPS} steps; the first row has no other term, and its
-optimum is a constant. scikit-learn's digits, and outlines of leaves as time series (OSULeaf, of the package aeon). A
-small convolutional encoder and projector without batch normalisation; AdamW. Half of the samples to train on, 20 % to
-choose with, 30 % to test. Accuracy is that of a logistic regression on the frozen encoder's features of {LABELS} labels
-a class; the rank is the effective rank of the projections (64 wide). Every method had three settings on one further
-seed, chosen by validation accuracy: its weight, or the learning rate where there is none.""",
+optimum is a constant. scikit-learn's digits. A small convolutional encoder and projector without batch normalisation;
+AdamW. Half of the samples to train on, 20 % to choose with, 30 % to test. Accuracy is that of a logistic regression on
+the frozen encoder's features of {LABELS} labels a class; the rank is the effective rank of the projections (64 wide).
+Every method had three settings on one further seed, chosen by validation accuracy: its weight, or the learning rate
+where there is none.""",
     groups=tuple(f"{name}, batches of {batch}" for name in ("digits", "OSULeaf") for batch in (8, 32)),
     methods={
         "views alone": RATES,
