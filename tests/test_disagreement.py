@@ -126,7 +126,7 @@ ARGUMENTS: dict[str, tuple[str, Make]] = {
     "other pairs": ("'calls'", lambda rank: [MutualInformationMonitor("backbone", pairs=["calls", "halves"][rank])]),
     "another temperature": ("'temperature': 1.0", lambda rank: [Distillation(temperature=1.0 + rank)]),
     "another budget": ("budget=0.5", lambda rank: [HybridCompression("*", 0.5 + rank / 10, cost="params")]),
-    "another ratio": ("'beam', 0.6", lambda rank: [LowRankCompression("backbone.*", 0.6 + rank / 10)]),
+    "another budget of ranks": ("'beam', 0.6", lambda rank: [LowRankCompression("backbone.*", budget=0.6 + rank / 10)]),
     "another schedule": ("until=2", lambda rank: vne("head", schedule=Linear(0.0, 1.0, until=2 + rank, unit="steps"))),
 }
 

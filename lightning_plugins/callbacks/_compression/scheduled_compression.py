@@ -82,8 +82,7 @@ class ScheduledCompression(CompressingCallback):
         if state is None:
             return
         if self._mode == _WHOLE:
-            if state["network"].get("scores") is not None:  # the first version had none before `begin`
-                network.scores.load_state_dict(state["network"]["scores"])
+            network.scores.load_state_dict(state["network"].get("scores"), network.masks)
         else:
             self._attach(trainer, pl_module, network).load_state_dict(state)
             network.bypass(False)

@@ -293,10 +293,7 @@ class BudgetedNetwork:
             if part is not None:
                 part.load_state_dict(state[name])
         self.masks_are_final = state["final"]
-        if state.get("scores") is None:
-            self.scores.start_from(self.shift.masks)
-        else:
-            self.scores.load_state_dict(state["scores"])
+        self.scores.load_state_dict(state.get("scores"), self.masks)
         if state.get("shift") is not None:
             self.shift.exchange.copy_(state["shift"]["exchange"])
             self.shift.total.copy_(state["shift"]["total"])

@@ -81,20 +81,16 @@ class ScoreTargets:
         parts = {"saliency": self.saliency.state_dict(), "exchange": self.exchange.state_dict()}
         return {"targets": list(self.targets), "looks": self.looks, **parts}
 
-    def start_from(self, masks: ChannelMasks | None) -> None:
-        """Go on from the scores of a checkpoint of the first version, which has no targets.
-
-        Args:
-            masks: They hold the scores; None without masks.
-        """
-        self.targets = [] if masks is None else [scores.detach().clone() for scores in masks.scores]
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, masks: ChannelMasks | None) -> None:
         """Go on from a state.
 
         Args:
-            state: From `state_dict`.
+            state: From `state_dict`; None from the first version, whose scores move on from where they are.
+            masks: They hold the scores; None where there are none, as before the choice begins.
         """
+        if state is None:
+            self.targets = [] if masks is None else [scores.detach().clone() for scores in masks.scores]
+            return
         device = next(self.model.parameters()).device
         self.targets, self.looks = [target.to(device) for target in state["targets"]], int(state["looks"])
         self.saliency.load_state_dict(state["saliency"])
