@@ -91,6 +91,7 @@ def _ends(ranks: int, folder: Path, name: str, train: Callable[..., Any], args: 
 
 
 def _run(rank: int, ranks: int, folder: Path, name: str, train: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    torch.set_num_threads(1)  # makes the thread pool anew; threads of a checkpoint would race for the fork's broken one
     try:
         if ranks > 1:
             init = f"file://{folder}/init-{name}"
