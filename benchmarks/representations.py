@@ -79,8 +79,7 @@ def results(name: str, part: Part, group: str, method: str, store: Store) -> dic
 
 
 def table(name: str, part: Part, group: str, store: Store) -> str:
-    first, *_ = part.methods
-    reference = results(name, part, group, first, store)
+    reference = results(name, part, group, part.reference, store)
     rows = []
     for method in part.methods:
         found = results(name, part, group, method, store)
@@ -90,11 +89,11 @@ def table(name: str, part: Part, group: str, store: Store) -> str:
         lead = [found[seed][part.score] - reference[seed][part.score] for seed in both]
         several = len(part.methods[method]) > 1
         cells = [mean_and_interval([one[column] for one in found.values()], 1) for column in part.columns]
-        more = mean_and_interval(lead, 1) if method != first and len(lead) > 1 else ""
+        more = mean_and_interval(lead, 1) if method != part.reference and len(lead) > 1 else ""
         knob = f"{best(name, part, group, method, store):g}" if several else ""
         rows.append([method, *([knob] if any_choice(part) else []), *cells, more, str(len(found))])
     chosen = ["chosen"] if any_choice(part) else []
-    return markdown_table(["", *chosen, *part.columns.values(), f"minus {first}", "seeds"], rows)
+    return markdown_table(["", *chosen, *part.columns.values(), f"minus {part.reference}", "seeds"], rows)
 
 
 def any_choice(part: Part) -> bool:
@@ -103,7 +102,7 @@ def any_choice(part: Part) -> bool:
 
 def figure(name: str, part: Part, store: Store) -> str:
     """Means with their intervals, a panel for each group; returns the picture's path from the page."""
-    groups = [group for group in part.groups if results(name, part, group, next(iter(part.methods)), store)]
+    groups = [group for group in part.groups if results(name, part, group, part.reference, store)]
     columns = min(len(groups), 4)
     rows = -(-len(groups) // columns)
     size = (2.6 * columns + 2.2, (0.26 * len(part.methods) + 0.8) * rows)
@@ -138,7 +137,7 @@ def page(store: Store, machine: str) -> str:
         if any(one.startswith(f"{name} |") for one in store):
             parts += [f"## {part.title}", part.text, f"![{part.title}]({figure(name, part, store)})"]
             for group in part.groups:
-                if results(name, part, group, next(iter(part.methods)), store):
+                if results(name, part, group, part.reference, store):
                     parts += [f"**{group}**", table(name, part, group, store)]
             conclusion = Path(__file__).with_name("representation_parts") / f"{name}.md"
             if conclusion.exists():

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_plugins.callbacks import VNERegularization
 from representation_parts.part import Part, Run, quiet_trainer
-from representation_parts.self_supervised import moved_images
+from representation_parts.self_supervised import encoder, moved_images
 
 STEPS, BATCH = 300, 64
 SIZE, BOX = 64, 48  # pixels of a drawing, and of the larger side of its ink
@@ -61,11 +61,7 @@ def handwritten() -> tuple[Tensor, Tensor]:
 class Reader(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-            nn.Linear(512, 128), nn.ReLU(),
-        )  # fmt: skip
+        self.encoder = encoder("digits", channels=1)
         self.head = nn.Linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -102,6 +98,7 @@ the last layer's input. No weight is chosen: all are shown.""",
         "no term": (0.0,),
         **{f"VNE, weight {weight:g}": (weight,) for weight in (0.03, 0.1, 0.3, -0.03, -0.1, -0.3)},
     },
+    reference="no term",
     seeds=20,
     score="handwritten",
     higher=True,

@@ -31,7 +31,8 @@ class Part(NamedTuple):
         title: Heading of its section.
         text: What is trained and measured.
         groups: One table each.
-        methods: The knobs that are tried for each method; the first method is what others are compared with.
+        methods: The knobs that are tried for each method.
+        reference: The method that others are compared with, seed by seed.
         seeds: How many trainings stand in a row.
         score: What runs are chosen and compared by.
         higher: Whether more of it is better.
@@ -43,6 +44,7 @@ class Part(NamedTuple):
     text: str
     groups: tuple[str, ...]
     methods: dict[str, tuple[float, ...]]
+    reference: str
     seeds: int
     score: str
     higher: bool

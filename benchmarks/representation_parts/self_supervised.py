@@ -1,5 +1,6 @@
 """Two views of a sample are pulled together in batches of 8 and 32: what keeps the representation from collapsing?"""
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,22 +18,12 @@ from lightning_plugins.functional import effective_rank
 from lightning_plugins.regularizers import SIGReg, VICRegCovariance, VICRegVariance
 from representation_parts.part import Part, Run, quiet_trainer
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from demo import moved as moved_images
+
 STEPS = 400
 LABELS = 5  # of each class, to learn the probe from
 QUEUE = 256
-
-
-def moved_images(images: Tensor) -> Tensor:
-    """Each image shifted, scaled and rotated at random, with noise."""
-    n = len(images)
-    angle, scale = 0.35 * (2 * torch.rand(n) - 1), 0.8 + 0.4 * torch.rand(n)
-    shift = 0.25 * (2 * torch.rand(n, 2) - 1)
-    rows = [
-        torch.stack([angle.cos() * scale, -angle.sin() * scale, shift[:, 0]], dim=1),
-        torch.stack([angle.sin() * scale, angle.cos() * scale, shift[:, 1]], dim=1),
-    ]
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False) + 0.1 * torch.randn_like(images)
 
 
 def moved_series(series: Tensor) -> Tensor:
@@ -207,6 +198,7 @@ where there is none.""",
         "SimSiam": RATES,
         "SimSiam without its stop-gradient": RATES,
     },
+    reference="VNE",
     seeds=5,
     score="accuracy",
     higher=True,
