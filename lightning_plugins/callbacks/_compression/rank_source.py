@@ -204,7 +204,7 @@ def _calibration_options(calibration: bool | dict[str, Any]) -> dict[str, Any]:
 
 def _check_budget(budget: float) -> None:
     if not 0 < check_finite_number("budget", budget) < 1:
-        hint = f"; did you mean {budget / 100!r}?" if 1 < budget < 100 else ""
+        hint = f"; did you mean {budget / 100!r}?" if 2 <= budget <= 100 else ""
         raise ValueError(f"`budget`, the share left, must be more than 0 and less than 1, got {budget!r}{hint}")
 
 

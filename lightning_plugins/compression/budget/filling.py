@@ -53,7 +53,7 @@ class ChoiceSettings:
             except (TypeError, ValueError) as error:
                 raise type(error)(str(error).replace("`layers`", "`keep`")) from None
         if not 0 < check_finite_number("budget", self.budget) < 1:
-            hint = f"; did you mean {self.budget / 100!r}?" if 1 < self.budget < 100 else ""
+            hint = f"; did you mean {self.budget / 100!r}?" if 2 <= self.budget <= 100 else ""
             raise ValueError(
                 "`budget`, the fraction of the cost that is left, must be more than 0 and less than 1, got "
                 f"{self.budget!r}{hint}"
