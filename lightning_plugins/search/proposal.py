@@ -1,5 +1,6 @@
 """One step of B2EA: two models of the history and a mutation between them choose the next point."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,8 @@ class Arm(NamedTuple):
 
 
 ARMS = tuple(Arm(model, kind) for model in ("forest", "gp") for kind in ("ei", "pi", "ucb"))
-_MODELS: dict[str, type[ForestModel] | type[GaussianProcessModel]] = {"forest": ForestModel, "gp": GaussianProcessModel}
+_Model = ForestModel | GaussianProcessModel
+_MODELS: dict[str, type[_Model]] = {"forest": ForestModel, "gp": GaussianProcessModel}
 
 
 class History(NamedTuple):
@@ -61,9 +63,10 @@ def propose(
 ) -> Proposal:
     """Choose the next point.
 
-    Arm ``trial mod 6`` is fitted to the history and ranks the candidates; its ten best are parents. Each of them stays
-    with probability one half, else a copy with one changed coordinate takes its place. Another arm, drawn uniformly,
-    chooses the best of the ten. Points of the history are no candidates, and a mutation that leads to one is undone.
+    Arm ``trial mod 6`` is fitted to the history and ranks the candidates; its ten best are parents. Each of them
+    stays with probability one half, else a copy with one changed coordinate takes its place. Another arm, drawn
+    uniformly, chooses the best of the ten; where both arms have the same model, it is fitted once. Points of the
+    history are no candidates, and a mutation that leads to one is undone.
 
     Args:
         space: The search space.
@@ -84,10 +87,12 @@ def propose(
     first, second = choose_arms(trial, rng)
     if not len(pool):  # everything has been tried: try again, as chance has it
         return Proposal(space.random(rng)[None], (first, second), mutated=(False,))
-    ranking = _scores(first, features, values, space.features(pool), rng)
+    fitted = {name: _MODELS[name](features, values, rng) for name in dict.fromkeys((first.model, second.model))}
+    best = float(values.min())
+    ranking = _scores(first, fitted, space.features(pool), best)
     parents = pool[np.argsort(-ranking, kind="stable")[:_PARENTS]]
     offspring, mutated = _mutate(space, parents, history.points, rng)
-    order = np.argsort(-_scores(second, features, values, space.features(offspring), rng), kind="stable")
+    order = np.argsort(-_scores(second, fitted, space.features(offspring), best), kind="stable")
     return Proposal(offspring[order], (first, second), tuple(mutated[index] for index in order))
 
 
@@ -98,10 +103,9 @@ def choose_arms(trial: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
     return ARMS[first], ARMS[others[rng.integers(len(others))]]
 
 
-def _scores(arm: Arm, features: Array, values: Array, candidates: Array, rng: np.random.Generator) -> Array:
-    model = _MODELS[arm.model](features, values, rng)
-    mean, variance = model.predict(candidates)
-    return acquire(arm.acquisition, mean, variance, float(values.min()))
+def _scores(arm: Arm, fitted: Mapping[str, _Model], candidates: Array, best: float) -> Array:
+    mean, variance = fitted[arm.model].predict(candidates)
+    return acquire(arm.acquisition, mean, variance, best)
 
 
 def _mutate(space: Space, parents: Array, known: Array, rng: np.random.Generator) -> tuple[Array, list[bool]]:

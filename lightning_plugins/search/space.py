@@ -111,7 +111,7 @@ class Space:
         size = self.size
         points = self._grid() if size is not None and size <= self.max_candidates else self._sobol(rng)
         taken = {key(point) for point in exclude}
-        fresh = {key(point): row for row, point in enumerate(points)}
+        fresh = {name: row for row, name in enumerate(_keys(points))}
         return points[[row for name, row in fresh.items() if name not in taken]]
 
     def random(self, rng: np.random.Generator, exclude: Sequence[Array] = ()) -> Array:
@@ -185,6 +185,13 @@ class Space:
 def key(point: Array) -> bytes:
     """Return a name of a point by which duplicates are known, rounding errors aside."""
     return (np.round(point, 9) + 0.0).tobytes()
+
+
+def _keys(points: Array) -> list[bytes]:
+    """Return the `key` of every row."""
+    rounded = np.ascontiguousarray(np.round(points, 9) + 0.0)
+    names: list[bytes] = rounded.view(np.dtype((np.void, rounded[0].nbytes)))[:, 0].tolist()
+    return names
 
 
 def _dimension(name: str, distribution: "BaseDistribution", limit: int) -> Dimension:
