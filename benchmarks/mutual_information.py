@@ -1,7 +1,9 @@
-"""Estimates of mutual information against the truth: Gaussians, a channel of digits, and distributions in closed form.
+"""Estimates of mutual information against the truth: Gaussians, channels of digits and sentences, closed forms.
 
-Run it with the parts wanted, ``python benchmarks/mutual_information.py gaussian tasks channel``. Every result goes into
-``mutual_information.json`` beside this file and is not computed again; ``--table`` prints what is there.
+Run it with the parts wanted, ``python benchmarks/mutual_information.py gaussian digits sentences tasks``. Every result
+goes into ``mutual_information.json`` beside this file and is not computed again; ``--table`` prints what is there. The
+part ``torch-mist`` needs that package: ``pip install --no-deps torch-mist`` and what it imports, since its metadata
+asks for a NumPy below 2.
 """
 
 import argparse
@@ -16,12 +18,11 @@ from typing import Any
 
 import torch
 from _report import describe_machine, markdown_table
+from mutual_information_channel import DOMAINS, channel
 from mutual_information_tasks import tasks
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from lightning_plugins.data import BinaryChannelPairs
-from lightning_plugins.functional import binary_symmetric_channel_crossover, infonce_bound
+from lightning_plugins.functional import infonce_bound
 from lightning_plugins.functional.pair_scores import candidate_bound
 from lightning_plugins.information import (
     CriticSettings,
@@ -32,10 +33,11 @@ from lightning_plugins.information import (
     fit_critic,
     ksg_information,
 )
-from lightning_plugins.information.estimates import embed_pairs
 
 RESULTS = Path(__file__).with_suffix(".json")
 BITS = (10, 8, 6, 4, 2)
+PARTS = ("gaussian", *DOMAINS, "tasks")
+OTHERS = ("K = 8192", "K = 64", "SMILE-5", "plug-in", "class seen", "accuracy")
 
 
 def gaussian(seed: int, bits: int) -> dict[str, float]:
@@ -97,34 +99,26 @@ def plain_infonce(x: Tensor, y: Tensor, seed: int) -> float:
         return candidate_bound(*encoded, lambda one, other: one @ other.T).value
 
 
-def channel(seed: int, bits: int) -> dict[str, float]:
-    """Ten digits 0 or 1 a side through a channel; critic and estimate on pairs of different images.
+def torch_mist_infonce(name: str, seed: int) -> dict[str, float]:
+    """InfoNCE with a separable critic from torch-mist, by its own training with early stopping, on the same pairs."""
+    from torch_mist.utils import estimate_mi
 
-    The encoder is frozen: eight principal components of the images that the critic may see.
-    """
-    digits = load_digits(n_class=2)
-    images, labels = torch.as_tensor(digits.data).float() / 16, torch.as_tensor(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    parts = order.tensor_split([len(order) // 2])
-    centre = images[parts[0]].mean(0)
-    basis = torch.linalg.svd(images[parts[0]] - centre, full_matrices=False).Vh[:8]
-    crossover = binary_symmetric_channel_crossover(10, bits * math.log(2))
-    pairs = [
-        BinaryChannelPairs(images[part], labels[part], sources=10, crossover=crossover, num_pairs=n, seed=seed + 7)
-        for part, n in zip(parts, (12_000, 12_000), strict=True)
-    ]
-    loaders = [torch.utils.data.DataLoader(part, batch_size=1000) for part in pairs]
-    sides = [embed_pairs(lambda view: (view - centre) @ basis.T, loader) for loader in loaders]
-    fit = CriticSettings(validation=0.1, test=0.0, max_steps=1500, seed=seed)
-    fitted = fit_critic(*sides[0][:2], settings=fit)
-    settings = EstimateSettings(fit=fit, max_anchors=4096, units="bits")
-    result = evaluate_critic(fitted, *sides[1][:2], settings=settings)
-    in_batch = evaluate_critic(
-        fitted,
-        *(side[:4096] for side in sides[1][:2]),
-        settings=EstimateSettings(fit=fit, num_candidates=64, units="bits"),
+    one = tasks()[name]
+    x, y = (part.float() for part in one.sample(5000, torch.Generator().manual_seed(seed)))
+    x, y = ((part - part.mean(0)) / part.std(0) for part in (x, y))
+    torch.manual_seed(seed)
+    value, _ = estimate_mi(
+        (x[:3000], y[:3000]),
+        "infonce",
+        test_data=(x[3000:], y[3000:]),
+        critic_type="separable",
+        hidden_dims=[128, 128],
+        batch_size=256,
+        evaluation_batch_size=2000,
+        max_iterations=1500,
+        verbose=False,
     )
-    return {"all": result.estimate, "standard error": result.standard_error, "K = 64": in_batch.estimate}
+    return {"truth": one.information, "torch-mist": float(value)}
 
 
 def jobs(part: str, seeds: int) -> Iterator[tuple[str, Any]]:
@@ -136,10 +130,14 @@ def jobs(part: str, seeds: int) -> Iterator[tuple[str, Any]]:
         for seed in range(seeds):
             for name in tasks():
                 yield f"tasks/{name}/{seed}", lambda name=name, seed=seed: task(name, seed)
+    elif part == "torch-mist":
+        for seed in range(seeds):
+            for name in tasks():
+                yield f"torch-mist/{name}/{seed}", lambda name=name, seed=seed: torch_mist_infonce(name, seed)
     else:
         for seed in range(seeds):
             for bits in BITS:
-                yield f"channel/{bits}/{seed}", lambda seed=seed, bits=bits: channel(seed, bits)
+                yield f"{part}/{bits}/{seed}", lambda seed=seed, bits=bits: channel(part, bits, seed)
 
 
 def tables(results: dict[str, Any]) -> Iterator[str]:
@@ -147,25 +145,27 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
     for key, entry in results.items():
         part, name, _ = key.rsplit("/", 2)
         grouped[part][name].append(entry)
-    for part in ("gaussian", "channel"):
+    for part in ("gaussian", *DOMAINS):
         rows = []
         for name, entries in sorted(grouped[part].items(), key=lambda item: int(item[0])):
             values = [entry["all"] for entry in entries]
             above = sum(entry["all"] - entry["standard error"] > int(name) for entry in entries)
-            others = [key for key in ("K = 8192", "K = 64", "SMILE-5") if key in entries[0]]
+            others = [key for key in OTHERS if key in entries[0]]
             spread = f"{stdev(values):.2f}" if len(values) > 1 else ""
             rows.append(
                 [name, str(len(values)), f"{mean(values):.2f}", spread, str(above)]
                 + [f"{mean(entry[key] for entry in entries):.2f}" for key in others]
             )
         if rows:
-            others = [key for key in ("K = 8192", "K = 64", "SMILE-5") if key in next(iter(grouped[part].values()))[0]]
+            others = [key for key in OTHERS if key in next(iter(grouped[part].values()))[0]]
             header = ["true bits", "seeds", "bound on unseen pairs", "sd over seeds", "above the truth by > 1 s.e."]
             yield f"{part}\n\n{markdown_table(header + others, rows)}"
     if grouped["tasks"]:
-        names = ("separable", "CCA", "KSG", "InfoNCE")
+        names = ("separable", "CCA", "KSG", "InfoNCE", *(["torch-mist"] if grouped["torch-mist"] else []))
         rows, errors = [], defaultdict(list)
         for name, entries in grouped["tasks"].items():
+            if rivals := grouped["torch-mist"][name]:
+                entries = [one | other for one, other in zip(entries, rivals, strict=False)]
             for key in names:
                 errors[key].extend(abs(entry[key] - entry["truth"]) for entry in entries)
             found = [f"{mean(entry[key] for entry in entries):.3f}" for key in names]
@@ -176,13 +176,13 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", help="gaussian, tasks, channel")
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS) + ", torch-mist")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="only print what is stored")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for part in [] if arguments.table else arguments.parts or ["gaussian", "tasks", "channel"]:
+    for part in [] if arguments.table else arguments.parts or PARTS:
         for key, job in jobs(part, arguments.seeds):
             if key not in results:
                 start = time.process_time()
@@ -190,6 +190,8 @@ def main() -> None:
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
                 print(key, results[key], flush=True)
     print(describe_machine("cpu"), *tables(results), sep="\n\n")
+    levels = {part: [v["seconds"] for k, v in results.items() if k.startswith(part)] for part in ("gaussian", *DOMAINS)}
+    print("\nprocessor seconds of five levels:", {k: round(len(BITS) * mean(v)) for k, v in levels.items() if v})
 
 
 if __name__ == "__main__":
