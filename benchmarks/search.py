@@ -160,6 +160,10 @@ def page(tasks: list[str]) -> str:
         "## Sign tests",
         "On how many seeds B2EA's regret is the smaller one, of those where it is not equal, and the two-sided p.",
         markdown_table(["rival", "table", *(f"at {at}" for at in AT)], signs(results, tasks, methods)),
+        "## Targets",
+        "Number of searches whose incumbent reached the best 1 % and 0.1 % of the table, by mean result, and its best "
+        "entry within 100 trials; in brackets the median trial at which it did, searches that failed included.",
+        markdown_table(["table", "method", "best 1 %", "best 0.1 %", "best"], targets(results, tasks, methods)),
         "## Time",
         "Processor seconds per trial over a search of 100 trials, the look-up included.",
         markdown_table(["method", "seconds"], seconds),
@@ -190,6 +194,28 @@ def ranks(results: dict[str, dict], tasks: list[str], methods: list[str]) -> lis
     return [
         [m, *(f"{statistics.mean(c):.2f} ({len(c)})" if c else "" for c in columns)] for m, columns in collected.items()
     ]
+
+
+def targets(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
+    """How often and when the incumbent's regret was first within each target."""
+    rows = []
+    for task in tasks:
+        table = Table(task)
+        regrets = np.sort(np.array(list(table.means.values()))) - table.best
+        limits = [regrets[int(share * len(regrets))] for share in (0.01, 0.001)] + [0.0]
+        for method in methods:
+            if found := list(regrets_of(results, task, method).values()):
+                first = [
+                    [next((i + 1 for i, x in enumerate(r) if x <= t * 1.001), np.inf) for r in found] for t in limits
+                ]
+                reached = [sum(np.isfinite(times)) for times in first]
+                medians = [statistics.median(times) for times in first]
+                cells = [
+                    f"{n} of {len(found)}" + (f" ({m:.0f})" if np.isfinite(m) else "")
+                    for n, m in zip(reached, medians, strict=True)
+                ]
+                rows.append([task, method, *cells])
+    return rows
 
 
 def signs(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
