@@ -29,14 +29,14 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "pruning.md"
 HEAD = """# Which networks can lose channels
 
 Written by `tools/pruning_families.py`: one small model of every family of timm {timm}, with random weights and the
-dependencies from Torch-Pruning {pruning}. A third of the units of every group is drawn at random and removed. *Layers*
-counts the convolutions and linear layers that lose outputs, of all of them; *parameters* and *operations* are what is
-left, each counted anew on the smaller network and equal, to the last one, to what `Budget` says; *difference* is that
-of the smaller network's outputs from those of the masked one, relative to the largest.
+dependencies found by Torch-Pruning {pruning}. A random third of the units of every group is removed. *Layers*
+is the number of convolutions and linear layers that lose outputs, out of the total; *parameters* and *operations* are
+those that remain, counted on the smaller network and exactly equal to the prediction of `Budget`; *difference* compares
+the smaller network's outputs with those of the masked one, relative to the largest output.
 
-What stays whole: the model's inputs and outputs, channels over which a layer or group norm takes its statistics (the
-residual streams of most transformers), and whatever another operation mixes in a way that the graph does not show:
-every group is tried before it is accepted.
+Not pruned: the model's inputs and outputs, channels over which a layer or group norm computes its statistics (the
+residual streams of most transformers), and channels mixed by an operation in a way that the graph does not show: every
+group is verified before it is accepted.
 """
 
 
@@ -134,7 +134,7 @@ def markdown(rows: list[Row]) -> str:
         cells = (r.family, f"`{r.model}`", str(r.groups), r.layers, r.parameters, r.operations, r.difference)
         lines.append(f"| {' | '.join(cells)} |")
     if refused:
-        lines += ["", f"{len({r.family for r in refused})} families stay as they are:", ""]
+        lines += ["", f"{len({r.family for r in refused})} families are left unchanged:", ""]
         lines += ["| family | model | reason |", "|---|---|---|"]
         lines += [f"| {r.family} | `{r.model}` | {r.problem.replace('|', '/')} |" for r in refused]
     return "\n".join(lines) + "\n"

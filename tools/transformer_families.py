@@ -40,14 +40,14 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "transformers.md"
 HEAD = """# Which transformers can lose heads and hidden units
 
 Written by `tools/transformer_families.py`: one small model of each family of transformers {version}, built from a
-configuration, with random weights. Units of all groups leave in a random order until three quarters of the parameters
-are left. *Heads* and *perceptrons* count the groups of either kind; where several heads share a key and a value, they
-leave together, and the attentions of T5, which hand a bias on, lose the same heads. *Difference* is that of the smaller
-model's outputs from those of the masked one, in float64, relative to the largest. *Configuration* is what of the result
-it could express, when every layer loses as much; the rest stands in `structure.json`. Every model was trained for two
-steps before and after, and came again from `save_compressed` and `load_compressed` bit for bit.
+configuration, with random weights. Units of all groups are removed in random order until three quarters of the
+parameters are left. *Heads* and *perceptrons* are the numbers of groups of each kind; heads that share a key and a value
+are removed together, and the attention layers of T5, which pass a bias on, lose the same heads. *Difference* compares the
+smaller model's outputs with those of the masked one, in float64, relative to the largest. *Configuration* is the part of
+the structure that the configuration can express, if all layers lose equally many; the rest is in `structure.json`. Every
+model was trained for two steps before and after, and `save_compressed` and `load_compressed` restored it bit for bit.
 
-Residual streams stay whole, since norms take their statistics over them; so do tied embeddings with them.
+Residual streams are not pruned, since norms compute their statistics over them, nor are embeddings tied to them.
 """
 SMALL = {
     "vocab_size": 50,
