@@ -249,13 +249,12 @@ def tables(store: Store, cases: list[Case]) -> str:
 TEXT = """# Channels, ranks or both within a budget: accuracy against Torch-Pruning
 
 600 training images of ten digits or of thirty characters, batches of 100, AdamW under one cycle of its learning rate,
-from scratch.
-`HybridCompression` chooses channels and ranks together, `RankScheduling` ranks alone, `MaskScheduling` channels alone
-(learned, or by magnitude); Torch-Pruning removes even shares of channels of all layers at two fifths of the training,
-or those that are last among all ("global"). Intervals are 95 % over training seeds. "Minus the better Torch-Pruning"
-compares seed by seed with the more accurate of its rows *for that seed*, which favours Torch-Pruning; rows of fewer
-than five seeds are a first look. The script is `benchmarks/hybrid_compression_study.py`; its results are in
-`hybrid_compression.json`.
+from scratch. `HybridCompression` selects channels and ranks jointly, `RankScheduling` only ranks, `MaskScheduling` only
+channels (learned, or by magnitude); Torch-Pruning removes the same fraction of channels from all layers after two
+fifths of the training, or those ranked last overall ("global"). Intervals are 95 % over training seeds. "Minus the
+better Torch-Pruning" compares seed by seed with the more accurate of its rows *for that seed*, which favours
+Torch-Pruning; rows with fewer than five seeds are preliminary. The script is `benchmarks/hybrid_compression_study.py`;
+its results are in `hybrid_compression.json`.
 
 {machine}
 

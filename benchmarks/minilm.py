@@ -246,12 +246,12 @@ def main() -> None:
     results = json.loads(settings.output.read_text()) if settings.report else run(Encoder(), settings)
     measured = results["calibration"]
     text = (
-        f"{PARAGRAPHS} paragraphs, {len(results['rows']['dense']['mrr'])} sets of them. Calibration on "
+        f"{len(results['rows']['dense']['mrr'])} sets of {PARAGRAPHS} paragraphs. Calibration on "
         f"{measured['texts']} other paragraphs took {measured['forward passes']:.2f} forward passes over them. "
-        f"Milliseconds are CPU time for 8 paragraphs, bytes those of the state dict, embeddings included.\n\n"
+        f"Milliseconds are CPU time for 8 paragraphs; bytes are the size of the state dict, embeddings included.\n\n"
         f"{table(results)}\n\n![MRR over size](../images/minilm.png)\n"
     )
-    title = "# A sentence encoder made smaller without training"
+    title = "# Compressing a sentence encoder without training"
     origin = f"`python benchmarks/minilm.py`: {results['machine']}."
     settings.output.with_suffix(".md").write_text(f"{title}\n\n{origin}\n\n{text}")
     figure(results, ROOT / "docs/images/minilm.png")

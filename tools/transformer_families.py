@@ -41,11 +41,12 @@ HEAD = """# Which transformers can lose heads and hidden units
 
 Written by `tools/transformer_families.py`: one small model of each family of transformers {version}, built from a
 configuration, with random weights. Units of all groups are removed in random order until three quarters of the
-parameters are left. *Heads* and *perceptrons* are the numbers of groups of each kind; heads that share a key and a value
-are removed together, and the attention layers of T5, which pass a bias on, lose the same heads. *Difference* compares the
-smaller model's outputs with those of the masked one, in float64, relative to the largest. *Configuration* is the part of
-the structure that the configuration can express, if all layers lose equally many; the rest is in `structure.json`. Every
-model was trained for two steps before and after, and `save_compressed` and `load_compressed` restored it bit for bit.
+parameters are left. *Heads* and *perceptrons* are the numbers of groups of each kind; heads that share a key and a
+value are removed together, and the attention layers of T5, which pass a bias on, lose the same heads. *Difference*
+compares the smaller model's outputs with those of the masked one, in float64, relative to the largest. *Configuration*
+is the part of the structure that the configuration can express, if all layers lose equally many; the rest is in
+`structure.json`. Every model was trained for two steps before and after, and `save_compressed` and `load_compressed`
+restored it bit for bit.
 
 Residual streams are not pruned, since norms compute their statistics over them, nor are embeddings tied to them.
 """
