@@ -1,4 +1,4 @@
-"""One step of B2EA: two models of the history and a mutation between them choose the next point."""
+"""One step of B2EA: two models of the history, with a mutation in between, choose the next point."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from lightning_plugins.search.models.power_transform import transform_values
 from lightning_plugins.search.space import Array, Space, key
 
 _PARENTS = 10
-_KEEP = 0.5  # probability that a parent stays as it is
+_KEEP = 0.5  # probability that a parent is not mutated
 
 
 class Arm(NamedTuple):
-    """A model and the acquisition that reads it.
+    """A model and its acquisition function.
 
     Attributes:
         model: ``"forest"`` or ``"gp"``.
@@ -43,10 +43,10 @@ class History(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """The next point, those that would come in its place, and where they came from.
+    """The next point, the alternatives, and their origin.
 
     Attributes:
-        points: The ten points in the order in which they would be tried, of shape ``(n, dimensions)``.
+        points: The ten points in order of preference, of shape ``(n, dimensions)``.
         arms: The arm that ranked the candidates and the one that chose among the parents.
         mutated: For each of the points, whether it is a mutated parent.
     """
@@ -61,28 +61,29 @@ def propose(
 ) -> Proposal:
     """Choose the next point.
 
-    Arm ``trial mod 6`` is fitted to the history and ranks the candidates; its ten best are parents. Each of them stays
-    with probability one half, else a copy with one changed coordinate takes its place. Another arm, drawn uniformly,
-    chooses the best of the ten. Points of the history are no candidates, and a mutation that leads to one is undone.
+    Arm ``trial mod 6`` is fitted to the history and ranks the candidates; its ten best are parents. Each of them is
+    kept with probability one half, otherwise replaced by a copy with one changed coordinate. Another arm, drawn
+    uniformly, chooses the best of the ten. Points of the history are excluded, and a mutation that leads to one is
+    undone.
 
     Args:
         space: The search space.
         history: At least two points.
         trial: The trial's number, from 0.
-        rng: The source of chance.
+        rng: Random generator.
         transform: Whether values are transformed first.
 
     Returns:
         The points, the best first, and their origin.
 
     Source:
-        Cho et al., https://arxiv.org/abs/2202.03005. Leaving out evaluated points is ours.
+        Cho et al., https://arxiv.org/abs/2202.03005. Excluding evaluated points is ours.
     """
     values = transform_values(history.values) if transform else history.values
     features = space.features(history.points)
     pool = space.candidates(rng, history.points)
     first, second = choose_arms(trial, rng)
-    if not len(pool):  # everything has been tried: try again, as chance has it
+    if not len(pool):  # everything has been tried: repeat a point at random
         return Proposal(space.random(rng)[None], (first, second), mutated=(False,))
     ranking = _scores(first, features, values, space.features(pool), rng)
     parents = pool[np.argsort(-ranking, kind="stable")[:_PARENTS]]
@@ -92,7 +93,7 @@ def propose(
 
 
 def choose_arms(trial: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
-    """Return the arm whose turn it is, and another one drawn uniformly among the other five."""
+    """Return the current arm, and another one drawn uniformly from the other five."""
     first = trial % len(ARMS)
     others = [index for index in range(len(ARMS)) if index != first]
     return ARMS[first], ARMS[others[rng.integers(len(others))]]
@@ -105,7 +106,7 @@ def _scores(arm: Arm, features: Array, values: Array, candidates: Array, rng: np
 
 
 def _mutate(space: Space, parents: Array, known: Array, rng: np.random.Generator) -> tuple[Array, list[bool]]:
-    """The parents, about half of them with a changed coordinate, none of them twice and none known."""
+    """The parents, about half of them with a changed coordinate, without duplicates or known points."""
     taken = {key(point) for point in known} | {key(point) for point in parents}
     offspring, mutated = [], []
     for parent in parents:
