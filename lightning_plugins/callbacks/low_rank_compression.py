@@ -95,8 +95,8 @@ class LowRankCompression(CompressingCallback):
         0.3
 
     Source:
-        Our reading of Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. When the phases begin and what
-        becomes of the optimizer's state is ours.
+        Our interpretation of Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. When the phases begin
+        and what becomes of the optimizer's state is ours.
     """
 
     @renamed(listed=True, positional=("ratio", "weight"), ratio=Replaced("budget", share_left))

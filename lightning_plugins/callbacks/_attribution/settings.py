@@ -92,7 +92,7 @@ def named(name: str, explain: Explain) -> Explain:
         explain: Maps inputs and classes to attributions.
 
     Returns:
-        The same, raising a `MisconfigurationException` for what is no map of its inputs.
+        The same, raising a `MisconfigurationException` for what is not a map of its inputs.
     """
 
     def checked(inputs: Tensor, target: Tensor) -> Tensor:
@@ -150,6 +150,6 @@ def _find(root: nn.Module, argument: str, name: str) -> nn.Module:
     if name not in known or not name:
         near = nearest(name, filter(None, known), limit=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise MisconfigurationException(f"`{argument}={name!r}` is no module of {type(root).__name__}{hint}")
+        raise MisconfigurationException(f"`{argument}={name!r}` is not a module of {type(root).__name__}{hint}")
     found: nn.Module = known[name]
     return found

@@ -64,7 +64,7 @@ def check_figures(figures: bool) -> bool:
     """Return ``figures``.
 
     Raises:
-        TypeError: If it is no bool.
+        TypeError: If it is not a bool.
     """
     if not isinstance(figures, bool):
         raise TypeError(f"`figures` must be True or False, got {figures!r} ({type(figures).__name__})")
@@ -75,7 +75,7 @@ def require_figures(figures: bool) -> bool:
     """Return ``figures``, for a callback that has little to do without them.
 
     Raises:
-        TypeError: If it is no bool.
+        TypeError: If it is not a bool.
         ImportError: If it is True and matplotlib is missing.
     """
     if check_figures(figures):

@@ -77,7 +77,7 @@ class Rows:
 
         Raises:
             ValueError: If the layout is not known, or anything does not fit; naming the layer.
-            TypeError: If something is no tensor.
+            TypeError: If something is not a tensor.
         """
         try:
             features, layout = call.features, self.layout

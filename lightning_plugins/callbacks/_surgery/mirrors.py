@@ -49,7 +49,7 @@ def _pairs(found: list[tuple[int, ...]], shapes: list[tuple[int, ...]]) -> bool:
 def _tensors(value: Any) -> Iterator[tuple[int, ...]]:
     if isinstance(value, Tensor):
         yield tuple(value.shape)
-    elif isinstance(value, nn.Module):  # one that stands in a list, so that it is no submodule
+    elif isinstance(value, nn.Module):  # one that stands in a list, so that it is not a submodule
         yield from (tuple(parameter.shape) for parameter in value.parameters())
     elif isinstance(value, dict):
         for part in value.values():

@@ -16,7 +16,7 @@ def check_phases(unit: Unit, **positions: float) -> None:
         **positions: The positions by the names of their arguments, in the order of the phases.
 
     Raises:
-        TypeError: If a position is no number.
+        TypeError: If a position is not a number.
         ValueError: If a position is out of its range, or before the one of an earlier phase.
     """
     check_choice("unit", unit, UNITS)

@@ -112,7 +112,7 @@ class Calibration:
                 another shape than the rows, or a layer received NaN or infinite values.
         """
         if self._open is not None:
-            raise ValueError("`record` must follow `gather()` after batches were recorded in a loop of your own")
+            raise ValueError("`record` must follow `gather()` after batches were recorded in your own loop")
         check_forward(batches, forward, passes=len(self._parts))
         with ExitStack() as stack:
             for context in (evaluation(self._model), layer_by_layer(), uncompiled()):
@@ -151,7 +151,7 @@ class Calibration:
         """
         if len(self._parts) > 1:
             raise ValueError(
-                f"`memory` must hold the moments of all layers at a time in a loop of your own, "
+                f"`memory` must hold the moments of all layers at a time in your own loop, "
                 f"{sum(self._sizes.values())} bytes, or pass fewer `layers`; `record` makes several passes"
             )
         if self._open is None:

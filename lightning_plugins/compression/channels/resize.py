@@ -175,7 +175,7 @@ def set_head_attributes(module: nn.Module, values: Mapping[str, int]) -> None:
         values: As `head_attributes` gives them.
 
     Raises:
-        ValueError: If the module has no such attributes, or a value is no positive int.
+        ValueError: If the module has no such attributes, or a value is not a positive int.
     """
     own = head_attributes(module)
     for name, value in values.items():

@@ -153,10 +153,10 @@ def measure_latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int)
 
 
 def check_model(name: str, model: object) -> None:
-    """Refuse what is no module, or one whose parameters have no shape yet.
+    """Refuse what is not a module, or one whose parameters have no shape yet.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
         ValueError: If a parameter is lazy.
     """
     if not isinstance(model, nn.Module):

@@ -114,8 +114,8 @@ def beam_search(
         (True, ['body', 'head'])
 
     Source:
-        Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our reading: where the search starts, what a
-        child is and how the last step ends.
+        Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our interpretation: where the search starts,
+        what a child is and how the last step ends.
     """
     _check_arguments(score, width, step, bounds, progress)
     check_batches(batches)

@@ -46,7 +46,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
         folder: The folder; it is made if it is not there. Files of an earlier call are replaced.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``folder`` no path.
+        TypeError: If ``model`` is not a module, or ``folder`` no path.
         ValueError: If the model has integers for weights, tensors without values, or sharded ones; or state that is
             no tensor.
         ImportError: If safetensors is not installed.
@@ -102,7 +102,7 @@ def load_compressed(model: Callable[..., M], folder: str | Path) -> M:
         The network, in evaluation mode, on the CPU, with the very tensors that were saved, types included.
 
     Raises:
-        TypeError: If ``model`` cannot be called or returns no module, or ``folder`` is no path.
+        TypeError: If ``model`` cannot be called or returns no module, or ``folder`` is not a path.
         ValueError: If the folder holds no compressed network, a file of it is missing or was changed, or it is of
             another network than ``model`` builds.
         ImportError: If safetensors is not installed.

@@ -48,7 +48,7 @@ def restore_structure(model: M, state_dict: Mapping[str, Any], *, strict: bool =
         ``model``.
 
     Raises:
-        TypeError: If ``state_dict`` is no mapping.
+        TypeError: If ``state_dict`` is not a mapping.
         ValueError: If a name or shape cannot be explained.
 
     Example:
@@ -154,7 +154,7 @@ class _Plan:
                 continue
             if (heads * new) % old:
                 self.problems.append(
-                    f"'{name}.{child}' has {new} outputs, which is no whole number of heads: {heads} have {old}"
+                    f"'{name}.{child}' has {new} outputs, which is not a whole number of heads: {heads} have {old}"
                 )
             self.heads.setdefault(module, heads * new // old)
 

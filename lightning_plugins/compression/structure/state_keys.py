@@ -21,7 +21,7 @@ def shapes_in(state_dict: Mapping[str, Any]) -> dict[str, Shape]:
         Shapes by name, without the segments that wrappers put into names.
 
     Raises:
-        TypeError: If it is no mapping.
+        TypeError: If it is not a mapping.
         ValueError: If it holds no tensors.
 
     Example:
