@@ -121,13 +121,13 @@ class EarlyTermination(Callback):
         if not self._validated:
             return
         self._validated = False
-        if self.monitor not in trainer.callback_metrics:  # the same on all processes, so none waits for another
+        if self.monitor not in trainer.callback_metrics:  # the same on all processes, so none waits for another one
             known = sorted(trainer.callback_metrics)
             raise MisconfigurationException(f"`monitor` must be a logged metric, one of {known}, got {self.monitor!r}")
         self.curve.append(float(trainer.callback_metrics[self.monitor]))
         decision, error = self._decide(trainer) if trainer.is_global_zero else (False, None)
         decision, error = trainer.strategy.broadcast((decision, error))
-        if error is not None:  # on all processes alike: none is left waiting for the first
+        if error is not None:  # on all processes, so that none is left waiting for the first
             raise RuntimeError(f"`{type(self).__name__}` could not decide on the first process: {error}")
         self.ended = decision
         if self.ended:
@@ -142,7 +142,7 @@ class EarlyTermination(Callback):
         """Raise Optuna's exception for a pruned trial if the training was ended; call it behind ``fit``.
 
         Raises:
-            optuna.TrialPruned: On every process alike.
+            optuna.TrialPruned: On every process.
         """
         if self.ended and self.history is None:
             from optuna import TrialPruned

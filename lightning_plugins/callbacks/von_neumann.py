@@ -25,8 +25,8 @@ class VNERegularization(RepresentationRegularization):
     a batch) gives the mean of its entropies.
 
     Args:
-        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
-            layer receives, ``"backbone.fc"`` what it returns. The authors use the input of the last linear layer.
+        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` selects its
+            input, ``"backbone.fc"`` its output. The authors use the input of the last linear layer.
         weight: Positive to raise the entropy, negative to lower it; the authors advise an absolute value far
             below 0.5.
         pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"`` or ``"max"`` over the valid

@@ -85,14 +85,14 @@ def method_calls(
 
 
 def named(name: str, explain: Explain) -> Explain:
-    """The method of a user's own, whose maps are checked where they come from.
+    """A user-defined method, with checks of its maps.
 
     Args:
         name: Its name.
         explain: Maps inputs and classes to attributions.
 
     Returns:
-        The same, raising a `MisconfigurationException` for what is not a map of its inputs.
+        The method, raising a `MisconfigurationException` for results that are not maps of its inputs.
     """
 
     def checked(inputs: Tensor, target: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class PendingFigures(Generic[Key]):
     """Figures that have changed since they were drawn; drawing takes at most a twentieth of the time.
 
     Args:
-        build: Makes the figure of a key, and the tag to show it under; None if nothing is to be drawn.
+        build: Makes the figure for a key, and its tag; None if there is nothing to draw.
     """
 
     def __init__(self, build: "Callable[[Key], tuple[str, Figure]] | None") -> None:
@@ -50,7 +50,7 @@ class PendingFigures(Generic[Key]):
             self.draw(trainer)
 
     def draw(self, trainer: Trainer) -> None:
-        """Draw what is new, on rank zero, and hand it to the loggers."""
+        """Draw new data on rank zero, and pass the figures to the loggers."""
         started = time.monotonic()
         if self._build is not None and trainer.is_global_zero:
             for key in self._keys:

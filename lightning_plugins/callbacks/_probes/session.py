@@ -44,7 +44,7 @@ def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """Controls that run beside the probes.
+    """Controls that run along with the probes.
 
     Attributes:
         names: Out of ``"initial"`` and ``"projection"``.
@@ -56,7 +56,7 @@ class ControlSettings:
 
 
 class ProbeSession:
-    """Hooks on a module, and probes of what they capture.
+    """Hooks on a module, and probes of the captured tensors.
 
     Args:
         module: The module.

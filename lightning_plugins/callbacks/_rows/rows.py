@@ -1,4 +1,4 @@
-"""The rows of a layer: which tensor of what it gives, which dimensions it has, which positions count, how to pool."""
+"""The rows of a layer: selection of the tensor, its layout, valid positions, and pooling."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Rows:
     Args:
         pool: A name out of `lightning_plugins.functional.pooling.POOLS`, a callable, its import path, or a mapping with
             ``class_path`` and ``init_args``.
-        select: Where in what the layer gives the tensor is: an index, a key, an attribute, or a list of them.
+        select: Location of the tensor in the layer's output: an index, a key, an attribute, or a list of them.
         mask: The name of an argument or entry of the batch, the position of an entry, or a callable or its import path.
         layout: As for `pool_embeddings`; None takes it from the module.
 
@@ -89,7 +89,7 @@ class Rows:
                 mask = None  # such sequences hold no padding
             return pool_embeddings(features, self._pool, layout=layout, mask=mask)
         except (TypeError, ValueError) as error:
-            text = str(error).removeprefix("`features`: ")  # the layer is what the user named
+            text = str(error).removeprefix("`features`: ")  # the layer named by the user
             raise type(error)(f"`layers`: {label!r}: {text}") from error
 
     def _known_layout(self, features: Tensor | PackedSequence, known: LayerLayout) -> str | None:

@@ -8,9 +8,9 @@ from lightning_plugins._lightning import Trainer, callbacks, rank_zero_warn
 
 
 def forget_best(name: str, trainer: Trainer) -> None:
-    """Let checkpoints and early stopping begin anew: the best so far is that of the dense network.
+    """Reset the best score of checkpoints and early stopping, which is that of the dense network.
 
-    Without it the small network, which seldom is better at once, would never be saved. Files that are there stay.
+    Otherwise the small network, which is seldom better immediately, would never be saved. Existing files are kept.
 
     Args:
         name: Of the callback that changed the network.

@@ -127,9 +127,9 @@ class Calibration:
 
     @contextmanager
     def recording(self, batch: Any) -> Iterator[None]:
-        """Add what the layers receive while the model runs in the context, for loops of your own.
+        """Context that records the layers' inputs while the model runs, for your own loops.
 
-        In a process group `gather` adds up what the processes have recorded.
+        In a process group `gather` sums the records of all processes.
 
         Args:
             batch: The batch that the model runs on, for the mask.
@@ -237,7 +237,7 @@ class Calibration:
         return self._close(part, sums, count)
 
     def _sums(self, part: Sequence[str]) -> MomentSums:
-        """The sums to go on with. What is known already is with the first process."""
+        """The sums to continue with. Previous sums are kept on the first process."""
         sums = MomentSums({name: self._layers[name] for name in part}, self.effort)
         first = not is_distributed() or dist.get_rank() == 0
         for name in part if first else ():

@@ -110,7 +110,7 @@ def resize_heads(attention: nn.Module, heads: int) -> None:
     Args:
         attention: An attention as those of timm and transformers, with a number of heads as attribute. Changed in
             place: its attributes only, not its projections.
-        heads: The number of heads that are left.
+        heads: The number of remaining heads.
 
     Raises:
         ValueError: If it has no such attribute.

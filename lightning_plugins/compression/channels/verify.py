@@ -1,4 +1,4 @@
-"""Try on a copy with random weights whether groups of channels can be removed, and what it takes to mask them."""
+"""Verify on a copy with random weights that groups of channels can be removed, and how to mask them."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -193,7 +193,7 @@ def _randomized(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    """The inputs with all floating tensors in a type, whatever they stand in."""
+    """The inputs with all floating tensors converted to a dtype, in any container."""
     if isinstance(inputs, Tensor):
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
     if isinstance(inputs, Mapping):

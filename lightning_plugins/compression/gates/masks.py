@@ -96,7 +96,7 @@ class ChannelMasks(Annealed):
         """Draw the noise of hard concrete masks; it stays for all forward passes until the next call.
 
         Args:
-            generator: Where the numbers come from, on the CPU; torch's own if None.
+            generator: Random generator, on the CPU; by default torch's.
         """
         self._noise = [torch.rand(s.shape, generator=generator, dtype=s.dtype).to(s.device) for s in self.scores]
 
@@ -187,7 +187,7 @@ def masks_of(model: nn.Module) -> ChannelMasks | None:
 
 
 def remove_masks(model: nn.Module) -> None:
-    """Take the masks off: the model is what it was, with the same parameters in the same order.
+    """Remove the masks and restore the model, with the same parameters in the same order.
 
     Args:
         model: The model.

@@ -106,7 +106,7 @@ def thresholds_of(model: nn.Module) -> RankThresholds | None:
 
 
 def remove_thresholds(model: nn.Module) -> None:
-    """Take the thresholds off: the model is what it was, with the same parameters in the same order.
+    """Remove the thresholds and restore the model, with the same parameters in the same order.
 
     Args:
         model: The model.

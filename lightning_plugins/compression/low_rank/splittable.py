@@ -29,7 +29,7 @@ def select_layers(
 
     Args:
         model: The model.
-        layers: A dotted name, a glob over dotted names, or a sequence of them. Globs pass over what cannot be split.
+        layers: A dotted name, a glob over dotted names, or a sequence of them. Globs skip layers that cannot be split.
         scheme: How a kernel becomes a matrix; scheme 2 needs convolutions in two dimensions.
         transposed: Whether the ``Conv1D`` of transformers counts as a linear layer.
 
@@ -135,7 +135,7 @@ def _overrides(module: Layer, own: type[nn.Module]) -> bool:
 
 
 def _reasons_in(model: nn.Module) -> dict[nn.Module, str]:
-    """Why layers cannot be split where they stand in this model."""
+    """The reasons why layers of this model cannot be split."""
     reasons = {
         layer: f"has a weight that is also read elsewhere ({what}); leave it dense"
         for layer, what in readers(model).items()

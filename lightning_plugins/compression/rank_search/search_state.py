@@ -1,4 +1,4 @@
-"""A search on disk: everything that it needs to go on after a level, replaced in one piece."""
+"""A search state on disk: everything needed to resume after a level, replaced atomically."""
 
 import contextlib
 import json

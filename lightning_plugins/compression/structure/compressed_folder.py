@@ -72,7 +72,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
     update_configuration(model)
     file = PLAIN_FILE if pretrained and configuration_tells(model) else OWN_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (STRUCTURE, PLAIN_FILE, OWN_FILE):  # the structure comes last: without it the folder is not complete
+    for old in (STRUCTURE, PLAIN_FILE, OWN_FILE):  # written last: without the structure file the folder is incomplete
         (folder / old).unlink(missing_ok=True)
     write_tensors(folder / file, tensors)
     if pretrained:

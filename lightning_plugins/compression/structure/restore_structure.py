@@ -99,7 +99,7 @@ class _Plan:
         self._look_for_strangers(strict=strict)
 
     def _is_pair(self, name: str) -> bool:
-        """Return whether the state has a layer as two: nothing is left of the dense layer's weight."""
+        """Return whether the state has a layer as two, without the dense layer's weight."""
         halves = (f"{name}.0.weight", f"{name}.1.weight")
         return f"{name}.weight" in self.known and f"{name}.weight" not in self.incoming and halves[0] in self.incoming
 
