@@ -40,8 +40,11 @@ class Size:
 class Exchange:
     """A collective operation, with the algorithm that moves the fewest bytes.
 
-    Attributes: kind: ``"reduce"``: a sum on all processes; ``"gather"``: a block of each on all; ``"send"``: from one
-        to all. items: Numbers in the tensor of one process. item: Bytes of one of them. count: How often.
+    Attributes:
+        kind: ``"reduce"``: a sum on all processes; ``"gather"``: a block of each on all; ``"send"``: from one to all.
+        items: Numbers in the tensor of one process.
+        item: Bytes of one of them.
+        count: How often.
     """
 
     kind: Kind

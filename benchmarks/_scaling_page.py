@@ -247,7 +247,7 @@ From the count on paper, for {sizes}. Assumptions:
 - the algorithms stay the same: flat rings and trees over all processes, not following the levels of a network;
 - all processes have the same number of rows; headers are not included;
 - *by rate* is the time for the bytes at {rate} Gbit/s, *by latency* the time for the sequential messages at
-{latency} microseconds each. Neither is measured, nothing overlaps, and computation is not included.
+  {latency} microseconds each. Neither is measured, nothing overlaps, and computation is not included.
 
 The number of bytes a process receives is bounded, whatever the number of processes, if matrices are summed (`2 b`) or
 sent (`b`); `VNERegularization` gathers rows only as long as that is less. It grows with the number of processes if

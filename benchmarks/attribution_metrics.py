@@ -1,4 +1,4 @@
-"""Costs of the attribution metrics: against Quantus on a CPU, and what they ask of an accelerator.
+"""Costs of the attribution metrics: compared with Quantus on a CPU, and on an accelerator.
 
     python benchmarks/attribution_metrics.py                 # localization and perturbation against Quantus 0.6
     python benchmarks/attribution_metrics.py --page          # docs/benchmarks/attribution_metrics.md from the last run
@@ -38,7 +38,7 @@ QUIET: dict[str, object] = {"disable_warnings": True, "display_progressbar": Fal
 def data(samples: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 1, length, generator=generator)
-    maps = torch.rand(samples, 1, length, generator=generator)  # without negative numbers, which Quantus refuses
+    maps = torch.rand(samples, 1, length, generator=generator)  # without negative numbers, which Quantus rejects
     masks = torch.zeros(samples, 1, length)
     starts = torch.randint(0, length * 3 // 4, (samples,), generator=generator).tolist()
     for row, start in enumerate(starts):

@@ -1,9 +1,9 @@
-"""Losses over several processes, here and in lightly: how far the gradient is from that of one process.
+"""Losses over several processes, here and in lightly: deviation of the gradient from that of one process.
 
 A linear map is trained by each loss: once by one process on all rows, and once by two processes with half of the rows
-each, or with 5 and 11 of 16, whose gradients are averaged as DDP does. Every loss is compared with itself, so that the
-conventions of its formula do not count. Two views are needed by lightly's; its invariance, a mean over each process's
-rows in any implementation, is left out by its weight where there is one.
+each, or with 5 and 11 of 16, whose gradients are averaged as DDP does. Every loss is compared with itself, so that
+conventions of its formula do not matter. lightly's losses need two views; their invariance, a mean over each process's
+rows in any implementation, is disabled by its weight where there is one.
 
     pip install --no-deps lightly lightly_utils
     python benchmarks/exactness.py               # the table

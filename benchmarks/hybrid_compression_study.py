@@ -1,14 +1,14 @@
-"""Accuracy within a budget of operations, against Torch-Pruning: networks, data sets, budgets and training seeds.
+"""Accuracy within a FLOPs budget, compared with Torch-Pruning: networks, data sets, budgets and training seeds.
 
-Every training takes the same number of steps under one schedule of the learning rate and delivers a network within the
-same share of the dense network's operations. Torch-Pruning removes channels at two fifths of the training, in even
-shares of all layers (its default), the largest share that meets the budget, and fine-tunes for the rest with a fresh
-optimizer: "Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms;
-"global" ranks the channels of all layers together and leaves each layer a twentieth.
+All runs have the same number of steps and learning rate schedule and deliver a network within the same fraction of the
+dense network's FLOPs. Torch-Pruning removes channels after two fifths of the training, the same fraction from all
+layers (its default), the smallest that meets the budget, and fine-tunes for the rest with a fresh optimizer:
+"Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms; "global" ranks the
+channels of all layers together and leaves each layer a twentieth.
 
-The digits are those of scikit-learn; the glyphs are thirty characters, drawn by the seed, in the fonts that come with
-matplotlib, turned, scaled and shifted by chance. A seed chooses the training images, the initial network and the order
-of the batches, the same for all methods; differences are paired by seed.
+The digits are those of scikit-learn; the glyphs are thirty characters, drawn by the seed, in the fonts shipped with
+matplotlib, rotated, scaled and shifted at random. The seed determines the training images, the initial network and the
+order of the batches, the same for all methods; differences are paired by seed.
 
     python benchmarks/hybrid_compression_study.py                      # what is missing, and the page
     python benchmarks/hybrid_compression_study.py --minutes 10         # as much as begins within ten minutes
