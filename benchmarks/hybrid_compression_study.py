@@ -14,7 +14,7 @@ order of the batches, the same for all methods; differences are paired by seed.
     python benchmarks/hybrid_compression_study.py --minutes 10         # as much as begins within ten minutes
     python benchmarks/hybrid_compression_study.py --networks resnet18 --budgets 0.5
 
-Every training's result is kept in a file and read from there, so that a run that was stopped goes on.
+Results of every run are stored in a file and reused, so that an interrupted study can be continued.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from digits import Classifier, Digits
 
 STORE = ROOT / "docs" / "benchmarks" / "hybrid_compression.json"
 TRAIN, BATCH = 600, 100
-AT = 0.4  # where Torch-Pruning removes channels, as a share of the training
+AT = 0.4  # when Torch-Pruning removes channels, as a fraction of the training
 METHODS = (
     "hybrid",
     "ranks",
@@ -58,7 +58,7 @@ METHODS = (
 
 
 def digits(seed: int) -> tuple[Dataset, Dataset]:
-    """Training images, drawn by the seed, and all the others."""
+    """Training images, drawn by seed, and all other images."""
     whole = Digits()
     images = torch.cat([whole.train.tensors[0], whole.val.tensors[0]])
     labels = torch.cat([whole.train.tensors[1], whole.val.tensors[1]])
@@ -68,7 +68,7 @@ def digits(seed: int) -> tuple[Dataset, Dataset]:
 
 
 def glyphs(seed: int) -> tuple[Dataset, Dataset]:
-    """Twenty training images of each of thirty characters, and twice as many of the same for the test."""
+    """Twenty training images of each of thirty characters, and forty test images of each."""
     characters = GlyphFewShot("train", ways=30, shots=TRAIN // 30, queries=TRAIN // 15, jitter=1.5)
     parts = characters.sample(1, torch.Generator().manual_seed(seed))
     train, test = (TensorDataset(F.interpolate(2 * x[0] - 1, size=(32, 32), mode="bilinear"), y[0]) for x, y in parts)
@@ -101,7 +101,7 @@ def flops(model: nn.Module) -> int:
 
 
 def prune(model: Classifier, budget: float, method: str) -> None:
-    """Remove channels with Torch-Pruning: the smallest even share of all layers that meets the budget."""
+    """Remove channels with Torch-Pruning: the smallest equal fraction of all layers that meets the budget."""
     import copy
 
     import torch_pruning as tp
@@ -157,7 +157,7 @@ def fit_with_torch_pruning(model: Classifier, loader: DataLoader, epochs: int, b
 
 
 class Case(NamedTuple):
-    """One training."""
+    """One training run."""
 
     data: str
     network: str
@@ -172,7 +172,7 @@ class Case(NamedTuple):
 
 
 def run(case: Case) -> dict[str, float]:
-    """Accuracy, the share of the operations that is left, and how much is left of channels and by ranks."""
+    """Accuracy, the remaining fraction of FLOPs, and the remaining channels and split layers."""
     loader, rest = loaders(case.data, case.seed)
     seed_everything(case.seed, verbose=False)
     model = Classifier(case.network, classes=CLASSES[case.data])
@@ -203,12 +203,12 @@ Store = dict[str, dict[str, float]]
 
 
 def row(store: Store, cases: list[Case], rivals: dict[int, float]) -> list[str]:
-    """A line of the table.
+    """A row of the table.
 
     Args:
-        store: What has run.
+        store: Stored results.
         cases: The seeds of one setting.
-        rivals: The accuracy of the better of Torch-Pruning's two, by seed.
+        rivals: The best accuracy of Torch-Pruning by seed.
     """
     found = {case.seed: store[case.key] for case in cases if case.key in store}
     scores = {seed: 100 * one["accuracy"] for seed, one in found.items()}
@@ -228,7 +228,7 @@ def row(store: Store, cases: list[Case], rivals: dict[int, float]) -> list[str]:
 
 
 def tables(store: Store, cases: list[Case]) -> str:
-    """One table for each network, data set and length of training."""
+    """One table per network, data set and length of training."""
     parts = []
     for network, data, epochs in dict.fromkeys((case.network, case.data, case.epochs) for case in cases):
         here = [case for case in cases if case[:2] == (data, network) and case.epochs == epochs and case.key in store]
@@ -263,7 +263,7 @@ its results are in `hybrid_compression.json`.
 
 
 def planned(options: argparse.Namespace) -> list[Case]:
-    """Seed by seed, so that what has run after a while is even."""
+    """Ordered by seed, so that an incomplete study is balanced."""
     return [
         Case(data, network, method, budget, seed, options.epochs)
         for seed in options.seeds
