@@ -1,8 +1,8 @@
-"""Remove channels from one small model of every family of timm, and compare what is left with what was promised.
+"""Remove channels from one small model of every timm family, and compare the result with the prediction.
 
-Nothing is downloaded. For each model the groups of channels are found, random units of every group are masked, and the
-network is made smaller. The smaller network must compute what the masked one computes, and its parameters and
-operations, counted anew, must be exactly the budget's. `--markdown` writes the table into docs/pruning.md.
+Nothing is downloaded. For each model the channel groups are found, random units of every group are masked, and the
+network is shrunk. The smaller network must compute the same as the masked one, and its parameters and operations,
+counted independently, must equal the budget's prediction. `--markdown` writes the table into docs/pruning.md.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def counted(model: nn.Module, inputs: Tensor) -> int:
 
 
 def settle(model: nn.Module) -> None:
-    """Scales that begin as zeros would hide a whole branch."""
+    """Replace scales initialised with zeros, which would disable a whole branch."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim <= 1 and not parameter.any():
@@ -67,7 +67,7 @@ def settle(model: nn.Module) -> None:
 
 
 def shrunk_difference(model: nn.Module, groups: list[Any], kept: list[Tensor], inputs: Any) -> float:
-    """Make a model smaller, and return the relative difference of its outputs from those with masks."""
+    """Shrink a model, and return the relative difference of its outputs from the masked ones."""
     apply_masks(model, groups).set_kept(kept)
     expected = tensors_in(run(model, inputs))
     bake_masks(model)

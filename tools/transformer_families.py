@@ -1,9 +1,9 @@
-"""Remove heads and hidden units from small transformers of Hugging Face, and compare them with what was promised.
+"""Remove heads and hidden units from small Hugging Face transformers, and compare the result with the prediction.
 
-Nothing is downloaded: every model is built from a small configuration. Of each the groups are found, random units are
-masked, and the model is made smaller to a budget. The smaller model must compute what the masked one computes, its
-parameters must be within the budget and those that the budget says, a folder written by `save_compressed` must give it
-again, and it must train. `--markdown` writes the table into docs/transformers.md.
+Nothing is downloaded: every model is built from a small configuration. For each the groups are found, random units are
+masked, and the model is shrunk to a budget. The smaller model must compute the same as the masked one, its parameters
+must be within the budget and equal its prediction, it must be restored from a folder written by `save_compressed`, and
+it must train. `--markdown` writes the table into docs/transformers.md.
 """
 
 import argparse
@@ -137,7 +137,7 @@ class Row(NamedTuple):
 
 
 def train_two_steps(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Raises if any weight that is used does not move, or becomes infinite."""
+    """Raise an error if any used weight does not change, or becomes infinite."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
@@ -149,7 +149,7 @@ def train_two_steps(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 
 def smaller(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[nn.Module, list[Any], float, tuple[int, int, int]]:
-    """The model at a share of its parameters, its groups, the difference, and parameters: promised, counted, dense."""
+    """The shrunk model, its groups, the difference, and parameters: predicted, counted, dense."""
     groups = find_channel_groups(model, inputs).groups
     budget = Budget(model, groups, target=TARGET)
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def come_again(model: nn.Module, kind: Any, inputs: dict[str, Tensor]) -> None:
 
 
 def expressed(model: nn.Module, groups: list[Any], kind: Any) -> str:
-    """Say whether the configuration expresses a model whose every layer lost half of its units."""
+    """Find out whether the configuration can express a model in which every layer lost half of its units."""
     before = copy.deepcopy(model.config.to_dict())
     shrink(model, groups, [torch.arange(group.size) >= group.size // 2 for group in groups])
     with TemporaryDirectory() as folder:
