@@ -61,10 +61,9 @@ def propose(
 ) -> Proposal:
     """Choose the next point.
 
-    Arm ``trial mod 6`` is fitted to the history and ranks the candidates; its ten best are parents. Each of them is
-    kept with probability one half, otherwise replaced by a copy with one changed coordinate. Another arm, drawn
-    uniformly, chooses the best of the ten. Points of the history are excluded, and a mutation that leads to one is
-    undone.
+    Arm ``trial mod 6`` is fitted to the history and ranks the candidates; its ten best are parents. Each of them stays
+    with probability one half, else a copy with one changed coordinate takes its place. Another arm, drawn uniformly,
+    chooses the best of the ten. Points of the history are no candidates, and a mutation that leads to one is undone.
 
     Args:
         space: The search space.
