@@ -70,7 +70,7 @@ def renamed(
         ...     least(minimum=2)
         2
         >>> print(caught[0].message)
-        `minimum` has another name: pass `min_channels`. The older name works up to the next minor version
+        `minimum` was renamed: pass `min_channels`. The older name works up to the next minor version
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -117,7 +117,7 @@ def _take_older(
     if name in given and (defaults is None or given[name] != defaults.parameters[name].default):
         raise TypeError(f"`{old}` is the older name of `{name}`; pass `{name}` alone, got both")
     shown = f"{name}={present!r}" if isinstance(new, Replaced) else name
-    text = f"`{old}` has another name: pass `{shown}`. The older name works up to the next minor version"
+    text = f"`{old}` was renamed: pass `{shown}`. The older name works up to the next minor version"
     warnings.warn(text, FutureWarning, stacklevel=3)
     given[name] = present
 

@@ -90,9 +90,7 @@ class _Ramp(Schedule):
         self.end = float(check_finite_number("end", end))
         check_choice("unit", unit, UNITS)
         if until is None and unit != "fraction":
-            raise ValueError(
-                f"`until` must be given with `unit={unit!r}`; only fractions have an end of their own, 1.0"
-            )
+            raise ValueError(f"`until` must be given with `unit={unit!r}`; only fractions have a default end, 1.0")
         self.begin = check_position("begin", begin, unit)
         self.until = check_position("until", 1.0 if until is None else until, unit)
         self.unit = unit

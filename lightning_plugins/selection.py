@@ -67,7 +67,7 @@ def split_side(layer: str) -> tuple[str, Side]:
         if side == known:
             return name, known
     hint = "".join(f"; did you mean {name + ':' + near!r}?" for near in nearest(side, SIDES, limit=1))
-    raise ValueError(f"`layers`: behind ':' must stand 'input' or 'output', got {layer!r}{hint}")
+    raise ValueError(f"`layers`: 'input' or 'output' must follow ':', got {layer!r}{hint}")
 
 
 def check_layers(layers: str | Sequence[str], *, sides: bool = True) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def check_layers(layers: str | Sequence[str], *, sides: bool = True) -> tuple[st
         if not isinstance(layer, str):
             raise TypeError(f"{rule}, got one with {layer!r} ({type(layer).__name__}) in it")
         if not sides and layer.endswith((":input", ":output")):
-            raise ValueError(f"`layers` takes the weights of a layer here, so no side of it: got {layer!r}")
+            raise ValueError(f"`layers` takes the weights of a layer here, not its input or output: got {layer!r}")
         if not (split_side(layer)[0] if sides else layer):
             raise ValueError(f"{rule}, got {layer!r}, which would be the whole model; name one of its layers")
     return chosen

@@ -50,7 +50,7 @@ def test_program_is_short_and_runs_in_seconds(program, printed, capsys):
         (COMPRESSION, "(make, ", "(make(), ", r"`model` must be a class or function.*got ResNet; for a network"),
         (FEW_SHOT, "inner_steps=2", "inner_steps=0", r"`inner_steps` must be at least 1, got 0"),
         (FEW_SHOT, '("train")', '("training")', r"`split` must be .* got 'training'; did you mean 'train'\?"),
-        (FEW_SHOT, "(GAPMixin, LightningModule)", "(LightningModule, GAPMixin)", r"`GAPMixin` must stand before"),
+        (FEW_SHOT, "(GAPMixin, LightningModule)", "(LightningModule, GAPMixin)", r"`GAPMixin` must come before"),
         (PROBE, 'targets="label"', 'targets="labels"', r"has no 'labels'; its keys are 'input_ids', 'label'"),
         (PROBE, "encoder.layer.?", "encoder.layers.?", r"called 'encoder.layers.\?'; did you mean 'encoder.layer."),
         (PROBE, '"num_targets": 2', '"num_targets": 1', r"`num_targets` must be the number of classes, at least 2"),

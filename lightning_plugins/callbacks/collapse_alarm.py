@@ -278,7 +278,7 @@ class CollapseAlarm(Callback):
             raise RepresentationCollapseError(message)
         if self.action == "stop":
             trainer.should_stop = True
-            message += "; the training stops"
+            message += "; training stops"
         elif self.action == "checkpoint":
             path = Path(self.dirpath or trainer.default_root_dir, f"collapse-{alarm.layer}-step={alarm.step}.ckpt")
             trainer.save_checkpoint(path)  # on all processes together

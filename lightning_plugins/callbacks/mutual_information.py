@@ -239,7 +239,7 @@ class MutualInformationMonitor(Callback):
             labels = batch[self.labels]
         except (KeyError, IndexError, TypeError) as error:
             raise MisconfigurationException(
-                f"{type(self).__name__}: `labels={self.labels!r}` is nothing in a validation batch of type "
+                f"{type(self).__name__}: `labels={self.labels!r}` is not in a validation batch of type "
                 f"{type(batch).__name__}; give the index or the key of the classes"
             ) from error
         if not isinstance(labels, Tensor) or labels.is_floating_point():

@@ -236,7 +236,7 @@ class RepresentationRegularization(Callback):
 
     _mixin = "VNEMixin"
     _of_single = (
-        "`layers`: {label!r} gave one row, which no term of a batch can tell anything from; make batches of about 32 "
+        "`layers`: {label!r} gave one row, too few for a term over a batch; make batches of about 32 "
         "rows or more, or remember earlier ones with `queue_size`"
     )
 

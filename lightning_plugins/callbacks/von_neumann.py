@@ -126,7 +126,7 @@ class VNERegularization(RepresentationRegularization):
         )
 
     _of_single = (
-        "`layers`: {label!r} gave one row, whose entropy is 0 whatever it is, so the term does nothing at such a step; "
+        "`layers`: {label!r} gave one row, whose entropy is always 0, so the term has no effect in such a step; "
         "make batches of about 32 rows or more, or remember earlier ones with `queue_size`"
     )
 

@@ -142,8 +142,8 @@ def padding_of_lengths(lengths: Tensor, positions: int) -> Tensor:
 def _pool_positions(features: Tensor, pool: str, layout: str | None, mask: Tensor | None) -> Tensor:
     if layout is None:
         raise ValueError(
-            f"`layout` must say what the {features.ndim} dimensions of a tensor of shape {tuple(features.shape)} are, "
-            "which does not show in the shape: such as 'NLC' (tokens), 'NCL' (as of Conv1d), 'LNC', 'NCHW' or 'NHWC'"
+            f"`layout` must name the {features.ndim} dimensions of a tensor of shape {tuple(features.shape)}, "
+            "which cannot be inferred: such as 'NLC' (tokens), 'NCL' (as of Conv1d), 'LNC', 'NCHW' or 'NHWC'"
         )
     samples, channels = layout_axes(layout, features.ndim)
     ordered = features.movedim((samples, channels), (0, -1))  # (N, *positions, C)
@@ -190,7 +190,7 @@ def _of_rows(mask: Tensor, rows: int) -> Tensor:
     if valid.numel() != rows or (valid.ndim and len(valid) != rows):
         raise ValueError(
             f"`mask` must have one entry for each of {rows} rows of a matrix (N, d), got shape {tuple(mask.shape)}; "
-            "name a layer whose tensor still has its positions, or leave `mask` away where they are pooled already"
+            "name a layer whose tensor still has its positions, or leave `mask` out where they are pooled already"
         )
     return valid.flatten()
 

@@ -186,7 +186,7 @@ class EpisodeLoader:
         epoch, batch = (check_non_negative_int(f"state_dict[{n!r}]", state_dict[n]) for n in ("epoch", "batch"))
         if batch >= len(self):
             raise ValueError(
-                f"`state_dict` must be that of a loader with as many batches, {len(self)}, got one behind"
+                f"`state_dict` must be that of a loader with as many batches, {len(self)}, got one after"
                 f" {batch} of them; keep `episodes` and `tasks_per_batch`, or load no state"
             )
         self.set_epoch(epoch)

@@ -51,7 +51,7 @@ class AlphaReQ(GramMetric):
         self.last = check_positive_int("last", min(num_features, _LAST) if last is None else last)
         if num_features > 1 and not self.first < self.last <= num_features:
             raise ValueError(
-                f"`last` must be behind `first`={self.first} and at most `num_features`={num_features}, got {self.last}"
+                f"`last` must be after `first`={self.first} and at most `num_features`={num_features}, got {self.last}"
             )
         self.add_state("total", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
 

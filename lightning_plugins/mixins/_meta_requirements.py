@@ -22,8 +22,8 @@ def require_order(cls: type, mixin: type) -> None:
     if LightningModule in cls.__mro__ and cls.__mro__.index(LightningModule) < cls.__mro__.index(mixin):
         written = next((base for base in cls.__bases__ if issubclass(base, mixin)), mixin).__name__
         raise TypeError(
-            f"`{written}` must stand before LightningModule, as in `class {cls.__name__}({written}, LightningModule)`,"
-            " got it behind"
+            f"`{written}` must come before LightningModule, as in `class {cls.__name__}({written}, LightningModule)`,"
+            " got it after"
         )
 
 

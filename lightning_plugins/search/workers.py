@@ -46,7 +46,7 @@ def run_workers(search: "Search", study: "optuna.Study", n_trials: int, *, worke
                 running.remove(process)
                 process.join()
                 if process.exitcode and process.exitcode > 0:
-                    raise RuntimeError(f"{process.name} ended with an exception, which stands above")
+                    raise RuntimeError(f"{process.name} failed with the exception above")
                 if process.exitcode:  # killed by a signal
                     _give_back(study, process.name, left, retries)
                     if left.value:

@@ -64,8 +64,8 @@ def with_sigmoid():
 
 # name: (network, arguments, what the message says)
 IN_TEST = {
-    "shared ReLU": (Shared, {"methods": ["guided_backprop"]}, r"a ReLU of its own at every place, got \['net.2'\]"),
-    "shared under DeepLIFT": (Shared, {"methods": ["deeplift"]}, "deeplift needs a ReLU of its own"),
+    "shared ReLU": (Shared, {"methods": ["guided_backprop"]}, r"a separate ReLU at every place, got \['net.2'\]"),
+    "shared under DeepLIFT": (Shared, {"methods": ["deeplift"]}, "deeplift needs a separate ReLU"),
     "in-place ReLU": (InPlace, {"methods": ["guided_backprop"]}, r"\['net.2'\]; set `inplace = False` on each"),
     "ReLU as a function": (Functional, {"methods": ["guided_backprop"]}, r"1 ReLU\(s\) called as functions"),
     "no ReLU": (Smooth, {"methods": {"guided_gradcam": "net.3"}}, "changes the gradient of ReLUs, and Smooth has none"),

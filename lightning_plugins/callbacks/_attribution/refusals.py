@@ -69,13 +69,13 @@ def check_network(name: str, network: nn.Module, inputs: Tensor) -> None:
             handle.remove()
     if shared := [names[module] for module, times in calls.items() if times > 1]:
         raise MisconfigurationException(
-            f"{name} needs a ReLU of its own at every place, got {_some(shared)} called several times in a forward"
+            f"{name} needs a separate ReLU at every place, got {_some(shared)} called several times in a forward"
             " pass; build one `nn.ReLU()` for each"
         )
     if seen.count > sum(calls.values()):
         raise MisconfigurationException(
-            f"{name} sees modules alone, got {seen.count - sum(calls.values())} ReLU(s) called as functions, such as "
-            "`F.relu(x)`; build `nn.ReLU()` modules"
+            f"{name} only sees ReLU modules, got {seen.count - sum(calls.values())} ReLU(s) called as functions, "
+            "such as `F.relu(x)`; build `nn.ReLU()` modules"
         )
     if name in GUIDED and not calls:
         raise MisconfigurationException(f"{name} changes the gradient of ReLUs, and {type(network).__name__} has none")

@@ -67,7 +67,7 @@ def require_fitting_steps(
         refused = trainer.strategy.broadcast(trial.refused(network.groups))
     if refused:
         few = "; ".join(f"{group!r} {reason}" for group, reason in list(refused.items())[:3])
-        rank_zero_warn(f"{name}: {len(refused)} groups of channels stay whole, for {few}")
+        rank_zero_warn(f"{name}: {len(refused)} groups of channels are kept whole: {few}")
         network.leave_out(refused)
     beyond = [] if trial.steps else _beyond_forward(trainer, pl_module)
     if beyond:

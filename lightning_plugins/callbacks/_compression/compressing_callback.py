@@ -122,7 +122,7 @@ class CompressingCallback(Callback, ABC):
         """Warn if the network is not the small one, or was not saved."""
         name = type(self).__name__
         if not self.finished and (missed := self._missed()) is not None:
-            rank_zero_warn(f"{name}: the training ended before {missed}")
+            rank_zero_warn(f"{name}: training ended before {missed}")
         elif self.report is not None:
             warn_if_unsaved(name, trainer)
 

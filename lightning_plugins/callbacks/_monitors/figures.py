@@ -102,7 +102,7 @@ def hand_to_loggers(trainer: Trainer, tag: str, figure: "Figure") -> None:
     except OSError as error:  # a full disk, a folder that cannot be written: a figure must not end a training
         if trainer not in _WARNED:
             _WARNED.add(trainer)
-            rank_zero_warn(f"the figure {tag!r} could not be written, and the training goes on without: {error}")
+            rank_zero_warn(f"the figure {tag!r} could not be written, and training continues without it: {error}")
 
 
 def _hand_over(trainer: Trainer, tag: str, figure: "Figure") -> None:

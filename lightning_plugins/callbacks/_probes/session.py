@@ -32,7 +32,7 @@ def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in options):
         raise TypeError(f"`probe` must map names of arguments of LinearProbe to values, got {shown(probe)}")
     if "num_features" in options:
-        raise ValueError("`probe` must leave out 'num_features', which the layers tell")
+        raise ValueError("`probe` must leave out 'num_features', which the layers determine")
     try:
         LinearProbe(1, **options)
     except TypeError as error:

@@ -99,7 +99,7 @@ class Rows:
             return None
         if layout is None and (self._pool not in {"mean_last", "flatten"} or not known.samples_first):
             raise UnknownLayoutError(
-                f"what the dimensions of its tensor of shape {shape} are is not known from the module; say it with "
+                f"the dimensions of its tensor of shape {shape} cannot be inferred from the module; name them with "
                 "`layout`, such as 'NLC' (tokens), 'NCL', 'LNC' (tokens before samples), 'NCHW' or 'NHWC'"
             )
         return layout

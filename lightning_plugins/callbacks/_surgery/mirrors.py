@@ -21,8 +21,8 @@ def warn_of_mirrors(name: str, pl_module: LightningModule) -> None:
     if found:
         rank_zero_warn(
             f"{name}: {', '.join(map(repr, found[:3]))} of {type(pl_module).__name__} mirror parameters (an average of "
-            "weights, a teacher?), and the network will have others after the surgery: copy them anew there (compare "
-            "shapes in a hook, or begin the average behind it), or code that pairs them will fail"
+            "weights, a teacher?), which the surgery will replace: copy them again after it (compare "
+            "shapes in a hook, or start the average after it), or code that pairs them will fail"
         )
 
 

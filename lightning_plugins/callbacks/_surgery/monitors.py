@@ -47,6 +47,6 @@ def warn_if_unsaved(name: str, trainer: Trainer) -> None:
     monitoring = [callback for callback in saving if callback.monitor is not None and callback.save_top_k != 0]
     if saving and len(monitoring) == len(saving) and not any(callback.best_k_models for callback in saving):
         rank_zero_warn(
-            f"{name}: no checkpoint of the small network was written, for the metric was not evaluated after the "
+            f"{name}: no checkpoint of the small network was written, because the metric was not evaluated after the "
             "surgery; call `trainer.save_checkpoint(...)`, or let the surgery come before the last epoch"
         )

@@ -119,7 +119,7 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
         name for name, parameter in before.items() if id(parameter) not in present and parameter not in replacements
     ]
     if lost:
-        raise RuntimeError(f"parameters were removed without saying what took their place: {lost[:5]}")
+        raise RuntimeError(f"parameters were removed without naming their replacements: {lost[:5]}")
     wrap_anew(trainer, pl_module)  # before states are carried: DDP sends the parameters of the first process to all
     fresh = _fresh_optimizers(pl_module)
     if fresh is not None and len(fresh) != len(trainer.optimizers):
@@ -232,8 +232,8 @@ def _carry(optimizer: Optimizer, replacements: Replacements, fresh: Optimizer | 
             }
     if afresh:
         rank_zero_warn(
-            f"{type(optimizer).__name__} begins afresh for the parameters that took the place of {afresh} others: it "
-            f"is not known how its {', '.join(sorted(names))} would be carried over to parameters of other shapes"
+            f"{type(optimizer).__name__} starts afresh for the parameters that replaced {afresh} others: it "
+            f"is not known how to transfer its {', '.join(sorted(names))} to parameters of other shapes"
         )
 
 

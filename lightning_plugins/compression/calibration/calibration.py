@@ -188,7 +188,7 @@ class Calibration:
             ValueError: If there is none.
         """
         if self._open is not None:
-            raise ValueError("`calibration` must be gathered before it is used; call `gather()` behind the last batch")
+            raise ValueError("`calibration` must be gathered before it is used; call `gather()` after the last batch")
         if self.batches == 0:
             raise ValueError("`calibration` must have recorded batches; call `record(batches)` first")
         if name not in self._found:

@@ -141,5 +141,5 @@ class RowIndex:
             return None
         raise ValueError(
             f"`mask` must have the shape {places} of the rows that {name!r} receives, or {places[:1]} for whole "
-            f"samples, got {shape}; calibrate layers that see other sequences apart, with a mask of their own"
+            f"samples, got {shape}; calibrate layers that see other sequences separately, with their own mask"
         )

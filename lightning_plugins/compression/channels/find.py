@@ -235,9 +235,10 @@ def _is_computed(module: nn.Module) -> bool:
 def _why_not(group: ChannelGroup, chosen: set[str], shared: set[str]) -> str:
     outside = [name for name in group.layers if name not in chosen]
     if outside:
-        alone = len(group.layers) == 1
-        return "it is to stay whole" if alone else f"its channels are also those of {outside[0]!r}, which stays whole"
+        if len(group.layers) == 1:
+            return "it is excluded by `layers` or `keep`"
+        return f"its channels are also those of {outside[0]!r}, which is kept whole"
     tied = [member.parameter for member in group.members if member.parameter in shared]
     if tied:
         return f"{tied[0]!r} is a parameter of several layers"
-    return "there is only one of it" if group.size < 2 else ""
+    return "it has a single unit" if group.size < 2 else ""

@@ -70,7 +70,7 @@ def _first_trial(model: nn.Module, inputs: Any, run: Run) -> tuple[_Trial | None
             if not found:
                 return trial, ""
             reason = reason or found
-    return None, f"the network itself cannot be tried: {reason}"
+    return None, f"the network itself cannot be run: {reason}"
 
 
 def _largest(
@@ -119,7 +119,7 @@ def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
             return "its outputs are not finite with random weights"
         if one.numel() and (one - other).abs().max() > trial.tolerance * one.abs().max():
             return (
-                "removing its channels is not the same as masking them: other operations go over channels"
+                "removing its channels is not the same as masking them: other operations act across channels"
                 if groups
                 else "its outputs differ from run to run"
             )

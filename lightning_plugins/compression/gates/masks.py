@@ -152,7 +152,7 @@ def apply_masks(
     if not groups:
         raise ValueError("`groups` must hold at least one group, got none")
     if masks_of(model) is not None:
-        raise ValueError("`model` must have no masks yet; take the old ones off with `remove_masks`")
+        raise ValueError("`model` must have no masks yet; remove the old ones with `remove_masks`")
     modules = clean_modules(model)
     if "rank_thresholds" in model._modules:
         raise ValueError("`model` must get its masks before its thresholds: the thresholds act on masked weights")
@@ -215,7 +215,7 @@ def bake_masks(model: nn.Module) -> None:
 
 def _take_off(model: nn.Module, *, bake: bool) -> None:
     if masks_of(model) is None:
-        raise ValueError("`model` must have masks to take off, got none; `apply_masks` puts them on")
+        raise ValueError("`model` must have masks to remove, got none; `apply_masks` adds them")
     scale_at_once(model)
     for module in list(model.modules()):
         take_off(module, Masked, bake=bake)

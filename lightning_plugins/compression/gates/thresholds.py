@@ -70,7 +70,7 @@ def apply_thresholds(
         raise ValueError(f"`init` must be at least 0, got {init!r}")
     check_positive_int("refresh_every", refresh_every)
     if thresholds_of(model) is not None:
-        raise ValueError("`model` must have no thresholds yet; take the old ones off with `remove_thresholds`")
+        raise ValueError("`model` must have no thresholds yet; remove the old ones with `remove_thresholds`")
     plain = model
     if masks_of(model) is not None:
         plain = copy.deepcopy(model)
@@ -115,7 +115,7 @@ def remove_thresholds(model: nn.Module) -> None:
         ValueError: If it has no thresholds.
     """
     if thresholds_of(model) is None:
-        raise ValueError("`model` must have thresholds to take off, got none; `apply_thresholds` puts them on")
+        raise ValueError("`model` must have thresholds to remove, got none; `apply_thresholds` adds them")
     scale_at_once(model)
     for module in list(model.modules()):
         take_off(module, Thresholded, bake=False)

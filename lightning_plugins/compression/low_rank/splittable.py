@@ -147,11 +147,11 @@ def _reasons_in(model: nn.Module) -> dict[nn.Module, str]:
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             reasons[module] = "has hooks, which would be lost; remove them first, or leave it dense"
         if isinstance(module, nn.MultiheadAttention):
-            reasons[module.out_proj] = "is called by nothing: its MultiheadAttention reads the weight; leave it dense"
+            reasons[module.out_proj] = "is never called: its MultiheadAttention reads the weight; leave it dense"
         if isinstance(module, torch._dynamo.OptimizedModule):
             reasons[module._orig_mod] = "is compiled on its own; compile the model as a whole, or after this"
         for first, second in _pairs(module):
-            reasons[first] = reasons[second] = "is a half of a low-rank layer already; leave it as it is"
+            reasons[first] = reasons[second] = "is already a factor of a low-rank layer; leave it unchanged"
     return reasons
 
 

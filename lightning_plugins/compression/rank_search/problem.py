@@ -88,7 +88,7 @@ class RankSearch(NamedTuple):
 
 def removed_for(share: float, old: str, new: str) -> float:
     """Return the removed fraction for a share, and warn of the older name that was asked for."""
-    text = f"`{old}`, the removed fraction, has another name: `{new}` is the share that is left, `1 - {old}`"
+    text = f"`{old}`, the removed fraction, was renamed: `{new}` is the share that is left, `1 - {old}`"
     warnings.warn(f"{text}. The older name works up to the next minor version", FutureWarning, stacklevel=3)
     return float(share_left(share))
 

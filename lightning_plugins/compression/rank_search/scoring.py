@@ -249,7 +249,7 @@ def check_batches(batches: Iterable[Any]) -> None:
         raise TypeError(f"`batches` must be a DataLoader or another iterable of batches, got {type(batches).__name__}")
     if isinstance(batches, Iterator):
         raise ValueError(
-            f"`batches` must be iterable again and again, got a {type(batches).__name__}, which is exhausted after one "
+            f"`batches` must be iterable repeatedly, got a {type(batches).__name__}, which is exhausted after one "
             "pass; pass a list of it"
         )
     if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):

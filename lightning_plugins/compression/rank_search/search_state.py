@@ -49,7 +49,7 @@ class SearchState:
             part.replace(path)  # a process that is killed leaves the old state or the new one
         except OSError as error:  # the search itself needs no file
             warnings.warn(
-                f"`state_file`: {str(path)!r} could not be written ({error}); a search that is killed begins anew",
+                f"`state_file`: {str(path)!r} could not be written ({error}); a search that is killed starts over",
                 stacklevel=2,
             )
             with contextlib.suppress(OSError):

@@ -110,8 +110,8 @@ def load_compressed(model: Callable[..., M], folder: str | Path) -> M:
     folder = _path(folder)
     if isinstance(model, nn.Module) or not callable(model):
         raise TypeError(
-            f"`model` must be a class or function that builds the network, got {type(model).__name__}; for a network "
-            "that is there already call `restore_structure` and `load_state_dict`"
+            f"`model` must be a class or function that builds the network, got {type(model).__name__}; for an "
+            "existing network call `restore_structure` and `load_state_dict`"
         )
     stored = read_structure(folder, files=(PLAIN_FILE, OWN_FILE))
     tensors = read_tensors(folder, stored["weights"]["file"], stored["weights"]["sha256"])

@@ -218,7 +218,7 @@ class RegionPerturbation(ForwardMetric):
         self.order: Literal["most", "least"] = order
         check_choice("order", order, ("most", "least"))
         if kind != "aopc" and order != "most":
-            raise ValueError(f"`order='least'` is for `kind='aopc'`; {kind!r} has an order of its own")
+            raise ValueError(f"`order='least'` is for `kind='aopc'`; {kind!r} has its own order")
         if kind == "insertion" and steps is not None:
             raise ValueError(f"`steps` of `kind='insertion'` are all patches, got {steps!r}; leave it None")
         published = 100 if kind == "aopc" else None
