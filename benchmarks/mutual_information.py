@@ -1,7 +1,7 @@
-"""Estimates of mutual information compared with true values: Gaussians, a digit channel, closed-form distributions.
+"""Estimates of mutual information against the truth: Gaussians, a channel of digits, and distributions in closed form.
 
-Run it with the desired parts, ``python benchmarks/mutual_information.py gaussian tasks channel``. Every result is
-stored in ``mutual_information.json`` next to this file and not recomputed; ``--table`` prints the stored results.
+Run it with the parts wanted, ``python benchmarks/mutual_information.py gaussian tasks channel``. Every result goes into
+``mutual_information.json`` beside this file and is not computed again; ``--table`` prints what is there.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def gaussian(seed: int, bits: int) -> dict[str, float]:
     x, noise = torch.randn(2, 150_000, 10, generator=g).unbind()
     y = rho * x + math.sqrt(1 - rho**2) * noise
     fit = CriticSettings(validation=0.05, test=0.8, max_steps=0, seed=seed)
-    fitted = fit_critic(x, y, "bilinear", settings=fit)  # the separable critic's networks contribute nothing here
+    fitted = fit_critic(x, y, "bilinear", settings=fit)  # the separable critic's networks add nothing here
     unseen = x[fitted.test_rows], y[fitted.test_rows]
     found = {}
     for name, bound, k, rows, anchors in (
@@ -63,7 +63,7 @@ def gaussian(seed: int, bits: int) -> dict[str, float]:
 
 
 def task(name: str, seed: int) -> dict[str, float]:
-    """5,000 pairs; the critic is evaluated on 2,000 unseen ones, the other estimators use all."""
+    """5,000 pairs; the critic is evaluated on the 2,000 that it has not seen, the others see all."""
     one = tasks()[name]
     x, y = (part.float() for part in one.sample(5000, torch.Generator().manual_seed(seed)))
     fit = CriticSettings(validation=0.1, test=0.4, max_steps=1500, seed=seed)
@@ -98,9 +98,9 @@ def plain_infonce(x: Tensor, y: Tensor, seed: int) -> float:
 
 
 def channel(seed: int, bits: int) -> dict[str, float]:
-    """Ten digits 0 or 1 per side through a channel; critic and estimate use pairs of different images.
+    """Ten digits 0 or 1 a side through a channel; critic and estimate on pairs of different images.
 
-    The encoder is frozen: eight principal components of the images used for the critic.
+    The encoder is frozen: eight principal components of the images that the critic may see.
     """
     digits = load_digits(n_class=2)
     images, labels = torch.as_tensor(digits.data).float() / 16, torch.as_tensor(digits.target)
