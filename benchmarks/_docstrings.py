@@ -1,6 +1,6 @@
-"""Texts for the benchmarks: docstrings of installed packages, read from their files and never imported.
+"""Texts for the benchmarks: docstrings of installed packages, read from files without importing them.
 
-Packages are split: what a network is calibrated or trained on comes from other packages than what it is tested on.
+Training and calibration texts come from other packages than test texts.
 """
 
 import ast
@@ -16,7 +16,7 @@ TEST = ("scipy", "matplotlib", "sqlalchemy", "setuptools", "docutils", "click")
 
 
 class Paragraph(NamedTuple):
-    """The first sentence of a docstring's paragraph, and what follows it."""
+    """The first sentence of a docstring paragraph, and the rest of it."""
 
     sentence: str
     rest: str
@@ -37,13 +37,13 @@ def paragraphs(packages: tuple[str, ...], least: int = 60) -> list[Paragraph]:
 
 
 def retrieval_set(count: int, seed: int, packages: tuple[str, ...] = TEST) -> list[Paragraph]:
-    """Paragraphs of the packages for tests, drawn anew for every seed."""
+    """Paragraphs of the test packages, drawn by seed."""
     return random.Random(seed).sample(paragraphs(packages), count)
 
 
 @cache
 def training_texts(packages: tuple[str, ...] = TRAINING) -> list[str]:
-    """All paragraphs of the packages for training, in an order that is always the same."""
+    """All paragraphs of the training packages, in a fixed order."""
     texts = {
         block: None
         for package in packages

@@ -1,4 +1,4 @@
-"""Description of the machine that benchmarks print, and their tables."""
+"""Machine descriptions and tables of the benchmarks."""
 
 import datetime
 import math
@@ -12,7 +12,7 @@ import torch
 
 
 def describe_machine(device: str) -> str:
-    """One line: processor, torch, time and the commit that was measured."""
+    """One line with processor, torch version, time and measured commit."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"{_processor(device)}; torch {torch.__version__}; {now}; commit {_commit()}"
 
@@ -44,7 +44,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def _commit() -> str:
-    """The commit, with "-dirty" where a tracked file differs from it; measurements being stored are not meant."""
+    """The commit, with "-dirty" if a tracked file differs from it, except stored measurements."""
     folder = Path(__file__).parent
     found = subprocess.run(["git", "describe", "--always"], cwd=folder, capture_output=True, text=True, check=False)
     changed = ["git", "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)*.json"]

@@ -1,4 +1,4 @@
-"""The callbacks that `scaling.py` measures, each with what it exchanges on paper."""
+"""The callbacks measured by `scaling.py`, with their exchanges on paper."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ Unit = Literal["step", "epoch", "validation"]
 
 
 class Layers(nn.Sequential):
-    """As many square layers as wanted, with something between them."""
+    """A number of square layers with activations in between."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def distil_layers(size: Size) -> Callback:
 
 
 def compress(kind: type[Callback], **settings: Any) -> Callable[[Size], Callback]:
-    """In the middle of its choice during all measured steps."""
+    """Settings that keep the selection phase active during all measured steps."""
     return lambda _: kind(LAYERS, 0.5, cost="params", begin=0, end=1000, unit="steps", figures=False, **settings)
 
 
@@ -103,7 +103,7 @@ class Case:
 
     Attributes:
         make: Makes it.
-        exchanges: All it exchanges each time.
+        exchanges: Its exchanges per unit.
         unit: What "each time" is.
         sizes: Rows, width and depth that it is measured at.
     """
@@ -171,11 +171,11 @@ CASES = {
     ),
     "MutualInformationMonitor": Case(mutual_information, of_pairs, "validation", ((64, 64, 2),)),
 }
-# Callbacks that exchange nothing in a training step, or some numbers now and then.
+# Callbacks that exchange nothing in a training step, or occasionally a few numbers.
 REST = {
-    "AttributionEvaluation": "at the end of a validation a few numbers for each method and metric",
-    "EarlyTermination": "at the end of a validation the decision, some bytes",
-    "CalibrationRecorder": "at the end of a training the moments of each layer, as `CollapseAlarm` its matrices",
+    "AttributionEvaluation": "a few numbers per method and metric at the end of a validation",
+    "EarlyTermination": "the decision, a few bytes, at the end of a validation",
+    "CalibrationRecorder": "the moments of each layer at the end of training, like the matrices of `CollapseAlarm`",
     "PointCloudAugmentation": "nothing",
     "LowRankCompression, MaskScheduling, RankScheduling, HybridCompression": "once: the search's evaluations, one "
     "number each, or the choice",

@@ -38,10 +38,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A collective operation, by the algorithm of which each byte moves least.
+    """A collective operation, with the algorithm that moves the fewest bytes.
 
     Attributes:
-        kind: ``"reduce"``: a sum that all get; ``"gather"``: a block of each for all; ``"send"``: from one to all.
+        kind: ``"reduce"``: a sum on all processes; ``"gather"``: a block of each on all; ``"send"``: from one to all.
         items: Numbers in the tensor of one process.
         item: Bytes of one of them.
         count: How often.
@@ -53,12 +53,12 @@ class Exchange:
     count: int = 1
 
     def received(self, processes: int) -> float:
-        """Bytes that a process receives, the mean over the processes, without headers."""
+        """Bytes a process receives without headers, mean over the processes."""
         share = {"reduce": 2 / processes, "gather": 1, "send": 1 / processes}[self.kind]
         return self.count * self.items * self.item * share * (processes - 1)
 
     def headers(self, processes: int) -> float:
-        """Bytes of gloo's own: it cuts the blocks of rings in two, but no number."""
+        """Bytes of gloo's headers: it splits the blocks of rings in two, but never a number."""
         pieces = min(self.items, 2 * processes)
         messages = {"reduce": 2 * pieces / processes, "gather": 2, "send": 1 / processes}[self.kind]
         return self.count * messages * (processes - 1) * HEADER
@@ -81,12 +81,12 @@ def rows_of_all(size: Size) -> Exchange:
 
 
 def of_rows(size: Size) -> Exchanges:
-    """For each layer the rows; three integers of each process; the upstream gradient, a number."""
+    """For each layer the rows; three integers per process; the upstream gradient, one number."""
     return [agreement(size), rows_of_all(size), Exchange("reduce", 1, SINGLE, size.depth)]
 
 
 def of_vne(size: Size) -> Exchanges:
-    """For each layer the rows, or the `d x d` matrix in float64 where that is less; beside it as for other terms."""
+    """For each layer the rows, or the `d x d` matrix in float64 if that is less; otherwise as for other terms."""
     if exchange_form(size.rows * size.processes, size.width, SINGLE) == "rows":
         return of_rows(size)
     matrix = Exchange("reduce", size.width**2, DOUBLE, size.depth)
@@ -94,23 +94,23 @@ def of_vne(size: Size) -> Exchanges:
 
 
 def of_stable_rank(size: Size) -> Exchanges:
-    """For each layer from the one process that computed it: value and scale, two vectors, nine that are followed."""
+    """For each layer, from the process that computed it: value and scale, two vectors, nine tracked vectors."""
     numbers, vectors = (Exchange("send", items, SINGLE, 2 * size.depth) for items in (1, size.width))
     return [numbers, vectors, Exchange("send", 9 * size.width, SINGLE, size.depth)]
 
 
 def of_gradients(size: Size) -> Exchanges:
-    """For each layer the gradient and the value, from the one process that computed them."""
+    """For each layer the gradient and the value, from the process that computed them."""
     return [Exchange("send", items, SINGLE, size.depth) for items in (1, size.width**2)]
 
 
 def of_cap(size: Size) -> Exchanges:
-    """For each layer the norm and eight vectors, from the one process that computed them."""
+    """For each layer the norm and eight vectors, from the process that computed them."""
     return [Exchange("send", items, SINGLE, size.depth) for items in (1, 8 * size.width)]
 
 
 def of_spectrum(size: Size) -> Exchanges:
-    """For each layer the singular values in float64, from the one process that computed them."""
+    """For each layer the singular values in float64, from the process that computed them."""
     return [Exchange("send", size.width, DOUBLE, size.depth)]
 
 
@@ -120,13 +120,13 @@ def of_monitor(size: Size) -> Exchanges:
 
 
 def of_alarm(size: Size) -> Exchanges:
-    """For each layer its Gram matrix in float64 and two integers of each process; the values, a number a layer."""
+    """For each layer its Gram matrix in float64 and two integers per process; the values, one number per layer."""
     matrix = Exchange("reduce", size.width**2, DOUBLE, size.depth)
     return [counts(size, 2), matrix, Exchange("send", size.depth, DOUBLE)]
 
 
 def of_alarm_queue(size: Size) -> Exchanges:
-    """For each layer the rows and three integers of each process; the values, a number a layer."""
+    """For each layer the rows and three integers per process; the values, one number per layer."""
     return [counts(size, 3), rows_of_all(size), Exchange("send", size.depth, DOUBLE)]
 
 
@@ -136,7 +136,7 @@ def of_probe(size: Size) -> Exchanges:
 
 
 def of_pairs(size: Size) -> Exchanges:
-    """For each layer the rows of the whole validation."""
+    """For each layer the rows of the whole validation set."""
     return [Exchange("gather", BATCHES * size.rows * size.width, SINGLE, size.depth)]
 
 
@@ -151,15 +151,15 @@ def of_maps(size: Size) -> Exchanges:
 
 
 def of_masks(size: Size) -> Exchanges:
-    """The gradient of the scores, one for each channel that may go, in one piece."""
+    """The gradient of the scores, one per prunable channel, in one message."""
     return [Exchange("reduce", size.width * (size.depth - 1), SINGLE)]
 
 
 def of_ranks(size: Size) -> Exchanges:
-    """The gradient of the thresholds, one for each layer, in one piece."""
+    """The gradient of the thresholds, one per layer, in one message."""
     return [Exchange("reduce", size.depth, SINGLE)]
 
 
 def of_both(size: Size) -> Exchanges:
-    """The gradients of scores and thresholds, in one piece."""
+    """The gradients of scores and thresholds, in one message."""
     return [Exchange("reduce", size.width * (size.depth - 1) + size.depth, SINGLE)]

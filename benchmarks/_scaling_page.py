@@ -1,4 +1,4 @@
-"""The page of what `scaling.py` has measured."""
+"""Write the page of the measurements of `scaling.py`."""
 
 import statistics
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ LATENCY = 20e-6  # seconds of a message on it
 
 
 class Counted(NamedTuple):
-    """One measurement, and what was expected."""
+    """A measured and an expected number of bytes."""
 
     case: str
     size: Size
@@ -100,7 +100,7 @@ def times(report: dict[str, Any], of: str) -> str:
 
 
 def plain_table(report: dict[str, Any]) -> str:
-    """Exchanges without callbacks, counted, and on paper with their headers."""
+    """Exchanges without callbacks: counted, and on paper with their headers."""
     rows = []
     for count, found in report.items():
         ranks = int(count)
@@ -136,7 +136,7 @@ def linked_table(rates: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def far() -> str:
-    """Megabytes, and the least time on a network, by the count on paper."""
+    """Megabytes, and the least time on a network, from the count on paper."""
     rows = []
     for name, case in CASES.items():
         found = {ranks: case.exchanges(Size(*FAR, ranks)) for ranks in EXTRAPOLATED}
@@ -158,7 +158,7 @@ def far() -> str:
 
 
 def messages_of(exchange: Exchange, processes: int) -> int:
-    """Messages that wait for each other: rings go round once or twice, what is sent to all goes down a tree."""
+    """Sequential messages: rings go round once or twice, a send to all uses a tree."""
     rounds = {"reduce": 2 * (processes - 1), "gather": processes - 1, "send": (processes - 1).bit_length()}
     return rounds[exchange.kind]
 
@@ -167,21 +167,22 @@ def kilobytes(value: float) -> str:
     return f"{value / 1e3:,.2f}"
 
 
-PAGE = """# What the callbacks exchange, and what it takes
+PAGE = """# Communication cost of the callbacks
 
 <!-- written by `benchmarks/scaling.py`; do not edit -->
 
-How many bytes a process receives for a callback, on top of what data parallelism exchanges for the same model: on
-paper, counted, and extrapolated. Counted by the kernel for gloo's TCP connections between processes of one machine; the
-mean over the processes.
+The number of bytes a process receives because of a callback, in addition to the data-parallel exchange for the same
+model: on paper, counted, and extrapolated. Counted by the kernel for gloo's TCP connections between processes on one
+machine; means over the processes.
 
 {machines}
 
 ## On paper
 
-Three operations, by the algorithms that move least: a tensor of `b` bytes that is *summed* over `W` processes costs
-each `2 b (W - 1) / W` (a ring, twice round), one that is *gathered* `b (W - 1)`, one that is *sent* to all `b` on all
-processes but one, so `b (W - 1) / W` in the mean. Numbers are float32 unless said otherwise, integers 8 bytes.
+There are three operations, assumed to use the algorithms that move the fewest bytes: for a tensor of `b` bytes, a
+process receives `2 b (W - 1) / W` bytes if it is *summed* over `W` processes (a ring, twice round), `b (W - 1)` if it
+is *gathered*, and `b` on all processes but one if it is *sent* to all, so `b (W - 1) / W` on average. Numbers are
+float32 unless stated otherwise, integers have 8 bytes.
 
 {exchanges}
 
@@ -189,46 +190,46 @@ Not measured:
 
 {rest}
 
-To this come headers of gloo, {header} bytes a message: it cuts the blocks of rings in two, so that a sum is `4 (W - 1)`
-messages (fewer where there are fewer numbers than pieces), what is gathered `2 (W - 1)`, what is sent one.
+In addition gloo sends headers, {header} bytes per message: it splits the blocks of rings in two, so a sum takes
+`4 (W - 1)` messages (fewer if there are fewer numbers than pieces), a gather `2 (W - 1)`, a send one.
 
 {plain}
 
 ## Counted
 
-*Headers* are those of all exchanges; *ratio* is what was counted over the sum of both. The largest deviation is
+*Headers* are those of all exchanges; *ratio* is the counted number over the sum of both. The largest deviation is
 {worst} %.
 
 {counted}
 
 ## Times
 
-Milliseconds that the callback adds to a training step: by the clock, the fastest of nine steps, and in brackets the
-fastest step without it. **The machine has two cores, which other work used as well.** With 4 and 8 processes several
-take turns on a core, so these columns say nothing of a network, and differences of some milliseconds are noise.
+Milliseconds that the callback adds to a training step in wall-clock time: the fastest of nine steps, and in brackets
+the fastest step without it. **The machine has two cores, shared with other work.** With 4 and 8 processes several share
+a core, so these columns say nothing about a network, and differences of a few milliseconds are noise.
 
 {wall}
 
-By the processor: the mean over nine steps and over the processes. The decompositions of weights are shared out, so that
-`SpectrumMonitor` and `LowRankCompression` cost each process less the more there are; terms of rows are computed on all,
-over more rows, with more messages.
+In CPU time: the mean over nine steps and over the processes. The decompositions of weights are divided among the
+processes, so `SpectrumMonitor` and `LowRankCompression` cost each process less the more there are; terms of rows are
+computed on all processes, over more rows, with more messages.
 
 {processor}
 
-## Two machines in the small
+## Two emulated machines
 
 Two network namespaces, each with its own addresses, joined by a link whose rate is limited in both directions, and one
-process in each: `Trainer(num_nodes=2, devices=1, strategy="ddp")`, which finds the other machine by `MASTER_ADDR`.
+process in each: `Trainer(num_nodes=2, devices=1, strategy="ddp")`, which finds the other machine through `MASTER_ADDR`.
 Measured by `python benchmarks/two_machines.py` (root, and `ip` and `tc` of iproute2): {linked_on}.
 
-*By rate* is what the bytes on paper take at the rate of the link, *measured* what the callback adds to the fastest of
-nine steps, beside the time of the processor that it adds. **Two cores served both machines and much other work**, and a
-sixth of a second of the processor took a second by the clock: the bytes are exact, the times show that it works and not
-what a link costs. Latency is not limited here.
+*By rate* is the time that the bytes on paper take at the link's rate, *measured* is the time the callback adds to the
+fastest of nine steps, followed by the CPU time it adds. **Two cores served both machines and much other work**, and a
+sixth of a second of CPU time took a second of wall-clock time: the bytes are exact, but the times only show that it
+works, not what a link costs. Latency is not limited here.
 
 {linked}
 
-By hand, with a script of yours that trains with `num_nodes=2`:
+To reproduce it with your own script that trains with `num_nodes=2`:
 
 ```bash
 {link}
@@ -241,17 +242,17 @@ ip netns delete right
 
 ## Extrapolated
 
-By the count on paper, for {sizes}. What is assumed:
+From the count on paper, for {sizes}. Assumptions:
 
-- the algorithms stay the same, rings and trees over all processes alike, not over the levels of a network;
-- all processes have as many rows; headers are left out;
-- *by rate* is what the bytes take at {rate} Gbit/s, *by latency* what the messages that wait for each other take at
-  {latency} microseconds each. Neither is measured, nothing overlaps, and what a process computes is not in it.
+- the algorithms stay the same: flat rings and trees over all processes, not following the levels of a network;
+- all processes have the same number of rows; headers are not included;
+- *by rate* is the time for the bytes at {rate} Gbit/s, *by latency* the time for the sequential messages at
+  {latency} microseconds each. Neither is measured, nothing overlaps, and computation is not included.
 
-The bytes that a process receives are bounded in the number of processes where matrices are summed (`2 b`) or sent
-(`b`); `VNERegularization` gathers rows only as long as that is less. They grow with the number where matrices are
-gathered (`RepresentationMonitor`, `LayerProbe`), and for the other terms of rows and for queues, whose rows every
-process needs. A ring's latency grows with the number of processes in any case.
+The number of bytes a process receives is bounded, whatever the number of processes, if matrices are summed (`2 b`) or
+sent (`b`); `VNERegularization` gathers rows only as long as that is less. It grows with the number of processes if
+matrices are gathered (`RepresentationMonitor`, `LayerProbe`), and for the other terms of rows and for queues, whose
+rows every process needs. A ring's latency always grows with the number of processes.
 
 {far}
 """

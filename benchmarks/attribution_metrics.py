@@ -1,11 +1,11 @@
-"""Costs of the attribution metrics: against Quantus on a CPU, and what they ask of an accelerator.
+"""Costs of the attribution metrics: compared with Quantus on a CPU, and on an accelerator.
 
     python benchmarks/attribution_metrics.py                 # localization and perturbation against Quantus 0.6
     python benchmarks/attribution_metrics.py --page          # docs/benchmarks/attribution_metrics.md from the last run
     python benchmarks/attribution_metrics.py --device cuda   # synchronisations, passes and memory of a curve
 
-Quantus is no dependency: it is found where PYTHONPATH says. CPU time of one thread, both in turn; the least of several
-rounds, since others' work on the machine can only add to it.
+Quantus is not a dependency: put it on PYTHONPATH. CPU time of one thread, both interleaved; the minimum over several
+rounds, since other load on the machine can only add to it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ QUIET: dict[str, object] = {"disable_warnings": True, "display_progressbar": Fal
 def data(samples: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 1, length, generator=generator)
-    maps = torch.rand(samples, 1, length, generator=generator)  # without negative numbers, which Quantus refuses
+    maps = torch.rand(samples, 1, length, generator=generator)  # without negative numbers, which Quantus rejects
     masks = torch.zeros(samples, 1, length)
     starts = torch.randint(0, length * 3 // 4, (samples,), generator=generator).tolist()
     for row, start in enumerate(starts):
@@ -130,13 +130,13 @@ def page(found: dict[str, object]) -> str:
 `python benchmarks/attribution_metrics.py` writes this page and [its numbers](attribution_metrics.json):
 {found["where"]}; Quantus {found["version"]}.
 
-CPU time of one thread on a shared machine, here and there in turn: the least of {found["rounds"]} rounds, the ratio of
-these, and the smallest ratio within a round. Localization: {SAMPLES} maps of {LENGTH:,} positions. Region perturbation:
+CPU time of one thread on a shared machine, with both packages interleaved: the minimum of {found["rounds"]} rounds, its
+ratio, and the smallest ratio within a round. Localization: {SAMPLES} maps of {LENGTH:,} positions. Region perturbation:
 {PERTURBED} signals of {LENGTH:,} samples, 100 windows of 16, both with {PERTURBED} inputs in a forward pass.
 
 {table}
 
-Forward passes rule in region perturbation: {curve["passes here"]} here, {curve["passes there"]} there.
+Forward passes dominate region perturbation: {curve["passes here"]} here, {curve["passes there"]} in Quantus.
 """
 
 

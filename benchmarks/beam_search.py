@@ -1,10 +1,10 @@
-"""Time of the beam search for ranks against the naive search, which scores every child whole, at an equal result.
+"""Time of the beam search over ranks compared with the naive search, at an equal result.
 
     python benchmarks/beam_search.py            # a small ResNet trained on the digits
-    python benchmarks/beam_search.py --steps    # also what the size of a step does to score and time
+    python benchmarks/beam_search.py --steps    # also the effect of the step size on score and time
 
-The naive search makes the children of every beam member, also those that two members share; decomposes the weights of
-each child's layers, and runs the network on all batches. Both searches keep the same children, which is checked.
+The naive search creates the children of every beam member, including duplicates; decomposes the weights of each child's
+layers, and runs the network on all batches. Both searches keep the same children, which is checked.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def hits(net: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 class Naive:
-    """The search as one would write it down, with the same rules for what is kept."""
+    """The straightforward search, with the same selection rules."""
 
     def __init__(self, net: nn.Module, batches: list[Batch], ratio: float, width: int, step: float) -> None:
         self.net, self.batches, self.ratio, self.width = net, batches, ratio, width
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=480)
     parser.add_argument("--steps", action="store_true", help="also compare sizes of steps, and the baselines")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # times are those of the processor, which others may be using too
+    torch.set_num_threads(1)  # CPU times; the processor may be shared
     print(f"{describe_machine('cpu')}.\n", flush=True)
     net, batches, validation = train(options.epochs, options.held_out)
     dense = score_ranks(net, {"fc": 10}, [validation], hits)

@@ -1,12 +1,12 @@
-"""Eleven attribution methods on electrocardiograms, scored against the places of premature ventricular beats.
+"""Eleven attribution methods on electrocardiograms, scored against the positions of premature ventricular beats.
 
-A ResNet with 1 x 7 kernels learns to tell windows with premature ventricular contractions from the rest; then every
-method explains windows that it is sure of, raw and absolute. Two splits: patients kept apart, and every third window.
+A ResNet with 1 x 7 kernels learns to classify windows with premature ventricular contractions; then every method
+explains confidently classified windows, raw and absolute. Two splits: by patient, and every third window.
 
     python benchmarks/ecg_attribution.py --records FOLDER        # real records, `.npz` or WFDB's
     python benchmarks/ecg_attribution.py                         # generated ones
 
-Every training's result is kept in a JSON file and read from there, so that a run that was stopped goes on.
+Results of every run are stored in a JSON file and reused, so that an interrupted study can be continued.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Losses over several processes, here and in lightly: how far the gradient is from that of one process.
+"""Losses over several processes, here and in lightly: deviation of the gradient from that of one process.
 
 A linear map is trained by each loss: once by one process on all rows, and once by two processes with half of the rows
-each, or with 5 and 11 of 16, whose gradients are averaged as DDP does. Every loss is compared with itself, so that the
-conventions of its formula do not count. Two views are needed by lightly's; its invariance, a mean over each process's
-rows in any implementation, is left out by its weight where there is one.
+each, or with 5 and 11 of 16, whose gradients are averaged as DDP does. Every loss is compared with itself, so that
+conventions of its formula do not matter. lightly's losses need two views; their invariance, a mean over each process's
+rows in any implementation, is disabled by its weight where there is one.
 
     pip install --no-deps lightly lightly_utils
     python benchmarks/exactness.py               # the table
@@ -125,17 +125,16 @@ TEXT = """# Gradients over several processes, here and in lightly
 
 `python benchmarks/exactness.py --write`: {machine}; lightly {version}.
 
-How far the gradient of two processes, averaged as DDP does, is from that of one process on all rows, relative to its
+Distance between the gradient of two processes, averaged as in DDP, and that of one process on all rows, relative to its
 norm, in float64. Every loss is compared with itself. lightly's losses have `gather_distributed=True`.
 
 {table}
 
-Batches of unequal sizes are what the last batch of an epoch, padded text and samplers without `drop_last` give.
-lightly's Barlow Twins loss standardises the rows of each process by themselves, so that it is another loss on two
-processes than on one. Its LeJEPA loss is as exact as the terms here.
+Batches of unequal sizes result from the last batch of an epoch, padded text and samplers without `drop_last`. lightly's
+Barlow Twins loss standardises the rows of each process separately, so on two processes it is a different loss than on
+one. Its LeJEPA loss is as exact as the terms here.
 
-What lightly's losses do better: they are whole losses of two views, with the invariance, and there are many more of
-them.
+What lightly does better: its losses are complete two-view losses that include the invariance, and there are many more.
 """
 
 

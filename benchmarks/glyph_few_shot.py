@@ -1,11 +1,11 @@
 """Few-shot classification of glyphs: six methods at equal budgets, several training seeds, the same test tasks.
 
-All methods train a network of four strided convolutions on the same tasks, with the same inner steps and iterations.
-A search at one shot, with a training seed of its own, tries the same inner rates and second rates for every method. The
-setting with a method's highest accuracy on validation tasks, of other characters, then trains once per seed, which
-chooses the initial network and the training tasks, and is tested on tasks of still others. Intervals are over training
-seeds; differences to MAML are paired by seed. Runs are kept in a file, and what is in it is not run again, so that the
-study may be interrupted.
+All methods train a network of four strided convolutions on the same tasks, with the same inner steps and iterations. A
+search at one shot, with a separate training seed, tries the same inner rates and second rates for every method. The
+setting with a method's highest accuracy on validation tasks, of other characters, is then trained once per seed, which
+determines the initial network and the training tasks, and tested on tasks of yet other characters. Intervals are over
+training seeds; differences to MAML are paired by seed. Runs are stored in a file and not repeated, so that the study
+can be interrupted.
 
     python benchmarks/glyph_few_shot.py                    # what is missing of the study, and its tables
     python benchmarks/glyph_few_shot.py --minutes 10       # as much as begins within ten minutes

@@ -1,12 +1,12 @@
-"""Time that choosing channels and ranks under a budget adds to a training step, and that the smaller network saves.
+"""Overhead of selecting channels and ranks under a budget in a training step, and time saved by the smaller network.
 
-The network is trained bare, with masks, and with masks and thresholds, in turns and step by step, so that drift of the
-machine's speed falls on all alike. A step is the forward and backward pass and the step of scores and thresholds, as
-the callbacks take it. Times are those of the processor (of the clock on a GPU). Then the network that the hybrid choice
-delivers is timed beside the dense one, in evaluation mode, batch 8.
+The network is trained bare, with masks, and with masks and thresholds, interleaved step by step, so that drift of the
+machine's speed affects all equally. A step is the forward and backward pass and the update of scores and thresholds, as
+in the callbacks. Times are CPU times (wall-clock times on a GPU). Then the delivered network is timed and compared with
+the dense one, in evaluation mode, batch 8.
 
     python benchmarks/hybrid_compression.py                    # ResNet-18, 32 x 3 x 224 x 224, one thread
-    python benchmarks/hybrid_compression.py --batch 4          # a trial run; shares of small batches are too high
+    python benchmarks/hybrid_compression.py --batch 4          # a trial run; overheads of small batches are too high
     python benchmarks/hybrid_compression.py --device cuda      # ResNet-50, 256 x 3 x 224 x 224, bfloat16
 """
 

@@ -1,20 +1,20 @@
-"""Accuracy within a budget of operations, against Torch-Pruning: networks, data sets, budgets and training seeds.
+"""Accuracy within a FLOPs budget, compared with Torch-Pruning: networks, data sets, budgets and training seeds.
 
-Every training takes the same number of steps under one schedule of the learning rate and delivers a network within the
-same share of the dense network's operations. Torch-Pruning removes channels at two fifths of the training, in even
-shares of all layers (its default), the largest share that meets the budget, and fine-tunes for the rest with a fresh
-optimizer: "Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms;
-"global" ranks the channels of all layers together and leaves each layer a twentieth.
+All runs have the same number of steps and learning rate schedule and deliver a network within the same fraction of the
+dense network's FLOPs. Torch-Pruning removes channels after two fifths of the training, the same fraction from all
+layers (its default), the smallest that meets the budget, and fine-tunes for the rest with a fresh optimizer:
+"Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms; "global" ranks the
+channels of all layers together and leaves each layer a twentieth.
 
-The digits are those of scikit-learn; the glyphs are thirty characters, drawn by the seed, in the fonts that come with
-matplotlib, turned, scaled and shifted by chance. A seed chooses the training images, the initial network and the order
-of the batches, the same for all methods; differences are paired by seed.
+The digits are those of scikit-learn; the glyphs are thirty characters, drawn by the seed, in the fonts shipped with
+matplotlib, rotated, scaled and shifted at random. The seed determines the training images, the initial network and the
+order of the batches, the same for all methods; differences are paired by seed.
 
     python benchmarks/hybrid_compression_study.py                      # what is missing, and the page
     python benchmarks/hybrid_compression_study.py --minutes 10         # as much as begins within ten minutes
     python benchmarks/hybrid_compression_study.py --networks resnet18 --budgets 0.5
 
-Every training's result is kept in a file and read from there, so that a run that was stopped goes on.
+Results of every run are stored in a file and reused, so that an interrupted study can be continued.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from digits import Classifier, Digits
 
 STORE = ROOT / "docs" / "benchmarks" / "hybrid_compression.json"
 TRAIN, BATCH = 600, 100
-AT = 0.4  # where Torch-Pruning removes channels, as a share of the training
+AT = 0.4  # when Torch-Pruning removes channels, as a fraction of the training
 METHODS = (
     "hybrid",
     "ranks",
@@ -58,7 +58,7 @@ METHODS = (
 
 
 def digits(seed: int) -> tuple[Dataset, Dataset]:
-    """Training images, drawn by the seed, and all the others."""
+    """Training images, drawn by seed, and all other images."""
     whole = Digits()
     images = torch.cat([whole.train.tensors[0], whole.val.tensors[0]])
     labels = torch.cat([whole.train.tensors[1], whole.val.tensors[1]])
@@ -68,7 +68,7 @@ def digits(seed: int) -> tuple[Dataset, Dataset]:
 
 
 def glyphs(seed: int) -> tuple[Dataset, Dataset]:
-    """Twenty training images of each of thirty characters, and twice as many of the same for the test."""
+    """Twenty training images of each of thirty characters, and forty test images of each."""
     characters = GlyphFewShot("train", ways=30, shots=TRAIN // 30, queries=TRAIN // 15, jitter=1.5)
     parts = characters.sample(1, torch.Generator().manual_seed(seed))
     train, test = (TensorDataset(F.interpolate(2 * x[0] - 1, size=(32, 32), mode="bilinear"), y[0]) for x, y in parts)
@@ -101,7 +101,7 @@ def flops(model: nn.Module) -> int:
 
 
 def prune(model: Classifier, budget: float, method: str) -> None:
-    """Remove channels with Torch-Pruning: the smallest even share of all layers that meets the budget."""
+    """Remove channels with Torch-Pruning: the smallest equal fraction of all layers that meets the budget."""
     import copy
 
     import torch_pruning as tp
@@ -157,7 +157,7 @@ def fit_with_torch_pruning(model: Classifier, loader: DataLoader, epochs: int, b
 
 
 class Case(NamedTuple):
-    """One training."""
+    """One training run."""
 
     data: str
     network: str
@@ -172,7 +172,7 @@ class Case(NamedTuple):
 
 
 def run(case: Case) -> dict[str, float]:
-    """Accuracy, the share of the operations that is left, and how much is left of channels and by ranks."""
+    """Accuracy, the remaining fraction of FLOPs, and the remaining channels and split layers."""
     loader, rest = loaders(case.data, case.seed)
     seed_everything(case.seed, verbose=False)
     model = Classifier(case.network, classes=CLASSES[case.data])
@@ -203,12 +203,12 @@ Store = dict[str, dict[str, float]]
 
 
 def row(store: Store, cases: list[Case], rivals: dict[int, float]) -> list[str]:
-    """A line of the table.
+    """A row of the table.
 
     Args:
-        store: What has run.
+        store: Stored results.
         cases: The seeds of one setting.
-        rivals: The accuracy of the better of Torch-Pruning's two, by seed.
+        rivals: The best accuracy of Torch-Pruning by seed.
     """
     found = {case.seed: store[case.key] for case in cases if case.key in store}
     scores = {seed: 100 * one["accuracy"] for seed, one in found.items()}
@@ -228,7 +228,7 @@ def row(store: Store, cases: list[Case], rivals: dict[int, float]) -> list[str]:
 
 
 def tables(store: Store, cases: list[Case]) -> str:
-    """One table for each network, data set and length of training."""
+    """One table per network, data set and length of training."""
     parts = []
     for network, data, epochs in dict.fromkeys((case.network, case.data, case.epochs) for case in cases):
         here = [case for case in cases if case[:2] == (data, network) and case.epochs == epochs and case.key in store]
@@ -249,13 +249,12 @@ def tables(store: Store, cases: list[Case]) -> str:
 TEXT = """# Channels, ranks or both within a budget: accuracy against Torch-Pruning
 
 600 training images of ten digits or of thirty characters, batches of 100, AdamW under one cycle of its learning rate,
-from scratch.
-`HybridCompression` chooses channels and ranks together, `RankScheduling` ranks alone, `MaskScheduling` channels alone
-(learned, or by magnitude); Torch-Pruning removes even shares of channels of all layers at two fifths of the training,
-or those that are last among all ("global"). Intervals are 95 % over training seeds. "Minus the better Torch-Pruning"
-compares seed by seed with the more accurate of its rows *for that seed*, which favours Torch-Pruning; rows of fewer
-than five seeds are a first look. The script is `benchmarks/hybrid_compression_study.py`; its results are in
-`hybrid_compression.json`.
+from scratch. `HybridCompression` selects channels and ranks jointly, `RankScheduling` only ranks, `MaskScheduling` only
+channels (learned, or by magnitude); Torch-Pruning removes the same fraction of channels from all layers after two
+fifths of the training, or those ranked last overall ("global"). Intervals are 95 % over training seeds. "Minus the
+better Torch-Pruning" compares seed by seed with the more accurate of its rows *for that seed*, which favours
+Torch-Pruning; rows with fewer than five seeds are preliminary. The script is `benchmarks/hybrid_compression_study.py`;
+its results are in `hybrid_compression.json`.
 
 {machine}
 
@@ -264,7 +263,7 @@ than five seeds are a first look. The script is `benchmarks/hybrid_compression_s
 
 
 def planned(options: argparse.Namespace) -> list[Case]:
-    """Seed by seed, so that what has run after a while is even."""
+    """Ordered by seed, so that an incomplete study is balanced."""
     return [
         Case(data, network, method, budget, seed, options.epochs)
         for seed in options.seeds

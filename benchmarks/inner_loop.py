@@ -1,9 +1,9 @@
-"""Time of an inner loop, against a plain one that does as the published code of GAP, and against others.
+"""Time of an inner loop, compared with a plain one like the published GAP code, and with other packages.
 
-All forms of one piece of work run in turns, so that drift of the machine's speed falls on all alike; ratios are medians
-over the turns. Times are those of the processor, and of the clock on a GPU. The plain loop takes one task after the
-other, and decomposes every kernel's gradient with `torch.linalg.svd`. What is not installed of learn2learn, higher and
-torchopt is left out, and said to be.
+All variants of a workload run interleaved, so that drift of the machine's speed affects all equally; ratios are medians
+over the rounds. Times are CPU times, and wall-clock times on a GPU. The plain loop processes one task after the other,
+and decomposes every kernel's gradient with `torch.linalg.svd`. Those of learn2learn, higher and torchopt that are not
+installed are skipped and listed.
 
     python benchmarks/inner_loop.py                  # a few minutes, one thread
     python benchmarks/inner_loop.py --device cuda
@@ -57,7 +57,7 @@ def images(tasks: int, size: int, device: str) -> Batch:
 
 
 def in_channels_last(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
-    """A copy of the network and the images in the memory format that convolutions on a CPU like best."""
+    """A copy of the network and the images in the memory format that is fastest for convolutions on a CPU."""
 
     def turned(x: Tensor) -> Tensor:
         return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
@@ -178,7 +178,7 @@ def torchopt_form(model: nn.Module, batch: Batch) -> Form:
 
 
 def measure(forms: dict[str, Form], turns: int, device: str) -> list[list[str]]:
-    """Seconds of each form, and how many times as long the first one takes."""
+    """Seconds of each form, and the time of the first one relative to it."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     values = {name: form().item() for name, form in forms.items()}  # warms up as well
     first = next(iter(forms))
@@ -211,7 +211,7 @@ def report(title: str, forms: dict[str, Form], turns: int, device: str) -> None:
 
 
 def peak(tasks: int, chunk: int | None, device: str) -> float:
-    """MiB beyond what was held before, in a process of its own."""
+    """Increase of memory in MiB, in a separate process."""
     model, batch = conv4(32, 28).to(device), images(tasks, 28, device)
     small = tuple(tuple(tensor[:1] for tensor in pair) for pair in batch)
     loop_form(model, F.cross_entropy, small)()  # type: ignore[arg-type] # the same shape of tuples
@@ -220,14 +220,14 @@ def peak(tasks: int, chunk: int | None, device: str) -> float:
         before = torch.cuda.memory_allocated()
         loop_form(model, F.cross_entropy, batch, chunk_size=chunk)()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     loop_form(model, F.cross_entropy, batch, chunk_size=chunk)()
     return resident("VmHWM") - before
 
 
 def resident(key: str) -> float:
-    """MiB in memory now (VmRSS) or at most so far (VmHWM), as Linux has it."""
+    """Current (VmRSS) or peak (VmHWM) memory in MiB, on Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 2**10
 

@@ -1,14 +1,14 @@
 """Accuracy against the removed fraction of the weights, on handwritten digits: BSR, energy threshold, plain truncation.
 
-All train for as many steps under one schedule of the learning rate. BSR searches ranks by a beam search and presses the
-weights to them; the energy threshold chooses ranks from the weights alone, at the moment at which they are split; both
-then fine-tune for the same steps. Plain truncation takes one fraction of the rank in every layer of the dense network,
-at the end, with nothing after it.
+All train for the same number of steps with the same learning rate schedule. BSR searches ranks by a beam search and
+regularizes the weights towards them; the energy threshold chooses ranks from the weights alone when they are split;
+both then fine-tune for the same number of steps. Plain truncation keeps the same fraction of the rank in every layer of
+the dense network, at the end, without fine-tuning.
 
     python benchmarks/low_rank_digits.py                       # ResNet, three seeds, three ratios
     python benchmarks/low_rank_digits.py --network vit
 
-Every training's result is kept in a file and read from there, so that a run that was stopped goes on.
+Results of every run are stored in a file and reused, so that an interrupted study can be continued.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def measure(model: Classifier) -> float:
 
 
 def run(network: str, seed: int, epochs: int, ratios: list[float], weight: float, store: dict[str, float]) -> None:
-    """All trainings of one seed, one entry of the store each."""
+    """All runs of one seed, one entry of the store each."""
     head, layers = f"{network} {seed}", LAYERS[network]
     if f"{head} dense" not in store:
         model, store[f"{head} dense"] = fit(network, seed, epochs, [])

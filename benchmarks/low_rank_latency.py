@@ -1,9 +1,9 @@
-"""Time saved by factorising a ResNet-18, beside the saving its floating-point operations promise.
+"""Time saved by factorising a ResNet-18, compared with the FLOPs saved.
 
-The network is factorised in several ways to several ratios (the share of the layers' operations that goes away), and
-the dense and all factorised networks run in turns, so that drift of the machine's speed falls on all alike. Weights are
-random: only shapes matter. With one thread, times are those of the processor, which other processes disturb less. A
-form keeps its promise if the share of time that it saves is at least 0.6 of the share of operations that it saves:
+The network is factorised in several ways to several ratios (the fraction of the layers' FLOPs removed), and the dense
+and all factorised networks run interleaved, so that drift of the machine's speed affects all equally. Weights are
+random: only shapes matter. With one thread, CPU time is used, which other processes disturb less. The goal is that the
+fraction of time saved is at least 0.6 of the fraction of FLOPs saved:
 ``1 - time_after / time_before >= 0.6 * (1 - operations_after / operations_before)``.
 
     python benchmarks/low_rank_latency.py            # 8 x 3 x 224 x 224, as many threads as there are cores
@@ -32,9 +32,9 @@ CHANNELS_LAST = ", channels last"
 
 
 def ranks_for(costs: dict[str, LayerCost], ratio: float, multiple: int) -> dict[str, int]:
-    """Ranks, the same fraction of every layer's break-even rank, at which ``ratio`` of the cost goes away.
+    """Ranks, the same fraction of every layer's break-even rank, that remove ``ratio`` of the cost.
 
-    Ranks are rounded down to a multiple where there is one.
+    Ranks are rounded down to a multiple, if given.
     """
     dense = sum(cost.dense for cost in costs.values())
     low, high = 0.0, 1.0
@@ -51,7 +51,7 @@ def rounded(cost: LayerCost, fraction: float, multiple: int) -> int:
 
 
 def forms(dense: nn.Module, x: Tensor, ratios: list[float]) -> dict[str, tuple[nn.Module, Tensor]]:
-    """The networks to compare, each with its input, by a name that says what was done."""
+    """The networks to compare, each with its input, by descriptive name."""
     found: dict[str, tuple[nn.Module, Tensor]] = {"dense": (dense, x)}
     for ratio, scheme, multiple in itertools.product(ratios, (1, 2), (1, 8, 16, 32)):
         costs = layer_costs(dense, cost="flops", inputs=x, scheme=scheme)
@@ -83,7 +83,7 @@ def operations(model: nn.Module, x: Tensor) -> int:
 
 
 def measure(networks: dict[str, tuple[nn.Module, Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Times of a forward pass in ms, all networks in turn in every round; a round to warm up is left out."""
+    """Times of a forward pass in ms, all networks interleaved in every round, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     with torch.inference_mode():
         for _ in range(rounds + 1):

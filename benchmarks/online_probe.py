@@ -1,9 +1,9 @@
-"""Accuracy of exact probes after one pass against an online probe trained by SGD for ten epochs.
+"""Accuracy of exact probes after one pass, compared with an online probe trained by SGD for ten epochs.
 
-The online probe is what self-supervised libraries put beside a training: a linear layer on frozen features, cross
-entropy, SGD with momentum 0.9 and a cosine schedule, here with the best of three learning rates on an inner fold. Both
-see the same rows of the same folds. Features are the pixels of scikit-learn's digits, and what a frozen timm network
-(ResNet-18 at random weights, no download, with norms that have seen the images) makes of them.
+The online probe is that of self-supervised libraries: a linear layer on frozen features, cross entropy, SGD with
+momentum 0.9 and a cosine schedule, here with the best of three learning rates on an inner fold. Both use the same rows
+of the same folds. Features are the pixels of scikit-learn's digits, and the outputs of a frozen timm network (ResNet-18
+with random weights, no download, norm statistics from the images).
 
     python benchmarks/online_probe.py
 """
@@ -28,11 +28,11 @@ def features_of(name: str, images: Tensor) -> Tensor:
     if name == "pixels":
         return images.flatten(1)
     torch.manual_seed(0)
-    # With the usual zeros in the last norm of each block the network is its shortcuts, which see one corner.
+    # With the default zeros in the last norm of each block only the shortcuts are active, which see one corner.
     network = timm.create_model("resnet18", pretrained=False, in_chans=1, num_classes=0, zero_init_last=False)
     with torch.no_grad():
         upsampled = torch.nn.functional.interpolate(images[:, None], size=32, mode="bilinear")
-        for part in upsampled.split(128):  # statistics of the norms: at their initial ones features say nothing
+        for part in upsampled.split(128):  # norm statistics: with the initial ones features are uninformative
             network(part)
         network.eval()
         return torch.cat([network(part) for part in upsampled.split(128)])
@@ -50,7 +50,7 @@ def online_accuracy(x: Tensor, y: Tensor, folds: Tensor, seed: int) -> float:
 
 
 def train(x: Tensor, y: Tensor, held_out: Tensor, targets: Tensor, settings: tuple[float, int]) -> int:
-    """Number of held-out rows that are classified correctly after ten epochs."""
+    """Number of correctly classified held-out rows after ten epochs."""
     rate, seed = settings
     torch.manual_seed(seed)
     head = torch.nn.Linear(x.shape[1], 10)

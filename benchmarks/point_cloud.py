@@ -1,10 +1,10 @@
-"""Augmented frames against re-simulated scans, hidden points against geometry, times, memory, average precision.
+"""Augmented frames compared with re-simulated scans, hidden points with geometry; times, memory, average precision.
 
     python benchmarks/point_cloud.py hidden rescan time bank memory overlaps frame
     python benchmarks/point_cloud.py precision --seeds 5       # hours; goes on where it was stopped
     python benchmarks/point_cloud.py --page docs/benchmarks/point_cloud.md
 
-Results are kept in `point_cloud.json` beside this file. Times are processor time of one thread.
+Results are stored in `point_cloud.json` next to this file. Times are CPU times of one thread.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def cuboid(distance: float, azimuth: float, yaw: float, height: float = SENSOR.h
 
 
 def rescan() -> dict[str, object]:
-    """Frames with an inserted cuboid against scans of the scene with that cuboid in it."""
+    """Frames with an inserted cuboid compared with scans of the scene with that cuboid in it."""
     rng = np.random.default_rng(0)
     views = [cuboid(rng.uniform(5, 25), rng.uniform(-3, 3), rng.uniform(-3, 3)) for _ in range(150)]
     bank = ObjectBank.from_frames(frame_of([view], scan([view], SENSOR)) for view in views)
@@ -75,7 +75,7 @@ def rescan() -> dict[str, object]:
             for name, method in methods.items():
                 if method.occluder == "hull" and number % 3:  # a hull of 90,000 points takes its time
                     continue
-                if name == "ground-truth sampling":  # an object of a bank that was seen at that very place
+                if name == "ground-truth sampling":  # a bank object seen at exactly that place
                     own = ObjectBank.from_frames([frame_of([view], seen)])
                     body = GroundTruthSampling(own, {}).construct(0, rng)
                 else:
@@ -91,7 +91,7 @@ def rescan() -> dict[str, object]:
 
 
 def score(found: Frame, wanted: set[int]) -> tuple[int, int, int, int, int]:
-    """Common and all cells of the object; the same of cells with what is seen in them; the object's points."""
+    """Common and all cells of the object; the same for cells with their visible points; the object's points."""
     cells = SENSOR.grid.cells(found.points)[0]
     mine = found.source >= 0
     objects = set(cells[mine].tolist()) - {-1}
@@ -109,14 +109,14 @@ def summary(rows: list[tuple[int, ...]]) -> dict[str, float]:
 
 
 def placed_by(transform: WholeBodyAugmentation, frame: dict) -> int:
-    """Count the objects that find a free place; some are dropped later, since no five beams meet them."""
+    """Count the objects that find a free place; those hit by fewer than five beams are dropped later."""
     with mock.patch.object(transform, "_on_ground", side_effect=transform._on_ground) as placing:
         transform(frame)
     return len(placing.call_args.args[0])
 
 
 def timing() -> dict[str, object]:
-    """Processor seconds of a frame: median and minimum of interleaved runs."""
+    """CPU seconds of a frame: median and minimum of interleaved runs."""
     small = RaycastScenes(40, SpinningSensor(beams=32, columns=1024, lowest=-22, highest=3), seed=1)
     large = RaycastScenes(1, SpinningSensor(beams=64, columns=2300, lowest=-24, highest=4), seed=2, scenery=40)
     bank = ObjectBank.from_frames(small)
@@ -159,7 +159,7 @@ def timing() -> dict[str, object]:
 
 
 def bank_time() -> dict[str, object]:
-    """Processor seconds to build a bank of about 1,000 objects from frames that are there."""
+    """CPU seconds to build a bank of about 1,000 objects from existing frames."""
     frames = [RaycastScenes(140, seed=3)[number] for number in range(140)]
     began = time.process_time()
     bank = ObjectBank.from_frames(frames)
@@ -169,7 +169,7 @@ def bank_time() -> dict[str, object]:
 
 
 def memory() -> dict[str, object]:
-    """Largest resident size along 10,000 frames; a small sensor, since it is leaks that are looked for."""
+    """Largest resident memory over 10,000 frames; a small sensor suffices to find leaks."""
     scenes = RaycastScenes(8, SpinningSensor(beams=16, columns=256), seed=4)
     frames = [scenes[number] for number in range(8)]
     transform = WholeBodyAugmentation(ObjectBank.from_frames(frames), {"Car": 8}, grid=scenes.sensor.grid)
@@ -203,7 +203,7 @@ def overlaps() -> dict[str, object]:
 
 
 def frame_pass() -> dict[str, object]:
-    """Count a frame's own points that a pass over the whole frame would remove, though all were seen."""
+    """Count a frame's own points that hidden point removal of the whole frame would remove, though all were seen."""
     frame = RaycastScenes(1, SpinningSensor(beams=64, columns=1024), seed=8)[0]
     points = torch.from_numpy(frame["points"][:20_000])
     hull = float(hidden_points(points, (0.0, 0.0, 0.0), 1e3).double().mean())

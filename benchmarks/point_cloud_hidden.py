@@ -1,6 +1,6 @@
-"""Hidden points of a sphere and of a car: against geometry, and against Open3D's operator on the same points.
+"""Hidden points of a sphere and a car, compared with geometry and with Open3D's operator on the same points.
 
-Open3D is no dependency. To have its rows, in an environment with this package:
+Open3D is not a dependency. To add its rows, in an environment with this package:
 
     pip install open3d        # and, where it is missing, the system's libusb-1.0
     python benchmarks/point_cloud.py hidden
@@ -26,7 +26,7 @@ def run() -> dict[str, object]:
 def _open3d():
     try:
         import open3d
-    except ImportError as error:  # also where a library of the system is missing, which the message then names
+    except ImportError as error:  # also if a system library is missing, which the message then names
         print(f"without Open3D: {error}")
         return None
     return open3d
@@ -64,7 +64,7 @@ def _sphere(open3d):
 
 
 def _car(open3d):
-    """Points kept of a car's noisy surface, with the paper's radius, 200 times its length in plan."""
+    """Points kept of a car's noisy surface, with the paper's radius, 200 times its horizontal extent."""
     rng = np.random.default_rng(1)
     size, axis = np.array([4.2, 1.8, 1.55]), rng.integers(3, size=5000)
     places = rng.uniform(-0.5, 0.5, (5000, 3))

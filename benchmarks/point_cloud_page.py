@@ -1,4 +1,4 @@
-"""The page of the measurements of point clouds, from what `point_cloud.py` stored."""
+"""Write the page of the point cloud measurements that `point_cloud.py` stored."""
 
 import statistics
 from typing import Any
@@ -8,27 +8,29 @@ from _report import half_width, markdown_table, mean_and_interval
 # ruff: noqa: E501 - the page's own lines
 INTRODUCTION = """# Whole-body augmentation of point clouds
 
-`benchmarks/point_cloud.py` makes this page from the measurements stored beside it. Everything is generated: nothing here
-says anything about KITTI or another recorded data set. Times are processor time of one thread, on a machine that others
-were using."""
+`benchmarks/point_cloud.py` writes this page from its stored measurements. All data are generated: nothing here says
+anything about KITTI or another recorded data set. Times are CPU times of one thread, on a shared machine."""
 
-RESCAN = """A cuboid of a car's size is put into a frame of walls and poles, and compared with a new scan of the same scene
+RESCAN = """A cuboid of a car's size is inserted into a frame of walls and poles, and compared with a new scan of the same scene
 with that cuboid in it (64 beams, 2,048 azimuths, no noise). *IoU of beams* counts the beams that return from the object.
-*IoU of the frame* counts, on all beams that return from the object in either, what is seen there, so a point of the frame
-that is hidden and still there counts as wrong. *Points* is the object's number of points over that of the new scan. The
-bank holds the same cuboid seen from 5 to 25 m; with range noise, 0.02 m of it. Ground-truth sampling pastes an object that was seen at the very same
-place: its own points are right but for ground and range margins of its box, and what it ought to hide stays."""
+*IoU of the frame* counts the points seen on all beams that return from the object in either scan, so a point of the frame
+that should be hidden but is still there counts as wrong. *Points* is the object's number of points relative to the new
+scan. The bank holds the same cuboid seen from 5 to 25 m; range noise, if any, is 0.02 m. Ground-truth sampling pastes an
+object that was seen at exactly the same place: its own points are correct except for ground and range margins of its box,
+but the points that it should hide remain."""
 
-TIME = """Sixteen frames a case, the cases in turn, by processor time; the machine was shared, so the fastest says more than
-the median. Of the last frame: how many objects found a free place, and how many are left, since those that no five
-beams meet are dropped."""
+TIME = """Sixteen frames per case, with the cases interleaved, in CPU time; the machine was shared, so the fastest time is more
+informative than the median. For the last frame: the number of objects that found a free place, and the number left after
+dropping those hit by fewer than five beams."""
 
-HIDDEN = """`hidden_points` on 20,000 points of a sphere of radius 1, and on 5,000 points of a car's box with 0.02 m of noise under
-the paper's radius. *Agrees* is the share of the points that both call visible, or both hidden. Open3D{version}."""
+HIDDEN = """`hidden_points` on 20,000 points of a sphere of radius 1, and on 5,000 points of a car's box with 0.02 m of
+noise under the paper's radius. *Agrees* is the fraction of points classified alike, as visible or as hidden.
+Open3D{version}."""
 
-PRECISION = """Cars in generated frames by the small grid network of `examples/point_cloud_augmentation.py`: 300 steps of four frames,
-scored on 60 other frames. A seed draws the network, the augmentation and which of 100 frames have labels. Intervals are
-95 %, by Student's t over the seeds; differences are taken seed by seed."""
+OTHERS = {"none": "no augmentation"}
+PRECISION = """Cars in generated frames, detected by the small grid network of `examples/point_cloud_augmentation.py`: 300 steps of four frames,
+scored on 60 other frames. The seed determines the network, the augmentation and which of 100 frames have labels.
+Intervals are 95 % (Student's t over the seeds); differences are paired by seed."""
 
 
 def page(results: dict[str, Any]) -> str:
@@ -68,15 +70,15 @@ def _small(results: dict[str, Any]) -> list[str]:
         )
     if "memory" in results:
         sizes = ", ".join(f"{size:.0f} MiB after {count}" for count, size in results["memory"].items())
-        lines.append(f"- Largest resident size along the frames: {sizes}.")
+        lines.append(f"- Largest resident memory while processing frames: {sizes}.")
     if "overlaps" in results:
         found = results["overlaps"]
-        lines.append(f"- Overlaps among {found['placed']} placed objects and the frames' own: {found['overlaps']}.")
+        lines.append(f"- Overlaps between {found['placed']} placed objects and the frames' own: {found['overlaps']}.")
     if "frame" in results:
         found = results["frame"]
         lines.append(
-            f"- A pass of the whole frame ({found['points']} points, all of which were seen) would remove "
-            f"{100 * found['hull']:.0f} % by the hull (radius factor 1,000)."
+            f"- Applied to the whole frame ({found['points']} points, all of which were seen), hidden point removal would remove "
+            f"{100 * found['hull']:.0f} % (hull, radius factor 1,000)."
         )
     return ["## Bank, memory, placement", "\n".join(lines)] if lines else []
 
@@ -100,7 +102,7 @@ def _hidden(results: dict[str, Any]) -> list[str]:
         ]
         for r in results["car"]
     ]
-    version = f" is {results['open3d']}" if results["open3d"] else " was not there"
+    version = f" is {results['open3d']}" if results["open3d"] else " was not installed"
     return [
         "## Hidden points, and Open3D's",
         HIDDEN.format(version=version),
@@ -123,17 +125,21 @@ def _precision(results: dict[str, Any]) -> list[str]:
             [method, f"{100 * float(share):.0f} %", str(len(values)), mean_and_interval(list(values.values()), 3), gain]
         )
         if method != "DR.CPO" and len(gains) >= 5:
-            verdicts.append(f"- {100 * float(share):.0f} % of the frames: DR.CPO is {_verdict(gains)} {method}.")
+            verdicts.append(
+                f"- {100 * float(share):.0f} % of the frames: DR.CPO {_verdict(gains)} {OTHERS.get(method, method)}."
+            )
     header = ["augmentation", "frames with labels", "seeds", "average precision", "DR.CPO minus it"]
     stored = len(results.get("precision", {}))
-    left = f"{stored} of the study's 60 trainings are stored (five seeds, 10, 30 and 100 % of the frames, four augmentations)."
+    left = (
+        f"{stored} of the study's 60 runs are stored (five seeds, 10, 30 and 100 % of the frames, four augmentations)."
+    )
     if stored < 60:
-        left += " Where fewer than five seeds have run nothing is claimed; `python benchmarks/point_cloud.py precision` goes on where it was stopped."
+        left += " With fewer than five seeds nothing is claimed; `python benchmarks/point_cloud.py precision` continues the study."
     return ["## Average precision", PRECISION, markdown_table(header, rows), "\n".join(verdicts), left]
 
 
 def _verdict(gains: list[float]) -> str:
     mean, half = statistics.fmean(gains), half_width(gains)
     if abs(mean) <= half:
-        return "neither shown to be above nor below"
-    return "above" if mean > 0 else "**below**"
+        return "does not differ significantly from"
+    return "is better than" if mean > 0 else "is **worse** than"

@@ -1,4 +1,4 @@
-"""Average precision of the example's network, by augmentation, share of the labelled frames and seed."""
+"""Average precision of the example's network, by augmentation, fraction of labelled frames and seed."""
 
 import os
 import re
@@ -13,7 +13,7 @@ SHARES = ("0.1", "0.3", "1.0")
 
 
 def run(seeds: int, load: Callable[[], dict], keep: Callable[[str, object], None]) -> None:
-    """Train what is not stored yet, the smallest share first, each seed in one run of the example's own script."""
+    """Run missing cases, the smallest fraction first, each seed in one run of the example's script."""
     for share in SHARES:
         for seed in range(seeds):
             found = load().get("precision", {})
@@ -22,7 +22,7 @@ def run(seeds: int, load: Callable[[], dict], keep: Callable[[str, object], None
                 settings = {"EXAMPLE_SEED": str(seed), "EXAMPLE_SHARE": share, "EXAMPLE_METHODS": ",".join(missing)}
                 for method, value in _trained(settings):
                     found[f"{share}/{method}/{seed}"] = value
-                    keep("precision", found)  # each as it comes, so that a stopped run goes on from here
+                    keep("precision", found)  # immediately, so that an interrupted run can resume
                     print(share, method, seed, value, flush=True)
 
 

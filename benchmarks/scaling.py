@@ -1,11 +1,11 @@
-"""Bytes that the callbacks exchange and the time they take over 1, 2, 4 and 8 processes, against the count on paper.
+"""Bytes exchanged by the callbacks and their time on 1, 2, 4 and 8 processes, compared with the count on paper.
 
     python benchmarks/scaling.py              # measures what docs/benchmarks/scaling.json lacks, and shows the page
     python benchmarks/scaling.py --again      # measures everything
     python benchmarks/scaling.py --page docs/benchmarks/scaling.md      # only writes the page of what is stored
 
-Counted is what the kernel says was received over the TCP connections of a process (gloo's, on one machine), between the
-starts of two steps, less what the same training without the callback receives.
+The counted bytes are those received over the TCP connections of a process according to the kernel (gloo's, on one
+machine), between the starts of two steps, minus those of the same training without the callback.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from _scaling_page import page
 STORE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "scaling.json"
 LINKED = STORE.with_name("two_machines.json")
 PROCESSES = (1, 2, 4, 8)
-WARM_UP = 3  # DDP arranges its buckets anew in the second step
+WARM_UP = 3  # DDP rebuilds its buckets in the second step
 RECEIVED = 128  # `tcpi_bytes_received` in Linux's `struct tcp_info`
 REPEATS = 20
 
 
 class Module(LightningModule):
-    """Trains the layers; a mean square is all it wants."""
+    """Trains the layers with a mean square loss."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -75,16 +75,16 @@ def received() -> int:
                 if copy.type != socket.SOCK_STREAM or copy.family not in {socket.AF_INET, socket.AF_INET6}:
                     continue
                 info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except OSError:  # closed meanwhile, or none that listens
+        except OSError:  # closed meanwhile, or not connected
             continue
         total += struct.unpack_from("Q", info, RECEIVED)[0]
     return total
 
 
 class Counts(Callback):
-    """Counts before steps, when all that belongs to the steps before has been waited for, and around other ends.
+    """Counts before steps, after all work of earlier steps has finished, and around the ends of epochs.
 
-    It stands in front of the callback that is measured.
+    It is placed before the measured callback.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class Counts(Callback):
 
 
 def train(size: Size, unit: Unit, callbacks: list[Callback], *, nodes: int = 1) -> dict[str, float]:
-    """Bytes that this process receives each time; seconds of the fastest step, and of the processor for a step."""
+    """Bytes received by this process per unit; seconds of the fastest step, and CPU seconds per step."""
     count = Counts()
     fit(size, [count, *callbacks], data_of(size), nodes=nodes, validates=unit == "validation")
     extra = count.bytes[-1] - count.bytes[WARM_UP - 1] if unit == "step" else None
@@ -129,7 +129,7 @@ def train(size: Size, unit: Unit, callbacks: list[Callback], *, nodes: int = 1) 
 
 
 def fit(size: Size, callbacks: list[Callback], data: Any, *, nodes: int = 1, validates: bool = False) -> Module:
-    """A training, with validation if it ``validates``."""
+    """A training run, with validation if it ``validates``."""
     torch.manual_seed(0)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
@@ -149,7 +149,7 @@ def fit(size: Size, callbacks: list[Callback], data: Any, *, nodes: int = 1, val
 
 
 def plain_exchanges(processes: int) -> dict[str, float]:
-    """Bytes that a process receives for an exchange without any callback."""
+    """Bytes received by a process for an exchange without a callback."""
     found = {}
     for name, (kind, items) in PLAIN.items():
         own, at = torch.zeros(items), []
@@ -205,11 +205,11 @@ def work(rank: int, processes: int, folder: str) -> None:
         Path(folder, "found.json").write_text(json.dumps({"about": about, "plain": plain, "measured": found}))
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # the interpreter's own end may meet a thread of gloo
+    os._exit(0)  # interpreter shutdown may collide with a gloo thread
 
 
 def run(processes: list[int], again: bool) -> None:
-    """Measure what is not stored yet; each number of processes is stored when it is done."""
+    """Measure missing cases; results are stored after each number of processes."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["lightning.pytorch", "lightning_plugins.callbacks"]
     )

@@ -1,8 +1,8 @@
-"""The sinusoid table: how well networks adapt to a sinusoid from 5, 10 and 20 samples.
+"""The sinusoid table: adaptation of networks to a sinusoid from 5, 10 and 20 samples.
 
-Every cell is one meta-training, whose seed chooses the initial network and the training tasks, and a measurement on
-600 other tasks, the same for all seeds. It is kept as a JSON file, so that an interrupted run goes on where it was. The
-table is made from these files: where a method has several seeds, its interval is over them, else over test tasks.
+Every cell is one meta-training run, whose seed determines the initial network and the training tasks, evaluated on 600
+other tasks, the same for all seeds. It is stored as a JSON file, so that an interrupted study can be continued. The
+table is made from these files: if a method has several seeds, its interval is over them, otherwise over test tasks.
 
     python benchmarks/sinusoid.py                                         # all cells of five seeds, on two cores
     python benchmarks/sinusoid.py --methods MAML GAP --shots 5            # some
@@ -32,7 +32,7 @@ from lightning_plugins.meta import GAP, ApproximateGAP, Identity, InnerLoop, Met
 
 ITERATIONS = 10_000
 TASKS, QUERIES = 25, 15  # in one outer step; queries of one task
-RATE, GAINS_RATE = 4e-3, 2e-2  # of Adam, for the network and for what the preconditioner learns; both go to 0 by cosine
+RATE, GAINS_RATE = 4e-3, 2e-2  # Adam's learning rates of the network and the preconditioner, with cosine decay to 0
 CLIP = 2.0  # norm of the outer gradient
 INNER_RATE = 0.01
 RATES_RATE = 1e-3  # of Adam, for learned inner rates, which start at the inner rate
@@ -48,7 +48,7 @@ PUBLISHED = {
 
 
 def preconditioner(method: str, shots: int) -> Preconditioner:
-    """A linear layer's gradient has the rank of the number of samples at most."""
+    """A linear layer's gradient has at most the rank of the number of samples."""
     made: dict[str, Preconditioner] = {
         "MAML": Identity(),
         "MAML, learned rates": Identity(),  # one per adapted tensor
@@ -70,7 +70,7 @@ def network() -> nn.Sequential:
 
 
 def train(loop: InnerLoop, shots: int, iterations: int, seed: int, clip: float, say: str) -> list[float]:
-    """Train the loop's parameters over tasks; returns the norms that the outer gradient had before it was clipped."""
+    """Train the loop's parameters over tasks; returns the norms of the outer gradient before clipping."""
     tasks, generator = Sinusoid(shots, QUERIES), torch.Generator().manual_seed(seed)
     groups: list[dict[str, Any]] = [{"params": list(loop.model.parameters()), "lr": RATE}]
     if learned := list(loop.preconditioner.parameters()):
@@ -103,7 +103,7 @@ def curve(loop: InnerLoop, shots: int, seed: int) -> list[tuple[float, float]]:
 
 
 def run_cell(cell: tuple[str, str, int, int], *, folder: Path, iterations: int, clip: float) -> None:
-    """Train and measure, unless that has been done with the same settings."""
+    """Train and evaluate, unless already done with the same settings."""
     setting, method, shots, seed = cell
     name = f"{setting}_{method}_{shots}" + (f"_seed_{seed}" if seed else "")
     path = folder / f"{name}.json".replace(", ", "_").replace(" ", "_").lower()

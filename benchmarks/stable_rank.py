@@ -1,8 +1,8 @@
-"""Time that penalties on all weights of a network add to a training step, and the error of their gradients.
+"""Overhead of penalties on all weights of a network in a training step, and the error of their gradients.
 
-In one training of a ResNet-18 every form of `StableRankRegularization` runs at every step, one after the other, beside
-the gradient from a full singular value decomposition of each weight. So drift of the machine's speed falls on all
-alike, and weights change as they do at a usual learning rate. Times are those of the processor (of the clock on a GPU).
+In one training run of a ResNet-18 every form of `StableRankRegularization` runs at every step, one after the other,
+together with the gradient from a full singular value decomposition of each weight. Drift of the machine's speed thus
+affects all equally, and weights change as with a usual learning rate. Times are CPU times (wall-clock times on a GPU).
 
     python benchmarks/stable_rank.py                   # ResNet-18, 32 x 3 x 224 x 224, one thread
     python benchmarks/stable_rank.py --device cuda     # ResNet-50, 256 x 3 x 224 x 224, bf16-mixed
@@ -63,7 +63,7 @@ class Repeats:
 
 
 class Timed(StableRankRegularization):
-    """Times itself, and compares what it adds with the exact gradient in float64."""
+    """Times itself, and compares its gradient with the exact one in float64."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -106,7 +106,7 @@ class Decomposes(Callback):
 
 
 class TimesSteps(Callback):
-    """Times forward and backward; it stands first among the callbacks."""
+    """Times forward and backward; must be the first callback."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -1,9 +1,8 @@
-"""Time that each term and the alarm add to a training step, as a share of it.
+"""Overhead of each term and of the alarm in a training step.
 
 A term of representations is timed on the input of a ResNet-18's last layer (32 x 512), forward and backward; a term of
 weights on all weights of the network, as its callback adds it; the alarm as one measurement. All are interleaved in one
-process, so that drift of the machine's speed falls on all alike. Times are those of the processor (of the clock on a
-GPU).
+process, so that drift of the machine's speed affects all equally. Times are CPU times (wall-clock times on a GPU).
 
     python benchmarks/terms.py                   # ResNet-18, 32 x 3 x 224 x 224, one thread
     python benchmarks/terms.py --device cuda

@@ -1,11 +1,11 @@
-"""Time that masks on channels and thresholds on singular values add to a training step.
+"""Overhead of masks on channels and thresholds on singular values in a training step.
 
-One network is trained in every form in turn, step by step, so that drift of the machine's speed falls on all alike, and
-weights change between the steps of a form. A step is a forward and a backward pass, and the gradient of the soft ranks
-with respect to scores and thresholds, as a penalty in a loop of one's own takes it; `hybrid_compression.py` takes the
-step of the callbacks. Times are those of the processor (of the clock on a
-GPU). Steps stand at one of four places in the periods of their form's decompositions; of those at one place the least
-disturbed counts, since a busy machine only ever adds to a time, and a form's time is the mean over the places.
+One network is trained in all forms interleaved, step by step, so that drift of the machine's speed affects all equally,
+and weights change between the steps of a form. A step is a forward and a backward pass, and the gradient of the soft
+ranks with respect to scores and thresholds, as for a penalty in a custom loop; `hybrid_compression.py` measures the
+step of the callbacks. Times are CPU times (wall-clock times on a GPU). Steps have one of four positions in the period
+of their form's decompositions; for each position the minimum is used, since other load only adds to a time, and a
+form's time is the mean over the positions.
 
     python benchmarks/thresholds.py                    # ResNet-18, 32 x 3 x 224 x 224, one thread
     python benchmarks/thresholds.py --batch 4          # a trial run; the shares are those of small batches, too high
@@ -74,7 +74,7 @@ def step(net: nn.Module, images: Tensor, labels: Tensor, now: Callable[[], float
 
 
 def end_of_training(every: int, seed: int, rate: float) -> tuple[Tensor, float, int, float]:
-    """Where 200 steps of a low-rank regression end: weight, threshold, rank and loss."""
+    """Result of 200 steps of a low-rank regression: weight, threshold, rank and loss."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(24, 16, bias=False)).double()
     images, left, right = (torch.randn(n, 24, dtype=torch.float64) for n in (64, 3, 3))

@@ -1,4 +1,4 @@
-"""Two machines in the small: two network namespaces, joined by a link of a limited rate, a Trainer of `num_nodes=2`.
+"""Two emulated machines: two network namespaces joined by a link of limited rate, with a Trainer of `num_nodes=2`.
 
     python benchmarks/two_machines.py                    # measures, for the page of `scaling.py`; needs root and `ip`
     python benchmarks/two_machines.py --without-link     # the same training on the loopback, which needs neither

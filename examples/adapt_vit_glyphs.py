@@ -1,18 +1,18 @@
 # %% [markdown]
 # # Adapting a vision transformer to characters it has never seen
 #
-# A small vision transformer is to tell five unknown characters apart from five examples of each. MAML learns over many
-# such tasks from which weights a few steps of gradient descent suffice. Its gradient goes through these steps, a second
-# derivative, which the fused kernels of attention do not have: in inner steps the attention is computed in elementary
-# operations, without a setting of yours.
+# A small vision transformer must distinguish five unknown characters from five examples of each. Across many such tasks
+# MAML learns initial weights from which a few gradient steps suffice. Its gradient passes through these steps, which
+# needs second derivatives that fused attention kernels do not have: inner steps therefore compute attention with
+# elementary operations, automatically.
 #
-# Three trainings with the same budget: all weights adapt; only low-rank adapters do, and the rest of the network learns
-# from task to task; and all weights adapt with the gradient preconditioned by GAP.
+# Three runs with the same budget: all weights adapt; only low-rank adapters do, while the rest of the network learns
+# across tasks; and all weights adapt with the gradient preconditioned by GAP.
 #
-# The characters are those of the fonts that come with matplotlib: nothing is downloaded.
+# The characters come from the fonts shipped with matplotlib: nothing is downloaded.
 #
-# **Claim**: with `layers="*adapter"` nothing but the adapters moves in inner steps, and yet every weight learns from
-# task to task. The accuracies are printed, without and with adaptation; so short a training does not tell their order.
+# **Claim**: with `layers="*adapter"` only the adapters change in inner steps, and yet every weight learns across tasks.
+# The accuracies are printed, without and with adaptation; such short training does not rank the methods.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,plots]'
@@ -53,8 +53,8 @@ def show(figure, name):
 # %% [markdown]
 # ## The network
 #
-# Sixteen patches of 7 x 7 pixels, two blocks of attention. A layer with an adapter adds a product of two thin matrices
-# to its output; the second one starts at zero. (With `peft` the layers are those that `get_peft_model` makes.)
+# Sixteen patches of 7 x 7 pixels, two attention blocks. A layer with an adapter adds the output of a product of two
+# thin matrices; the second one starts at zero. (With `peft` the layers are those created by `get_peft_model`.)
 
 
 # %%
@@ -97,9 +97,10 @@ class SmallViT(nn.Module):
 
 
 # %% [markdown]
-# ## The tasks and the trainings
+# ## Tasks and training
 #
-# `layers` says what adapts. All that requires a gradient learns over tasks, whether it adapts or not.
+# `layers` selects the layers to adapt. Everything that requires a gradient learns across tasks, whether it adapts or
+# not.
 
 # %%
 data = EpisodicDataModule(
@@ -148,9 +149,9 @@ for name, settings in METHODS.items():
           f" {100 * accuracies[0]:.1f} %, after five {100 * accuracies[1]:.1f} %")  # fmt: skip
 
 # %% [markdown]
-# ## What a step brings
+# ## The effect of each step
 #
-# The accuracy on the query samples after every inner step, over test tasks; the trainings took three.
+# The accuracy on the query samples after every inner step, over test tasks; training used three.
 
 
 # %%
@@ -171,7 +172,7 @@ show(adaptation_figure(curves, ylabel="accuracy", trained_steps=3, title="Five c
 # %% [markdown]
 # ## The claim
 #
-# The gradient of the query loss reaches weights that do not adapt, too.
+# The gradient of the query loss also reaches weights that do not adapt.
 
 # %%
 model, start = models["adapters"], starts["adapters"]

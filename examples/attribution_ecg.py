@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Does the explanation point at the beat?
 #
-# A small network learns to find premature ventricular beats in an electrocardiogram. The places of these beats are
-# known, so attribution maps can be scored: do they lie where the beat is, and does the network change its mind when
-# what they name is taken away?
+# A small network learns to detect premature ventricular beats in an electrocardiogram. The positions of these beats are
+# known, so attribution maps can be scored: do they coincide with the beat, and does the prediction change when the
+# attributed parts are removed?
 #
-# **Claim**: maps of Grad-CAM overlap with the beat at least one and a half times as much as random maps, and guided
-# Grad-CAM puts at least one and a half times as much of its attribution there. Plain gradients need not be better than
-# random.
+# **Claim**: Grad-CAM maps overlap with the beat at least one and a half times as much as random maps, and guided
+# Grad-CAM places at least one and a half times as much of its attribution there. Plain gradients need not be better
+# than random.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,plots,attribution]'
@@ -48,9 +48,9 @@ def show(figure, name):
 # %% [markdown]
 # ## The data
 #
-# Each window comes with its class, 1 where a premature ventricular beat is in it, and the mask of these beats' spans:
-# from the middle between the R peaks before to the middle behind. The generated signals are sums of Gaussians, one for
-# each wave; in an abnormal beat the P wave is missing, the QRS complex wide and the T wave upside down.
+# Each window has its class, 1 if it contains a premature ventricular beat, and the mask of these beats' spans, bounded
+# by the midpoints between neighbouring R peaks. The generated signals are sums of Gaussians, one per wave; in an
+# abnormal beat the P wave is missing, the QRS complex is wide and the T wave inverted.
 
 # %%
 seed_everything(0, verbose=False)
@@ -65,8 +65,8 @@ print(f"{len(train.labels)} windows to learn from, {float(train.labels.float().m
 # %% [markdown]
 # ## The network
 #
-# Every ReLU is a module of its own: methods that put hooks on them, such as guided backpropagation, need that, and the
-# callback refuses a network where it is not so.
+# Every ReLU is a separate module: methods that register hooks on them, such as guided backpropagation, need this, and
+# the callback raises an error otherwise.
 
 
 # %%
@@ -103,8 +103,8 @@ trainer.fit(model, DataLoader(TensorDataset(*train), batch_size=32, shuffle=True
 # %% [markdown]
 # ## One callback, six methods
 #
-# They explain the windows of class 1 that the network is sure of. `mask=2` says that the truth is the third part of a
-# batch.
+# They explain the windows of class 1 that the network classifies confidently. `mask=2` says that the ground truth is
+# the third entry of a batch.
 
 # %%
 metrics = {
@@ -143,8 +143,8 @@ for method, row in report.scores.items():
 # %% [markdown]
 # ## Curves
 #
-# Solid: the most relevant windows of 16 samples go first, the probability should fall at once. Dashed: the least
-# relevant ones first, it should stay.
+# Solid: the most relevant windows of 16 samples are replaced first, and the probability should fall immediately.
+# Dashed: the least relevant ones first, and it should stay high.
 
 # %%
 curves = {

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Which tile of the mosaic?
 #
-# Digits are pasted on a two by two mosaic: one tile is a 3 or an 8, the three others are digits that never matter. The
-# network must say 3 or 8; its explanation should point at that tile, and only at it.
+# Digits are pasted into a two by two mosaic: one tile is a 3 or an 8, the three others are irrelevant digits. The
+# network must classify 3 or 8; its explanation should point only at that tile.
 #
-# **Claim**: gradient methods, Grad-CAM among them, put more of their attribution on the right tile than a random map's
-# quarter.
+# **Claim**: gradient methods, including Grad-CAM, place more of their attribution on the correct tile than a random
+# map's quarter.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,plots,attribution]' scikit-learn

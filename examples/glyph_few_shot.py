@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Few-shot classification with learned preconditioners
 #
-# From one example of each of five characters it has never seen, a network is to tell 75 further ones apart. MAML learns
-# weights from which a few steps of gradient descent suffice. Meta-SGD, GAP and approximate GAP learn besides what to do
-# to the gradient of these steps. All four train here on the same tasks with the same number of steps.
+# Given one example of each of five unseen characters, a network must classify 75 further ones. MAML learns initial
+# weights from which a few gradient steps suffice. Meta-SGD, GAP and approximate GAP additionally learn how to
+# precondition the gradient of these steps. All four train on the same tasks with the same number of steps.
 #
-# The characters are those of the fonts that come with matplotlib: nothing is downloaded.
+# The characters come from the fonts shipped with matplotlib: nothing is downloaded.
 #
-# **Claim**: every method gives more than 60 % of right answers on the test characters, where chance gives 20 %. Which
-# of them is ahead takes a longer training to tell: see the page on few-shot glyphs among the benchmarks.
+# **Claim**: every method classifies more than 60 % of the test characters correctly (chance level: 20 %). Ranking the
+# methods needs longer training: see the benchmark page on few-shot glyphs.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,plots]'
@@ -73,7 +73,7 @@ print(tuple(support_x.shape), tuple(query_x.shape))  # tasks, samples, channels,
 # %% [markdown]
 # ## The network
 #
-# Four convolutions. Their norms use the statistics of the batch at hand: an inner loop has no running ones.
+# Four convolutions. Their norms use the statistics of the current batch: an inner loop has no running ones.
 
 
 # %%
@@ -87,8 +87,8 @@ def conv4(channels: int = 32) -> nn.Module:
 # %% [markdown]
 # ## Two LightningModules
 #
-# The mixins bring the steps of training, validation, test and prediction, and Adam with two learning rates: one for the
-# weights, one for what the preconditioner learns. `linear=True` gives gains to the last layer, too.
+# The mixins implement the training, validation, test and prediction steps, and Adam with two learning rates: one for
+# the weights, one for the preconditioner. `linear=True` adds gains to the last layer.
 
 # %%
 settings = {"inner_steps": 3, "evaluation_steps": 5, "inner_learning_rate": 0.1}
@@ -134,7 +134,7 @@ for name, result in results.items():
     print(f"{name:16} {100 * result['test/accuracy']:5.1f} ± {100 * result['test/interval']:.1f} %")
 
 # %% [markdown]
-# ## What a step brings
+# ## The effect of each step
 #
 # The accuracy on the query samples after every inner step, over test tasks.
 
@@ -156,7 +156,7 @@ figure = adaptation_figure(curves, ylabel="accuracy", trained_steps=3, title="Fi
 show(figure, "glyph_few_shot")
 
 # %% [markdown]
-# ## What was learned
+# ## The learned gains
 #
 # A gain multiplies a singular value of a layer's gradient; all started at 1, the dashed line.
 

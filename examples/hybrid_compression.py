@@ -1,13 +1,12 @@
 # %% [markdown]
 # # Filters and ranks under one budget
 #
-# One callback takes a network to a share of its operations: masks on channels and thresholds on singular values are
-# learned while it trains, closed channels are removed, layers of low rank are split in two, and the small network is
-# fine-tuned, all within one `trainer.fit`. Here three networks of timm are made smaller on the digits of
-# scikit-learn: a small ResNet, a MobileNet and a vision transformer. `Classifier` is an ordinary `LightningModule`
-# that knows nothing of it.
+# One callback compresses a network to a fraction of its FLOPs: masks on channels and thresholds on singular values are
+# learned during training, closed channels are removed, low-rank layers are split in two, and the small network is
+# fine-tuned, all within one `trainer.fit`. Here three timm networks are compressed on the digits of scikit-learn: a
+# small ResNet, a MobileNet and a vision transformer. `Classifier` is an ordinary, unmodified `LightningModule`.
 #
-# **Claim**: at 0.4 of the operations the ResNet is within three points of the dense one.
+# **Claim**: at 0.4 of the FLOPs the ResNet is within three points of the dense one.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,plots,pruning,timm]' scikit-learn
@@ -52,9 +51,8 @@ def show(figure, name):
 
 # %% [markdown]
 # ## An ordinary module, and its data
-#
-# A small network of timm, and the 1797 digits that come with scikit-learn, enlarged; the last fifth is for validation.
-# Neither knows of this package.
+# A small timm network, and the 1797 digits shipped with scikit-learn, enlarged; the last fifth is for validation.
+# Neither depends on this package.
 
 
 # %%
@@ -147,8 +145,8 @@ def compare(name: str, build, methods: tuple[str, ...] = tuple(METHODS)):
 # %% [markdown]
 # ## A ResNet
 #
-# Look at both axes: filters save time at once. Thin layers save operations, and in a network of so few channels hardly
-# any time, since calls and memory take it and not arithmetic; wide layers on larger images do better (see the card).
+# Look at both axes: removing filters saves time directly. Thin layers save FLOPs, but hardly any time in a network with
+# so few channels, where kernel launches and memory dominate; wide layers on larger images do better (see the card).
 
 # %%
 resnet, figure = compare("ResNet", Classifier)
@@ -158,7 +156,8 @@ show(figure, "hybrid_compression_resnet")
 # %% [markdown]
 # ## A MobileNet
 #
-# Its depthwise convolutions share their channels with the pointwise ones beside them, and leave with them.
+# Its depthwise convolutions share their channels with the neighbouring pointwise ones, and are pruned together with
+# them.
 
 
 # %%
@@ -173,8 +172,7 @@ show(figure, "hybrid_compression_mobilenet")
 # %% [markdown]
 # ## A vision transformer
 #
-# Heads of the attention and hidden units of the perceptrons are removed as units; the residual stream stays whole, and
-# ranks do the rest.
+# Attention heads and hidden units of the MLPs are removed; the residual stream is not pruned, and ranks do the rest.
 
 
 # %%
@@ -189,8 +187,8 @@ show(figure, "hybrid_compression_vit")
 # %% [markdown]
 # ## The small network
 #
-# It is made of plain layers. The report says what is left of every layer; `restore_structure` gives a fresh network
-# the structure that a state dict was saved with, so nothing but the weights needs to be kept.
+# It consists of plain layers. The report shows what is left of every layer; `restore_structure` gives a fresh network
+# the structure of a state dict, so only the weights need to be saved.
 
 # %%
 callback = METHODS["hybrid"](BUDGETS[-1])

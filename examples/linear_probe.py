@@ -1,9 +1,9 @@
 # %% [markdown]
 # # What do the layers of a network know?
 #
-# A small convolutional network learns to tell the digits apart. `LayerProbe` asks at every validation how well two
-# things can be read from each of its layers by a linear map: the digit, and how much ink there is in an image. Nothing
-# is trained for it, and the training is the same to the last bit.
+# A small convolutional network learns to classify digits. At every validation `LayerProbe` measures how well a linear
+# map can predict two properties from each of its layers: the digit, and the amount of ink in an image. No probe is
+# trained, and the training is bit-identical to one without the callback.
 #
 # **Claim**: the digit becomes linearly readable with depth, and the ink, which the task does not need, becomes less so.
 
@@ -76,9 +76,8 @@ train, held_out = torch.utils.data.random_split(data, [0.7, 0.3], torch.Generato
 # %% [markdown]
 # ## The lines to add
 #
-# `targets` and `groups` are positions in the batch, or functions of it. A layer's feature map gives one row per image,
-# its mean over places. The control is the same network at the weights that the training
-# began with.
+# `targets` and `groups` are indices into the batch, or functions of it. A layer's feature map gives one row per image,
+# its mean over positions. The control is the same network with its initial weights.
 
 
 # %%
@@ -99,9 +98,9 @@ trainer = Trainer(max_steps=STEPS, max_epochs=8, callbacks=[of_ink, of_digit], e
 trainer.fit(model, DataLoader(train, 64, shuffle=True), DataLoader(held_out, 128))
 
 # %% [markdown]
-# ## What was found
+# ## Results
 #
-# The same callbacks answer in a validation on its own.
+# The same callbacks also work in a separate validation.
 
 # %%
 trainer.validate(model, DataLoader(held_out, 128), verbose=False)

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # From a training loop to a smaller network
 #
-# One callback takes a network to the size you name: it trains, searches a rank for every layer, presses the weights
-# to these ranks, splits each layer into two thin ones, and fine-tunes, all within one `trainer.fit`. Here it is put
-# on a small ResNet and a small vision transformer of timm, on the digits of scikit-learn. `Classifier` is an ordinary
-# `LightningModule` that knows nothing of it.
+# One callback compresses a network to a given size: it trains, searches a rank for every layer, regularizes the weights
+# towards these ranks, splits each layer into two thin ones, and fine-tunes, all within one `trainer.fit`. Here it is
+# applied to a small ResNet and a small vision transformer from timm, on the digits of scikit-learn. `Classifier` is an
+# ordinary, unmodified `LightningModule`.
 #
 # **Claim**: with 80 % of the weights of its layers removed, the ResNet is within three points of the dense one.
 
@@ -53,9 +53,8 @@ def show(figure, name):
 
 # %% [markdown]
 # ## An ordinary module, and its data
-#
-# A small network of timm, and the 1797 digits that come with scikit-learn, enlarged; the last fifth is for validation.
-# Neither knows of this package.
+# A small timm network, and the 1797 digits shipped with scikit-learn, enlarged; the last fifth is for validation.
+# Neither depends on this package.
 
 
 # %%
@@ -93,8 +92,8 @@ some = val[:1][0]
 # %% [markdown]
 # ## The lines to add
 #
-# `budget` is the share of the layers' weights that may be left. The search raises what `score` returns; without it, it
-# lowers the loss of the module's own training step.
+# `budget` is the fraction of the layers' weights to keep. The search maximises `score`; without it, it minimises the
+# loss of the module's training step.
 
 
 # %%
@@ -175,8 +174,8 @@ show(draw(vit, "Vision transformer on the digits"), "low_rank_compression_vit")
 # %% [markdown]
 # ## The small network
 #
-# It is made of plain layers. `compression_report` counts and times it beside the dense one; `restore_structure` gives a
-# fresh network the structure that a state dict was saved with, so nothing but the weights needs to be kept.
+# It consists of plain layers. `compression_report` compares its size and latency with the dense one;
+# `restore_structure` gives a fresh network the structure of a state dict, so only the weights need to be saved.
 
 # %%
 model = fit(Classifier, bsr("net.layer*", BUDGETS[-1]))

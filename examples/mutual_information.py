@@ -1,16 +1,16 @@
 # %% [markdown]
 # # Mutual information of representations: three re-examinations
 #
-# Contrastive losses are lower bounds of the mutual information of two views. What do they say of a representation?
+# Contrastive losses are lower bounds on the mutual information of two views. What do they say about a representation?
 # Positive pairs are two images of the same class, so that the truth is bounded: `I(X; Y) <= H(C) = ln 10 = 2.303` nats.
 #
 # 1. **Small batches.** The loss cannot show more than its batch allows. Is the representation as poor as the loss?
 # 2. **Quality.** Does more mutual information mean a better representation?
-# 3. **InfoMin.** Should the views share as little as possible beside the class?
+# 3. **InfoMin.** Should the views share as little as possible besides the class?
 #
-# **Claim**: the loss of a batch of 16 stands near its ceiling of 1.97 nats, while a probe on the frozen representation
-# reads more than that of the class, 2.18 nats on unseen images. The critic, fitted to pairs of 500 images, shows less:
-# a lower bound can be loose. The tables of the two other parts are shown without a claim.
+# **Claim**: the loss for a batch of 16 is close to its limit of 1.97 nats, while a probe on the frozen representation
+# extracts more than that about the class, 2.18 nats on unseen images. The critic, fitted to pairs of 500 images, shows
+# less: a lower bound can be loose. The tables of the two other parts are shown without a claim.
 
 # %%
 # %pip install --quiet 'lightning-plugins[plots,information]' scikit-learn
@@ -62,8 +62,8 @@ def show(figure: Any, name: str) -> None:
 # %% [markdown]
 # ## Data
 #
-# Three sets of different images: the encoder learns from the first, the critic and the probe from the second, and the
-# third is for the estimates. Pairs that share an image never stand on two sides.
+# Three disjoint sets of images: the encoder learns from the first, the critic and the probe from the second, and the
+# third is for the estimates. Pairs that share an image are never in different sets.
 
 # %%
 digits = load_digits()
@@ -79,7 +79,7 @@ def pairs_of(part: int, count: int, seed: int = 0) -> torch.utils.data.DataLoade
 
 
 # %% [markdown]
-# ## An encoder, trained by InfoNCE
+# ## An encoder trained with InfoNCE
 #
 # `make_views` returns the two views of a batch; by default two images of the same class.
 
@@ -129,10 +129,10 @@ def accuracy(encoder: Callable[[Tensor], Tensor]) -> float:
 
 
 # %% [markdown]
-# ## 1. Small batches: the estimate, or the representation?
+# ## 1. Small batches: a limit of the estimate or of the representation?
 #
-# The loss's own number in the batch, its ceiling, and what the frozen representation shows to a critic that was fitted
-# afterwards, on other images, with 4000 candidates.
+# The bound of the loss in the batch, its upper limit, and the estimate of a critic fitted afterwards to the frozen
+# representation, on other images, with 4000 candidates.
 
 # %%
 BATCHES = [16, 64, 256]
@@ -165,9 +165,10 @@ show(
 # %% [markdown]
 # ## 2. More information, better representation?
 #
-# An invertible change of a representation leaves the mutual information alone, but not what a linear probe reads. The
-# last row scrambles the trained features by such a change: rotations, and between them one half moved by a sine of the
-# other. A critic that cannot undo it on unseen images reads less too: a lower bound is not the information.
+# An invertible map of a representation does not change the mutual information, but it changes the accuracy of a linear
+# probe. The last row scrambles the trained features by such a map: rotations, with one half shifted by a sine of the
+# other in between. A critic that cannot invert it on unseen images gives a lower estimate too: a lower bound is not the
+# information itself.
 
 
 # %%
@@ -200,8 +201,8 @@ for name, encoder in encoders.items():
 # %% [markdown]
 # ## 3. InfoMin: how much should the views share?
 #
-# Two noisy copies of an image share far more than the class; images of the same class share the class alone; with a
-# part of wrong partners they share less. Mutual information alone does not order them: it matters what is shared.
+# Two noisy copies of an image share far more than the class; images of the same class share only the class; with a
+# fraction of wrong partners they share less. Mutual information alone does not rank them: it matters what is shared.
 
 # %%
 VIEWS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -3,10 +3,10 @@
 #
 # A small network finds cars in generated scenes: a spinning sensor of 16 beams over a ground with cars, pedestrians,
 # walls and poles. Only a few frames have labels. It is trained without augmentation, with ground-truth sampling, with
-# PolarMix and with whole-body augmentation (DR.CPO), and scored by average precision on frames that it has not seen.
+# PolarMix and with whole-body augmentation (DR.CPO), and evaluated by average precision on unseen frames.
 #
-# What is compared is shown for one seed and is no claim: one training tells little.
-# `benchmarks/point_cloud.py precision` repeats it over seeds and shares of the frames.
+# The comparison is for one seed and no claim is made: a single run is not conclusive. `benchmarks/point_cloud.py
+# precision` repeats it over seeds and fractions of labelled frames.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,pointcloud,plots]'
@@ -54,7 +54,7 @@ def show(figure, name):
 # %% [markdown]
 # ## Frames, a bank of objects, and the augmentations
 #
-# All are callables on frames; a bank holds the objects of the labelled frames only.
+# All are callables on frames; the bank holds only objects of the labelled frames.
 
 # %%
 scenes = RaycastScenes(FRAMES, SENSOR, seed=1, objects={"Car": 5, "Pedestrian": 3})
@@ -75,8 +75,8 @@ show(point_cloud_figure(labelled[0], augmented, title="A frame with inserted car
 # %% [markdown]
 # ## A bird's-eye grid network
 #
-# Each cell has the number of its points, their largest, smallest and mean height, and their mean reflectance; the
-# network says for each cell whether the centre of a car is in it.
+# Each cell has the number of its points, their maximum, minimum and mean height, and their mean reflectance; the
+# network predicts for each cell whether it contains the centre of a car.
 
 
 # %%
@@ -137,8 +137,8 @@ class GridDetector(LightningModule):
 # %% [markdown]
 # ## Average precision
 #
-# A detection is a cell that scores higher than its eight neighbours, right if it is a car's or beside it; each car
-# counts once.
+# A detection is a cell that scores higher than its eight neighbours, correct if it is a car's cell or adjacent to one;
+# each car counts once.
 
 
 # %%

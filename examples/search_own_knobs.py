@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Search this suite's own knobs
 #
-# What should the entropy of a representation be pressed to, at which layer, how strongly? Three knobs of
-# `VNERegularization` and a learning rate are searched by B2EA on few labelled digits, with early termination of
-# hopeless trainings.
+# Should the entropy of a representation be raised or lowered, at which layer, and how strongly? B2EA tunes three
+# parameters of `VNERegularization` and the learning rate on few labelled digits, with early termination of unpromising
+# runs.
 #
-# **Claim**: from ranges over three powers of ten, the search comes within a point of a learning rate that was tuned
-# without the term. It does not show that the term helps here: on these digits the learning rate is what matters.
+# **Claim**: from ranges over three powers of ten, the search result is within a point of a learning rate tuned without
+# the term. It does not show that the term helps here: on these digits the learning rate is what matters.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,search,plots,cli]'

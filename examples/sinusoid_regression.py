@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Adapt to a sinusoid from five samples
 #
-# Every task is a sinusoid of its own amplitude and phase. MAML learns initial weights from which a few gradient steps
-# on five samples find it. Meta-SGD learns besides a rate for every weight, approximate GAP one for every row of a
-# layer's gradient, and GAP one for each of its singular values, in their order.
+# Every task is a sinusoid with its own amplitude and phase. MAML learns initial weights from which a few gradient steps
+# on five samples fit it. Meta-SGD additionally learns a rate for every weight, approximate GAP one for every row of a
+# layer's gradient, and GAP one for each of its ordered singular values.
 #
-# All four train on the same tasks, with one inner step, and here in a plain loop: `InnerLoop` is an ordinary module.
+# All four train on the same tasks, with one inner step, in a plain loop: `InnerLoop` is an ordinary module.
 #
 # **Claim**: with the same training, GAP's error on 600 new tasks is below MAML's by more than both intervals, after ten
-# steps. The page on the sinusoids among the benchmarks has trainings with five inner steps, and more samples.
+# steps. The benchmark page on sinusoids has runs with five inner steps, and with more samples.
 
 # %%
 # %pip install --quiet 'lightning-plugins[plots]'
@@ -45,8 +45,8 @@ def show(figure, name):
 # %% [markdown]
 # ## The tasks and the methods
 #
-# `linear=True` gives gains to linear layers. The gradient of a layer that saw five samples has rank five at most:
-# knowing that makes the decomposition small.
+# `linear=True` adds gains to linear layers. The gradient of a layer applied to five samples has rank at most five,
+# which makes the decomposition small.
 
 # %%
 train_tasks, test_tasks = Sinusoid(SHOTS, queries=15), Sinusoid(SHOTS, queries=100)
@@ -60,8 +60,8 @@ METHODS = {
 # %% [markdown]
 # ## Training
 #
-# Two learning rates, both annealed. With more inner steps it is the clipping of the gradient over tasks that makes
-# these trainings work: now and then it is a million times its usual length, and Adam then hardly moves for long.
+# Two learning rates, both annealed. With more inner steps, clipping the outer gradient is essential: occasionally its
+# norm is a million times larger than usual, and Adam then hardly moves for a long time.
 
 
 # %%
@@ -88,10 +88,10 @@ def train(preconditioner: nn.Module) -> InnerLoop:
 loops = {name: train(preconditioner) for name, preconditioner in METHODS.items()}
 
 # %% [markdown]
-# ## What a step brings
+# ## The effect of each step
 #
-# The mean squared error on new tasks after every inner step, with more steps than in training. For Meta-SGD it is one
-# step only: the rates that it learned for one step are so large that the error grows without bound after it.
+# The mean squared error on new tasks after every inner step, with more steps than in training. For Meta-SGD only one
+# step is shown: the rates learned for one step are so large that the error diverges after it.
 
 
 # %%
@@ -111,10 +111,10 @@ figure = adaptation_figure(
 show(figure, "sinusoid_regression")
 
 # %% [markdown]
-# ## What was learned
+# ## The learned gains
 #
-# Gains of the second layer go with its gradient's singular values, largest first. Five samples give five of them. The
-# outer layers have one singular value, so that their gain is a learning rate.
+# The gains of the second layer correspond to its gradient's singular values, largest first, of which five samples give
+# five. The outer layers have one singular value, so their gain acts as a learning rate.
 
 # %%
 gains = {f"layer {number}": gain[:SHOTS] for number, gain in enumerate(loops["GAP"].preconditioner.gains().values(), 1)}

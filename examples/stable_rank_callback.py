@@ -1,12 +1,12 @@
 # %% [markdown]
-# # Train weights that can be cut down
+# Train weights that can be factorised
 #
-# `Classifier` is an ordinary `LightningModule`. One callback presses the weights of the network towards a quarter of
-# their rank while it trains, another watches their singular values. `factorize` then replaces each layer by two thin
-# ones, with no training after it.
+# `Classifier` is an ordinary `LightningModule`. One callback drives the weights of the network towards a quarter of
+# their rank during training, another monitors their singular values. `factorize` then replaces each layer by two thin
+# ones, without further training.
 #
-# **Claim**: with the penalty the factorised network is within two points of the one before; without it more than
-# twenty are lost.
+# **Claim**: with the penalty the factorised network is within two points of the original; without it more than twenty
+# points are lost.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,plots,timm]' scikit-learn
@@ -53,9 +53,8 @@ def show(figure, name):
 
 # %% [markdown]
 # ## An ordinary module, and its data
-#
-# A small network of timm, and the 1797 digits that come with scikit-learn, enlarged; the last fifth is for validation.
-# Neither knows of this package.
+# A small timm network, and the 1797 digits shipped with scikit-learn, enlarged; the last fifth is for validation.
+# Neither depends on this package.
 
 
 # %%
@@ -92,9 +91,9 @@ train, val = TensorDataset(images[:split], labels[:split]), TensorDataset(images
 # %% [markdown]
 # ## The lines to add
 #
-# The penalty is the modified stable rank: the sum of the singular values behind the rank, divided by that of those
-# before it. It does not depend on the scale of a weight, so weight decay stays on. Every fourth step carries it, four
-# times as strong.
+# The penalty is the modified stable rank: the sum of the singular values beyond the target rank, divided by that of the
+# leading ones. It does not depend on the scale of a weight, so weight decay stays on. It is applied in every fourth
+# step, four times as strong.
 
 
 # %%
@@ -125,7 +124,7 @@ with_penalty, monitor_with = fit(1.0)
 # %% [markdown]
 # ## What changed
 #
-# The singular values behind the rank are gone.
+# The singular values beyond the target rank have vanished.
 
 # %%
 last = {name: spectra[max(spectra)] for name, spectra in monitor_with.spectra.items()}

@@ -1,11 +1,11 @@
 # %% [markdown]
-# # Add the von Neumann entropy to a training you already have
+# Add the von Neumann entropy to an existing training
 #
-# `Classifier` is an ordinary `LightningModule`. It is not changed here: one callback raises the entropy of the
+# `Classifier` is an ordinary `LightningModule`. It is not modified: one callback raises the entropy of the
 # representation, another measures it.
 #
 # **Claim**: with `weight=0.1` the entropy of the validation features is at least 0.3 nats higher than without, and the
-# accuracy is within two points of what it was.
+# accuracy is within two points.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,plots,timm]' scikit-learn
@@ -47,9 +47,8 @@ def show(figure, name):
 
 # %% [markdown]
 # ## An ordinary module, and its data
-#
-# A small network of timm, and the 1797 digits that come with scikit-learn, enlarged; the last fifth is for validation.
-# Neither knows of this package.
+# A small timm network, and the 1797 digits shipped with scikit-learn, enlarged; the last fifth is for validation.
+# Neither depends on this package.
 
 
 # %%
@@ -85,8 +84,8 @@ train, val = TensorDataset(images[:split], labels[:split]), TensorDataset(images
 # %% [markdown]
 # ## The lines to add
 #
-# `layers` names the layer; `:input` takes what it receives, here the 96 features that the classifier sees. The monitor
-# works without the term too, and it stands alone in the first of the two runs.
+# `layers` selects the layer; `:input` its input, here the 96 features passed to the classifier. The monitor also works
+# without the term, as in the first of the two runs.
 
 
 # %%
@@ -110,14 +109,14 @@ with_vne, monitor_with = fit(0.1)
 # %% [markdown]
 # ## What changed
 #
-# The monitor has logged these, over the whole validation set and exact to rounding however it is cut into batches.
+# The monitor logged these values over the whole validation set; up to rounding they do not depend on the batches.
 
 # %%
 for name in sorted(without):
     print(f"{name:45} {without[name]:8.3f} without {with_vne[name]:8.3f} with")
 
 # %% [markdown]
-# The term lifts the small eigenvalues most: the smaller an eigenvalue, the steeper the entropy.
+# The term raises the small eigenvalues most: the smaller an eigenvalue, the steeper the entropy.
 
 # %%
 spectra = {
@@ -127,9 +126,10 @@ spectra = {
 show(spectrum_comparison_figure(spectra, title="Validation features"), "von_neumann_callback")
 
 # %% [markdown]
-# ## Images of your own
+# ## Your own images
 #
-# The same two callbacks on a folder with `train/<class>/*.png` and `val/<class>/*.png`: set `EXAMPLE_IMAGES` to it.
+# The same two callbacks on a folder with `train/<class>/*.png` and `val/<class>/*.png`: set `EXAMPLE_IMAGES` to its
+# path.
 
 # %%
 FOLDER = os.environ.get("EXAMPLE_IMAGES")

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # The same training from a YAML file
 #
-# Every argument of the callbacks, schedules included, can be written in the file of a `LightningCLI`. In a project of
-# your own the file is all that changes: `python main.py fit --config config.yaml`.
+# Every argument of the callbacks, including schedules, can be set in the file of a `LightningCLI`. In your own project
+# only the file changes: `python main.py fit --config config.yaml`.
 #
-# **Claim**: the file and the same callbacks written in Python train the same weights, bit for bit.
+# **Claim**: the file and the same callbacks in Python give bit-identical weights.
 
 # %%
 # %pip install --quiet 'lightning-plugins[lightning,cli,plots,timm]' scikit-learn
@@ -48,9 +48,8 @@ def show(figure, name):
 
 # %% [markdown]
 # ## An ordinary module, and its data
-#
-# A small network of timm, and the 1797 digits that come with scikit-learn, enlarged; the last fifth is for validation.
-# Neither knows of this package.
+# A small timm network, and the 1797 digits shipped with scikit-learn, enlarged; the last fifth is for validation.
+# Neither depends on this package.
 
 
 # %%
@@ -133,7 +132,7 @@ trainer:
 # %% [markdown]
 # ## From the file
 #
-# `args` stands for what would be typed after `python main.py`; what stands after `--config` overrides the file.
+# `args` are the arguments that would follow `python main.py`; arguments after `--config` override the file.
 
 # %%
 arguments = ["fit", f"--config={config}", f"--trainer.max_steps={STEPS}"]
@@ -165,7 +164,7 @@ for name, value in sorted(cli.trainer.callback_metrics.items()):
     print(f"{name:45} {value:8.3f} file {trainer.callback_metrics[name]:8.3f} Python")
 
 # %% [markdown]
-# The spectrum of the features of the last epoch, as both monitors saw it: one line lies on the other.
+# The spectrum of the features in the last epoch from both monitors: the lines coincide.
 
 # %%
 monitors = {"file": cli.trainer.callbacks, "Python": trainer.callbacks}

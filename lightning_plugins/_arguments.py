@@ -1,7 +1,7 @@
-"""Arguments held against the annotations of what they were given to, for functions that no training step calls.
+"""Checks of arguments against annotations, for functions that are not called in training steps.
 
-A function calls `check_arguments` in its first line, so that its signature, its documentation and its examples stay its
-own. What is called at every step, or compiled, or vectorised, checks its arguments by name instead.
+A function calls `check_arguments` in its first line, so that its signature and documentation are unchanged. Functions
+that are called at every step, compiled, or vectorised check their arguments explicitly instead.
 """
 
 import inspect
@@ -18,14 +18,14 @@ from torch import Tensor
 from lightning_plugins._checks import check_choice, check_int, shown
 from lightning_plugins.functional.tensors import check_tensor
 
-_UNKNOWN = (str, ForwardRef)  # what an annotation is that names something imported for type checkers alone
+_UNKNOWN = (str, ForwardRef)  # stands for a name that is imported only for type checkers
 
 _WORDS: dict[Any, str] = {int: "an int", float: "a number", str: "a string", bool: "True or False", Tensor: "a tensor"}
-_CALLS = ("__call__", "__getitem__", "__iter__", "__len__")  # what a protocol asks for, beside public names
+_CALLS = ("__call__", "__getitem__", "__iter__", "__len__")  # members of a protocol that count besides public names
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse arguments that are not what a function's annotations say.
+    """Raise an error for arguments that do not match a function's annotations.
 
     Args:
         function: The function, or the ``__init__`` of a class.
@@ -55,7 +55,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
 
 
 def check_index(name: str, number: int, length: int) -> None:
-    """Refuse what is no place in a data set.
+    """Raise an error for an invalid index into a data set.
 
     Raises:
         IndexError: If it is out of range, which also ends a loop over the data set.
@@ -65,14 +65,14 @@ def check_index(name: str, number: int, length: int) -> None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Tell whether a value is what an annotation says, entries of collections included.
+    """Tell whether a value matches an annotation, including the entries of collections.
 
     Args:
         value: The value.
         kind: The annotation.
 
     Returns:
-        Whether it is. Numbers of NumPy's are numbers, a bool is none; vectors are sequences of numbers.
+        Whether it does. NumPy numbers are numbers, bools are not; vectors are sequences of numbers.
 
     Example:
         >>> fits([1, 2.5], Sequence[float]), fits("ab", Sequence[str]), fits(True, int)
@@ -108,7 +108,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _holds(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
-    """Tell whether a value is a collection of such entries."""
+    """Tell whether a value is a collection with such entries."""
     if kind is Sequence and inner[0] in {int, float} and getattr(value, "ndim", None) == 1:
         return isinstance(value, Tensor) or all(fits(one, inner[0]) for one in value.tolist())
     if isinstance(value, str | bytes) or not isinstance(value, (list, tuple) if kind in {list, tuple} else kind):
@@ -127,7 +127,7 @@ def _holds(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
 
 
 def _misfit(name: str, value: Any, kind: Any) -> tuple[str, Any, Any]:
-    """The place that does not fit: an entry, where the collection itself does."""
+    """The part that does not match: an entry if the collection itself matches."""
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(value, Mapping) and inspect.isclass(origin) and issubclass(origin, Mapping):
         for key, one in value.items():

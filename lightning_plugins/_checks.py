@@ -1,4 +1,4 @@
-"""Small checks of arguments: each returns the value it was given, or says what was wrong with it."""
+"""Argument checks: each returns the value, or raises an error that says what is wrong."""
 
 import difflib
 import math
@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import TypeVar
 
 _Value = TypeVar("_Value")
-_MOST = 2**63  # numbers beyond do not fit into a tensor
+_MOST = 2**63  # larger numbers do not fit into a tensor
 
 
 def check_finite_number(name: str, value: float) -> float:
@@ -21,7 +21,7 @@ def check_finite_number(name: str, value: float) -> float:
         ``value``; a number of NumPy's as an int or float.
 
     Raises:
-        TypeError: If ``value`` is not a number (a bool is none).
+        TypeError: If ``value`` is not a number (or is a bool).
         ValueError: If ``value`` is NaN, infinite, or an int beyond 64 bits.
     """
     if not is_number(value):
@@ -40,7 +40,7 @@ def is_number(value: object) -> bool:
 
 
 def plain_number(value: float) -> float:
-    """A number as Python's own int or float: NumPy's look different in a ``repr`` and in a checkpoint."""
+    """Convert to a Python int or float: NumPy numbers differ in a ``repr`` and in a checkpoint."""
     if type(value) is int or type(value) is float:
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -71,15 +71,15 @@ def check_bool(name: str, value: bool) -> bool:
 
 
 def check_text(name: str, value: str, what: str = "a string") -> str:
-    """Return ``value`` if it is a string; ``what`` it stands for is shown in the message."""
+    """Return ``value`` if it is a string; ``what`` describes it in the message."""
     return check_instance(name, value, str, what)
 
 
 def check_instance(name: str, value: _Value, kinds: type | tuple[type, ...], what: str) -> _Value:
-    """Return ``value`` if it is of one of the types; ``what`` they are to a user is shown in the message.
+    """Return ``value`` if it is of one of the types; ``what`` describes them in the message.
 
     Raises:
-        TypeError: If ``value`` is of no such type.
+        TypeError: If ``value`` is of another type.
 
     Example:
         >>> check_instance("costs", 3, dict, "a dict of costs by layer")
@@ -93,10 +93,10 @@ def check_instance(name: str, value: _Value, kinds: type | tuple[type, ...], wha
 
 
 def check_callable(name: str, value: _Value, what: str = "callable") -> _Value:
-    """Return ``value`` if it can be called; ``what`` it maps to what is shown in the message.
+    """Return ``value`` if it is callable; ``what`` describes it in the message.
 
     Raises:
-        TypeError: If ``value`` can't be called.
+        TypeError: If ``value`` is not callable.
     """
     if not callable(value):
         raise TypeError(f"`{name}` must be {what}, got {shown(value)}")
@@ -107,7 +107,7 @@ def check_int(name: str, value: int) -> int:
     """Return ``value``, such as a seed or a position, if it is an int.
 
     Raises:
-        TypeError: If ``value`` is not an int (a bool is not).
+        TypeError: If ``value`` is not an int (or is a bool).
         ValueError: If ``value`` is beyond 64 bits.
     """
     if isinstance(value, bool) or not isinstance(value, int | Integral):
@@ -161,7 +161,7 @@ def check_positive_int(name: str, value: int) -> int:
         ``value``; an int of NumPy's as Python's.
 
     Raises:
-        TypeError: If ``value`` is not an int (a bool is not).
+        TypeError: If ``value`` is not an int (or is a bool).
         ValueError: If ``value`` is less than 1.
 
     Example:
@@ -177,7 +177,7 @@ def check_non_negative_int(name: str, value: int) -> int:
     """Return ``value`` if it is an int of at least 0; an int of NumPy's as Python's.
 
     Raises:
-        TypeError: If ``value`` is not an int (a bool is not).
+        TypeError: If ``value`` is not an int (or is a bool).
         ValueError: If ``value`` is negative.
     """
     return _check_int_from(name, value, 0)
@@ -194,7 +194,7 @@ def check_positive_number(name: str, value: float) -> float:
         ``value``; a number of NumPy's as an int or float.
 
     Raises:
-        TypeError: If ``value`` is not a number (a bool is none).
+        TypeError: If ``value`` is not a number (or is a bool).
         ValueError: If ``value`` is not above 0, NaN or infinite.
 
     Example:
@@ -220,8 +220,9 @@ def check_fraction(name: str, value: float) -> float:
         ``value``; a number of NumPy's as an int or float.
 
     Raises:
-        TypeError: If ``value`` is not a number (a bool is none).
-        ValueError: If ``value`` is outside ``[0, 1]`` or NaN; a value that reads like percent is told so.
+        TypeError: If ``value`` is not a number (or is a bool).
+        ValueError: If ``value`` is outside ``[0, 1]`` or NaN; for what looks like a percentage the fraction is
+            suggested.
 
     Example:
         >>> check_fraction("until", 80)
@@ -253,7 +254,7 @@ def check_names(name: str, value: str | Iterable[str], choices: Iterable[str]) -
 
 
 def check_room(name: str, count: float) -> None:
-    """Refuse an argument that asks for a tensor of more numbers than any memory holds.
+    """Raise an error for an argument that would need an impossibly large tensor.
 
     Raises:
         ValueError: If ``count`` is more than ``2**40``.
@@ -263,15 +264,15 @@ def check_room(name: str, count: float) -> None:
 
 
 def nearest(value: str, choices: Iterable[str], *, limit: int = 3) -> list[str]:
-    """Return up to ``limit`` of ``choices`` that look like ``value``, nearest first, whatever the case.
+    """Return up to ``limit`` of ``choices`` similar to ``value``, closest first, ignoring case.
 
     Args:
-        value: What was asked for.
-        choices: What there is.
-        limit: The largest number of answers.
+        value: The requested name.
+        choices: The existing names.
+        limit: The maximum number of results.
 
     Returns:
-        The nearest choices; empty if none is near.
+        The closest choices; empty if none is close.
 
     Example:
         >>> nearest("Bacbone", ["head", "backbone"])
@@ -294,6 +295,6 @@ def _check_int_from(name: str, value: object, least: int) -> int:
 
 
 def shown(value: object) -> str:
-    """The value and its type, cut short: a whole tensor in a message hides the message."""
+    """The value and its type, truncated, so that a tensor does not hide the message."""
     text = " ".join(repr(value).split())  # on one line
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

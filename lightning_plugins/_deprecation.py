@@ -1,4 +1,4 @@
-"""Older names of arguments, which work for one version with a warning."""
+"""Deprecated argument names, which work for one more version with a warning."""
 
 import inspect
 import math
@@ -14,11 +14,11 @@ R = TypeVar("R")
 
 
 class Replaced(NamedTuple):
-    """A present name whose values differ from those of the older one.
+    """A new name whose values differ from those of the older one.
 
     Attributes:
-        name: The present name.
-        convert: Gives the present value for an older one.
+        name: The new name.
+        convert: Converts an older value to the new one.
     """
 
     name: str
@@ -26,16 +26,16 @@ class Replaced(NamedTuple):
 
 
 def share_left(removed: Any) -> Any:
-    """Convert the fraction that is removed to the share that is left.
+    """Convert the fraction removed to the fraction left.
 
-    The complement is that of the decimal digits: 0.1 for 0.9, where ``1 - 0.9`` is less and would exclude a network
-    that has exactly a tenth left.
+    The complement is computed in decimal: 0.1 for 0.9, where ``1 - 0.9`` is slightly less and would exclude a network
+    with exactly a tenth left.
 
     Args:
         removed: The fraction.
 
     Returns:
-        The share; anything but a finite number as it is, for the check of the argument to refuse.
+        The fraction; anything but a finite number unchanged, to be rejected by the argument check.
 
     Example:
         >>> share_left(0.9), share_left(0.3), share_left("half")
@@ -49,16 +49,17 @@ def share_left(removed: Any) -> Any:
 def renamed(
     *, listed: bool = False, positional: Sequence[str] = (), **names: str | Replaced
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a callable take arguments under older names, with a `FutureWarning` that gives the present one.
+    """Let a callable accept arguments under older names, with a `FutureWarning` that gives the new one.
 
     Args:
-        listed: Whether the signature shows the older names too, None by default, so that a command line and a
-            configuration file take them. The documentation of the callable has to explain them then.
-        positional: Names, older ones included, of arguments that were once taken by position behind those that are.
-        **names: The present names by the older ones.
+        listed: Whether the signature also shows the older names, with default None, so that command lines and
+            configuration files accept them. The callable must then document them.
+        positional: Names, older ones included, of arguments that used to be accepted by position after the current
+            ones.
+        **names: New names by older ones.
 
     Returns:
-        A decorator. The callable's signature shows the present names alone, unless they are listed.
+        A decorator. The callable's signature shows only the new names, unless ``listed``.
 
     Example:
         >>> @renamed(minimum="min_channels")
@@ -69,7 +70,7 @@ def renamed(
         ...     least(minimum=2)
         2
         >>> print(caught[0].message)
-        `minimum` has another name: pass `min_channels`. The older name works up to the next minor version
+        `minimum` was renamed: pass `min_channels`. The older name works up to the next minor version
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -84,7 +85,7 @@ def renamed(
             for old in [name for name in names if name in given]:
                 value = given.pop(old)
                 if value is not None or not listed:
-                    # A command line passes all arguments, those at their default too.
+                    # A command line passes all arguments, including defaults.
                     _take_older(old, names[old], value, given, signature if listed else None)
             first: Any = args[: len(args) - len(late)]
             return function(*first, **kwargs)
@@ -97,7 +98,7 @@ def renamed(
 
 
 def _take_by_position(function: str, names: Sequence[str], values: Sequence[Any], given: dict[str, Any]) -> None:
-    """Put values that came by position under their names."""
+    """Assign positional values to their names."""
     if len(values) > len(names):
         raise TypeError(f"{function}() takes {len(values) - len(names)} positional arguments more than there are")
     for name, value in zip(names, values, strict=False):
@@ -111,12 +112,12 @@ def _take_by_position(function: str, names: Sequence[str], values: Sequence[Any]
 def _take_older(
     old: str, new: str | Replaced, value: Any, given: dict[str, Any], defaults: inspect.Signature | None
 ) -> None:
-    """Put the value of an older name under the present one, which may stand there with its default already."""
+    """Move the value of an older name to the new one, which may already hold its default."""
     name, present = (new.name, new.convert(value)) if isinstance(new, Replaced) else (new, value)
     if name in given and (defaults is None or given[name] != defaults.parameters[name].default):
         raise TypeError(f"`{old}` is the older name of `{name}`; pass `{name}` alone, got both")
     shown = f"{name}={present!r}" if isinstance(new, Replaced) else name
-    text = f"`{old}` has another name: pass `{shown}`. The older name works up to the next minor version"
+    text = f"`{old}` was renamed: pass `{shown}`. The older name works up to the next minor version"
     warnings.warn(text, FutureWarning, stacklevel=3)
     given[name] = present
 

@@ -1,9 +1,9 @@
 """The Lightning package of this process: `lightning.pytorch` or `pytorch_lightning`.
 
-Both hold the same code under two names, with classes that do not know each other: a callback of the one is none for a
-Trainer of the other. This module decides once, when it is imported, and everything else takes Lightning's names from
-here. The package that the process has imported is taken; `lightning` where both have been, or neither. What comes from
-the package that was not taken is refused by name.
+Both packages contain the same code with unrelated classes: a callback of one is not recognised by a Trainer of the
+other. This module selects one when it is imported, and all other modules take Lightning's names from here. The package
+already imported in the process is used; `lightning` if both or neither have been. Objects of the other package are
+rejected with an error.
 """
 
 import sys
@@ -42,7 +42,7 @@ def _chosen() -> str:
     for name in _NAMES:
         if name in sys.modules:
             return name
-    for name in _NAMES:  # a folder of the name `lightning` is a package too, without what is looked for
+    for name in _NAMES:  # a folder named `lightning` is a namespace package without these names
         if find_spec(name.partition(".")[0]) is not None and find_spec(name) is not None:
             return name
     raise ImportError(
@@ -65,7 +65,7 @@ _FROM = {
 
 
 def other_package(kind: type) -> str | None:
-    """Tell whether a class descends from a LightningModule or Trainer of another package than the one taken.
+    """Find out whether a class derives from a LightningModule or Trainer of the package that is not used.
 
     Args:
         kind: A class.
@@ -82,7 +82,7 @@ def other_package(kind: type) -> str | None:
 
 
 def advice() -> str:
-    """Say what to do about classes of both packages in one process; follows a semicolon."""
+    """Advice for classes of both packages in one process; follows a semicolon."""
     other = next(name for name in _NAMES if name != PACKAGE)
     return (
         f"this process uses `{PACKAGE}`: change the imports to `import {PACKAGE} as pl`, for the module, the Trainer"

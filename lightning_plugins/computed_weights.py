@@ -1,4 +1,4 @@
-"""Weights that are not parameters but are computed from some, by parametrizations, norms or pruning."""
+"""Weights computed from parameters by parametrizations, weight norms or pruning."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def current_weight(module: nn.Module, name: str) -> Tensor:
-    """A weight from the parameters of this moment.
+    """Compute a weight from the current parameters.
 
-    Pruning and torch's older norms compute a weight before each forward pass and keep it as an attribute, which is that
-    of the last pass: behind an optimizer step it is no longer true.
+    Pruning and torch's older weight norms compute a weight before each forward pass and store it as an attribute, which
+    is outdated after an optimizer step.
 
     Args:
         module: The module that holds the weight.
         name: The weight's name in it.
 
     Returns:
-        The parameter itself, or what is computed from others, with its graph.
+        The parameter itself, or the computed weight with its graph.
     """
     if name not in module._parameters:
         for hook in module._forward_pre_hooks.values():
@@ -40,7 +40,7 @@ def current_weight(module: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def parametrizations_at_rest(module: nn.Module) -> Iterator[None]:
-    """Compute weights as in evaluation: in training some, as `spectral_norm`, change a buffer at each computation."""
+    """Compute weights in evaluation mode: in training some, such as `spectral_norm`, update a buffer each time."""
     busy = [
         part
         for parametrizations in module.modules()

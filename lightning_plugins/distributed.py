@@ -1,7 +1,7 @@
-"""Sums over ranks that carry gradients, rows of all ranks, and work shared out over ranks.
+"""Differentiable sums over ranks, rows of all ranks, and distribution of work over ranks.
 
-Everything here runs unchanged, and moves nothing, in a process without a process group or in one alone in its group.
-All ranks must call the collective functions in the same order.
+Everything here also works without a process group or with a single process, and then exchanges nothing. All ranks must
+call the collective functions in the same order.
 """
 
 import heapq
@@ -17,11 +17,11 @@ from lightning_plugins._checks import check_finite_number, check_non_negative_in
 
 
 class RankError(RuntimeError):
-    """Ranks that must do the same do not, or one did not come to an exchange.
+    """Ranks are inconsistent, or one did not join an exchange.
 
     Args:
         message: Names the rank.
-        place: A number that the rank left behind, such as the index of the layer it was at; None if it left none.
+        place: A number the rank reported, such as the index of its current layer; None if it reported none.
     """
 
     def __init__(self, message: str, place: int | None = None) -> None:
@@ -36,7 +36,7 @@ def is_distributed() -> bool:
     """Tell whether this process belongs to a process group of two ranks or more.
 
     Returns:
-        Whether there is anyone to exchange with.
+        Whether there is another rank to exchange with.
 
     Example:
         >>> is_distributed()
@@ -59,7 +59,7 @@ def world_size() -> int:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum a tensor over the ranks; the backward sums the incoming gradients over the ranks too.
+    """Sum a tensor over the ranks; the backward pass sums the incoming gradients over the ranks too.
 
     Every rank receives, for its own ``x``, the derivative of the sum of what all ranks made of the total. That is what
     one process would compute with all terms in one loss, and it holds for second and higher derivatives as well.
@@ -78,20 +78,20 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def share_gradient(x: Tensor) -> Tensor:
-    """Pass through a value that every rank computed alike, and sum the gradients that come back over the ranks.
+    """Return a value that is equal on all ranks, and sum its incoming gradients over the ranks.
 
-    For a value that depends on rows of all ranks, of which each rank holds only its own attached to the graph: each
-    rank's rows then get the derivative of the sum of all ranks' losses, as with `sum_over_ranks`, although only the
-    gradient of ``x`` travels and not that of the exchanged tensors.
+    For a value that depends on rows of all ranks, where each rank has only its own rows in the autograd graph: each
+    rank's rows then get the derivative of the sum of all ranks' losses, as with `sum_over_ranks`, but only the gradient
+    of ``x`` is exchanged rather than that of the exchanged tensors.
 
-    A second derivative would need the detached rows of the other ranks, so ``create_graph=True`` is refused.
+    A second derivative would need the detached rows of the other ranks, so ``create_graph=True`` raises an error.
 
     Args:
         x: A tensor, usually a scalar, that is equal on all ranks.
 
     Returns:
-        ``x``, with the backward described; ``x`` itself if there is one rank. The backward raises `RuntimeError`
-        under ``create_graph=True``.
+        ``x``, with this backward pass; ``x`` itself if there is one rank. The backward raises `RuntimeError` under
+        ``create_graph=True``.
 
     Example:
         >>> share_gradient(torch.tensor(2.0))
@@ -101,10 +101,10 @@ def share_gradient(x: Tensor) -> Tensor:
 
 
 def gather_row_counts(n: int) -> list[int]:
-    """Exchange how many rows each rank holds, without a synchronisation with the accelerator.
+    """Exchange the number of rows of each rank without synchronising the accelerator.
 
-    The counts travel over a group of CPU tensors. If the default group has no backend for these (NCCL alone), the
-    first call creates a gloo group of the same ranks, once per process group.
+    The counts are exchanged over a CPU group. If the default group has no CPU backend (NCCL alone), the first call
+    creates a gloo group of the same ranks, once per process group.
 
     Args:
         n: The number of rows of this rank, at least 0.
@@ -125,17 +125,17 @@ def gather_row_counts(n: int) -> list[int]:
 
 
 def gather_integers(values: Sequence[int], *, patience: float | None = None) -> list[list[int]]:
-    """Exchange a few integers of every rank, without a synchronisation with the accelerator.
+    """Exchange a few integers of every rank without synchronising the accelerator.
 
     Args:
-        values: As many on every rank.
-        patience: Seconds after which to give up, if fewer than the time-out of the process group.
+        values: The same number on every rank.
+        patience: Seconds after which to give up, if less than the timeout of the process group.
 
     Returns:
         The integers of every rank, in the order of the ranks; over the group that `gather_row_counts` describes.
 
     Raises:
-        RankError: If a rank did not come within the time-out of the process group, or has ended.
+        RankError: If a rank did not join within the timeout of the process group, or has exited.
 
     Example:
         >>> gather_integers([3, 5])
@@ -161,7 +161,7 @@ def gather_integers(values: Sequence[int], *, patience: float | None = None) -> 
 
 
 def gather_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """Exchange blocks of rows, as many on each rank as there are; no padding travels.
+    """Exchange blocks of rows of different sizes, without padding.
 
     Args:
         x: The rows of this rank, shape ``(counts[rank], ...)``; the further dimensions and the dtype are the same on
@@ -169,11 +169,12 @@ def gather_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
         counts: The number of rows of every rank, as `gather_row_counts` returns them.
 
     Returns:
-        One block per rank, in the order of the ranks. The own one is ``x`` as given, with its graph; the others are
-        detached: a gradient never travels back to the rank they came from.
+        One block per rank, in the order of the ranks. This rank's block is ``x`` itself, with its graph; the others are
+        detached: no gradient is sent back to their rank.
 
     Raises:
-        ValueError: If ``counts`` does not have one entry per rank, or another number of rows than ``x`` for this one.
+        ValueError: If
+            ``counts`` does not have one entry per rank, or its entry for this rank differs from the rows of ``x``.
 
     Example:
         >>> gather_rows(torch.ones(2, 1), [2])
@@ -192,7 +193,7 @@ def gather_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
     if len(blocks) > 1 and len(set(counts)) == 1:
         dist.all_gather(blocks, own)
     elif len(blocks) > 1:  # gloo refuses to gather unequal blocks
-        # A copy: gloo counts a change even of the tensor that it sends from a GPU, and the rows are saved for backward.
+        # A copy: gloo bumps the version even of a tensor it sends from a GPU, and the rows are saved for backward.
         blocks[rank] = own.clone()
         sends = [dist.broadcast(block, source, async_op=True) for source, block in enumerate(blocks) if len(block)]
         for send in filter(None, sends):
@@ -201,17 +202,17 @@ def gather_rows(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
 
 
 def share_out(costs: Sequence[float], world_size: int) -> list[int]:
-    """Share items out over ranks so that the ranks' summed costs are about equal.
+    """Distribute items over ranks so that the ranks' total costs are about equal.
 
-    The costliest item first, each to the rank with the least so far, which stays within 4/3 of the best possible. All
-    ranks get the same answer from the same costs.
+    Items are assigned in order of decreasing cost to the rank with the smallest total, which is within 4/3 of the
+    optimum. All ranks get the same result from the same costs.
 
     Args:
         costs: The cost of each item, in any unit, at least 0.
         world_size: The number of ranks.
 
     Returns:
-        The rank that each item belongs to.
+        The rank of each item.
 
     Raises:
         TypeError: If ``world_size`` is not an int or a cost not a number.
@@ -241,8 +242,8 @@ def full_tensor(x: Tensor) -> Tensor:
         x: A tensor; for a ``DTensor`` all ranks of its mesh must call.
 
     Returns:
-        The whole tensor of a ``DTensor``, any other tensor itself. The backward hands each shard its part of the
-        gradient, which must be the same on all ranks, as from a loss that all compute alike.
+        The full tensor of a ``DTensor``, any other tensor unchanged. The backward pass gives each shard its part of the
+        gradient, which must be equal on all ranks, as for a loss that all ranks compute identically.
 
     Example:
         >>> full_tensor(torch.ones(2))
@@ -250,13 +251,13 @@ def full_tensor(x: Tensor) -> Tensor:
     """
     if not dist.is_available():
         return x
-    from torch.distributed.tensor import DTensor  # late: it costs a good part of a second
+    from torch.distributed.tensor import DTensor  # imported late: it takes a good part of a second
 
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose backward is an all-reduce too: ``dist.all_reduce`` alone has none."""
+    """All-reduce with an all-reduce as backward pass: ``dist.all_reduce`` alone has none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -285,11 +286,11 @@ class _ShareGradient(torch.autograd.Function):
 
 
 def _cpu_group() -> Any:
-    """A group of all ranks for CPU tensors: the default one where it can, else one made for it and kept."""
+    """A group of all ranks for CPU tensors: the default group if it supports them, else one that is created once."""
     if "cpu:" in dist.get_backend_config():
         return None
     world = dist.group.WORLD
     if world not in _cpu_groups:
-        _cpu_groups.clear()  # of a process group that was destroyed
+        _cpu_groups.clear()  # of a destroyed process group
         _cpu_groups[world] = dist.new_group(backend="gloo")
     return _cpu_groups[world]

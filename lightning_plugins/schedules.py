@@ -1,8 +1,8 @@
-"""A number as a function of training progress.
+"""Values as functions of training progress.
 
 Positions are given in ``unit``: ``"steps"`` (optimizer steps done), ``"epochs"`` (1.5 is the middle of the second one),
-or ``"fraction"`` of the whole training, from 0 to 1, which needs a training whose length is known. A schedule keeps no
-state, so a resumed training goes on where it stood; its ``repr`` holds all of its arguments.
+or ``"fraction"`` of the whole training, from 0 to 1, which requires a known training length. A schedule has no state,
+so a resumed run continues correctly; its ``repr`` contains all of its arguments.
 """
 
 import itertools
@@ -19,14 +19,14 @@ UNITS: tuple[Unit, ...] = ("steps", "epochs", "fraction")
 
 
 class Progress(NamedTuple):
-    """Progress of a training.
+    """Progress of training.
 
     Attributes:
         step: Optimizer steps done; batches under manual optimization, where several optimizers may step.
         epoch: Epochs done, the current one as a fraction.
-        total_steps: As many in the whole training, None if unknown.
-        total_epochs: Epochs in the whole training, None if unknown.
-        fraction: The part of the training that is done, where it is not ``step / total_steps``.
+        total_steps: Total number of steps of the training, None if unknown.
+        total_epochs: Total number of epochs, None if unknown.
+        fraction: The completed fraction of the training, if it is not ``step / total_steps``.
     """
 
     step: int
@@ -37,10 +37,10 @@ class Progress(NamedTuple):
 
 
 class Schedule(ABC):
-    """A number as a function of training progress; subclass it and define ``__call__`` for one of your own.
+    """A value as a function of training progress; subclass it and define ``__call__`` for a custom schedule.
 
-    Keep every argument of the constructor, and nothing else, as an attribute: the ``repr`` shows the attributes, and
-    callbacks know the schedule they are saved with by it.
+    Store every constructor argument, and nothing else, as an attribute: the ``repr`` shows the attributes, and
+    callbacks use it to recognise the schedule they were saved with.
     """
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Schedule(ABC):
 
     @property
     def needs_total(self) -> bool:
-        """True if the schedule counts in fractions of a training whose length must be known."""
+        """True if the schedule uses fractions of training, which need a known length."""
         return getattr(self, "unit", None) == "fraction"
 
     def __repr__(self) -> str:
@@ -58,7 +58,7 @@ class Schedule(ABC):
 
 
 class Constant(Schedule):
-    """The same value at all times.
+    """A constant value.
 
     Args:
         value: The value.
@@ -81,7 +81,7 @@ class Constant(Schedule):
 
 
 class _Ramp(Schedule):
-    """From ``start`` at ``begin`` to ``end`` at ``until``; each subclass has its own way between them."""
+    """From ``start`` at ``begin`` to ``end`` at ``until``; subclasses define the interpolation."""
 
     def __init__(
         self, start: float, end: float, *, begin: float = 0.0, until: float | None = None, unit: Unit = "fraction"
@@ -90,9 +90,7 @@ class _Ramp(Schedule):
         self.end = float(check_finite_number("end", end))
         check_choice("unit", unit, UNITS)
         if until is None and unit != "fraction":
-            raise ValueError(
-                f"`until` must be given with `unit={unit!r}`; only fractions have an end of their own, 1.0"
-            )
+            raise ValueError(f"`until` must be given with `unit={unit!r}`; only fractions have a default end, 1.0")
         self.begin = check_position("begin", begin, unit)
         self.until = check_position("until", 1.0 if until is None else until, unit)
         self.unit = unit
@@ -107,24 +105,24 @@ class _Ramp(Schedule):
         if position <= self.begin:
             return self.start
         value = self._between((position - self.begin) / (self.until - self.begin))
-        return min(max(value, min(self.start, self.end)), max(self.start, self.end))  # rounding may step over an end
+        return min(max(value, min(self.start, self.end)), max(self.start, self.end))  # rounding may overshoot an end
 
     @abstractmethod
     def _between(self, t: float) -> float:
-        """Return the value at the part ``t``, between 0 and 1, of the way."""
+        """Return the value at the interpolation parameter ``t`` in [0, 1]."""
 
     def _mix(self, share: float) -> float:
         return self.start * (1 - share) + self.end * share  # not start + (end - start) * share, which may overflow
 
 
 class Linear(_Ramp):
-    """A straight line from ``start`` to ``end``; the value is held before ``begin`` and after ``until``.
+    """Linear interpolation from ``start`` to ``end``; constant before ``begin`` and after ``until``.
 
     Args:
         start: Value up to ``begin``.
         end: Value from ``until`` on.
-        begin: Where the change starts, in ``unit``.
-        until: Where the change is complete, in ``unit``; by default the end of training, which only fractions know.
+        begin: Start of the change, in ``unit``.
+        until: End of the change, in ``unit``; by default the end of training, only possible with fractions.
         unit: ``"steps"``, ``"epochs"`` or ``"fraction"`` (of the whole training).
 
     Raises:
@@ -141,7 +139,7 @@ class Linear(_Ramp):
 
 
 class Cosine(_Ramp):
-    """Half a cosine wave from ``start`` to ``end``: flat at both ends, the arguments as for `Linear`.
+    """Half a cosine wave from ``start`` to ``end``, flat at both ends; arguments as for `Linear`.
 
     Example:
         >>> Cosine(1.0, 0.0)(Progress(step=25, epoch=0.0, total_steps=100))
@@ -153,7 +151,7 @@ class Cosine(_Ramp):
 
 
 class Exponential(_Ramp):
-    """Geometric interpolation: equal factors in equal times, the arguments as for `Linear`.
+    """Geometric interpolation: equal factors in equal times; arguments as for `Linear`.
 
     Raises:
         ValueError: Also if ``start`` and ``end`` are not of one sign, or one of them is zero.
@@ -177,12 +175,12 @@ class Exponential(_Ramp):
         logarithm = math.log(abs(self.start)) * (1 - t) + math.log(abs(self.end)) * t
         try:
             return math.copysign(math.exp(logarithm), self.start)
-        except OverflowError:  # beside the largest number there is: rounded up from an end
+        except OverflowError:  # close to the largest float: rounded up from an end
             return math.copysign(math.inf, self.start)
 
 
 class Cubic(_Ramp):
-    """Fast at first and flat at the end: ``end + (start - end) (1 - t)^3``, the arguments as for `Linear`.
+    """Fast at first and flat at the end: ``end + (start - end) (1 - t)^3``; arguments as for `Linear`.
 
     Example:
         >>> Cubic(0.0, 0.8)(Progress(step=50, epoch=0.0, total_steps=100))  # 7/8 of the way at half time
@@ -197,16 +195,16 @@ class Cubic(_Ramp):
 
 
 class Piecewise(Schedule):
-    """A constant value between boundaries; at a boundary the later value holds.
+    """A piecewise constant value; at a boundary the later value applies.
 
     Args:
-        boundaries: Where the value changes, in ``unit``, rising.
+        boundaries: Positions at which the value changes, in ``unit``, increasing.
         values: The values, one more than there are boundaries.
         unit: ``"steps"``, ``"epochs"`` or ``"fraction"`` (of the whole training).
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the boundaries do not rise, a position is out of range, or the numbers do not fit.
+        ValueError: If the boundaries do not increase, a position is out of range, or the counts do not match.
 
     Example:
         >>> schedule = Piecewise([2, 5], [0.0, 0.1, 0.05], unit="epochs")
@@ -228,14 +226,14 @@ class Piecewise(Schedule):
             raise ValueError(f"`values` must have one entry more than `boundaries`: {wanted}, got {len(values)}")
 
     def __call__(self, progress: Progress) -> float:
-        """Return the value that holds at ``progress``."""
+        """Return the value at ``progress``."""
         return self.values[bisect_right(self.boundaries, _position(progress, self.unit))]
 
 
 class Warmup(Schedule):
-    """A linear rise from zero over ``duration``, multiplied with the schedule ``after``, which holds alone thereafter.
+    """A linear rise from zero over ``duration``, multiplied by the schedule ``after``, which applies alone afterwards.
 
-    ``after`` sees the progress since the start of training, not since the end of the warm-up.
+    ``after`` receives the progress since the start of training, not since the end of the warm-up.
 
     Args:
         duration: Length of the warm-up, in ``unit``; 0 for none.
@@ -274,7 +272,7 @@ class Warmup(Schedule):
 
 
 def check_position(name: str, value: float, unit: Unit) -> float:
-    """Return a position in ``unit`` as a float, so that 1 and 1.0 read alike in a ``repr``."""
+    """Return a position in ``unit`` as a float, so that 1 and 1.0 have the same ``repr``."""
     if unit == "fraction":
         try:
             return float(check_fraction(name, value))

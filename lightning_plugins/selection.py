@@ -1,11 +1,11 @@
-"""Selection of layers: dotted names, globs over dotted names and module types; errors name near misses.
+"""Selection of layers: dotted names, globs over dotted names and module types; errors suggest close matches.
 
-``layers`` is a dotted module name (``"backbone.fc"``), a glob over dotted names whose ``*`` crosses dots (``"net*"``
-takes all whose name starts with ``net``), or a sequence of these. Where tensors are meant and not weights,
-``"name:input"`` takes a layer's input and ``"name:output"`` (the default) its output.
+``layers`` is a dotted module name (``"backbone.fc"``), a glob over dotted names whose ``*`` also matches dots
+(``"net*"`` selects all names that start with ``net``), or a sequence of these. For tensors rather than weights,
+``"name:input"`` selects a layer's input and ``"name:output"`` (the default) its output.
 
-The segments that ``torch.compile`` and activation checkpointing put into names are transparent: ``"backbone.fc"``
-finds ``backbone._orig_mod.fc``, and the names handed back are the clean ones.
+Name segments added by ``torch.compile`` and activation checkpointing are ignored: ``"backbone.fc"`` finds
+``backbone._orig_mod.fc``, and returned names do not contain them.
 """
 
 import re
@@ -38,7 +38,7 @@ class TensorRef(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The name with its side, as a user would write it: ``"fc:input"``, or ``"fc"`` for the output."""
+        """The name with its side as users write it: ``"fc:input"``, or ``"fc"`` for the output."""
         return self.name if self.side == "output" else f"{self.name}:{self.side}"
 
 
@@ -67,7 +67,7 @@ def split_side(layer: str) -> tuple[str, Side]:
         if side == known:
             return name, known
     hint = "".join(f"; did you mean {name + ':' + near!r}?" for near in nearest(side, SIDES, limit=1))
-    raise ValueError(f"`layers`: behind ':' must stand 'input' or 'output', got {layer!r}{hint}")
+    raise ValueError(f"`layers`: 'input' or 'output' must follow ':', got {layer!r}{hint}")
 
 
 def check_layers(layers: str | Sequence[str], *, sides: bool = True) -> tuple[str, ...]:
@@ -75,14 +75,14 @@ def check_layers(layers: str | Sequence[str], *, sides: bool = True) -> tuple[st
 
     Args:
         layers: A dotted name, a glob, or a sequence of them.
-        sides: Whether ``:input`` and ``:output`` may stand behind a name (they mean nothing for weights).
+        sides: Whether names may end in ``:input`` or ``:output`` (meaningless for weights).
 
     Returns:
         The names and globs, suffixes included.
 
     Raises:
         TypeError: If ``layers`` is neither a string nor a sequence of strings.
-        ValueError: If there is no layer in it, a name is empty, or a suffix is wrong.
+        ValueError: If it is empty, a name is empty, or a suffix is invalid.
 
     Example:
         >>> check_layers("backbone.fc:input")
@@ -98,7 +98,7 @@ def check_layers(layers: str | Sequence[str], *, sides: bool = True) -> tuple[st
         if not isinstance(layer, str):
             raise TypeError(f"{rule}, got one with {layer!r} ({type(layer).__name__}) in it")
         if not sides and layer.endswith((":input", ":output")):
-            raise ValueError(f"`layers` takes the weights of a layer here, so no side of it: got {layer!r}")
+            raise ValueError(f"`layers` takes the weights of a layer here, not its input or output: got {layer!r}")
         if not (split_side(layer)[0] if sides else layer):
             raise ValueError(f"{rule}, got {layer!r}, which would be the whole model; name one of its layers")
     return chosen
@@ -107,16 +107,16 @@ def check_layers(layers: str | Sequence[str], *, sides: bool = True) -> tuple[st
 def select_modules(
     model: nn.Module, layers: str | Sequence[str], *, types: Iterable[type[nn.Module]] | None = None
 ) -> dict[str, nn.Module]:
-    """Find the modules that ``layers`` names, for work on their weights.
+    """Find the modules selected by ``layers``, for work on their weights.
 
     Args:
         model: The model; its own name, ``""``, cannot be chosen.
         layers: A dotted name, a glob, or a sequence of them, without sides.
-        types: Supported module types; other modules that a glob matches are passed over. ``None`` takes all.
+        types: Supported module types; other modules matched by a glob are skipped. ``None`` for all.
 
     Returns:
-        Modules by clean dotted name, in the model's order. A module that several patterns match, or that stands at
-        several places of the model, is there once, under the first name. Below a wrapper stands the wrapped module.
+        Modules by clean dotted name, in the model's order. A module matched by several patterns, or used at several
+        places of the model, is returned once, under its first name. For a wrapper the wrapped module is returned.
 
     Raises:
         ValueError: If a name or glob matches nothing, or no module of the supported ``types``.
@@ -146,11 +146,11 @@ def select_modules(
 def select_kept(
     model: nn.Module, keep: str | Sequence[str] | None, *, types: Iterable[type[nn.Module]] | None = None
 ) -> set[str]:
-    """Find the modules that ``keep`` names, in the way of `select_modules`.
+    """Find the modules selected by ``keep``, like `select_modules`.
 
     Args:
         model: The model.
-        keep: Names and globs of what stays as it is; None or an empty one for nothing.
+        keep: Names and globs of modules to leave unchanged; None or empty for none.
         types: As for `select_modules`.
 
     Returns:
@@ -171,17 +171,17 @@ def select_kept(
 
 
 def select_tensors(model: nn.Module, layers: str | Sequence[str]) -> list[TensorRef]:
-    """Find the inputs and outputs that ``layers`` names, for forward hooks.
+    """Find the inputs and outputs selected by ``layers``, for forward hooks.
 
     Args:
         model: The model; its own name, ``""``, cannot be chosen.
-        layers: A dotted name, a glob, or a sequence of them, each with ``:input`` or ``:output`` (default) behind it.
-            Globs pass over what is never called (``ModuleList`` and its like) and over parametrizations of weights.
+        layers: A dotted name, a glob, or a sequence of them, each optionally followed by
+            ``:input`` or ``:output`` (default). Globs skip modules that are never called (such as ``ModuleList``) and
+            parametrizations of weights.
 
     Returns:
-        One reference per tensor, in the model's order and a layer's input before its output; what several patterns
-        match is there once. Where a layer is wrapped the reference holds the wrapper: its hooks run outside of the
-        compiled or recomputed part.
+        One reference per tensor, in the model's order, a layer's input before its output; duplicates are removed. For a
+        wrapped layer the reference holds the wrapper: its hooks run outside the compiled or recomputed part.
 
     Raises:
         ValueError: If a name or glob matches nothing, a suffix is wrong, or a named module is never called.
@@ -216,12 +216,12 @@ def select_tensors(model: nn.Module, layers: str | Sequence[str]) -> list[Tensor
 
 
 def _named_modules(model: nn.Module, *, wrapped: bool) -> dict[str, nn.Module]:
-    """All modules but the root by clean name; of a wrapper and what it wraps one stands there, as ``wrapped`` says."""
+    """All modules but the root by clean name; ``wrapped`` selects the wrapped module rather than the wrapper."""
     modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):  # a shared module answers to all its names
+    for name, module in model.named_modules(remove_duplicate=False):  # a shared module has several names
         clean = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
         if wrapped:
-            modules[clean] = module  # a wrapper comes before what it wraps
+            modules[clean] = module  # a wrapper comes before the wrapped module
         else:
             modules.setdefault(clean, module)
     modules.pop("", None)
@@ -229,7 +229,7 @@ def _named_modules(model: nn.Module, *, wrapped: bool) -> dict[str, nn.Module]:
 
 
 def _match(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
-    if pattern in modules:  # before globs, since a name may hold a bracket
+    if pattern in modules:  # before globs, since a name may contain a bracket
         return [pattern]
     clean = ".".join(segment for segment in pattern.split(".") if segment not in WRAPPERS)
     if clean in modules:  # a name copied from a compiled model
@@ -244,7 +244,7 @@ def _match(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _meant(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
-    """Names that differ by the name of the module around them, or by a dot before the side."""
+    """Names that differ by the enclosing module's name, or by a dot before the side."""
     name, _, side = pattern.rpartition(".")
     if side in SIDES and name in modules:
         return [f"{name}:{side}"]
@@ -254,7 +254,7 @@ def _meant(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Return whether the module has a forward of its own: lists and dicts of modules have none, so hooks never run."""
+    """Tell whether the module defines a forward; module lists and dicts do not, so their hooks never run."""
     return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
@@ -263,21 +263,21 @@ def _type_names(modules: dict[str, nn.Module], names: Iterable[str]) -> list[str
 
 
 def _few(names: Sequence[str], kind: str) -> str:
-    """A few of many names, and how many there are."""
+    """The first and last few names, and their number."""
     if len(names) <= 6:
         return ", ".join(names) or f"no {kind}"
     return f"{', '.join(names[:3])}, …, {', '.join(names[-2:])} ({len(names)} {kind}s)"
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:
-    """Return the module that stands in a model under a name now, wrapper segments included.
+    """Return the module with a given name in a model, ignoring wrapper segments.
 
     Args:
         model: The model.
-        name: A name of ``model.named_modules()``, of this or an earlier time.
+        name: A current or earlier name in ``model.named_modules()``.
 
     Returns:
-        The module; None where there is none any more.
+        The module; None if it no longer exists.
 
     Example:
         >>> module_at(nn.Sequential(nn.Linear(2, 3)), "0")

@@ -1,4 +1,4 @@
-"""Weights of layers as matrices: the parameter of a module, the unfolding of a kernel, and the rank aimed at."""
+"""Weights of layers as matrices: the parameter of a module, the unfolding of a kernel, and the target rank."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -19,14 +19,14 @@ _TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 class WeightMatrix(NamedTuple):
-    """A parameter of a module, or some of its rows, seen as one matrix or a stack of them.
+    """A parameter of a module, or some of its rows, as one matrix or a stack of matrices.
 
     Attributes:
-        label: The layer's clean dotted name; for the packed projections of an attention with ``.q``, ``.k`` or ``.v``.
+        label: The layer's clean dotted name; for packed attention projections with ``.q``, ``.k`` or ``.v`` appended.
         module: The module that holds the parameter.
         parameter: The parameter's name in the module.
-        rows: The rows of the parameter that are meant; None for all.
-        groups: Into how many matrices the rows of a grouped convolution's kernel fall.
+        rows: The selected rows of the parameter; None for all.
+        groups: The number of matrices, one per group of a grouped convolution.
         scheme: How a kernel unfolds; see `weight_to_matrix`.
     """
 
@@ -39,17 +39,17 @@ class WeightMatrix(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """The whole parameter, as the module holds it at this moment, or computes it."""
+        """The full parameter, as currently stored in or computed by the module."""
         return current_weight(self.module, self.parameter)
 
     @property
     def is_computed(self) -> bool:
-        """True if a parametrization, norm or pruning computes it from other parameters at this moment."""
+        """True if a parametrization, weight norm or pruning currently computes it from other parameters."""
         return self.parameter not in self.module._parameters
 
     @property
     def sources(self) -> list[nn.Parameter]:
-        """The parameter itself, or those that it is computed from."""
+        """The parameter itself, or the parameters it is computed from."""
         own = self.module._parameters.get(self.parameter)
         if own is not None:
             return [own]
@@ -79,7 +79,7 @@ def weight_to_matrix(weight: Tensor, *, groups: int = 1, scheme: Scheme = 1) -> 
 
     Args:
         weight: Tensor of shape ``(O, I / groups, *k)``.
-        groups: The groups of a convolution, each of which is a matrix of its own.
+        groups: The groups of a convolution, each a separate matrix.
         scheme: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``, which needs two kernel dimensions; without
             kernel dimensions they are the same.
 
@@ -125,24 +125,24 @@ def matrix_to_weight(matrix: Tensor, shape: Sequence[int], *, groups: int = 1, s
 def select_weight_matrices(
     model: nn.Module, layers: str | Sequence[str], *, scheme: Scheme = 1, computed: bool = False
 ) -> list[WeightMatrix]:
-    """Find the weight matrices of the layers of supported kinds among those that ``layers`` names.
+    """Find the weight matrices of supported layers among those selected by ``layers``.
 
     These are linear layers, convolutions in one to three dimensions, and the projections of ``nn.MultiheadAttention``.
-    A matrix with a single row or column, as each of a depthwise convolution under scheme 1, has nothing to regularise:
-    a glob passes over it. A parameter that several layers share is there once.
+    A matrix with a single row or column, as in a depthwise convolution under scheme 1, has nothing to regularise and is
+    skipped by globs. A parameter shared by several layers is returned once.
 
     Args:
         model: The model.
         layers: A dotted name, a glob, or a sequence of them.
         scheme: See `weight_to_matrix`.
-        computed: Whether a weight may be computed from parameters, by a parametrization, instead of being one.
+        computed: Whether weights may be computed from parameters, by a parametrization.
 
     Returns:
         The matrices, in the model's order.
 
     Raises:
-        ValueError: If nothing is found, a named layer has no matrix of at least two rows and columns, a weight is not a
-            parameter that exists by now, or a convolution does not fit the scheme.
+        ValueError: If nothing is found, a named layer has no matrix of at least two rows and columns, a weight is not
+            an initialised parameter, or a convolution does not fit the scheme.
     """
     named, found, seen = set(check_layers(layers, sides=False)), [], set()
     for name, module in select_modules(model, layers, types=_TYPES).items():
@@ -199,7 +199,7 @@ Rank = int | float | dict[str, int] | None
 
 
 class Target(NamedTuple):
-    """A weight matrix and the rank it is pressed to; None for the stable rank itself."""
+    """A weight matrix and its target rank; None for the stable rank itself."""
 
     weight: WeightMatrix
     rank: int | None
@@ -209,7 +209,7 @@ def check_rank(rank: Rank) -> Rank:
     """Return ``rank`` if it is None, an int of at least 1, a float between 0 and 1, or a mapping to such ints.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is of another type.
         ValueError: If a number is out of its range.
     """
     if rank is None or (isinstance(rank, int | Integral) and not isinstance(rank, bool)):
@@ -243,20 +243,20 @@ def select_targets(
     scheme: Scheme = 1,
     computed: bool = False,
 ) -> list[Target]:
-    """Find the weight matrices of layers and the rank that each is pressed to.
+    """Find the weight matrices of layers and the target rank of each.
 
     Args:
         model: The model.
         layers: See `select_weight_matrices`.
-        rank: As `check_rank` takes it; a mapping has a rank for each matrix and no others.
+        rank: As for `check_rank`; a mapping must have exactly one rank per matrix.
         scheme: See `weight_to_matrix`.
         computed: See `select_weight_matrices`.
 
     Returns:
-        The matrices that are larger than their rank, in the model's order.
+        The matrices whose sides exceed their target rank, in the model's order.
 
     Raises:
-        ValueError: If there is none, or a mapping does not fit the matrices.
+        ValueError: If there is none, or a mapping does not match the matrices.
     """
     weights = select_weight_matrices(model, layers, scheme=scheme, computed=computed)
     if rank is None:

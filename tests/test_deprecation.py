@@ -30,7 +30,7 @@ def called(first, *, new=1, other=2):
 
 
 def test_the_older_name_is_the_present_one_with_a_warning():
-    with pytest.warns(FutureWarning, match="`old` has another name: pass `new`") as caught:
+    with pytest.warns(FutureWarning, match="`old` was renamed: pass `new`") as caught:
         assert called(0, old=5) == (0, 5, 2)
     assert caught[0].filename == __file__  # the line of the call
     with pytest.warns(FutureWarning, match="`older` .* pass `other`"):
@@ -96,7 +96,7 @@ def test_a_listed_name_is_in_the_signature_and_is_nothing_by_default():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert listed(0, left=0.3, removed=None) == (0, 0.3, 2)
-    with pytest.warns(FutureWarning, match=r"`removed` has another name: pass `left=0\.1`"):
+    with pytest.warns(FutureWarning, match=r"`removed` was renamed: pass `left=0\.1`"):
         assert listed(0, left=0.4, removed=0.9) == (0, 0.1, 2)  # a command line passes the default of `left` too
     with pytest.raises(TypeError, match="`removed` is the older name of `left`; pass `left` alone, got both"):
         listed(0, left=0.3, removed=0.9)
@@ -106,7 +106,7 @@ def test_what_was_once_taken_by_position():
     with pytest.warns(FutureWarning) as caught:
         assert listed(0, 0.8, 5) == (0, 0.2, 5)
     texts = [str(warning.message).split(":")[0] for warning in caught]
-    assert texts == ["`removed` is given by position", "`other` is given by position", "`removed` has another name"]
+    assert texts == ["`removed` is given by position", "`other` is given by position", "`removed` was renamed"]
     with pytest.warns(FutureWarning), pytest.raises(TypeError, match="multiple values for argument 'other'"):
         listed(0, 0.8, 5, other=1)
     with pytest.raises(TypeError, match="positional"):
@@ -139,7 +139,7 @@ SEARCHES = {
 def test_searches_of_ranks_take_removed_fractions(name):
     net, search = network(), SEARCHES[name]
     wanted = search(net, budget=0.7)
-    with pytest.warns(FutureWarning, match=r"`ratio` has another name: pass `budget=0\.7`"):
+    with pytest.warns(FutureWarning, match=r"`ratio` was renamed: pass `budget=0\.7`"):
         found = search(net, ratio=0.3)
     assert found == wanted
     assert found.share <= 0.7
@@ -160,7 +160,7 @@ def test_levels_of_a_search_have_removed_fractions():
 
 
 def test_low_rank_compression():
-    with pytest.warns(FutureWarning, match=r"`ratio` has another name: pass `budget=0\.2`"):
+    with pytest.warns(FutureWarning, match=r"`ratio` was renamed: pass `budget=0\.2`"):
         callback = LowRankCompression("*", ratio=0.8, weight=0.5)
     with pytest.warns(FutureWarning):
         by_position = LowRankCompression("*", 0.8, 0.5)

@@ -50,7 +50,7 @@ def test_split_side(layer, expected):
 @pytest.mark.parametrize(
     ("layer", "match"),
     [
-        ("fc:in", r"`layers`: behind ':' must stand 'input' or 'output', got 'fc:in'; did you mean 'fc:input'\?"),
+        ("fc:in", r"`layers`: 'input' or 'output' must follow ':', got 'fc:in'; did you mean 'fc:input'\?"),
         ("fc:OUTPUT", r"got 'fc:OUTPUT'; did you mean 'fc:output'\?"),
         ("fc:", r"got 'fc:'$"),
         ("fc:zzz", r"got 'fc:zzz'$"),
@@ -97,7 +97,7 @@ def test_types_pass_over_other_modules_of_a_glob(net):
         ("backbone.act", [nn.Linear], r"'backbone\.act' must match modules of the types Linear, got ReLU"),
         ("backbone.b*", [nn.Linear, nn.Conv2d], r"of the types Conv2d, Linear, got ModuleList, Tanh"),
         (["*", "*act"], [nn.Linear], r"'\*act' must match modules of the types Linear, got ReLU"),
-        ("head:input", None, r"`layers` takes the weights of a layer here, so no side of it: got 'head:input'"),
+        ("head:input", None, r"`layers` takes the weights of a layer here, not its input or output: got 'head:input'"),
         ("", None, r"got '', which would be the whole model; name one of its layers"),
         ([], None, r"must be a module name, a glob, or a list of them, got an empty list; '\*' takes every layer"),
     ],
@@ -133,7 +133,7 @@ def test_check_layers_needs_no_model():
     assert check_layers(["a:input", "b"]) == ("a:input", "b")
     with pytest.raises(ValueError, match="whole model"):
         check_layers(":input")
-    with pytest.raises(ValueError, match="behind ':'"):
+    with pytest.raises(ValueError, match="must follow ':'"):
         check_layers(["a", "b:inputs"])
 
 

@@ -1,4 +1,4 @@
-"""Write the values of Quantus that the tests of the attribution scores compare with; Quantus is no dependency.
+"""Write the Quantus reference values for the tests of attribution scores; Quantus is not a dependency.
 
 PYTHONPATH=<where quantus 0.6.0 is> python tools/attribution_oracle.py
 """
@@ -15,7 +15,7 @@ QUIET: dict[str, object] = {"disable_warnings": True, "display_progressbar": Fal
 
 
 def network() -> nn.Module:
-    """Fixed weights without a random generator, whose numbers may change between versions."""
+    """Fixed weights without a random generator, which may change between versions."""
     model = nn.Sequential(nn.Conv1d(1, 3, 7, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,7 +34,7 @@ def data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    import quantus  # the tests take data and network from here, without it
+    import quantus  # the tests import data and network from here without Quantus
 
     x, maps, masks = data()
     y, model = np.array([0, 1, 1, 0]), network()

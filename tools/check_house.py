@@ -1,12 +1,12 @@
-"""Check four rules of the house: how docstrings open, numbers of parameters, lengths of files and of functions.
+"""Check four house rules: openings of docstrings, numbers of parameters, lengths of files and of functions.
 
 Usage::
 
     python tools/check_house.py            # this checkout
     python tools/check_house.py FOLDER     # another one, whose allowances are not counted as stale
 
-Docstrings are checked everywhere; the three limits hold for the package, its tools and its examples. A place that has
-to be above a limit stands in `ALLOWED` with the reason, and an entry that is no longer needed is a complaint too.
+Docstrings are checked everywhere; the three limits apply to the package, its tools and its examples. Exceptions are
+listed in `ALLOWED` with the reason; an entry that is no longer needed is a complaint too.
 """
 
 import ast
@@ -56,13 +56,13 @@ ALLOWED: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Complaint:
-    """Something that breaks a rule.
+    """A violation of a rule.
 
     Attributes:
-        place: Path, and behind a colon the name of a function or class.
-        line: Where it begins.
-        kind: The limit that it is above, or "docstring".
-        text: What is wrong.
+        place: Path, followed by a colon and the name of a function or class.
+        line: First line.
+        kind: The exceeded limit, or "docstring".
+        text: The complaint.
     """
 
     place: str
@@ -87,19 +87,19 @@ def definitions(tree: ast.AST, around: str = "") -> Iterator[tuple[str, Function
 
 
 def code_lines(function: Function) -> int:
-    """Lines of a function's body, without its docstring; the limit of parameters holds for the signature."""
+    """Lines of a function's body, without its docstring; the parameter limit applies to the signature."""
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
 def parameters(function: Function) -> int:
-    """Number of parameters that a caller may pass by name or position."""
+    """Number of parameters a caller may pass by name or position."""
     given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     return len([one for one in given if one.arg not in {"self", "cls"}])
 
 
 def check_docstring(place: str, node: ast.Module | ast.ClassDef | Function) -> Iterator[Complaint]:
-    """Refuse a docstring that opens with a question word."""
+    """Complain about a docstring that opens with a question word."""
     text = ast.get_docstring(node, clean=False)
     if text is not None and (found := OPENING.match(text)):
         rule = f"a docstring opens with a verb or a noun phrase, not with {found[1]!r}"
@@ -125,14 +125,14 @@ def check_file(path: Path, root: Path) -> Iterator[Complaint]:
 
 
 def check(root: Path, allowed: Allowances) -> list[Complaint]:
-    """Complaints about a checkout, without those that are allowed.
+    """Complaints about a checkout, without allowed exceptions.
 
     Args:
         root: The checkout.
         allowed: Reasons by limit and place.
 
     Returns:
-        What is left, in the order of the files.
+        The remaining complaints, in the order of the files.
     """
     files = [path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py"))]
     return [
@@ -141,7 +141,7 @@ def check(root: Path, allowed: Allowances) -> list[Complaint]:
 
 
 def stale(root: Path, allowed: Allowances) -> list[str]:
-    """Places that are allowed something they do not need."""
+    """Exceptions that are no longer needed."""
     needed = {(found.kind, found.place) for found in check(root, {})}
     return [place for kind, places in allowed.items() for place in places if (kind, place) not in needed]
 

@@ -1,4 +1,4 @@
-"""Fail if a link within the built documentation leads nowhere: no such page, or no such place on it."""
+"""Fail if a link within the built documentation is broken: a missing page or anchor."""
 
 import sys
 from html.parser import HTMLParser
@@ -9,7 +9,7 @@ SITE = Path(__file__).resolve().parents[1] / "docs" / "_build" / "html"
 
 
 class Page(HTMLParser):
-    """The places of a page, and what it refers to."""
+    """The anchors of a page, and its links."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Page(HTMLParser):
 
 def broken(site: Path) -> list[str]:
     """Complaints about all pages below a folder."""
-    skipped = {"_static", "_modules"}  # the latter are listings that link to where Sphinx believes a name to be
+    skipped = {"_static", "_modules"}  # the latter are listings whose links are guessed by Sphinx
     pages = {path: Page(path) for path in site.rglob("*.html") if not skipped & set(path.parts)}
     found = []
     for path, page in pages.items():

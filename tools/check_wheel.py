@@ -1,4 +1,4 @@
-"""Build the wheel and the sdist, check what they hold, install the wheel elsewhere, and use it from an empty folder.
+"""Build the wheel and the sdist, check their contents, install the wheel elsewhere, and use it from an empty folder.
 
     python tools/check_wheel.py                   # in a bare environment: downloads torch and Lightning
     python tools/check_wheel.py --extras          # and one environment more for each extra
@@ -30,7 +30,7 @@ from notebook_runs import run_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "lightning_plugins"
-# What the extras bring in, by the names they are imported under: hidden where an environment has them all.
+# Import names of the extras' packages: hidden in environments that have them all.
 EXTRAS = (
     *("captum", "comet_ml", "jsonargparse", "matplotlib", "mlflow", "neptune", "onnx", "onnxruntime", "onnxscript"),
     *(
@@ -85,7 +85,7 @@ print(f"an extra is needed by {', '.join(need) or 'none'}")
 
 
 def build(target: Path) -> tuple[Path, Path]:
-    """The wheel and the sdist, built from a copy of what git tracks, so that nothing else gets in."""
+    """The wheel and the sdist, built from a copy of the tracked files only."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -102,7 +102,7 @@ def build(target: Path) -> tuple[Path, Path]:
 
 
 def names_in(archive: Path) -> list[str]:
-    """The files of a wheel, or of an sdist below its one folder."""
+    """The files of a wheel, or of an sdist below its top folder."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as opened:
             return [name for name in opened.namelist() if not name.endswith("/")]
@@ -127,7 +127,7 @@ def complaints(archive: Path) -> list[str]:
 
 
 def first_program(package: str) -> str:
-    """The first program of README.md, as a reader would copy it who has that one of Lightning's two packages."""
+    """The first program of README.md, for a reader with the given Lightning package."""
     found = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M)
     if found is None:
         raise SystemExit("README.md has no program")
@@ -135,7 +135,7 @@ def first_program(package: str) -> str:
 
 
 def environment(folder: Path, wheel: Path, extra: str | None, borrow: Path | None) -> Path:
-    """The Python of a new environment with the wheel, and with an extra or borrowed dependencies if asked for."""
+    """The Python of a new environment with the wheel, and optionally an extra or borrowed dependencies."""
     venv.create(folder, with_pip=borrow is None, clear=True)
     python = folder / "bin" / "python"
     if borrow is not None:
@@ -149,7 +149,7 @@ def environment(folder: Path, wheel: Path, extra: str | None, borrow: Path | Non
 
 
 def use(python: Path, *arguments: str, **environment: str) -> str:
-    """Run Python in an empty folder, outside of the clone and without its paths; what it printed."""
+    """Run Python in an empty folder, outside the clone and without its paths; returns its output."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     with tempfile.TemporaryDirectory() as folder:
         finished = subprocess.run(
@@ -161,7 +161,7 @@ def use(python: Path, *arguments: str, **environment: str) -> str:
 
 
 def try_out(work: Path, wheel: Path, extra: str | None, borrow: Path | None) -> Path:
-    """Install the wheel, import everything, and run the first program; say how long each took."""
+    """Install the wheel, import everything, and run the first program; print the times."""
     began = time.perf_counter()
     python = environment(work / (extra or "bare"), wheel, extra, borrow)
     installed = time.perf_counter()

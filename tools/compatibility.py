@@ -1,7 +1,7 @@
-"""Try VNERegularization on networks written by others: timm, transformers, and Lightning's own demonstrations.
+"""Test VNERegularization on third-party networks: timm, transformers, and Lightning's demo modules.
 
 Nothing is downloaded. For each network one training step without the callback and one with it are compared; the table
-says what passed. `--markdown` writes it into docs/compatibility.md.
+shows the results. `--markdown` writes it into docs/compatibility.md.
 """
 
 import argparse
@@ -54,13 +54,13 @@ def cells(outcome: Outcome) -> dict[str, str]:
 
 
 def columns(outcomes: Sequence[Outcome]) -> list[str]:
-    """The columns in which a group has something to say."""
+    """The non-empty columns of a group."""
     rows = [cells(outcome) for outcome in outcomes]
     return [name for name in rows[0] if any(row[name] for row in rows)]
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """Tables by group, without the times, which are another machine's tomorrow."""
+    """Tables by group, without the times, which depend on the machine."""
     lines = [f"timm {timm.__version__}, transformers {transformers.__version__}, Lightning {pl.__version__}."]
     for group in dict.fromkeys(outcome.case.group for outcome in outcomes):
         members = [outcome for outcome in outcomes if outcome.case.group == group]
@@ -98,7 +98,7 @@ def main() -> int:
 
 
 def quieten() -> None:
-    """Hide what Lightning and the networks say about settings that are meant as they are."""
+    """Hide warnings of Lightning and the networks about intended settings."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Cases of compatibility.py, each a network and a layer of it; here those of timm."""
+"""Cases of compatibility.py, each a network and one of its layers; those of timm."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 ROWS, CLASSES = 6, 5
 
-# One small model of every module of timm, by what it must be told to see images of 32 x 32: nothing, or `img_size`.
+# One small model of every timm module, by the argument needed for 32 x 32 images: none, or `img_size`.
 PLAIN = """
     lambda_resnet26t test_byobnet convmixer_768_32 test_convnext cpubone_nano crossvit_tiny_240 cs3darknet_s
     cspnext_tiny dla46x_c dpn48b edgenext_xx_small test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0
@@ -30,7 +30,7 @@ SIZED = """
 NARROW = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 SHALLOW = {"depths": (1, 1, 1, 1)}
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, **SHALLOW}
-SETTINGS: dict[str, dict[str, Any]] = {  # `size` is the images'; the rest goes to `timm.create_model`
+SETTINGS: dict[str, dict[str, Any]] = {  # `size` is that of the images; the rest goes to `timm.create_model`
     "beit_base_patch16_224": {"img_size": 32, **NARROW},
     "cait_xxs24_224": {"img_size": 32, **NARROW},
     "convit_tiny": {"img_size": 32, "depth": 3},
@@ -66,12 +66,12 @@ SETTINGS: dict[str, dict[str, Any]] = {  # `size` is the images'; the rest goes 
     "xcit_nano_12_p16_224": {"depth": 2},
 }
 TIMM = {name: {} for name in PLAIN.split()} | {name: {"img_size": 32} for name in SIZED.split()} | SETTINGS
-UNUSED = {"aux_head"}  # volo's second head, of token labelling: the plain forward pass does not call it
+UNUSED = {"aux_head"}  # volo's second head, for token labelling, is not called in the plain forward pass
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network to try; ``refusal`` is what the error must say if it is meant to be refused."""
+    """A network to test; ``refusal`` is the expected error text if it must be refused."""
 
     group: str
     family: str
@@ -82,12 +82,12 @@ class Case:
     pool: Any = "mean"
     rows: int = ROWS
     checkpointed: Callable[[], pl.LightningModule] | None = None  # the same network, recomputing its activations
-    reentrant: bool = False  # in the older of the two ways
+    reentrant: bool = False  # with reentrant recomputation
     refusal: str | None = None
 
 
 class Task(pl.LightningModule):
-    """The few lines that turn a classifier of timm or transformers into a LightningModule."""
+    """Minimal LightningModule around a timm or transformers classifier."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Task(pl.LightningModule):
 
 
 class Reentrant(Task):
-    """Lets timm recompute activations in the older way, which runs the forward pass without gradients."""
+    """Makes timm use reentrant recomputation, which runs the forward pass without gradients."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         timm.layers.set_reentrant_ckpt(True)
@@ -149,7 +149,7 @@ def timm_cases() -> list[Case]:
 
 
 def inner_cases() -> list[Case]:
-    """Layers of timm's networks other than the classifier's input, and the ways to pool them."""
+    """Layers of timm networks other than the classifier's input, with ways to pool them."""
     swin, vit = "swin_tiny_patch4_window7_224", "test_vit"
     patches = (32 // 16) ** 2 + 1  # and the class token
     tried: list[tuple[str, str, dict[str, Any]]] = [

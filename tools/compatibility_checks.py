@@ -1,4 +1,4 @@
-"""Trial of a case of compatibility.py: a training step without the callback and one with it, compared."""
+"""Test of a case of compatibility.py: comparison of a training step without the callback and one with it."""
 
 import math
 import re
@@ -22,7 +22,7 @@ WEIGHT = 1.0
 
 @dataclass
 class Outcome:
-    """Outcome of a case; ``problem`` is empty if all was as it should be."""
+    """Outcome of a case; ``problem`` is empty on success."""
 
     case: Case
     parameters: int = 0
@@ -33,7 +33,7 @@ class Outcome:
     problem: str = ""
 
 
-LAYOUTS = {3: "NLC", 4: "NCHW"}  # of the tensors of all cases but those that are pooled as channels last
+LAYOUTS = {3: "NLC", 4: "NCHW"}  # layout of the tensors of all cases except those pooled as channels last
 
 
 def _pooled(tensor: Tensor, case: Case) -> Tensor:
@@ -42,12 +42,12 @@ def _pooled(tensor: Tensor, case: Case) -> Tensor:
 
 
 class Witness(pl.Callback):
-    """Notes, by means of its own, what the callback under test sees and does."""
+    """Independently records the inputs and effects of the tested callback."""
 
     def __init__(self, layers: Sequence[str]) -> None:
         self.layers = layers
         self.tensors: dict[str, Tensor] = {}
-        self.origins: list[Any] = []  # where autograd's graph begins that leads back from the tensors
+        self.origins: list[Any] = []  # start nodes of the autograd graph of the tensors
         self.gradients: dict[str, Tensor] = {}
         self.loss, self.ms = math.nan, 0.0
 
@@ -88,7 +88,7 @@ class Witness(pl.Callback):
 def train(
     build: Callable[[], pl.LightningModule], case: Case, *, plugged: bool
 ) -> tuple[Witness, Any, dict[str, float]]:
-    """One training step from the same start; the witness, the module afterwards, and what was logged."""
+    """One training step from the same start; returns the witness, the module and the logged values."""
     torch.manual_seed(0)
     module, witness = build(), Witness(case.layers)
     callbacks: list[pl.Callback] = [witness]
@@ -106,7 +106,7 @@ def train(
 
 
 def try_case(case: Case) -> Outcome:
-    """Run a case, and turn what goes wrong into its `problem`."""
+    """Run a case, and report errors as its `problem`."""
     outcome = Outcome(case)
     try:
         (_check_recomputation if case.checkpointed else _check_term)(case, outcome)
@@ -141,9 +141,9 @@ def _check_term(case: Case, outcome: Outcome) -> None:
 
 
 def _check_gradients(upstream: set[str], without: dict[str, Tensor], plugged: dict[str, Tensor]) -> None:
-    """The term changes the gradients of what stands before its layer, and no others.
+    """Check that the term changes only the gradients of parameters before its layer.
 
-    Parameters with a gradient of zero do not count: they stand before a normalisation, or behind a scale of zero.
+    Parameters with zero gradient are ignored: they are before a normalisation, or after a zero scale.
     """
     expect(all(grad.isfinite().all() for grad in plugged.values()), "a gradient is not finite")
     changed = {name for name, grad in plugged.items() if name not in without or differs(grad, without[name])}
@@ -155,7 +155,7 @@ def _check_gradients(upstream: set[str], without: dict[str, Tensor], plugged: di
 
 
 def _check_recomputation(case: Case, outcome: Outcome) -> None:
-    """With and without recomputed activations the term and all gradients are the same."""
+    """Check that the term and all gradients are the same with and without recomputed activations."""
     kept, module, kept_log = train(case.build, case, plugged=True)
     witness, _, logged = train(case.checkpointed, case, plugged=True)
     outcome.parameters, outcome.ms = sum(p.numel() for p in module.parameters()), witness.ms
@@ -201,7 +201,7 @@ def parameters_behind(origins: Sequence[Any], module: nn.Module) -> set[str]:
 
 
 def fingerprint(module: nn.Module) -> dict[str, Any]:
-    """Attributes and hooks of a module and all below it."""
+    """Attributes and hooks of a module and its submodules."""
     return {
         name: (
             sorted(vars(child)),

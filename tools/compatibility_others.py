@@ -1,4 +1,4 @@
-"""Cases of compatibility.py besides timm: transformers from configurations, and modules of Lightning."""
+"""Cases of compatibility.py other than timm: transformers from configurations, and Lightning modules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +98,7 @@ def recomputing_transformers_cases() -> list[Case]:
 
 
 class Digits(Task):
-    """Around the network that Lightning's MNIST example trains."""
+    """Wraps the network of Lightning's MNIST example."""
 
     def __init__(self) -> None:
         super().__init__(boring_classes.Net())
@@ -115,7 +115,7 @@ class Writer(lstm.LightningLSTM):
 
 
 def demo_cases() -> list[Case]:
-    """Modules that come with Lightning. Those that fetch data are given random data instead."""
+    """Lightning's demo modules. Those that download data are given random data instead."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(ROWS, 32, generator=generator)
     words = torch.randint(WORDS, (2, ROWS, TOKENS), generator=generator)

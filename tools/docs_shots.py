@@ -1,11 +1,10 @@
-"""Look at the built documentation in headless Chromium: screenshots, and complaints about what a reader stumbles over.
+"""Check the built documentation in headless Chromium: screenshots, and complaints about rendering problems.
 
     python tools/docs_shots.py                        # every page, wide and narrow, light and dark
     python tools/docs_shots.py index guide/start      # these alone
 
-It fails on errors in the console, pages that are wider than the window, broken images, formulas that were not drawn,
-and anything asked from another machine. Screenshots lie in docs/_build/shots. Chromium has to be installed; `CHROMIUM`
-names another one.
+It fails on console errors, pages wider than the window, broken images, unrendered formulas, and external requests.
+Screenshots are written to docs/_build/shots. Chromium must be installed; `CHROMIUM` selects another executable.
 """
 
 import argparse
@@ -51,21 +50,21 @@ LOOK = """
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files without a line for each."""
+    """Serves files without logging requests."""
 
     def log_message(self, *args: Any) -> None:
         pass
 
 
 class Browser:
-    """One tab of Chromium, spoken to over its debugging protocol."""
+    """A Chromium tab, controlled through its debugging protocol."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket, self.number, self.complaints = socket, 0, []
         self.loaded = False
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Ask for something and wait for the answer; what is reported in between is noted."""
+        """Send a command and wait for the answer, recording events in between."""
         self.number += 1
         await self.socket.send_json({"id": self.number, "method": method, "params": parameters})
         while (message := await self.socket.receive_json(timeout=300)).get("id") != self.number:
@@ -75,7 +74,7 @@ class Browser:
         return message["result"]
 
     def note(self, message: dict[str, Any]) -> None:
-        """Keep errors, and requests that leave this machine."""
+        """Record errors and external requests."""
         method, found = message.get("method"), message.get("params", {})
         if method == "Inspector.targetCrashed":
             raise SystemExit("a page crashed; the machine may be out of memory")
@@ -86,7 +85,7 @@ class Browser:
         elif method == "Runtime.consoleAPICalled" and found["type"] == "error":
             self.complaints.append(f"console: {[one.get('value') for one in found['args']]}")
         elif method == "Log.entryAdded" and found["entry"].get("url", "").endswith("/favicon.ico"):
-            return  # which Chromium asks for by itself
+            return  # requested by Chromium itself
         elif method == "Log.entryAdded" and found["entry"]["level"] == "error":
             self.complaints.append(f"console: {found['entry']['text']} {found['entry'].get('url', '')}")
         elif method == "Network.requestWillBeSent":
@@ -95,7 +94,7 @@ class Browser:
                 self.complaints.append(f"asks another machine for {address}")
 
     async def look(self, address: str, window: str, scheme: str, shot: Path | None) -> list[str]:
-        """Open a page in a window, and say what is wrong with it."""
+        """Open a page in a window, and return the complaints."""
         self.complaints, self.loaded = [], False
         width, height = WINDOWS[window]
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": window == "narrow"}
@@ -116,7 +115,7 @@ class Browser:
 
 
 async def open_browser(port_file: Path, session: aiohttp.ClientSession) -> Browser:
-    """The tab of a Chromium that has just been started, as soon as it is there."""
+    """Wait for the tab of a newly started Chromium."""
     for _ in range(1200):
         if port_file.exists() and port_file.read_text(encoding="utf-8").strip():
             break
@@ -133,7 +132,7 @@ async def open_browser(port_file: Path, session: aiohttp.ClientSession) -> Brows
 
 
 async def look_at(pages: list[str], root: str, port_file: Path) -> int:
-    """Look at all pages in all windows; the number of complaints."""
+    """Check all pages in all windows; returns the number of complaints."""
     count = 0
     async with aiohttp.ClientSession() as session:
         browser = await open_browser(port_file, session)

@@ -1,7 +1,7 @@
-"""Factorise one small model of every family of timm that can be made offline, and transformers from configurations.
+"""Factorise one small model of every timm family that can be built offline, and transformers from configurations.
 
-Nothing is downloaded. The table says what passed; `--markdown` writes it into docs/factorization.md, and names behind
-the command try those models only.
+Nothing is downloaded. The table shows the results; `--markdown` writes it into docs/factorization.md. Model names as
+arguments restrict the test to these models.
 
     python tools/factorization.py --markdown
 """
@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_plugins.compression import factorize, restore_structure
 
 FAMILIES_WANTED = 40
-SAME = 1e-9  # of the largest output, in float64: at full rank nothing but rounding may differ
-EXPORTED = 1e-4  # of the largest output, in float32: the exported program may order its sums otherwise
-MOVED = 1e-5  # of the largest output: what half of the ranks takes away must be seen
+SAME = 1e-9  # of the largest output, in float64: at full rank only rounding may differ
+EXPORTED = 1e-4  # of the largest output, in float32: the exported program may order its sums differently
+MOVED = 1e-5  # of the largest output: halving the ranks must have a visible effect
 ROWS = 2
 TUPLE = {"return_dict": False}
 TRANSFORMERS = {
@@ -44,7 +44,7 @@ BEGIN, END = "<!-- written by tools/factorization.py: begin -->", "<!-- end -->"
 
 @dataclass
 class Outcome:
-    """Outcome of a model; ``problem`` is empty if all was as it should be."""
+    """Outcome of a model; ``problem`` is empty on success."""
 
     family: str
     model: str
@@ -60,7 +60,7 @@ class Outcome:
 def try_model(
     kind: str, name: str, build: Callable[[], nn.Module], inputs: Any, change: Callable[[nn.Module], Any] | None = None
 ) -> Outcome:
-    """Factorise a model, and turn what goes wrong into its `problem`; `change` spoils it, for the tests."""
+    """Factorise a model, and report errors as its `problem`; `change` damages it, for the tests."""
     outcome, begin = Outcome(kind, name), time.perf_counter()
     try:
         _check_full_rank(build, inputs, outcome, change)
@@ -113,14 +113,15 @@ def _check_half_rank(build: Callable[[], nn.Module], inputs: Any, outcome: Outco
 
 @torch.no_grad()
 def made(build: Callable[[], nn.Module], seed: int, inputs: Any) -> nn.Module:
-    """A model in evaluation mode, in which all layers count: initialisations that silence some of them are replaced."""
+    """A model in evaluation mode in which all layers are effective: initialisations that disable layers are
+    replaced."""
     torch.manual_seed(seed)
     model = build().eval()
     for name, parameter in model.named_parameters():
-        if not name.endswith("bias") and parameter.abs().max() < 1e-3:  # scales of branches, which start at next to 0
+        if not name.endswith("bias") and parameter.abs().max() < 1e-3:  # branch scales, which start at almost 0
             parameter.uniform_(0.5, 1.0)
     norms = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
-    for norm in norms:  # without statistics that fit, signals fade away through many layers
+    for norm in norms:  # without fitting statistics, signals vanish through many layers
         norm.momentum = None
         norm.train()
     run(model, inputs)
@@ -129,7 +130,7 @@ def made(build: Callable[[], nn.Module], seed: int, inputs: Any) -> nn.Module:
 
 @torch.no_grad()
 def run(model: Any, inputs: Any) -> list[Tensor]:
-    torch.manual_seed(0)  # whatever draws random numbers in evaluation draws the same ones
+    torch.manual_seed(0)  # layers that draw random numbers in evaluation draw the same ones
     output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
@@ -183,7 +184,7 @@ def models() -> list[tuple[str, str, Callable[[], nn.Module], Any]]:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table, without the times, which are another machine's tomorrow."""
+    """The table, without the times, which depend on the machine."""
     header = ["family", "model", "layers", "split", "full rank", "parameters", "exported", "result"]
     lines = [
         f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}; "

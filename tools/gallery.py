@@ -1,11 +1,12 @@
-"""The documentation's gallery: the notebooks under examples/ with what they printed and drew.
+"""The documentation's gallery: the notebooks under examples/ with their outputs.
 
     python tools/gallery.py                  # run those whose outputs are missing or belong to other code
     python tools/gallery.py linear_probe     # run these
     python tools/gallery.py --check          # say what is missing, too large, or tells of the machine; run nothing
 
-The outputs lie in docs/executed. `docs/conf.py` lays them into the notebooks of today as long as the code is the same,
-so that a text may be improved without a run; where the code has changed, a page has no outputs until the next one.
+The outputs are stored in docs/executed. `docs/conf.py` inserts them into the current notebooks as long as the code is
+the same, so that texts can be improved without a run; if the code has changed, a page has no outputs until the next
+run.
 """
 
 import argparse
@@ -25,8 +26,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, EXECUTED = ROOT / "examples", ROOT / "docs" / "executed"
-# EXAMPLE_STEPS of those that, as they stand, compute for minutes on one core: with fewer steps, and some with one seed
-# instead of three. Claims are checked in full runs only.
+# EXAMPLE_STEPS of examples that take minutes on one core: with fewer steps, and some with one seed instead of three.
+# Claims are checked only in full runs.
 SHORTER = {
     "adapt_vit_glyphs": 30,
     "compress_sentence_encoder": 60,
@@ -41,7 +42,7 @@ SHORTER = {
     "von_neumann_self_supervised": 150,
 }
 WIDTH, COLOURS = 800, 64
-LARGEST = 2_000_000  # bytes, of all of them
+LARGEST = 2_000_000  # bytes, in total
 NO_PICTURE = base64.b64decode(  # one grey point, for a page without outputs
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGN4AgAA5gDlWNqJzgAAAABJRU5ErkJggg=="
 )
@@ -57,18 +58,18 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def same_code(one: Any, other: Any) -> bool:
-    """True if two notebooks do the same: what is installed before does not count."""
+    """True if two notebooks have the same code, except for installations."""
     return [cell.source for cell in code_cells(one)[1:]] == [cell.source for cell in code_cells(other)[1:]]
 
 
 def pictures(notebook: Any) -> list[bytes]:
-    """The figures that a notebook has drawn, as PNG."""
+    """The figures of a notebook, as PNG."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return [base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
 
 
 def note(metadata: dict[str, Any]) -> str:
-    """A sentence on the run that the outputs are from."""
+    """A sentence about the run that produced the outputs."""
     took = f"{metadata['processor_seconds']} seconds of processor time"
     if metadata["steps"] is None:
         return f"*The outputs are those of the notebook as it stands, which took {took}.*"
@@ -79,7 +80,7 @@ def note(metadata: dict[str, Any]) -> str:
 
 
 def page(name: str) -> Any:
-    """The notebook of an example, with the outputs of its last run if that ran this code."""
+    """The notebook of an example, with the outputs of its last run if the code is the same."""
     notebook, executed = read(EXAMPLES / f"{name}.ipynb"), EXECUTED / f"{name}.ipynb"
     if not executed.exists():
         return notebook
@@ -110,7 +111,7 @@ def write_pages(folder: Path) -> None:
 
 
 def smaller(picture: bytes) -> bytes:
-    """A figure of few colours, no wider than a page."""
+    """A figure with few colours, at most as wide as a page."""
     from PIL import Image
 
     with Image.open(io.BytesIO(picture)) as opened:
@@ -123,7 +124,7 @@ def smaller(picture: bytes) -> bytes:
 
 
 def results(outputs: list[Any]) -> list[Any]:
-    """The outputs of a cell that a reader wants to see: no progress bars, no warnings."""
+    """The relevant outputs of a cell, without progress bars and warnings."""
     kept = []
     for output in outputs:
         if "image/png" in output.get("data", {}):
@@ -142,7 +143,7 @@ def results(outputs: list[Any]) -> list[Any]:
 
 
 def execute(name: str) -> None:
-    """Run a notebook in an empty folder and keep its results."""
+    """Run a notebook in an empty folder and store its results."""
     import nbclient
 
     notebook, steps = read(EXAMPLES / f"{name}.ipynb"), SHORTER.get(name)
@@ -165,7 +166,7 @@ def execute(name: str) -> None:
 
 
 def told(notebook: Any) -> list[str]:
-    """Lines of the outputs that tell of the machine or warn of something."""
+    """Lines of the outputs that identify the machine or contain warnings."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
     names = [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4]
@@ -174,7 +175,7 @@ def told(notebook: Any) -> list[str]:
 
 
 def outdated() -> list[str]:
-    """Names of examples that have no outputs, or those of other code."""
+    """Names of examples without outputs, or with outputs of other code."""
     names = [example.stem for example in sorted(EXAMPLES.glob("*.ipynb"))]
     return [
         name
@@ -185,7 +186,7 @@ def outdated() -> list[str]:
 
 
 def complaints() -> list[str]:
-    """Complaints about the outputs that are kept."""
+    """Complaints about the stored outputs."""
     kept = sorted(EXECUTED.glob("*.ipynb"))
     found = [f"{name} has no outputs of its code: run tools/gallery.py {name}" for name in outdated()]
     found += [f"{path.name} has no example" for path in kept if not (EXAMPLES / path.name).exists()]

@@ -1,12 +1,12 @@
-"""Check the package on one GPU within eight minutes, and measure what it costs there; or, small, on a CPU.
+"""Check the package on one GPU within eight minutes, and measure its costs there; or in a small version on a CPU.
 
     python tools/gpu_check.py                        # all parts, into gpu_check.json
     python tools/gpu_check.py --parts syncs tables   # some
     python tools/gpu_check.py --device cpu --tiny    # what the tests run
 
-It needs the package, torch and Lightning; what needs timm or torch-pruning is told apart as "not installed". The file
-is written after every item. The exit status is 1 if an item failed, or time ran out before it. `tools/gpu_tables.py`
-makes the page of the tables from the file.
+It needs the package, torch and Lightning; items that need timm or torch-pruning are reported as "not installed". The
+file is written after every item. The exit status is 1 if an item failed, or time ran out before it.
+`tools/gpu_tables.py` writes the page with the tables from the file.
 """
 
 import argparse
@@ -31,14 +31,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "benchmarks")]
 import torch
 from gpu_parts.recorder import OutOfTimeError, Recorder
 
-# Each part, and the most that it may take of eight minutes.
+# The parts, with their share of the eight minutes.
 PARTS = {"numerics": 40, "contract": 150, "half": 60, "compiled": 100, "syncs": 60, "tables": 200}
-MARGIN = 20.0  # seconds: items look at the clock themselves, and the alarm is for those that take too long
+MARGIN = 20.0  # seconds: items check the clock themselves, and the alarm is for those that take too long
 DISTRIBUTIONS = ("lightning", "pytorch-lightning", "torchmetrics", "timm", "torchvision", "torch-pruning")
 
 
 def about(device: str) -> dict[str, Any]:
-    """Where and when the check ran."""
+    """Machine, versions and date of the check."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in DISTRIBUTIONS:
         try:
@@ -59,7 +59,7 @@ def ring(signum: int, frame: FrameType | None) -> None:
 
 
 def run_part(recorder: Recorder, name: str, seconds: float) -> None:
-    """Run a part; an error outside its items, as in its imports, is an item of its own."""
+    """Run a part; an error outside its items, such as in its imports, becomes a separate item."""
     signal.signal(signal.SIGALRM, ring)
     with recorder.within(seconds), recorder.item(name, "part") as data:
         signal.setitimer(signal.ITIMER_REAL, max(0.1, recorder.left() + MARGIN))

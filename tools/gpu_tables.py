@@ -1,8 +1,8 @@
-"""Write docs/benchmarks/gpu.md from what `tools/gpu_check.py` measured.
+"""Write docs/benchmarks/gpu.md from the measurements of `tools/gpu_check.py`.
 
 python tools/gpu_tables.py gpu_check.json           # prints the page
 python tools/gpu_tables.py gpu_check.json --write   # and writes it, with the JSON beside it
-python tools/gpu_tables.py first.json second.json   # several calls on one machine: of an item the last outcome counts
+python tools/gpu_tables.py first.json second.json   # several runs on one machine: the last outcome of an item counts
 """
 
 import argparse
@@ -23,9 +23,9 @@ PAGE = ROOT / "docs" / "benchmarks" / "gpu.md"
 Items = dict[str, dict[str, Any]]
 MEANING = {
     "numerics": "functions in float32, TF32 and bfloat16, against float64 on the CPU",
-    "contract": "trainings with callbacks, against the same on the CPU; two processes share the GPU over gloo",
+    "contract": "training with callbacks, against the same on the CPU; two processes share the GPU over gloo",
     "half": "bf16 and fp16 with the fused AdamW",
-    "compiled": '`torch.compile`, `mode="reduce-overhead"`, and graphs captured by hand',
+    "compiled": '`torch.compile`, `mode="reduce-overhead"`, and manually captured graphs',
     "syncs": 'steps under `torch.cuda.set_sync_debug_mode("error")`',
     "tables": "times and memory",
 }
@@ -47,7 +47,7 @@ def outcomes(parts: dict[str, Items]) -> str:
 
 
 def problems(parts: dict[str, Items]) -> str:
-    """Items that failed, with the last line of the error; one line for items that differ in precision alone."""
+    """Items that failed, with the last line of the error; one line for items that differ only in precision."""
     lines: dict[str, str] = {}
     for part, items in parts.items():
         for name, entry in items.items():
@@ -59,14 +59,14 @@ def problems(parts: dict[str, Items]) -> str:
 
 READING = """## Reading these numbers
 
-- The entropy's products are launched one by one. Up to 512 columns or rows the launches are what takes time; the ratio
-  grows with the smaller side and reaches ten somewhere between 512 and 1,024.
-- `torch.linalg.eigh` reads its status back from the device, so every decomposition waits, and one of a small matrix
-  takes milliseconds on a GPU; a network has one for each weight. Penalties on all weights of a ResNet-50 therefore cost
-  two to four steps each time: on a GPU give them `every_n_steps=100` or more, or few layers. The same holds for
-  thresholds, where `refresh_every` is the lever.
-- The budget's search (`budget.py`) no longer waits since that part was run; it was not measured again.
-- `mode="reduce-overhead"` and graphs captured by hand come last in their part, and time ran out before them."""
+- The entropy's matrix products are launched one by one. Up to 512 columns or rows the launch overhead dominates; the
+  ratio grows with the smaller side and reaches ten somewhere between 512 and 1,024.
+- `torch.linalg.eigh` reads its status back from the device, so every decomposition synchronises, and decomposing even a
+  small matrix takes milliseconds on a GPU; a network needs one per weight. Penalties on all weights of a ResNet-50
+  therefore cost as much as two to four steps each time: on a GPU set `every_n_steps=100` or more, or select few layers.
+  The same holds for thresholds: increase `refresh_every`.
+- Since that part was run, the budget search (`budget.py`) no longer synchronises; it was not measured again.
+- `mode="reduce-overhead"` and manually captured graphs come last in their part, and time ran out before them."""
 
 
 def entropy_table(items: Items) -> str:
@@ -89,7 +89,7 @@ def shares_table(items: Items, name: str, goals: dict[str, float]) -> str:
         middle = f"{row['low_ms']:.1f} to {row['high_ms']:.1f}"
         cells = [form, f"{row['ms']:.1f}", middle, "" if form == "bare" else f"{row['share']:+.2%}"]
         rows.append([*cells, "" if goal is None else f"{goal:.0%}: {verdict(row['share'] <= goal)}"])
-    return markdown_table(["step", "ms", "middle half", "beside bare", "goal"], rows)
+    return markdown_table(["step", "ms", "middle half", "overhead", "goal"], rows)
 
 
 def adaptation_table(items: Items) -> str:
@@ -113,39 +113,43 @@ def page(report: dict[str, Any]) -> str:
     seconds = sum(items["part"]["seconds"] for items in parts.values() if "part" in items)
     blocks = [
         "# On a GPU",
-        f"One {about['device']}{cuda}; {versions}; {about['date']}. `python tools/gpu_check.py` ran all of it in"
-        f" {seconds:.0f} s, and `python tools/gpu_tables.py gpu_check.json --write` made this page.",
+        f"One {about['device']}{cuda}; {versions}; {about['date']}. `python tools/gpu_check.py` ran everything in"
+        f" {seconds:.0f} s, and `python tools/gpu_tables.py gpu_check.json --write` wrote this page.",
         "## Checks",
         outcomes(parts),
-        "What did not pass:",
+        "Failures:",
         problems(parts),
     ]
     items = parts.get("tables", {})
     if any("published_ms" in entry for entry in items.values()):
-        text = "Forward and backward in float32, in turns; medians. The published formula decomposes the rows by `svd`."
+        text = (
+            "Forward and backward in float32, interleaved; medians. The published formula decomposes the rows by `svd`."
+        )
         blocks += ["## The von Neumann entropy against the published formula", text, entropy_table(items)]
     if measured(items, "penalties"):
         goals = {"entropy": GOALS["vne_share"], "stable rank": GOALS["penalty_share"], "p=": GOALS["penalty_share"]}
         text = (
-            "A ResNet-50 on 256 images of 224 x 224, bf16-mixed, channels_last, SGD, in one training: whole steps, by"
-            " turns with each term and bare. The stable rank's terms act on all weights."
+            "A ResNet-50 on 256 images of 224 x 224, bf16-mixed, channels_last, SGD, in one run: whole steps with each"
+            " term and without, interleaved. The stable rank terms act on all weights."
         )
         blocks += ["## What the terms add to a step", text, shares_table(items, "penalties", goals)]
     if measured(items, "choices"):
-        text = "The same network, forward and backward and the step of scores and thresholds; the share is of means."
+        text = (
+            "The same network: forward, backward and the update of scores and thresholds; the overhead compares means."
+        )
         table = shares_table(items, "choices", {"masks": GOALS["choice_share"]})
         blocks += ["## What masks and thresholds add to a step", text, table]
     if measured(items, "adaptation"):
         text = (
             "A 4-conv network with 64 channels, four 5-way 1-shot tasks of 84 x 84, five second-order steps; float32"
-            " without TF32. The plain loop takes task by task and decomposes every kernel's gradient by `svd`."
+            " without TF32. The plain loop processes task by task and decomposes every kernel's gradient by `svd`."
         )
         blocks += ["## GAP against the plain loop", text, adaptation_table(items)]
     return "\n\n".join([*blocks, READING]) + "\n"
 
 
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several; what ran out of time does not take the place of an outcome."""
+    """Merge reports; an item that ran out of time does not replace an outcome."""
     about = {**reports[0]["about"], "date": ", ".join(report["about"]["date"] for report in reports)}
     about["seconds"] = sum(report["about"].get("seconds", 0) for report in reports)
     parts: dict[str, Items] = {}

@@ -1,6 +1,6 @@
-"""Put MathJax beside the documentation, so that formulas are drawn without a network; from npm's own client.
+"""Add MathJax to the documentation with the npm client, so that formulas are rendered offline.
 
-Without npm or its registry the documentation is built all the same, and readers fetch MathJax from where Sphinx says.
+Without npm or its registry the documentation is still built, and readers load MathJax from Sphinx's default URL.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Run notebooks from empty folders, where nothing can be imported but what their first cells install."""
+"""Run notebooks from empty folders, where only the packages installed by their first cells can be imported."""
 
 import importlib.metadata
 import json
@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# What every notebook has: its kernel, and what that needs.
+# Packages of every notebook: its kernel with dependencies.
 KERNEL = ("ipykernel", "nbclient", "jupytext")
-# In the kernel, before the first cell: the extras that the first cell does not install are not there.
+# Runs in the kernel before the first cell: hides extras that the first cell does not install.
 HIDE = """
 import sys
 from importlib.machinery import PathFinder
@@ -44,13 +44,13 @@ if not where.outputs[0].text.startswith(sys.prefix):
 
 
 def processor_seconds() -> float:
-    """The processor time of all processes that were started and have ended."""
+    """The CPU time of all finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def wanted_by(name: str, extras: Collection[str], seen: dict[str, set[str]]) -> None:
-    """Add a distribution, its extras, and all that they need to those seen; what is not installed ends there."""
+    """Add a distribution, its extras and their dependencies to those seen, as far as installed."""
     from packaging.requirements import Requirement
 
     new = set(extras) - seen.get(name, set())
@@ -68,12 +68,12 @@ def wanted_by(name: str, extras: Collection[str], seen: dict[str, set[str]]) -> 
 
 
 def normal(name: str) -> str:
-    """The name of a distribution as indexes write it."""
+    """The normalised name of a distribution."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def missing_for(notebook: Path, extras: Collection[str]) -> list[str]:
-    """Of some top-level modules, those that what a notebook's first cell installs does not bring."""
+    """The top-level modules that are not provided by the installations in a notebook's first cell."""
     from packaging.requirements import Requirement
 
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
@@ -89,10 +89,10 @@ def missing_for(notebook: Path, extras: Collection[str]) -> list[str]:
 def run_notebooks(
     use: Callable[..., str], settings: dict[str, str], only: Collection[str] | None, extras: Collection[str]
 ) -> list[str]:
-    """Run notebooks, each in an empty folder of its own, and say how long each took.
+    """Run notebooks, each in a separate empty folder, and print the times.
 
-    `use` runs Python there. With `extras`, the top-level modules that extras bring, nothing is installed, and of these
-    a notebook sees only what its first cell would install. Returned are the names of those that failed.
+    `use` runs Python there. With `extras`, the top-level modules of extras, nothing is installed, and a notebook sees
+    only those that its first cell would install. Returns the names of failed notebooks.
     """
     notebooks = sorted(EXAMPLES.glob("*.ipynb"))
     if unknown := set(only or ()) - {notebook.stem for notebook in notebooks}:

@@ -1,4 +1,4 @@
-"""Write a notebook beside every script under examples/ that has `# %%` cells; with --check only compare."""
+"""Write a notebook for every script under examples/ with `# %%` cells; with --check only compare."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def notebook_of(script: Path) -> str:
-    """The notebook's text: no outputs, and numbered cells, so that the same script gives the same bytes."""
+    """The notebook's text, without outputs and with numbered cells, so that the same script gives the same bytes."""
     notebook = jupytext.read(script)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -1,8 +1,8 @@
-"""Remove channels from one small model of every family of timm, and compare what is left with what was promised.
+"""Remove channels from one small model of every timm family, and compare the result with the prediction.
 
-Nothing is downloaded. For each model the groups of channels are found, random units of every group are masked, and the
-network is made smaller. The smaller network must compute what the masked one computes, and its parameters and
-operations, counted anew, must be exactly the budget's. `--markdown` writes the table into docs/pruning.md.
+Nothing is downloaded. For each model the channel groups are found, random units of every group are masked, and the
+network is shrunk. The smaller network must compute the same as the masked one, and its parameters and operations,
+counted independently, must equal the budget's prediction. `--markdown` writes the table into docs/pruning.md.
 """
 
 import argparse
@@ -29,14 +29,14 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "pruning.md"
 HEAD = """# Which networks can lose channels
 
 Written by `tools/pruning_families.py`: one small model of every family of timm {timm}, with random weights and the
-dependencies from Torch-Pruning {pruning}. A third of the units of every group is drawn at random and removed. *Layers*
-counts the convolutions and linear layers that lose outputs, of all of them; *parameters* and *operations* are what is
-left, each counted anew on the smaller network and equal, to the last one, to what `Budget` says; *difference* is that
-of the smaller network's outputs from those of the masked one, relative to the largest.
+dependencies found by Torch-Pruning {pruning}. A random third of the units of every group is removed. *Layers*
+is the number of convolutions and linear layers that lose outputs, out of the total; *parameters* and *operations* are
+those that remain, counted on the smaller network and exactly equal to the prediction of `Budget`; *difference* compares
+the smaller network's outputs with those of the masked one, relative to the largest output.
 
-What stays whole: the model's inputs and outputs, channels over which a layer or group norm takes its statistics (the
-residual streams of most transformers), and whatever another operation mixes in a way that the graph does not show:
-every group is tried before it is accepted.
+Not pruned: the model's inputs and outputs, channels over which a layer or group norm computes its statistics (the
+residual streams of most transformers), and channels mixed by an operation in a way that the graph does not show: every
+group is verified before it is accepted.
 """
 
 
@@ -59,7 +59,7 @@ def counted(model: nn.Module, inputs: Tensor) -> int:
 
 
 def settle(model: nn.Module) -> None:
-    """Scales that begin as zeros would hide a whole branch."""
+    """Replace scales initialised with zeros, which would disable a whole branch."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim <= 1 and not parameter.any():
@@ -67,7 +67,7 @@ def settle(model: nn.Module) -> None:
 
 
 def shrunk_difference(model: nn.Module, groups: list[Any], kept: list[Tensor], inputs: Any) -> float:
-    """Make a model smaller, and return the relative difference of its outputs from those with masks."""
+    """Shrink a model, and return the relative difference of its outputs from the masked ones."""
     apply_masks(model, groups).set_kept(kept)
     expected = tensors_in(run(model, inputs))
     bake_masks(model)
@@ -134,7 +134,7 @@ def markdown(rows: list[Row]) -> str:
         cells = (r.family, f"`{r.model}`", str(r.groups), r.layers, r.parameters, r.operations, r.difference)
         lines.append(f"| {' | '.join(cells)} |")
     if refused:
-        lines += ["", f"{len({r.family for r in refused})} families stay as they are:", ""]
+        lines += ["", f"{len({r.family for r in refused})} families are left unchanged:", ""]
         lines += ["| family | model | reason |", "|---|---|---|"]
         lines += [f"| {r.family} | `{r.model}` | {r.problem.replace('|', '/')} |" for r in refused]
     return "\n".join(lines) + "\n"

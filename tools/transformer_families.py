@@ -1,9 +1,9 @@
-"""Remove heads and hidden units from small transformers of Hugging Face, and compare them with what was promised.
+"""Remove heads and hidden units from small Hugging Face transformers, and compare the result with the prediction.
 
-Nothing is downloaded: every model is built from a small configuration. Of each the groups are found, random units are
-masked, and the model is made smaller to a budget. The smaller model must compute what the masked one computes, its
-parameters must be within the budget and those that the budget says, a folder written by `save_compressed` must give it
-again, and it must train. `--markdown` writes the table into docs/transformers.md.
+Nothing is downloaded: every model is built from a small configuration. For each the groups are found, random units are
+masked, and the model is shrunk to a budget. The smaller model must compute the same as the masked one, its parameters
+must be within the budget and equal its prediction, it must be restored from a folder written by `save_compressed`, and
+it must train. `--markdown` writes the table into docs/transformers.md.
 """
 
 import argparse
@@ -40,14 +40,15 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "transformers.md"
 HEAD = """# Which transformers can lose heads and hidden units
 
 Written by `tools/transformer_families.py`: one small model of each family of transformers {version}, built from a
-configuration, with random weights. Units of all groups leave in a random order until three quarters of the parameters
-are left. *Heads* and *perceptrons* count the groups of either kind; where several heads share a key and a value, they
-leave together, and the attentions of T5, which hand a bias on, lose the same heads. *Difference* is that of the smaller
-model's outputs from those of the masked one, in float64, relative to the largest. *Configuration* is what of the result
-it could express, when every layer loses as much; the rest stands in `structure.json`. Every model was trained for two
-steps before and after, and came again from `save_compressed` and `load_compressed` bit for bit.
+configuration, with random weights. Units of all groups are removed in random order until three quarters of the
+parameters are left. *Heads* and *perceptrons* are the numbers of groups of each kind; heads that share a key and a
+value are removed together, and the attention layers of T5, which pass a bias on, lose the same heads. *Difference*
+compares the smaller model's outputs with those of the masked one, in float64, relative to the largest. *Configuration*
+is the part of the structure that the configuration can express, if all layers lose equally many; the rest is in
+`structure.json`. Every model was trained for two steps before and after, and `save_compressed` and `load_compressed`
+restored it bit for bit.
 
-Residual streams stay whole, since norms take their statistics over them; so do tied embeddings with them.
+Residual streams are not pruned, since norms compute their statistics over them, nor are embeddings tied to them.
 """
 SMALL = {
     "vocab_size": 50,
@@ -136,7 +137,7 @@ class Row(NamedTuple):
 
 
 def train_two_steps(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Raises if any weight that is used does not move, or becomes infinite."""
+    """Raise an error if any used weight does not change, or becomes infinite."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
@@ -148,7 +149,7 @@ def train_two_steps(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 
 def smaller(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[nn.Module, list[Any], float, tuple[int, int, int]]:
-    """The model at a share of its parameters, its groups, the difference, and parameters: promised, counted, dense."""
+    """The shrunk model, its groups, the difference, and parameters: predicted, counted, dense."""
     groups = find_channel_groups(model, inputs).groups
     budget = Budget(model, groups, target=TARGET)
     generator = torch.Generator().manual_seed(0)
@@ -179,7 +180,7 @@ def come_again(model: nn.Module, kind: Any, inputs: dict[str, Tensor]) -> None:
 
 
 def expressed(model: nn.Module, groups: list[Any], kind: Any) -> str:
-    """Say whether the configuration expresses a model whose every layer lost half of its units."""
+    """Find out whether the configuration can express a model in which every layer lost half of its units."""
     before = copy.deepcopy(model.config.to_dict())
     shrink(model, groups, [torch.arange(group.size) >= group.size // 2 for group in groups])
     with TemporaryDirectory() as folder:

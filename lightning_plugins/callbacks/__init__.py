@@ -1,4 +1,4 @@
-"""Lightning callbacks: they decide when, and call what stands in the other folders."""
+"""Lightning callbacks: they decide when to act, and call the other subpackages."""
 
 from lightning_plugins.callbacks._rows.masks import LayerCall
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation

@@ -45,7 +45,7 @@ FORMS: dict[str, tuple[str, ...]] = {"raw": ("raw",), "abs": ("abs",), "both": (
 
 
 class AttributionEvaluation(Callback):
-    """Explain chosen samples of every batch by several methods and score the maps; the model stays as it was.
+    """Explain selected samples of every batch with several methods and score the maps, without changing the model.
 
     The scores of all ranks and batches are summed exactly. Logged through ``pl_module.log``:
     ``attribution/<method>[/abs]/<metric>``, and ``attribution/random/<metric>`` for random maps; `report`, None
@@ -72,11 +72,11 @@ class AttributionEvaluation(Callback):
         select: Which samples: those whose probability of the true class is above this number, or a callable from these
             probabilities, shape ``(B,)``, to bools (or its import path); all if None.
         classes: Only samples of these classes; of all if None.
-        max_samples: At most so many samples on each rank, in their order; all if None.
+        max_samples: Maximum number of samples per rank, in order; by default all.
         absolute: ``"raw"`` maps, ``"abs"`` for absolute values, or ``"both"``.
         max_forward_batch: The largest number of inputs, copies of samples among them, in one forward pass.
-        examples: Number of samples of the first rank whose maps are drawn, beside the curves; 0 draws nothing, else
-            matplotlib is needed.
+        examples: Number of samples of the first rank whose maps are drawn, in addition to the curves; 0 draws nothing,
+            else matplotlib is needed.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -19,7 +19,7 @@ class CalibrationRecorder(Callback):
     """Record a `lightning_plugins.compression.Calibration` from the batches that a network is trained on.
 
     No further pass over the data is needed. The moments are those of the training: of weights that still change, with
-    dropout and augmentation; so record late, with ``start``. A resumed training goes on with the moments it had.
+    dropout and augmentation; so record late, with ``start``. A resumed run continues with its previous moments.
 
     Args:
         layers: As for `Calibration`.

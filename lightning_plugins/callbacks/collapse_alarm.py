@@ -34,7 +34,7 @@ from lightning_plugins.selection import check_layers
 
 
 class RepresentationCollapseError(RuntimeError):
-    """A layer's representation has collapsed, and `CollapseAlarm` was told to raise."""
+    """A layer's representation has collapsed, with ``action="raise"`` of `CollapseAlarm`."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class CollapseAlarm(Callback):
     after a measurement that was not too low.
 
     Args:
-        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
-            layer receives, ``"backbone.fc"`` what it returns.
+        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` selects its
+            input, ``"backbone.fc"`` its output.
         metric: ``"effective_rank"``, ``"entropy"`` (nats), ``"isotropy"``, ``"rankme"`` or ``"stable_rank"``; see
             `lightning_plugins.metrics`.
-        minimum: The least value that is not too low.
+        minimum: The lowest acceptable value.
         share: The least share of the most that a rank could be (the number of features, or of rows if there are fewer)
             that is not too low; for the ranks only.
         drop: How far below its best so far the metric may fall, as a share of the best.
@@ -278,7 +278,7 @@ class CollapseAlarm(Callback):
             raise RepresentationCollapseError(message)
         if self.action == "stop":
             trainer.should_stop = True
-            message += "; the training stops"
+            message += "; training stops"
         elif self.action == "checkpoint":
             path = Path(self.dirpath or trainer.default_root_dir, f"collapse-{alarm.layer}-step={alarm.step}.ckpt")
             trainer.save_checkpoint(path)  # on all processes together

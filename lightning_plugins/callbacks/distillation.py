@@ -51,7 +51,7 @@ class Distillation(Callback):
         teacher: ``"start"``: the network as it is when `fit` begins, before anything compresses it (put this callback
             first). The path of a checkpoint of the network (``.ckpt``, ``.pt``, ``.pth``, ``.safetensors``). The import
             path of a function that returns a network which takes the same arguments. Or such a network.
-        outputs: Where in what the network returns the tensor to match is: a key, attribute or index, such as
+        outputs: Location of the tensor to match in the network's output: a key, attribute or index, such as
             ``"logits"``, or a list of them; None for the first tensor, False for none.
         layers: Layers whose tensors are to match: names within ``network``, or a mapping from those of the student
             to those of the teacher.
@@ -241,7 +241,7 @@ class Distillation(Callback):
         return found
 
     def _both(self, pl_module: LightningModule, teacher: nn.Module) -> tuple[NetworkCalls, NetworkCalls]:
-        """The recorders of both networks; anew after a surgery has replaced layers of the student."""
+        """The recorders of both networks; recreated after a surgery has replaced layers of the student."""
         student = self._student(pl_module)
         if self._calls is None or not self._calls[0].fits(student):
             for calls in self._calls or ():

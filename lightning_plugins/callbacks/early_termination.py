@@ -102,11 +102,11 @@ class EarlyTermination(Callback):
             raise MisconfigurationException(f"{name} needs a `trial` or a `history` on the first process, got neither")
         if not is_overridden("validation_step", pl_module):
             raise MisconfigurationException(
-                f"{name} looks at validations, and {type(pl_module).__name__} has no `validation_step`"
+                f"{name} monitors validation, and {type(pl_module).__name__} has no `validation_step`"
             )
         if self.history is not None and self.total is None and trainer.max_epochs in {None, -1}:
             raise MisconfigurationException(
-                f"{name}: how long a whole training is does not follow from `max_epochs=-1`; pass `total`"
+                f"{name}: the length of training is unknown with `max_epochs=-1`; pass `total`"
             )
         if trainer.global_step == 0:  # a new training; a checkpoint's state comes after this hook
             self.curve, self.ended = [], False
@@ -121,13 +121,13 @@ class EarlyTermination(Callback):
         if not self._validated:
             return
         self._validated = False
-        if self.monitor not in trainer.callback_metrics:  # the same on all processes, so none waits for another
+        if self.monitor not in trainer.callback_metrics:  # the same on all processes, so none waits for another one
             known = sorted(trainer.callback_metrics)
             raise MisconfigurationException(f"`monitor` must be a logged metric, one of {known}, got {self.monitor!r}")
         self.curve.append(float(trainer.callback_metrics[self.monitor]))
         decision, error = self._decide(trainer) if trainer.is_global_zero else (False, None)
         decision, error = trainer.strategy.broadcast((decision, error))
-        if error is not None:  # on all processes alike: none is left waiting for the first
+        if error is not None:  # on all processes, so that none is left waiting for the first
             raise RuntimeError(f"`{type(self).__name__}` could not decide on the first process: {error}")
         self.ended = decision
         if self.ended:
@@ -142,12 +142,12 @@ class EarlyTermination(Callback):
         """Raise Optuna's exception for a pruned trial if the training was ended; call it behind ``fit``.
 
         Raises:
-            optuna.TrialPruned: On every process alike.
+            optuna.TrialPruned: On every process.
         """
         if self.ended and self.history is None:
             from optuna import TrialPruned
 
-            raise TrialPruned(f"ended behind validation {len(self.curve)} with {self.monitor} = {self.curve[-1]}")
+            raise TrialPruned(f"stopped after validation {len(self.curve)} with {self.monitor} = {self.curve[-1]}")
 
     def state_dict(self) -> dict[str, Any]:
         """The curve so far, and whether the training was ended."""
@@ -179,7 +179,7 @@ class EarlyTermination(Callback):
             try:
                 curves.append([float(value) for value in json.loads(line)])
             except (ValueError, TypeError):
-                rank_zero_warn(f"`history`: line {number} of {self.history} is no array of numbers and is passed over")
+                rank_zero_warn(f"`history`: line {number} of {self.history} is not an array of numbers and is skipped")
         return curves
 
     def _append(self) -> None:

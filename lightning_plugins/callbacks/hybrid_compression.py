@@ -1,4 +1,4 @@
-"""Channels and ranks chosen together under one strict budget, ending in a physically smaller network."""
+"""Joint selection of channels and ranks under one strict budget, ending in a physically smaller network."""
 
 from typing import Literal
 
@@ -48,11 +48,11 @@ class HybridCompression(ScheduledCompression):
         threshold_learning_rate: Step size of the thresholds, which are shares of a layer's largest singular value.
         beta_max: The inverse temperature at ``end``.
         keep: Layers that stay as they are, in the form of ``layers``.
-        min_channels: The least number of units that stay in a group of channels, and the least rank.
+        min_channels: Minimum number of units to keep in a channel group, and minimum rank.
         multiple_of: Numbers of channels and ranks are multiples of this, for speed; heads are not rounded.
         refresh_every: Steps between two decompositions of the weights. 1 gives the exact gradient in every step, 4 on
             average, at half of the cost.
-        figures: Whether to draw masks, ranks, cost and the network that is left, if matplotlib is there.
+        figures: Whether to draw masks, ranks, cost and the network that is left, if matplotlib is installed.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -72,7 +72,7 @@ class HybridCompression(ScheduledCompression):
         False
 
     Source:
-        Our reading of Eo et al., https://arxiv.org/abs/2309.13077. Phases, optimizer and surgery are ours.
+        Our interpretation of Eo et al., https://arxiv.org/abs/2309.13077. Phases, optimizer and surgery are ours.
     """
 
     def __init__(

@@ -175,7 +175,7 @@ class LayerProbe(Callback):
             self._summarize("train", trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what is new since the last figures."""
+        """Draw new data since the last figures."""
         self._drawing.draw(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -35,7 +35,7 @@ class LowRankCompression(CompressingCallback):
     3. From then on the modified stable rank drives the weights to these ranks (see `StableRankRegularization`).
     4. At the first start of an epoch from ``factorize_at`` on, or else at the end of training, each layer is factorised
        in place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. The state of the optimizers is carried over to the
-       factors, and schedulers and DDP go on.
+       factors, and schedulers and DDP continue.
     5. The rest of training fine-tunes the small network.
 
     Afterwards the module is the small network. Its checkpoints are loaded by every Trainer that has this callback, or
@@ -54,9 +54,9 @@ class LowRankCompression(CompressingCallback):
         weight: Strength of the regularisation, at least 0. Watch ``stable_rank/<layer>`` in the log: it must have
             fallen to near 0 by ``factorize_at``, or the split costs accuracy. If it has not, raise ``weight``.
         search: ``"beam"``: a beam search over the score of the truncated network. ``"equal_ratio"``, ``"energy"``,
-            ``"trade_off"`` and ``"output_energy"`` look at weights, or with ``calibration`` at what layers put out.
+            ``"trade_off"`` and ``"output_energy"`` use the weights, or with ``calibration`` the layers' outputs.
         search_options: Keyword arguments of the beam search: ``width``, ``step``, ``bounds``, ``reuse_activations``,
-            ``state_file``, with which a killed search goes on; of ``"output_energy"``: ``relative``.
+            ``state_file``, with which a killed search resumes; of ``"output_energy"``: ``relative``.
         score: What the beam search raises: the name of a method of the module that takes a batch, or a function of
             module and batch. It returns the mean over the batch, or a sum and a count, and depends on nothing else. By
             default the negative loss of the module's training step, whose logging is silenced meanwhile.
@@ -65,7 +65,7 @@ class LowRankCompression(CompressingCallback):
             processes must have the same.
         search_batches: How many batches are scored at the most.
         ranks: Ranks by layer name, instead of a search.
-        calibration: Whether layers are truncated by what they put out on ``search_data``; or options of `Calibration`.
+        calibration: Whether layers are truncated by their outputs on ``search_data``; or options of `Calibration`.
         cost: What ``budget`` is a share of: ``"params"``, or ``"flops"`` of the module's ``example_input_array``.
         p: 1 drives the singular values beyond the rank to zero, 2 lowers them.
         scheme: How a convolution is split: 1 into ``k x k`` and ``1 x 1``, 2 into ``1 x k`` and ``k x 1``.
@@ -75,7 +75,8 @@ class LowRankCompression(CompressingCallback):
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th step carries the regularisation, then n times as strong.
         on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, ``"raise"`` raises `FloatingPointError`.
-        figures: Whether to draw the report at the end of training, for the loggers or a file, if matplotlib is there.
+        figures: Whether to draw the report at the end of training, for the loggers or a file, if matplotlib is
+            installed.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -86,7 +87,7 @@ class LowRankCompression(CompressingCallback):
         report: After the layers were split, a `lightning_plugins.compression.CompressionReport` of the whole network:
             parameters and, where the module has an ``example_input_array``, operations, per layer and in all.
 
-    Logs at every step ``budget/<cost>``, what the network costs at that time as a share of what it cost dense, and
+    Logs at every step ``budget/<cost>``, the current cost of the network as a fraction of the dense cost, and
     ``rank/<layer>`` once the ranks are known.
 
     Example:
@@ -95,8 +96,8 @@ class LowRankCompression(CompressingCallback):
         0.3
 
     Source:
-        Our reading of Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. When the phases begin and what
-        becomes of the optimizer's state is ours.
+        Our interpretation of Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. When the phases begin
+        and what becomes of the optimizer's state is ours.
     """
 
     @renamed(listed=True, positional=("ratio", "weight"), ratio=Replaced("budget", share_left))
@@ -198,7 +199,7 @@ class LowRankCompression(CompressingCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Search if it is due; a search need not wait for the end of an epoch."""
-        if batch_idx == 0:  # resumed from behind an epoch's last batch, Lightning leaves out `on_train_epoch_start`
+        if batch_idx == 0:  # when resuming after an epoch's last batch, Lightning skips `on_train_epoch_start`
             self._advance(trainer, pl_module)
         elif self.found is None and not self.finished and reached(trainer, self.search_at, self.unit):
             self._find(trainer, pl_module)
@@ -224,13 +225,13 @@ class LowRankCompression(CompressingCallback):
             self._penalty.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last epoch finish what is left to do, before checkpoints of this epoch are written."""
+        """Finish pending work after the last epoch, before its checkpoints are written."""
         if self._penalty is not None:
             self._penalty.on_train_epoch_end(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish what is left to do if the training was stopped early, and draw the report."""
+        """Finish pending work if the training was stopped early, and draw the report."""
         super().on_train_end(trainer, pl_module)
         if self.report is not None and self.figures and trainer.is_global_zero and has_matplotlib():
             hand_to_loggers(trainer, "compression", compression_figure(self.report, title=type(pl_module).__name__))

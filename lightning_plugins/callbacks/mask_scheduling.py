@@ -1,4 +1,4 @@
-"""Channels chosen under one strict budget by learned masks or by magnitude, ending in a physically smaller network."""
+"""Selection of channels under a strict budget by learned masks or magnitude, ending in a physically smaller network."""
 
 from typing import Literal
 
@@ -34,9 +34,9 @@ class MaskScheduling(ScheduledCompression):
         beta_max: The inverse temperature at ``end``.
         update_every: Steps between two choices by magnitude.
         keep: Layers that stay as they are, in the form of ``layers``.
-        min_channels: The least number of units that stay in a group of channels.
+        min_channels: Minimum number of units to keep in a channel group.
         multiple_of: Numbers of channels are multiples of this, for speed; heads are not rounded.
-        figures: Whether to draw masks, cost and the network that is left, if matplotlib is there.
+        figures: Whether to draw masks, cost and the network that is left, if matplotlib is installed.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -53,8 +53,8 @@ class MaskScheduling(ScheduledCompression):
         False
 
     Source:
-        Our reading of DML-S of Eo et al., https://arxiv.org/abs/2309.13077; for the cubic schedule of magnitudes Zhu
-        and Gupta, 2017, https://arxiv.org/abs/1710.01878.
+        Our interpretation of DML-S of Eo et al., https://arxiv.org/abs/2309.13077; for the cubic schedule of magnitudes
+        Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class MutualInformationMonitor(Callback):
         loss_candidates: K of the contrastive loss that ``training_step`` returns, the partner included; None for losses
             other than InfoNCE. Count the rows of this process alone if the loss does not gather.
         every_n_epochs: In `fit`, the validations of every n-th epoch.
-        max_pairs: A random sample of at most so many pairs is used.
+        max_pairs: Maximum number of pairs, a random sample.
         settings: Critic, bound, candidates and units; None for the defaults with 500 steps.
 
     Raises:
@@ -133,7 +133,7 @@ class MutualInformationMonitor(Callback):
             self._attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the losses of a checkpoint to the device; every process goes on from the mean of all."""
+        """Move the losses of a checkpoint to the device; every process continues from their mean."""
         if self._loss is not None:
             self._loss = self._loss.to(pl_module.device)
 
@@ -239,7 +239,7 @@ class MutualInformationMonitor(Callback):
             labels = batch[self.labels]
         except (KeyError, IndexError, TypeError) as error:
             raise MisconfigurationException(
-                f"{type(self).__name__}: `labels={self.labels!r}` is nothing in a validation batch of type "
+                f"{type(self).__name__}: `labels={self.labels!r}` is not in a validation batch of type "
                 f"{type(batch).__name__}; give the index or the key of the classes"
             ) from error
         if not isinstance(labels, Tensor) or labels.is_floating_point():

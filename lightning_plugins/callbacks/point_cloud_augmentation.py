@@ -85,13 +85,13 @@ class PointCloudAugmentation(Callback):
         return self._generate_state_key(targets=self.targets, seed=self.augmentation.seed)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the module, and that the schedule can be followed."""
+        """Check the module and the schedule."""
         if stage == "fit":
             require_lightning_module(type(self).__name__, pl_module)
             require_known_total(type(self).__name__, self.schedule, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Replace what the batch holds by the augmented."""
+        """Replace the batch by the augmented one."""
         if not isinstance(batch, dict) or any(key not in batch for key in KEYS):
             found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
             raise MisconfigurationException(

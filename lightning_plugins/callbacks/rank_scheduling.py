@@ -1,4 +1,4 @@
-"""Ranks chosen under one strict budget by learned thresholds on singular values, ending in factorised layers."""
+"""Selection of ranks under a strict budget by learned thresholds on singular values, ending in factorised layers."""
 
 from typing import Literal
 
@@ -25,11 +25,11 @@ class RankScheduling(ScheduledCompression):
         unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
         threshold_learning_rate: Step size of the thresholds, which are shares of a layer's largest singular value.
         keep: Layers that stay as they are, in the form of ``layers``.
-        min_rank: The least rank of a layer.
+        min_rank: Minimum rank of a layer.
         multiple_of: Ranks are multiples of this, for speed.
         refresh_every: Steps between two decompositions of the weights. 1 gives the exact gradient in every step, 4 on
             average, at half of the cost.
-        figures: Whether to draw ranks, cost and the network that is left, if matplotlib is there.
+        figures: Whether to draw ranks, cost and the network that is left, if matplotlib is installed.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -46,7 +46,7 @@ class RankScheduling(ScheduledCompression):
         False
 
     Source:
-        Our reading of DTL-S of Eo et al., https://arxiv.org/abs/2309.13077.
+        Our interpretation of DTL-S of Eo et al., https://arxiv.org/abs/2309.13077.
     """
 
     def __init__(

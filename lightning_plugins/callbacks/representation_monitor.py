@@ -48,8 +48,8 @@ class RepresentationMonitor(Callback):
     end; also by ``trainer.validate()`` and ``trainer.test()``. Loaders are kept apart, as ``val_0`` and ``val_1``.
 
     Args:
-        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
-            layer receives, ``"backbone.fc"`` what it returns. A layer that a stage never calls is left out there.
+        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` selects its
+            input, ``"backbone.fc"`` its output. A layer that a stage never calls is left out there.
         pool: As for `VNERegularization`, and the same for the three arguments that follow.
         select: Which tensor of a nested output.
         mask: Which positions are no padding.
@@ -103,7 +103,7 @@ class RepresentationMonitor(Callback):
         self._epoch: int | None = None  # of the training sums
         self._restored: dict[str, Any] | None = None  # sums from a checkpoint, until the devices are known
         self._capture: ObservedRows | None = None
-        self._names: dict[str, str] = {}  # by layer, what it is logged as
+        self._names: dict[str, str] = {}  # logged name by layer
         self._step: WrappedStep | None = None
         self._recording = ExitStack()  # of the validation batch under way
         self._drawing = PendingFigures(self._figure if figures else None)
@@ -179,7 +179,7 @@ class RepresentationMonitor(Callback):
         self._summarize("train", trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what is new since the last figures."""
+        """Draw new data since the last figures."""
         self._drawing.draw(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -44,14 +44,14 @@ class RepresentationRegularization(Callback):
     terms.
 
     Args:
-        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
-            layer receives, ``"backbone.fc"`` what it returns.
+        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` selects its
+            input, ``"backbone.fc"`` its output.
         term: A term of `lightning_plugins.regularizers` (`VonNeumannEntropy`, `RenyiEntropy`, `CodingRate`,
-            `VICRegVariance`, `VICRegCovariance`, `SIGReg`, `SpreadOut`, `Decorrelation`) or a module of your own that
-            maps embeddings ``(N, d)`` to a scalar, to be minimised; over several processes it gets the rows of all of
-            them. In YAML its ``class_path`` and ``init_args``. A term with an attribute ``step`` is told the optimizer
-            step. Parameters of a term are not trained.
-        weight: Factor on the term, beside the one it may have itself.
+            `VICRegVariance`, `VICRegCovariance`, `SIGReg`, `SpreadOut`, `Decorrelation`) or your own module that maps
+            embeddings ``(N, d)`` to a scalar, to be minimised; over several processes it gets the rows of all of them.
+            In YAML its ``class_path`` and ``init_args``. A term with an attribute ``step`` is told the optimizer step.
+            Parameters of a term are not trained.
+        weight: Factor on the term, in addition to its own weight, if any.
         name: What to log the term under; the name of its class by default, as in ``coding_rate``.
         pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"`` or ``"max"`` over the valid
             positions, ``"first"`` or ``"last"`` of them, ``"cls"`` (the first position), ``"tokens"`` (every valid
@@ -236,7 +236,7 @@ class RepresentationRegularization(Callback):
 
     _mixin = "VNEMixin"
     _of_single = (
-        "`layers`: {label!r} gave one row, which no term of a batch can tell anything from; make batches of about 32 "
+        "`layers`: {label!r} gave one row, too few for a term over a batch; make batches of about 32 "
         "rows or more, or remember earlier ones with `queue_size`"
     )
 

@@ -22,7 +22,7 @@ from lightning_plugins.functional.subspace import top_singular_subspace
 from lightning_plugins.selection import check_layers
 from lightning_plugins.weights import WeightMatrix, check_scheme, select_weight_matrices
 
-_VECTORS = 8  # followed per matrix
+_VECTORS = 8  # tracked vectors per matrix
 
 
 class SpectralNormCap(Callback):
@@ -33,9 +33,9 @@ class SpectralNormCap(Callback):
     attention logits, and both maps (and their biases) are multiplied by the square root of that ratio: the logits of
     that head shrink by it as a whole, the other heads stay ("QK-clip").
 
-    The norm comes from singular vectors that are followed from step to step by power iterations: nothing is decomposed
-    but at the first step, and nothing waits for the device. It is never overestimated, so that after steps that turn
-    the leading vectors a weight may be above the maximum by a little until the next one.
+    The norm comes from singular vectors tracked from step to step by power iterations: only the first step needs a
+    decomposition, and the device is never synchronised. It is never overestimated, so that after steps that turn the
+    leading vectors a weight may be above the maximum by a little until the next one.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Among the matches of a glob the linear
@@ -61,7 +61,7 @@ class SpectralNormCap(Callback):
     Source:
         Gouk et al., Machine Learning 2021, https://arxiv.org/abs/1804.04368, for the weights; Kimi Team (MuonClip),
         2025, https://arxiv.org/abs/2507.20534, for queries and keys, whose clip goes by the largest logit of a batch:
-        the spectral norm, which needs no batch, is our reading.
+        the spectral norm, which needs no batch, is our interpretation.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SpectralNormCap(Callback):
         self.of = check_choice("of", of, ("weight", "query_key"))
         self.scheme: Literal[1, 2] = check_scheme(scheme)
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
-        self._starts: dict[str, Tensor] = {}  # per matrix, the vectors that the next step goes on from
+        self._starts: dict[str, Tensor] = {}  # tracked vectors per matrix
         self._capped_at = 0  # optimizer steps
         self._weights: Sequence[WeightMatrix] = ()
         self._maps: Sequence[QueryKey] = ()
@@ -132,7 +132,7 @@ class SpectralNormCap(Callback):
         self._weights = self._maps = ()
 
     def state_dict(self) -> dict[str, Any]:
-        """The vectors that are followed, and the step at which the cap was kept last."""
+        """The tracked vectors, and the step at which the cap was last applied."""
         return {"starts": {label: start.clone() for label, start in self._starts.items()}, "capped_at": self._capped_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ class SpectralNormCap(Callback):
         return found.values[..., 0].contiguous(), found.start
 
     def _factors(self, norms: Tensor) -> Tensor:
-        """1 where a norm is at most the maximum, or not a number: nothing is made worse."""
+        """1 where a norm is at most the maximum, or NaN, which must not spread."""
         return torch.where(norms > self.maximum, self.maximum / norms, 1.0)
 
 

@@ -33,11 +33,11 @@ _KEPT = "weights"  # the one stage of the history
 
 
 class SpectrumMonitor(Callback):
-    """Log and draw the singular values of chosen weights; nothing in the training changes.
+    """Log and plot the singular values of selected weights, without affecting training.
 
-    The weights are looked at before the first optimizer step and after every n-th, at no other time, whatever batches
-    are accumulated. At each look the layers are shared out over the ranks: each is decomposed by one of them, in
-    float64, and the results are exchanged; a weight that is sharded (FSDP2) is assembled as long as it is looked at.
+    The weights are measured before the first optimizer step and after every n-th, however many batches are accumulated.
+    At each measurement the layers are divided among the ranks: each is decomposed by one of them, in float64, and the
+    results are exchanged; a sharded weight (FSDP2) is temporarily assembled.
 
     For each layer ``spectrum/<layer>/stable_rank`` (sum of the squared singular values over the largest square),
     ``spectrum/<layer>/effective_rank`` (Roy and Vetterli's: ``exp`` of the entropy of the singular values divided by
@@ -57,7 +57,7 @@ class SpectrumMonitor(Callback):
             layers, the convolutions and the projections of ``nn.MultiheadAttention`` are taken. Of a grouped
             convolution the singular values of all groups stand together, as those of a block-diagonal matrix. A weight
             that is computed by a parametrization is looked at as it is computed.
-        every_n_steps: The weights are looked at after every n-th optimizer step.
+        every_n_steps: The weights are measured after every n-th optimizer step.
         scheme: How a convolution's kernel becomes a matrix: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``.
         figures: Whether to draw; needs matplotlib.
         max_spectra: So many spectra per layer are remembered, and saved in checkpoints: the first, the latest and,
@@ -95,7 +95,7 @@ class SpectrumMonitor(Callback):
         self._history = SpectrumHistory(self.max_spectra, (_KEPT,))
         self._next_look = 0  # optimizer steps
         self._in_use = WeightsInUse(type(self).__name__, self.layers, self._select, lambda weight: weight)
-        self._names: dict[str, str] = {}  # by layer, what it is logged as
+        self._names: dict[str, str] = {}  # logged name by layer
         self._drawing = PendingFigures(self._figure if figures else None)
 
     @property
@@ -146,7 +146,7 @@ class SpectrumMonitor(Callback):
         self._drawing.draw_if_time(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what is new since the last figures."""
+        """Draw new data since the last figures."""
         self._drawing.draw(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -199,7 +199,7 @@ class SpectrumMonitor(Callback):
 
     @torch.no_grad()
     def _singular_values(self, pl_module: LightningModule, weights: list[WeightMatrix]) -> dict[str, Tensor]:
-        """The singular values of each layer, on the CPU, from one wait for the device."""
+        """The singular values of each layer on the CPU, with a single synchronisation."""
         with parametrizations_at_rest(pl_module), torch.inference_mode(False):
             found = shared_out(
                 weights,

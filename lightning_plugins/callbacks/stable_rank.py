@@ -72,7 +72,8 @@ class StableRankRegularization(WeightRegularization):
         0.25
 
     Source:
-        Our reading of Eo et al., https://arxiv.org/abs/2111.15179, for ``mSR``. Following the singular vectors is ours.
+        Our interpretation of Eo et al., https://arxiv.org/abs/2111.15179, for ``mSR``. Following the singular vectors
+        is ours.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class StableRankRegularization(WeightRegularization):
     ) -> None:
         super().__init__(
             layers,
-            # The term that is meant; here it is computed from followed singular vectors where that is cheaper.
+            # The term itself; here it is computed from tracked singular vectors where that is cheaper.
             StableRank(),
             weight,
             name="stable_rank",
@@ -101,7 +102,7 @@ class StableRankRegularization(WeightRegularization):
         self.rank = check_rank(rank)
         self.p: Literal[1, 2] = check_power(p)
         self._ranks: dict[str, int | None] = {}  # per matrix
-        self._starts: dict[str, Tensor] = {}  # per matrix, the vectors that the next step goes on from
+        self._starts: dict[str, Tensor] = {}  # tracked vectors per matrix
 
     @property
     def state_key(self) -> str:
@@ -117,7 +118,7 @@ class StableRankRegularization(WeightRegularization):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The vectors that are followed, the steps of each optimizer, and the count of terms left out."""
+        """The tracked vectors, the steps of each optimizer, and the count of skipped terms."""
         return {"starts": {label: start.clone() for label, start in self._starts.items()}, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -134,7 +135,7 @@ class StableRankRegularization(WeightRegularization):
         return [weight for weight, _ in targets]
 
     def _forget(self, weights: list[WeightMatrix] | None = None) -> None:
-        """Vectors that are not followed become outdated: start afresh afterwards."""
+        """Vectors that are not tracked become outdated: start afresh afterwards."""
         for label in list(self._starts) if weights is None else [weight.label for weight in weights]:
             self._starts.pop(label, None)
 
@@ -145,7 +146,7 @@ class StableRankRegularization(WeightRegularization):
         return value, parts[1:]
 
     def _term(self, weight: WeightMatrix, matrix: Tensor) -> tuple[Tensor, ...]:
-        """Value and gradient, whole or in parts, and the vectors to go on from where they are followed."""
+        """Value and gradient, whole or in parts, and the tracked vectors, if any."""
         rank, p = self._rank_and_power(weight)
         count = self._followed(weight, matrix)
         if not count:
@@ -156,7 +157,7 @@ class StableRankRegularization(WeightRegularization):
         if p == 1:
             return followed_nuclear_term(matrix, rank, start.to(matrix.device))
         term = followed_term(matrix, rank, start.to(matrix.device))
-        if matrix.is_cpu and bool((term.error > _ERROR).any()):  # elsewhere this look would wait for the device
+        if matrix.is_cpu and bool((term.error > _ERROR).any()):  # on other devices this check would synchronise
             term = followed_term(matrix, rank, top_singular_subspace(matrix, count).start)
         return term[:-1]
 

@@ -25,8 +25,8 @@ class VNERegularization(RepresentationRegularization):
     a batch) gives the mean of its entropies.
 
     Args:
-        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
-            layer receives, ``"backbone.fc"`` what it returns. The authors use the input of the last linear layer.
+        layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` selects its
+            input, ``"backbone.fc"`` its output. The authors use the input of the last linear layer.
         weight: Positive to raise the entropy, negative to lower it; the authors advise an absolute value far
             below 0.5.
         pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"`` or ``"max"`` over the valid
@@ -126,7 +126,7 @@ class VNERegularization(RepresentationRegularization):
         )
 
     _of_single = (
-        "`layers`: {label!r} gave one row, whose entropy is 0 whatever it is, so the term does nothing at such a step; "
+        "`layers`: {label!r} gave one row, whose entropy is always 0, so the term has no effect in such a step; "
         "make batches of about 32 rows or more, or remember earlier ones with `queue_size`"
     )
 

@@ -38,14 +38,14 @@ _KNOWN = tuple(name for name in regularizers.__all__ if hasattr(getattr(regulari
 
 
 class WeightRegularization(Callback):
-    """Add a term of the weights of chosen layers to a training, with no change to the model.
+    """Add a term of the weights of selected layers to training, without changing the model.
 
     The sum over the layers of ``weight * term(W)`` is lowered: its gradient is added once an optimizer step, however
     many batches are accumulated, after the processes' gradients were averaged and an fp16 scaler undone, before
-    clipping. The layers are shared out over the processes and the gradients exchanged. It works for manual
-    optimization too. The loss that is logged is without the term. A weight that has no gradient at a step (frozen, or
-    not used) gets none from the term either. One that is computed by a parametrization, a norm or pruning passes the
-    gradient on to the parameters it is computed from.
+    clipping. The layers are divided among the processes and the gradients exchanged. It works for manual optimization
+    too. The loss that is logged is without the term. A weight that has no gradient at a step (frozen, or not used) gets
+    none from the term either. One that is computed by a parametrization, a norm or pruning passes the gradient on to
+    the parameters it is computed from.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Among the matches of a glob the linear
@@ -55,7 +55,7 @@ class WeightRegularization(Callback):
             `SoftOrthogonality`, `SpectralNorm`) or one of your own: an object with ``value_and_gradient(matrix)``, or a
             module that maps matrices ``(..., m, n)`` to values and is differentiated by autograd. In YAML its
             ``class_path`` and ``init_args``.
-        weight: Factor on the term, beside the one it may have itself.
+        weight: Factor on the term, in addition to its own weight, if any.
         name: What to log the term under; the name of its class by default, as in ``soft_orthogonality``.
         scheme: How a convolution's kernel becomes a matrix: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``.
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
@@ -101,7 +101,7 @@ class WeightRegularization(Callback):
         self._guard = NonfiniteGuard(self.name, check_choice("on_nonfinite", on_nonfinite, ("skip", "raise")))
         self._steps: dict[int, int] = {}  # per optimizer, the steps seen
         self._in_use = WeightsInUse(type(self).__name__, self.layers, self._find, lambda weight: weight)
-        self._frozen = False  # whether a warning was given that nothing is trained
+        self._frozen = False  # whether it has warned that nothing is trained
 
     @property
     def state_key(self) -> str:
@@ -212,10 +212,10 @@ class WeightRegularization(Callback):
         return parts[0], parts[1:]
 
     def _forget(self, weights: list[WeightMatrix] | None = None) -> None:
-        """Drop what is remembered of weights whose term was left out, or of all."""
+        """Drop the state of weights whose term was skipped, or of all."""
 
     def _check_trained(self, trainer: Trainer, weights: Sequence[WeightMatrix]) -> None:
-        """Refuse weights that no optimizer trains; frozen ones may be thawed by another callback."""
+        """Raise an error for weights that no optimizer trains; frozen ones may be unfrozen by another callback."""
         sources = [source for weight in weights for source in weight.sources]
         optimized = {id(parameter) for optimizer in trainer.optimizers for parameter in _parameters(optimizer)}
         if any(id(source) in optimized and source.requires_grad for source in sources):

@@ -11,8 +11,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process if None.
 
     Returns:
-        The exit status: 0, or 1 if something was wrong, which stderr then says. Arguments that cannot be parsed raise
-        `SystemExit`, with the status 2, as is usual.
+        The exit status: 0, or 1 after an error, which is printed to stderr. Invalid command-line arguments raise
+        `SystemExit` with status 2, as usual.
 
     Example:
         >>> main(["inspect", "no such file"])  # stderr: `checkpoint` must be a file, and 'no such file' does not exist

@@ -61,37 +61,37 @@ def compress(
     export: str | None = None,
     force: bool = False,
 ) -> None:
-    """Replace the layers of a trained network by low-rank ones, and write the smaller network's checkpoint.
+    """Replace layers of a trained network by low-rank ones, and write a checkpoint of the smaller network.
 
-    With a calibration the error of what the layers put out is minimised instead of that of their weights. Integers
-    come last: what quantize writes cannot be compressed further, and lightning_plugins.compression.load_quantized
-    loads it.
+    With a calibration the error of the layers' outputs is minimised instead of that of their weights. Quantise last: a
+    quantised network cannot be compressed further; load it with lightning_plugins.compression.load_quantized.
 
-    Beside the checkpoint stand a report of parameters, operations and time before and after, and its figure. To load
-    it, build the dense network, and call lightning_plugins.compression.restore_structure before load_state_dict.
+    A report of parameters, FLOPs and time before and after, and its figure, are written next to the checkpoint. To load
+    the checkpoint, build the dense network and call lightning_plugins.compression.restore_structure before
+    load_state_dict.
 
     Args:
         checkpoint: A Lightning checkpoint, or a state dict saved with torch.save.
-        model: What builds the dense network: 'package.module:callable', or 'timm:resnet18'.
-        budget: The share of the layers' cost that may be left, between 0 and 1; up to the next minor version the older
-            ratio, 1 - budget, is taken too.
-        method: How the ranks are chosen; beam_search needs data, the others look at the weights alone.
+        model: How to build the dense network: 'package.module:callable', or 'timm:resnet18'.
+        budget: The fraction of the layers' cost to keep, between 0 and 1; the older ratio, 1 - budget, is also accepted
+            until the next minor version.
+        method: How the ranks are chosen; beam_search needs data, the others use only the weights.
         layers: The layers: dotted name, glob over dotted names, or a list of them.
-        cost: What the budget is a share of: parameters, or floating-point operations.
+        cost: The cost that the budget limits: parameters, or floating-point operations.
         scheme: How a convolution is split: 1 into k x k and 1 x 1, 2 into 1 x k and k x 1.
-        model_args: What to call the model's callable with, such as '{num_classes: 10}'.
-        input_shape: Shape of the network's input, such as '[1,3,224,224]'; where the network does not say it itself.
-        input_dtype: Whether the input of that shape is of random numbers, or of zeros as whole numbers, such as tokens.
-        data: For beam_search: 'package.module:callable', which takes the network and returns batches and a score.
-        calibration: 'package.module:callable', which takes the network and returns batches for it, or a Calibration.
+        model_args: Arguments for the model's callable, such as '{num_classes: 10}'.
+        input_shape: Shape of the network's input, such as '[1,3,224,224]', if the network does not define it.
+        input_dtype: Whether that input consists of random floats, or of integer zeros, such as tokens.
+        data: For beam_search: 'package.module:callable', which receives the network and returns batches and a score.
+        calibration: 'package.module:callable', which receives the network and returns batches or a Calibration.
         quantize: int8 stores the weights of linear layers, low-rank ones too, as integers; needs torchao.
         latency: Whether to measure the time of a forward pass before and after.
-        output: The new checkpoint; <checkpoint>-compressed beside the old one if not given.
-        export: Writes the smaller network as an ONNX file too, and checks it.
-        force: Whether files that are there already may be replaced. The checkpoint that is read never is.
+        output: The new checkpoint; by default <checkpoint>-compressed next to the old one.
+        export: ONNX file to which the smaller network is exported as well, and checked.
+        force: Whether existing files may be replaced; never the input checkpoint.
 
     Raises:
-        ValueError: If an argument does not fit the others, the checkpoint or the network.
+        ValueError: If an argument is incompatible with the others, the checkpoint or the network.
     """
     if (method == "beam_search") != (data is not None):
         raise ValueError(f"`data` must be given with `method=beam_search` and with no other, got method={method}")
@@ -117,7 +117,7 @@ def compress(
     report = compression_report(dense, small, inputs, latency=latency)
     console.print(report.table())
     exported: list[float] = []
-    if export is not None and inputs is not None:  # integers have no export
+    if export is not None and inputs is not None:  # quantised networks cannot be exported
         write_whole(Path(export), lambda path: exported.append(export_onnx(small, inputs, path)))
     if quantize is not None:
         int8(small)
@@ -165,7 +165,7 @@ def _search(
 
 
 def _inputs(model: nn.Module, shape: list[int] | None, dtype: str, needed: str) -> Inputs | None:
-    """An input of the shape given or, without one, what the network says of its input; None if nothing needs one."""
+    """An input of the given shape or, without one, the network's own example input; None if none is needed."""
     if shape is None:
         example = arguments_of(getattr(model, "example_input_array", None))  # of a LightningModule
         if isinstance(example, Tensor | tuple | Mapping):

@@ -1,4 +1,4 @@
-"""Checkpoints in files, and the models that they are of."""
+"""Checkpoint files and the models that belong to them."""
 
 import importlib
 import inspect
@@ -17,16 +17,16 @@ from lightning_plugins._checks import nearest
 from lightning_plugins.compression import restore_structure
 from lightning_plugins.compression.structure.state_keys import clean
 
-_PLACES = ("state_dict", "model", "model_state_dict")  # where programs put a state dict among other things
-_OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks")  # what no longer fits a smaller network
+_PLACES = ("state_dict", "model", "model_state_dict")  # keys under which programs store a state dict
+_OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks")  # entries that do not fit a smaller network
 
 
 class Checkpoint(NamedTuple):
     """Contents of a file.
 
     Attributes:
-        whole: All of it.
-        place: The key of the state dict in it; None if it is the state dict.
+        whole: The full contents.
+        place: The key of the state dict in them; None if they are the state dict.
         state: The state dict, tensors by name.
     """
 
@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
     state: dict[str, Tensor]
 
     def with_state(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The same with another state dict, and without what a training would go on from.
+        """The same contents with another state dict, and without the state needed to resume training.
 
         Args:
             state: The state dict.
@@ -52,16 +52,16 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Read a checkpoint of Lightning, or what `torch.save` made of a state dict. No code in it is run.
+    """Read a Lightning checkpoint, or a state dict saved by `torch.save`, without running code in it.
 
     Args:
         path: The file.
 
     Returns:
-        What it holds.
+        Its contents.
 
     Raises:
-        ValueError: If it is no such file, or holds no tensors by name.
+        ValueError: If it is not such a file, or has no named tensors.
     """
     if not Path(path).is_file():
         kind = "is a folder; consolidate a sharded checkpoint first" if Path(path).is_dir() else "does not exist"
@@ -69,7 +69,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     try:
         whole = _load(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError, TypeError) as error:
-        reason = str(error).partition(".")[0].partition("\n")[0]  # for text and other files it is any of these
+        reason = str(error).partition(".")[0].partition("\n")[0]  # text and other files raise any of these
         raise ValueError(
             f"`checkpoint` must hold tensors and plain values alone, and {path!r} cannot be read so ({reason}); save "
             "`model.state_dict()` with `torch.save`"
@@ -94,7 +94,7 @@ def _load(path: str) -> Any:
 
 
 def import_object(name: str, path: str) -> Any:
-    """Import ``"package.module:object"``, also from the working directory.
+    """Import ``"package.module:object"``, including from the working directory.
 
     Args:
         name: The argument's name, for the message.
@@ -104,7 +104,7 @@ def import_object(name: str, path: str) -> Any:
         The object.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it does not exist.
     """
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
@@ -125,19 +125,19 @@ def import_object(name: str, path: str) -> Any:
 
 
 def build_model(path: str, arguments: Mapping[str, Any], checkpoint: Checkpoint) -> nn.Module:
-    """Build the dense network that a checkpoint is of.
+    """Build the dense network that a checkpoint belongs to.
 
     Args:
         path: ``"timm:<name>"``, or the import path of a class or function that returns the network.
-        arguments: What to call it with. A LightningModule gets the checkpoint's hyperparameters besides.
+        arguments: Its arguments. A LightningModule also gets the checkpoint's hyperparameters.
         checkpoint: The checkpoint.
 
     Returns:
-        The network, in evaluation mode, with weights of its own.
+        The network, in evaluation mode, with its own initial weights.
 
     Raises:
         ValueError: If that fails.
-        ImportError: If timm is wanted and missing.
+        ImportError: If timm is needed and missing.
     """
     make: Callable[..., Any]
     if path.startswith("timm:"):
@@ -155,17 +155,17 @@ def build_model(path: str, arguments: Mapping[str, Any], checkpoint: Checkpoint)
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Give a network the structure and the values that a state dict has for it.
+    """Give a network the structure and the values of a state dict.
 
     Args:
         model: The network, dense.
-        state: The state dict, in which all names of the network's may have a prefix, and names of others stand.
+        state: The state dict; the network's names may have a common prefix, and there may be other entries.
 
     Returns:
         The prefix.
 
     Raises:
-        ValueError: If the state dict is not one of this network.
+        ValueError: If the state dict does not belong to this network.
     """
     incoming = {clean(key): value for key, value in state.items()}
     prefix = _prefix(incoming, model)
@@ -179,7 +179,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> str:
 
 
 def _prefix(incoming: Mapping[str, Tensor], model: nn.Module) -> str:
-    """Return the prefix of the network's names: of all candidates the one under which most are found."""
+    """Return the prefix of the network's names: the candidate under which most are found."""
     names = list(model.state_dict())
     candidates = {""} | {key.removesuffix(name) for name in names for key in incoming if key.endswith(f".{name}")}
     return max(sorted(candidates, key=len), key=lambda prefix: sum(f"{prefix}{name}" in incoming for name in names))
@@ -197,7 +197,7 @@ def _timm_model(name: str) -> Callable[..., Any]:
 
 
 def _hyperparameters(make: Callable[..., Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return those of the saved hyperparameters that a LightningModule's constructor takes."""
+    """Return the saved hyperparameters that a LightningModule's constructor accepts."""
     saved = checkpoint.whole.get("hyper_parameters", {})
     if not (isinstance(make, type) and hasattr(make, "load_from_checkpoint") and isinstance(saved, Mapping)):
         return {}

@@ -22,15 +22,15 @@ from lightning_plugins.plots import layer_spectra_figure, require_matplotlib
 def inspect(checkpoint: str, layers: str = "*", output: str | None = None, force: bool = False) -> None:
     """Show singular values and stable ranks of the weights in a checkpoint. No model is built.
 
-    Weights are its floating-point tensors that are matrices of two rows and columns or more once all dimensions but the
-    first are made one, as convolutions are by scheme 1.
+    Weights are floating-point tensors with at least two rows and columns after flattening all dimensions but the first,
+    as for convolutions in scheme 1.
 
     Args:
         checkpoint: A Lightning checkpoint, or a state dict saved with torch.save.
         layers: Only weights whose name matches this glob.
-        output: Writes <output>.json, with all singular values, and the figure <output>.png. Numbers that are not finite
-            are null in it.
-        force: Whether files that are there already may be replaced.
+        output: Writes <output>.json, with all singular values (non-finite numbers as null), and the figure
+            <output>.png.
+        force: Whether existing files may be replaced.
 
     Raises:
         ValueError: If the checkpoint cannot be read, or holds no such weight.
@@ -62,7 +62,7 @@ def inspect(checkpoint: str, layers: str = "*", output: str | None = None, force
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that JSON has no word for as null."""
+    """Replace numbers that JSON cannot represent by null."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -86,7 +86,7 @@ def _weights(state: dict[str, Tensor], layers: str) -> dict[str, Tensor]:
 
 
 def _readable(tensor: Tensor) -> Tensor | None:
-    """A weight as a dense tensor of a type that can be decomposed; None if it is none, or has no values."""
+    """A weight as a dense tensor of a dtype that can be decomposed; None for other tensors or without values."""
     if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or not tensor.is_floating_point():
         return None
     dense = (tensor.to_dense() if tensor.layout != torch.strided else tensor).contiguous()

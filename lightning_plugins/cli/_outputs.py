@@ -1,4 +1,4 @@
-"""Files that a command writes: none over another, none by half."""
+"""Output files of a command: checked for conflicts and written atomically."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -6,15 +6,15 @@ from pathlib import Path
 
 
 def check_outputs(outputs: dict[str, Path], inputs: Iterable[Path], *, force: bool) -> None:
-    """Refuse files that would destroy one another, an input, or what is there already.
+    """Raise an error for outputs that would overwrite each other, an input, or an existing file.
 
     Args:
-        outputs: The files by what they hold.
+        outputs: The files by their contents.
         inputs: Files that the command reads.
-        force: Whether files that are there may be replaced; never an input, and none by two.
+        force: Whether existing files may be replaced; never an input, and never twice.
 
     Raises:
-        ValueError: If there is such a file.
+        ValueError: If there is a conflict.
     """
     taken = {_real(path): f"the input {str(path)!r}" for path in inputs}
     for what, path in outputs.items():
@@ -31,11 +31,11 @@ def check_outputs(outputs: dict[str, Path], inputs: Iterable[Path], *, force: bo
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A file beside another, whose whole name it keeps but for endings of checkpoints: ``small-v0.9.json``.
+    """A path next to another, with its full name except for checkpoint extensions: ``small-v0.9.json``.
 
     Args:
         path: The other file.
-        suffix: The ending, with its dot.
+        suffix: The extension, with its dot.
 
     Returns:
         The path.
@@ -45,11 +45,11 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and put it there when it is whole; a link is replaced, not what it leads to.
+    """Write to a temporary file and move it into place when complete; a link is replaced, not its target.
 
     Args:
         path: The file.
-        write: Writes to a path, which has the file's ending.
+        write: Writes to a path with the file's extension.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")

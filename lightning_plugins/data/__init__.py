@@ -51,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "EpisodicDataModule":  # needs Lightning, which the data sets beside it do without
+    if name == "EpisodicDataModule":  # needs Lightning, unlike the data sets
         from lightning_plugins.data.episodes import EpisodicDataModule
 
         return EpisodicDataModule

@@ -12,16 +12,16 @@ from lightning_plugins.functional.document_frequency import Variant, inverse_doc
 
 
 class DocumentFrequencies:
-    """In how many documents each word is.
+    """Number of documents that contain each word.
 
-    Words are numbered in the order of the alphabet, so that the numbers do not depend on the order of the texts.
+    Words are numbered alphabetically, independently of the order of the texts.
 
     Args:
-        counts: Word to the number of documents that hold it.
+        counts: Number of documents by word.
         num_documents: Number of documents.
 
     Raises:
-        ValueError: If there is no document, or a count is more than their number.
+        ValueError: If there is no document, or a count exceeds their number.
         TypeError: If ``num_documents`` is not an int.
 
     Example:
@@ -46,11 +46,11 @@ class DocumentFrequencies:
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], tokenizer: Callable[[str], Iterable[str]]) -> "DocumentFrequencies":
-        """Count words over texts, each of which is a document.
+        """Count words over texts, each one document.
 
         Args:
             texts: The documents, read once.
-            tokenizer: Gives the words of a text, repeated or not.
+            tokenizer: Returns the words of a text, with or without repetitions.
 
         Returns:
             The frequencies.
@@ -71,13 +71,13 @@ class DocumentFrequencies:
         return cls(dict(counts), documents)
 
     def at_least(self, documents: int) -> "DocumentFrequencies":
-        """Keep the words of so many documents or more.
+        """Keep only words with at least a given number of documents.
 
         Args:
-            documents: The smallest number of documents.
+            documents: The minimum number of documents.
 
         Returns:
-            New frequencies over as many documents.
+            New frequencies over the same number of documents.
         """
         return DocumentFrequencies({w: n for w, n in self.counts.items() if n >= documents}, self.num_documents)
 
@@ -85,11 +85,11 @@ class DocumentFrequencies:
         """Inverse document frequencies.
 
         Args:
-            words: Words to look up; None takes all, in the order of their numbers.
+            words: Words to look up; by default all, in numbered order.
             variant: As for `lightning_plugins.functional.inverse_document_frequency`.
 
         Returns:
-            float64 tensor with one entry per word; that of a word in no document for unknown ones.
+            float64 tensor with one entry per word; unknown words count as occurring in no document.
         """
         check_arguments(DocumentFrequencies.idf, locals())
         chosen = self.words if words is None else words

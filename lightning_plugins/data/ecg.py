@@ -1,4 +1,4 @@
-"""Electrocardiograms with beats whose place is known: generated, or read from a folder of records."""
+"""Electrocardiograms with known beat positions: generated, or read from a folder of records."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from lightning_plugins.functional.attribution import beat_spans, spans_to_mask
 KINDS = ("premature", "wide", "inverted", "ventricular")
 # Seconds from the R peak, millivolts and width in seconds of the waves P, Q, R, S and T.
 _WAVES = ((-0.17, 0.15, 0.025), (-0.03, -0.12, 0.010), (0.0, 1.1, 0.011), (0.03, -0.25, 0.011), (0.28, 0.30, 0.055))
-_EARLY = 0.62  # of the usual distance between beats; the pause behind makes up for it
-# What the annotations of WFDB call beats; everything else marks rhythm, noise or waves.
+_EARLY = 0.62  # of the usual distance between beats; the following pause compensates for it
+# WFDB annotation codes of beats; all others mark rhythm, noise or waves.
 _BEATS = frozenset("NLRBAaJSVrFejnE/fQ?")
 
 
@@ -33,10 +33,10 @@ class ECGRecord:
 
     Attributes:
         signal: Millivolts, shape ``(length,)``.
-        r_peaks: Sample numbers of the R peaks, rising, shape ``(n,)``.
+        r_peaks: Sample indices of the R peaks, increasing, shape ``(n,)``.
         labels: The class of each beat, 0 for a normal one, shape ``(n,)``.
-        rate: Samples a second.
-        name: Of the record.
+        rate: Samples per second.
+        name: Name of the record.
     """
 
     signal: Tensor
@@ -49,10 +49,10 @@ class ECGRecord:
         """Average groups of samples.
 
         Args:
-            factor: How many samples become one.
+            factor: Number of samples averaged into one.
 
         Returns:
-            The record with ``rate / factor`` samples a second.
+            The record with ``rate / factor`` samples per second.
 
         Example:
             >>> synthetic_ecg(10, rate=200).coarser(2).rate
@@ -65,11 +65,11 @@ class ECGRecord:
 
 
 class ECGWindows(NamedTuple):
-    """Pieces of records of the same length.
+    """Windows of records, of equal length.
 
     Attributes:
         signals: Each with mean 0 and standard deviation 1, shape ``(n, 1, length)``.
-        labels: The class of each, shape ``(n,)``: the class of most of its beats that are not normal, 0 if all are.
+        labels: The class of each, shape ``(n,)``: the most frequent class of its abnormal beats, 0 if there are none.
         masks: Samples in the spans of the beats of this class, bools of shape ``(n, length)``.
     """
 
@@ -87,25 +87,25 @@ def synthetic_ecg(
     noise: float = 0.03,
     seed: int = 0,
 ) -> ECGRecord:
-    """Generate an electrocardiogram as a sum of Gaussians, one for each wave of each beat.
+    """Generate an electrocardiogram as a sum of Gaussians, one per wave of each beat.
 
-    Abnormal beats are of these kinds: ``"premature"`` comes early, without a P wave, and a pause follows; ``"wide"``
-    has a QRS complex three times as wide; ``"inverted"`` has its T wave upside down; ``"ventricular"`` is all three.
+    Kinds of abnormal beats: ``"premature"`` comes early, without a P wave, and is followed by a pause; ``"wide"`` has a
+    three times wider QRS complex; ``"inverted"`` has an inverted T wave; ``"ventricular"`` combines all three.
 
     Args:
-        seconds: How long.
-        rate: Samples a second.
+        seconds: Length.
+        rate: Samples per second.
         kinds: The kinds of abnormal beats, equally frequent; their classes are 1, 2, … in this order.
-        abnormal: The share of abnormal beats; two never follow each other.
-        noise: Standard deviation in millivolts, beside a slow drift.
-        seed: Chooses the record.
+        abnormal: The fraction of abnormal beats, which are never consecutive.
+        noise: Standard deviation in millivolts, in addition to a slow drift.
+        seed: Random seed.
 
     Returns:
-        The record, with the exact places of its beats.
+        The record, with the exact positions of its beats.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If one is out of its range, or a kind is not known.
+        ValueError: If one is out of its range, or a kind is unknown.
 
     Example:
         >>> record = synthetic_ecg(60, abnormal=0.2)
@@ -145,18 +145,18 @@ def synthetic_ecg(
 
 
 def ecg_windows(records: Sequence[ECGRecord], length: int, *, stride: int | None = None) -> ECGWindows:
-    """Cut records into windows with the class and the place of what is abnormal.
+    """Cut records into windows with the class and the positions of abnormal beats.
 
     Args:
-        records: The records; windows with fewer than two beats are left out.
+        records: The records; windows with fewer than two beats are dropped.
         length: Samples in a window.
-        stride: Samples from one to the next; ``length`` if None, so that none overlap.
+        stride: Samples between the starts of windows; by default ``length``, without overlap.
 
     Returns:
         The windows of all records, in their order.
 
     Raises:
-        TypeError: If a number is no int.
+        TypeError: If a number is not an int.
         ValueError: If one is less than 1, or no record is as long as a window.
 
     Example:
@@ -183,17 +183,17 @@ def read_ecg(path: str | Path) -> ECGRecord:
     """Read the first lead of a record, with premature ventricular beats as class 1.
 
     Args:
-        path: An ``.npz`` file with ``ecg`` (integers, 200 to a millivolt, 360 a second), ``r_peaks`` of all beats and
-            ``pvc`` of the ventricular ones; or a record of WFDB's, by its header ``.hea`` or without an ending, beside
-            which its annotations ``.atr`` lie.
+        path: An ``.npz`` file with ``ecg`` (integers, 200 per millivolt, 360 per second), ``r_peaks`` of all beats and
+            ``pvc`` of the ventricular ones; or a WFDB record, by its header ``.hea`` or without extension, with its
+            annotations ``.atr`` next to it.
 
     Returns:
         The record.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If an array is missing in it.
-        ImportError: If it is one of WFDB's and the package wfdb is missing.
+        ValueError: If an array is missing.
+        ImportError: If it is a WFDB record and the package wfdb is missing.
 
     Example:
         >>> read_ecg("nowhere.npz")
@@ -219,8 +219,8 @@ def read_ecg_folder(folder: str | Path, names: Sequence[str] | None = None) -> l
     """Read the records of a folder.
 
     Args:
-        folder: Holds ``<name>.npz`` or ``<name>.hea`` files.
-        names: Which; all in alphabetical order if None.
+        folder: Folder with ``<name>.npz`` or ``<name>.hea`` files.
+        names: Names of the records; by default all, in alphabetical order.
 
     Returns:
         The records.

@@ -11,30 +11,29 @@ from lightning_plugins.meta.task_sets.few_shot import LabelledDataset
 class EpisodicDataModule(LightningDataModule):
     """Batches of few-shot tasks for training, validation, test and prediction.
 
-    A batch is ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, samples, ...)``. Training goes on
-    with new tasks in every epoch; validation and test have the same tasks always, whatever ``seed`` and whatever
-    ``tasks_per_batch``, so that methods can be compared on them. Prediction has those of the test. Under DDP each batch
-    is shared out over the ranks, and a training that was interrupted goes on behind the last batch it has seen.
+    A batch is ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, samples, ...)``. Training has new
+    tasks in every epoch; validation and test always have the same tasks, whatever ``seed`` and ``tasks_per_batch``, so
+    that methods can be compared on them. Prediction uses the test tasks. Under DDP each batch is divided among the
+    ranks, and an interrupted run resumes after the last batch it has seen.
 
     Args:
-        train: What the tasks of the training are drawn from: a task set, or a labelled dataset, of which `FewShot` then
-            makes one.
-        val: Likewise, for validation; with other classes than those of the training.
+        train: Source of training tasks: a task set, or a labelled dataset, which is wrapped in `FewShot`.
+        val: Likewise, for validation; with other classes than for training.
         test: Likewise, for test and prediction.
         ways: Number of classes in a task of a labelled dataset, 5 by default; a task set has its own.
         shots: Number of support samples of each class, 1 by default; a task set has its own.
         queries: Number of query samples of each class, 15 by default; a task set has its own.
         tasks_per_batch: Number of tasks in a batch, of all ranks together.
-        episodes: Number of tasks in an epoch of training, of all ranks together.
-        val_episodes: Number of tasks of a validation.
-        test_episodes: Number of tasks of the test.
-        seed: Chooses the tasks of the training.
-        num_workers: Number of processes that draw ahead; 0 draws in this one.
+        episodes: Number of tasks in a training epoch, of all ranks together.
+        val_episodes: Number of validation tasks.
+        test_episodes: Number of test tasks.
+        seed: Seed of the training tasks.
+        num_workers: Number of worker processes; 0 draws tasks in this process.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is out of range, a dataset too small for such tasks, nothing is given to draw from, or
-            ``ways``, ``shots`` or ``queries`` are given without a dataset.
+        ValueError: If a number is out of range, a dataset is too small for such tasks, no source is given, or ``ways``,
+            ``shots`` or ``queries`` are given without a dataset.
 
     Example:
         >>> from lightning_plugins.meta import Sinusoid
@@ -84,7 +83,7 @@ class EpisodicDataModule(LightningDataModule):
         self.num_workers = check_non_negative_int("num_workers", num_workers)
 
     def train_dataloader(self) -> EpisodeLoader:
-        """Return the loader of the training.
+        """Return the training loader.
 
         Returns:
             New tasks in every epoch.
@@ -92,15 +91,15 @@ class EpisodicDataModule(LightningDataModule):
         return self._loader("train", self.seed, fixed=False)
 
     def val_dataloader(self) -> EpisodeLoader | list[EpisodeLoader]:
-        """Return the loader of the validation.
+        """Return the validation loader.
 
         Returns:
-            Always the same tasks; no loader if there is nothing to draw from.
+            Always the same tasks; an empty list without validation tasks.
         """
         return self._loader("val", 0, fixed=True) if "val" in self.tasks else []
 
     def test_dataloader(self) -> EpisodeLoader:
-        """Return the loader of the test.
+        """Return the test loader.
 
         Returns:
             Always the same tasks.
@@ -108,7 +107,7 @@ class EpisodicDataModule(LightningDataModule):
         return self._loader("test", 0, fixed=True)
 
     def predict_dataloader(self) -> EpisodeLoader:
-        """Return the loader of the prediction.
+        """Return the prediction loader.
 
         Returns:
             The tasks of the test.
@@ -118,7 +117,7 @@ class EpisodicDataModule(LightningDataModule):
     def _loader(self, stage: str, seed: int, *, fixed: bool) -> EpisodeLoader:
         if stage not in self.tasks:
             raise ValueError(f"`{stage}` must be a task set or a labelled dataset, got None")
-        # One task set may serve all stages: none of them may see the tasks of another.
+        # One task set may be used for all stages, which must not see each other's tasks.
         own = int.from_bytes(hashlib.blake2b(f"{stage} {seed}".encode(), digest_size=7).digest())
         return EpisodeLoader(
             self.tasks[stage],

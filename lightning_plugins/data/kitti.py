@@ -1,4 +1,4 @@
-"""Frames in the files of KITTI's object detection benchmark; the files themselves are not part of this package."""
+"""Reader for the files of KITTI's object detection benchmark; the files are not part of this package."""
 
 import os
 from pathlib import Path
@@ -17,8 +17,8 @@ class KITTIFrames(torch.utils.data.Dataset[dict[str, Any]]):
     (m names) and ``index``, the number in the file's name.
 
     Args:
-        root: The folder that has those three, such as ``training``.
-        names: File names without their ends; by default all of ``velodyne``, in order.
+        root: The folder with these subfolders, such as ``training``.
+        names: File names without extension; by default all of ``velodyne``, in order.
 
     Raises:
         FileNotFoundError: If the folder has no frame in that layout.
@@ -59,7 +59,7 @@ def read_kitti_points(path: str | os.PathLike[str]) -> np.ndarray:
         x, y, z and reflectance, shape ``(n, 4)``.
 
     Raises:
-        ValueError: If the size of the file is not that of whole points.
+        ValueError: If the file size is not a whole number of points.
     """
     check_arguments(read_kitti_points, locals())
     _check_file("path", path)
@@ -72,10 +72,10 @@ def read_kitti_points(path: str | os.PathLike[str]) -> np.ndarray:
 def read_kitti_labels(
     path: str | os.PathLike[str], calibration: str | os.PathLike[str]
 ) -> tuple[np.ndarray, list[str]]:
-    """Read labels and bring their boxes from the camera's frame, y down, into the sensor's, z up.
+    """Read labels and transform their boxes from the camera's frame, y down, to the sensor's, z up.
 
     Args:
-        path: A file of ``label_2``; ``DontCare`` regions are left out.
+        path: A file of ``label_2``; ``DontCare`` regions are ignored.
         calibration: The frame's file of ``calib``, of which ``R0_rect`` and ``Tr_velo_to_cam`` are used.
 
     Returns:

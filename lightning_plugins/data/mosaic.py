@@ -1,4 +1,4 @@
-"""Images put together from smaller ones, of which those of one class matter: their place is known."""
+"""Mosaics of smaller images, in which the positions of the relevant class are known."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from lightning_plugins.functional.tensors import check_integers
 
 
 class Mosaics(NamedTuple):
-    """Mosaics and where their class stands.
+    """Mosaics and the positions of their class.
 
     Attributes:
         images: Shape ``(n, C, rows * height, columns * width)``.
@@ -33,23 +33,23 @@ def mosaics(
     grid: tuple[int, int] = (2, 2),
     seed: int = 0,
 ) -> Mosaics:
-    """Paste images into mosaics, each with one tile of its own class among tiles of classes that never matter.
+    """Paste images into mosaics, each with one tile of its own class among tiles of irrelevant classes.
 
     Args:
         images: Shape ``(N, C, height, width)``.
         labels: Class of each, integers of shape ``(N,)``.
-        count: How many mosaics.
-        classes: The classes that matter, renumbered 0, 1, … in this order; the others fill the rest. The first half of
-            those that occur if None.
+        count: Number of mosaics.
+        classes: The relevant classes, renumbered 0, 1, … in this order; the others fill the rest. By default the first
+            half of those that occur.
         grid: Tiles in a column and in a row.
-        seed: Chooses tiles and places.
+        seed: Seed for choosing tiles and positions.
 
     Returns:
         The mosaics, their classes equally frequent.
 
     Raises:
-        TypeError: If a number is no int.
-        ValueError: If shapes differ, or there is no class that matters or none that does not.
+        TypeError: If a number is not an int.
+        ValueError: If shapes differ, or there is no relevant or no irrelevant class.
 
     Example:
         >>> made = mosaics(torch.rand(40, 1, 8, 8), torch.arange(40) % 10, 6, classes=(0, 1))

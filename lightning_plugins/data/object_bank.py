@@ -1,4 +1,4 @@
-"""Objects cut out of frames, with the candidates that complete each of them."""
+"""Objects cut out of frames, with candidates for completing each of them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from lightning_plugins.functional.boxes import part_occupancy, points_in_boxes, 
 
 PARTS: dict[str, tuple[int, int, int]] = {"Car": (10, 4, 3), "Cyclist": (4, 2, 3), "Pedestrian": (2, 2, 3)}
 _SIMILAR: dict[str, int] = {"Pedestrian": 400}  # of the other classes 800 (the paper's K1)
-_WEAK = 0.8  # a part is weak below this share of its object's mean occupancy
+_WEAK = 0.8  # a part is weak below this fraction of its object's mean occupancy
 _ARRAYS = ("points", "offsets", "boxes", "labels", "occupancy", "candidates")
 
 
@@ -36,21 +36,21 @@ class BankObject:
 
 
 class ObjectBank:
-    """Objects cut out of frames, kept in arrays that are mapped into memory and shared by all workers.
+    """Objects cut out of frames, stored in memory-mapped arrays shared by all workers.
 
-    `candidates` holds for each object others of its class that have points where it has few: of the most similar in
-    size (3-D IoU with centres and headings laid on each other; 800, pedestrians 400) the half with the largest summed
-    occupancy on the object's weak parts, best first, at most 400. Occupancy is the number of an object's points in a
-    part, mirror images included, as a share of the largest number in that part of any object of the class (our
-    reading); a part is weak below 0.8 times the object's mean.
+    `candidates` holds for each object others of its class that have points where it has few: among the most similar in
+    size (3-D IoU with aligned centres and headings; 800, pedestrians 400) the half with the largest total occupancy of
+    the object's weak parts, best first, at most 400. Occupancy is the number of an object's points in a part, mirror
+    images included, relative to the largest number in that part of any object of the class (our interpretation); a part
+    is weak below 0.8 times the object's mean.
 
-    Make one by `from_frames` or `load`.
+    Create one with `from_frames` or `load`.
 
     Args:
         arrays: ``points``, ``offsets``, ``boxes``, ``labels``, ``occupancy`` and ``candidates`` as `save` writes them.
         classes: Names of the classes, in the order of the numbers in ``labels``.
         parts: Numbers of parts along x, y and z, by class.
-        folder: Where the arrays were loaded from, if they were; a worker that is sent the bank opens it there.
+        folder: The folder the arrays were loaded from, if any; workers open the bank there.
 
     Example:
         >>> from lightning_plugins.data import RaycastScenes
@@ -95,9 +95,9 @@ class ObjectBank:
         Args:
             frames: Mappings with ``points`` (n, 3 or more), ``boxes`` (m, 7) and ``labels`` (m names), NumPy or torch,
                 read once.
-            min_points: Objects with fewer points are left out.
-            margin: How far outside of the sides and the top of a box its points may lie, metres: ranges are noisy, and
-                without it a tight box loses half of the points on its faces.
+            min_points: Objects with fewer points are dropped.
+            margin: Tolerance for points outside the sides and the top of a box, metres: ranges are noisy, and a tight
+                box would lose half of the points on its faces.
             parts: Numbers of parts along x, y and z, by class; by default 10, 4 and 3 for ``"Car"``, 4, 2 and 3 for
                 ``"Cyclist"``, 2, 2 and 3 for ``"Pedestrian"``, and as for a car for any other.
 
@@ -105,9 +105,8 @@ class ObjectBank:
             The bank.
 
         Raises:
-            ValueError: If there is no object with so many points, frames differ in their features, or ``margin`` is
-                negative.
-            TypeError: If ``min_points`` is no int.
+            ValueError: If no object has enough points, frames differ in their features, or ``margin`` is negative.
+            TypeError: If ``min_points`` is not an int.
         """
         check_positive_int("min_points", min_points)
         if check_finite_number("margin", margin) < 0:
@@ -127,7 +126,7 @@ class ObjectBank:
         if len(widths) > 1:
             raise ValueError(f"`frames` must have points of one number of columns, got {widths}")
         classes = sorted(set(names))
-        order = sorted(range(len(names)), key=lambda number: names[number])  # stable: in the order of the frames
+        order = sorted(range(len(names)), key=lambda number: names[number])  # stable: keeps the order of the frames
         wanted = {name: (parts or {}).get(name, PARTS.get(name, PARTS["Car"])) for name in classes}
         arrays = {
             "points": np.concatenate([clouds[number] for number in order]),
@@ -142,7 +141,7 @@ class ObjectBank:
         """Write the arrays as ``.npy`` files and the names as JSON.
 
         Args:
-            folder: Made if it is not there.
+            folder: Created if it does not exist.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ class ObjectBank:
         """Map the arrays of a saved bank into memory, read-only.
 
         Args:
-            folder: What `save` wrote.
+            folder: A folder written by `save`.
 
         Returns:
             The bank.
@@ -189,16 +188,16 @@ class ObjectBank:
         return ObjectBank, (self.arrays, self.classes, self.parts)
 
     def members(self, label: str) -> np.ndarray:
-        """Return the numbers of the objects of a class.
+        """Return the indices of the objects of a class.
 
         Args:
             label: The class.
 
         Returns:
-            Their numbers, rising.
+            Their indices, increasing.
 
         Raises:
-            ValueError: If the bank has no such class; the message names the nearest one.
+            ValueError: If the bank has no such class; the message names the closest one.
         """
         if label not in self.classes:
             near = nearest(str(label), self.classes, limit=1)
@@ -210,11 +209,11 @@ class ObjectBank:
         """Return the objects that complete an object, best first.
 
         Args:
-            number: The object.
-            top_k: Their largest number.
+            number: Index of the object.
+            top_k: Maximum number of candidates.
 
         Returns:
-            Their numbers.
+            Their indices.
         """
         row = self.arrays["candidates"][number, :top_k]
         return np.asarray(row[row >= 0])
@@ -226,7 +225,7 @@ class ObjectBank:
 
 
 def _triples(parts: Mapping[str, tuple[int, int, int]], classes: Sequence[str]) -> Iterable[tuple[int, int, int]]:
-    for name in classes:  # lists, where they were read from JSON
+    for name in classes:  # lists if they were read from JSON
         along, across, up = parts[name]
         yield along, across, up
 
@@ -247,7 +246,7 @@ def _cut(frame: Mapping[str, Any], margin: float) -> Iterable[tuple[np.ndarray, 
 def _index(
     arrays: Mapping[str, np.ndarray], classes: Sequence[str], parts: Mapping[str, tuple[int, int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Occupancies and candidates of all objects, padded to the width of the largest class."""
+    """Occupancies and candidates of all objects, padded to those of the largest class."""
     count, offsets = len(arrays["labels"]), arrays["offsets"]
     occupancy = np.zeros((count, max(int(np.prod(parts[name])) for name in classes)), dtype=np.float32)
     candidates = np.full((count, 400), -1, dtype=np.int32)
@@ -268,7 +267,7 @@ def _index(
 
 
 def _complements(occupancy: np.ndarray, sizes: np.ndarray, similar: int) -> Iterable[np.ndarray]:
-    """For each object of a class, the others of like size that fill its weak parts, best first."""
+    """For each object of a class, others of similar size that fill its weak parts, best first."""
     volumes = sizes.prod(axis=1)
     for row, size in enumerate(sizes):
         common = np.minimum(sizes, size).prod(axis=1)

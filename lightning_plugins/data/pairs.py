@@ -16,7 +16,7 @@ from lightning_plugins.functional.tensors import check_dims
 
 
 class Samples(Protocol):
-    """Anything with a length and samples by number."""
+    """A map-style data set."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
@@ -25,16 +25,16 @@ class Samples(Protocol):
 class SameClassPairs(Dataset[tuple[Any, Any, int]]):
     """Pairs of two different samples of the same class.
 
-    With X and Y independent given the class, ``I(X; Y) <= H(C)``, with equality if both show their class. Number ``i``
-    is the sample ``i`` with a random partner, so that the sampler's class frequencies are those of the data; the two
-    numbers ``(i, j)`` of a `SameClassPairSampler` are these two samples. Other pairs of the same class in a batch are
-    legitimate candidates: leave them in.
+    With X and Y independent given the class, ``I(X; Y) <= H(C)``, with equality if both show their class. Index ``i``
+    gives sample ``i`` with a random partner, so that class frequencies are those of the data; an index ``(i, j)`` from
+    a `SameClassPairSampler` gives these two samples. Other pairs of the same class in a batch are legitimate
+    candidates: do not remove them.
 
     Args:
-        dataset: Samples, as tensors or anything that ``DataLoader`` collates; of pairs ``(sample, label)`` the first
-            is taken.
+        dataset: Samples, as tensors or anything that ``DataLoader`` collates; of pairs ``(sample, label)`` the first is
+            used.
         targets: Class of each sample, integers from 0.
-        generator: Draws the partners, each worker of a ``DataLoader`` with a seed of its own; None takes torch's.
+        generator: Draws the partners, with a separate seed per ``DataLoader`` worker; None for torch's generator.
 
     Raises:
         TypeError: If ``targets`` are not integers.
@@ -83,7 +83,7 @@ class SameClassPairs(Dataset[tuple[Any, Any, int]]):
             second = _other(self._members[int(self.targets[first])], first, self._generator())
         return _sample(self.dataset, first), _sample(self.dataset, second), int(self.targets[first])
 
-    def __getstate__(self) -> dict[str, Any]:  # a generator travels to a spawned worker as its state
+    def __getstate__(self) -> dict[str, Any]:  # a generator is sent to a spawned worker as its state
         state = {**vars(self), "_worker": None}
         state["generator"] = None if self.generator is None else self.generator.get_state()
         return state
@@ -105,22 +105,22 @@ class SameClassPairs(Dataset[tuple[Any, Any, int]]):
 
 
 class SameClassPairSampler(Sampler[tuple[int, int]]):
-    """Draw classes, and of each two different samples, for `SameClassPairs`.
+    """Draw classes and two different samples of each, for `SameClassPairs`.
 
-    Every process draws its own share from a seed of its own; hand the loader to the Trainer with
-    ``use_distributed_sampler=False``. Each epoch draws anew, `set_epoch` says which: the Trainer calls it, and so an
-    epoch of a resumed training has the same pairs.
+    Every process draws its own share with its own seed; pass the loader to the Trainer with
+    ``use_distributed_sampler=False``. Each epoch has new pairs, determined by `set_epoch`, which the Trainer calls: an
+    epoch of a resumed run has the same pairs.
 
     Args:
         targets: Class of each sample, integers from 0.
-        num_pairs: Pairs of an epoch, over all processes.
-        class_probabilities: How often each class is drawn, shape ``(C,)``; None as often as it has members.
-        seed: Of the draws.
+        num_pairs: Pairs per epoch, over all processes.
+        class_probabilities: Probability of each class, shape ``(C,)``; None for the class frequencies.
+        seed: Seed of the draws.
 
     Raises:
         TypeError: If ``targets`` are not integers or a number is not an int.
-        ValueError: If a number is out of its range, a class has one member, or ``class_probabilities`` is no
-            distribution over the classes, or draws one without members.
+        ValueError: If a number is out of its range, a class has one member, or ``class_probabilities`` is not a
+            distribution over the classes with members.
 
     Attributes:
         class_probabilities: How often each class is drawn, shape ``(C,)``, float64.
@@ -158,7 +158,7 @@ class SameClassPairSampler(Sampler[tuple[int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is drawn next.
+        """Set the next epoch.
 
         Args:
             epoch: Its number.
@@ -179,19 +179,19 @@ class SameClassPairSampler(Sampler[tuple[int, int]]):
 
 
 class BinaryChannelPairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Pairs that share exactly what a binary symmetric channel lets through.
+    """Pairs whose shared information is the capacity of a binary symmetric channel.
 
-    Fair bits choose the classes of the parts of ``x``; of ``y`` they do so after each was flipped with a probability.
-    Where the samples show their class, ``I(X; Y) = sources * (ln 2 - H(crossover))``, `information`; otherwise it is
-    less. The same number always gives the same pair.
+    Fair bits determine the classes of the parts of ``x``; for ``y`` each bit is flipped with probability ``crossover``.
+    If the samples reveal their class, ``I(X; Y) = sources * (ln 2 - H(crossover))``, `information`; otherwise it is
+    less. The same index always gives the same pair.
 
     Args:
-        dataset: Samples, tensors of one shape; of pairs ``(sample, label)`` the first is taken.
+        dataset: Samples, tensors of one shape; of pairs ``(sample, label)`` the first is used.
         targets: Class of each sample, 0 or 1.
         sources: Number of bits, and of parts of ``x`` and of ``y``.
         crossover: Probability of a flip, in ``[0, 0.5]``.
         num_pairs: Length of the data set.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         TypeError: If ``targets`` are not integers or a number is of the wrong type.

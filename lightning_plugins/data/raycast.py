@@ -1,4 +1,4 @@
-"""A spinning sensor over a scene of simple shapes: exact intersections, so the truth about what hides what."""
+"""A spinning sensor over a scene of simple shapes, with exact intersections and hence exact occlusion."""
 
 import math
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ _FLAT = 1e-12
 
 @dataclass(frozen=True)
 class SpinningSensor:
-    """A sensor at the origin, whose beams stand above each other and turn about z.
+    """A sensor at the origin with a vertical fan of beams that rotates about z.
 
     Args:
-        beams: Their number, 16 to 64.
-        columns: Azimuths in a turn.
+        beams: Number of beams, 16 to 64.
+        columns: Azimuths per revolution.
         lowest: Elevation of the lowest beam, degrees.
         highest: Elevation of the highest.
-        height: Of the sensor above the ground, metres.
-        reach: Largest range, metres.
+        height: Height of the sensor above the ground, metres.
+        reach: Maximum range, metres.
         noise: Standard deviation of the range, metres.
-        dropout: Share of the returns that are lost.
+        dropout: Fraction of lost returns.
 
     Raises:
         ValueError: If a number is out of range.
@@ -60,7 +60,7 @@ class SpinningSensor:
 
     @property
     def grid(self) -> RangeGrid:
-        """The cells of the beams: each beam goes through the middle of one."""
+        """The grid of the beams: each beam passes through the centre of a cell."""
         half = math.radians(self.highest - self.lowest) / (self.beams - 1) / 2
         return RangeGrid(self.beams, self.columns, math.radians(self.lowest) - half, math.radians(self.highest) + half)
 
@@ -75,13 +75,14 @@ class SpinningSensor:
 
 @dataclass(frozen=True)
 class Shape:
-    """A body in a scene.
+    """A shape in a scene.
 
     Args:
-        box: ``x, y, z, dx, dy, dz, yaw``; of a cylinder ``dx`` is the diameter, of a mesh the box is what it fills.
+        box: ``x, y, z, dx, dy, dz, yaw``; for a cylinder ``dx`` is the diameter, for a mesh the box is its bounding
+            box.
         kind: ``"box"``, ``"cylinder"`` (upright) or ``"mesh"``.
         label: Class of an object; None for scenery.
-        triangles: Of a mesh: corners of shape ``(t, 3, 3)``, in shares of the box from its centre, -0.5 to 0.5.
+        triangles: For a mesh: corners of shape ``(t, 3, 3)``, relative to the box and its centre, -0.5 to 0.5.
         reflectance: Fourth column of its points.
     """
 
@@ -94,11 +95,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scan:
-    """A turn of the sensor.
+    """One revolution of the sensor.
 
     Attributes:
         points: Shape ``(n, 4)``: x, y, z and reflectance, float32.
-        hit: Number of the shape that each point lies on; -1 for the ground.
+        hit: Index of the shape that each point lies on; -1 for the ground.
         cells: The cell of the sensor's grid of each point.
     """
 
@@ -111,7 +112,7 @@ def scan(shapes: Sequence[Shape], sensor: SpinningSensor, rng: np.random.Generat
     """Cast every beam at the ground and all shapes, and return the nearest hits.
 
     Args:
-        shapes: The bodies.
+        shapes: The shapes.
         sensor: The sensor.
         rng: For noise and lost returns; None for neither.
 
@@ -204,10 +205,10 @@ def _enter_mesh(origin: np.ndarray, rays: np.ndarray, triangles: np.ndarray) -> 
 
 
 def prism(profile: Sequence[tuple[float, float]]) -> np.ndarray:
-    """Make a closed mesh of a convex profile in x and z, drawn out along y.
+    """Create a closed mesh by extruding a convex profile in x and z along y.
 
     Args:
-        profile: Corners in order, in shares of the box from its centre, -0.5 to 0.5.
+        profile: Corners in order, relative to the box and its centre, -0.5 to 0.5.
 
     Returns:
         Triangles of shape ``(t, 3, 3)``.

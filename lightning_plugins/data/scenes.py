@@ -1,4 +1,4 @@
-"""Generated frames of a street: labelled objects among scenery, seen by a simulated sensor."""
+"""Generated street frames: labelled objects among scenery, scanned by a simulated sensor."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ _CAR = prism([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.05), (0.2, 0.5), (-0.35, 0.5), 
 class RaycastScenes(torch.utils.data.Dataset[dict[str, Any]]):
     """Frames of generated scenes: cars (meshes), cyclists (boxes), pedestrians (cylinders), walls and poles on a plane.
 
-    Every frame depends on ``seed`` and its number only. It is a dictionary of ``points`` (n, 4) float32, ``boxes``
-    (m, 7) float32, ``labels`` (m names) and ``index``. Boxes with fewer than five points are left out.
+    Every frame depends only on ``seed`` and its index. It is a dictionary of ``points`` (n, 4) float32, ``boxes`` (m,
+    7) float32, ``labels`` (m names) and ``index``. Boxes with fewer than five points are dropped.
 
     Args:
         num_frames: Number of frames.
@@ -66,13 +66,13 @@ class RaycastScenes(torch.utils.data.Dataset[dict[str, Any]]):
         return frame_of(shapes, scan(shapes, self.sensor, self._rng(index, 1)), index)
 
     def shapes(self, index: int) -> list[Shape]:
-        """Return the bodies of a scene.
+        """Return the shapes of a scene.
 
         Args:
             index: Number of the frame.
 
         Returns:
-            The bodies, none of which overlaps another in bird's-eye view.
+            The shapes, without overlaps in bird's-eye view.
         """
         rng = self._rng(index, 0)
         made: list[Shape] = []
@@ -86,7 +86,7 @@ class RaycastScenes(torch.utils.data.Dataset[dict[str, Any]]):
     def _add(self, made: list[Shape], rng: np.random.Generator, name: str) -> None:
         for _ in range(20):
             shape = self._draw(rng, name)
-            taken = torch.tensor([[0.0, 0, 0, 4, 2, 2, 0], *(other.box for other in made)])  # the sensor's own place
+            taken = torch.tensor([[0.0, 0, 0, 4, 2, 2, 0], *(other.box for other in made)])  # the place of the sensor
             if not bev_overlap(torch.tensor([shape.box]), taken).any():
                 made.append(shape)
                 return
@@ -117,12 +117,12 @@ class RaycastScenes(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def frame_of(shapes: list[Shape], found: Scan, index: int = 0, *, min_points: int = 5) -> dict[str, Any]:
-    """Make a frame of a scan.
+    """Convert a scan to a frame.
 
     Args:
-        shapes: The bodies.
+        shapes: The shapes.
         found: Their scan.
-        index: Number of the frame.
+        index: Index of the frame.
         min_points: Objects with fewer points get no box.
 
     Returns:

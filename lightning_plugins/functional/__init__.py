@@ -1,4 +1,4 @@
-"""The mathematics alone: tensors in, tensors out, no state and no Lightning."""
+"""Pure functions: tensors in, tensors out, no state and no Lightning."""
 
 from lightning_plugins.functional.attention_correlation import cls_attention_correlation
 from lightning_plugins.functional.attribution import beat_spans, spans_to_mask

@@ -1,4 +1,4 @@
-"""Rank correlation of attention with a property of the tokens that are attended to."""
+"""Rank correlation of attention with a property of the attended tokens."""
 
 import torch
 from torch import Tensor
@@ -17,24 +17,24 @@ def cls_attention_correlation(
 ) -> Tensor:
     """Spearman correlation, per text and head, of one query's attention with a property of the keys.
 
-    Special tokens and padding are left out by the mask. Positions that hold the same token (pieces of one word and
-    repeated words, if ``tokens`` numbers words) are one entry, with their mean attention and mean value. Ties share
-    their ranks.
+    The mask excludes special tokens and padding. Positions with the same token (pieces of one word and repeated words,
+    if ``tokens`` numbers words) form one entry, with their mean attention and mean value. Ties share their mean rank.
 
     Args:
         attention: Shape ``(N, heads, L, L)``, query before key.
-        values: The property of every key, shape ``(N, L)``; what the mask leaves out may be anything.
-        mask: Boolean or 0/1 of shape ``(N, L)``: keys that count. None counts all but the query itself.
-        tokens: Integers of shape ``(N, L)``: which positions hold the same token. None takes every position for itself.
+        values: The property of every key, shape ``(N, L)``; masked values may be anything.
+        mask: Boolean or 0/1 of shape ``(N, L)``: keys to include. By default all but the query itself.
+        tokens: Integers of shape ``(N, L)``: which positions hold the same token. By default every position is
+            separate.
         query: Position of the query; 0 is the CLS token.
 
     Returns:
-        Tensor of shape ``(N, heads)`` in ``[-1, 1]``, float64; NaN for a text of fewer than two entries, or with all
-        values, or all attention, alike.
+        Tensor of shape ``(N, heads)`` in ``[-1, 1]``, float64; NaN for a text with fewer than two entries, or with
+        constant values or attention.
 
     Raises:
         TypeError: If ``attention`` is not a floating tensor.
-        ValueError: If the shapes do not fit, or the query is none of the positions.
+        ValueError: If the shapes do not match, or the query is not one of the positions.
 
     Example:
         >>> attention = torch.tensor([0.0, 0.1, 0.2, 0.7]).expand(1, 2, 4, 4)
@@ -42,7 +42,7 @@ def cls_attention_correlation(
         tensor([[1., 1.]], dtype=torch.float64)
 
     Source:
-        The quantity of Choi et al., https://arxiv.org/abs/2202.12191, in our reading: per text, then averaged.
+        The quantity of Choi et al., https://arxiv.org/abs/2202.12191, in our interpretation: per text, then averaged.
     """
     check_floating("attention", attention)
     if attention.ndim != 4 or attention.shape[2] != attention.shape[3]:
@@ -51,7 +51,7 @@ def cls_attention_correlation(
     for name, given in (("values", values), ("mask", mask), ("tokens", tokens)):
         if given is None and name != "values":
             continue
-        check_real(name, given)  # type: ignore[arg-type]  # None is refused here
+        check_real(name, given)  # type: ignore[arg-type]  # None raises an error here
         if given is not None and given.shape != shape:
             raise ValueError(f"`{name}` must have shape {shape}, one entry per key, got {tuple(given.shape)}")
     if not -shape[1] <= check_int("query", query) < shape[1]:
@@ -69,7 +69,7 @@ def cls_attention_correlation(
 
 
 def _merge_equal(given: Tensor, values: Tensor, kept: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means over positions of the same token, at the first of them; the others are left out."""
+    """Means over positions of the same token, stored at the first of them; the others are excluded."""
     same = (tokens[:, :, None] == tokens[:, None, :]) & kept[:, :, None] & kept[:, None, :]
     share = same.double() / same.sum(dim=-1, keepdim=True).clamp_min(1)
     first = kept & (same.tril(diagonal=-1).sum(dim=-1) == 0)
@@ -77,7 +77,7 @@ def _merge_equal(given: Tensor, values: Tensor, kept: Tensor, tokens: Tensor) ->
 
 
 def _ranks(x: Tensor, pairs: Tensor) -> Tensor:
-    """Mean ranks among the entries that count, from all pairs."""
+    """Mean ranks among the included entries, from all pairs."""
     below = (x[..., None, :] < x[..., :, None]) & pairs
     ties = (x[..., None, :] == x[..., :, None]) & pairs
     return below.sum(dim=-1).double() + 0.5 * ties.sum(dim=-1).double()

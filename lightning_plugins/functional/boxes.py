@@ -22,8 +22,8 @@ def rotate_z(points: Tensor, angle: Tensor | float) -> Tensor:
     """Rotate points about the z axis, counter-clockwise seen from above.
 
     Args:
-        points: Shape ``(..., N, C)``, x and y first; what stands behind them is kept.
-        angle: Radians, of shape ``(...)`` or one for all.
+        points: Shape ``(..., N, C)``, x and y first; other columns are unchanged.
+        angle: Radians, of shape ``(...)`` or a single number.
 
     Returns:
         New tensor of the shape of ``points``.
@@ -108,7 +108,7 @@ def bev_overlap(boxes: Tensor, others: Tensor) -> Tensor:
     x, y, turn = b[..., 0] - a[..., 0], b[..., 1] - a[..., 1], b[..., 6] - a[..., 6]
     cos, sin = turn.cos().abs(), turn.sin().abs()
     inside = torch.ones_like(x, dtype=torch.bool)
-    for first, second in ((a, b), (b, a)):  # the axes of each of the two
+    for first, second in ((a, b), (b, a)):  # the axes of both rectangles
         c, s = first[..., 6].cos(), first[..., 6].sin()
         length, width = second[..., 3], second[..., 4]
         inside &= (x * c + y * s).abs() < (first[..., 3] + length * cos + width * sin) / 2
@@ -117,14 +117,14 @@ def bev_overlap(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def part_occupancy(points: Tensor, size: Tensor, parts: tuple[int, int, int], *, mirror: bool = True) -> Tensor:
-    """Count an object's points in the equal parts that its box is split into.
+    """Count an object's points in equal parts of its box.
 
     Args:
         points: Shape ``(N, C)``, x, y and z first, in the frame of the box: its centre is the origin, its length lies
-            along x. A point outside of the box counts in the nearest part.
+            along x. A point outside the box is assigned to the nearest part.
         size: Lengths of the box along x, y and z, shape ``(3,)``.
         parts: Number of parts along x, y and z.
-        mirror: Whether each point counts together with its mirror image in y, as for objects with two like sides.
+        mirror: Whether to count the mirror image of each point in y as well, for symmetric objects.
 
     Returns:
         Counts of shape ``parts``, int64; they sum to ``N``, or ``2 N`` with mirror images.
@@ -163,11 +163,11 @@ def part_occupancy(points: Tensor, size: Tensor, parts: tuple[int, int, int], *,
 
 
 def check_points(name: str, points: Tensor) -> None:
-    """Refuse what has not x, y and z in its last dimension.
+    """Raise an error unless the last dimension has x, y and z.
 
     Raises:
         ValueError: If the shape is wrong.
-        TypeError: If it is no floating tensor.
+        TypeError: If it is not a floating tensor.
     """
     check_floating(name, points)
     if points.ndim < 2 or points.shape[-1] < 3:
@@ -175,10 +175,10 @@ def check_points(name: str, points: Tensor) -> None:
 
 
 def check_boxes(name: str, boxes: Tensor) -> None:
-    """Refuse what has not the seven numbers of a box in its last dimension.
+    """Raise an error unless the last dimension has the seven numbers of a box.
 
     Raises:
-        TypeError: If it is no floating tensor.
+        TypeError: If it is not a floating tensor.
         ValueError: If the shape is wrong.
     """
     check_floating(name, boxes)

@@ -11,10 +11,10 @@ from lightning_plugins.functional.tensors import check_floating, check_real
 
 
 def class_entropy(probabilities: Tensor) -> Tensor:
-    """Compute the entropy of classes, the ceiling of what same-class pairs can share.
+    """Compute the entropy of classes, an upper bound on the information that same-class pairs share.
 
     Args:
-        probabilities: Shape ``(C,)``, non-negative with the sum 1: how often the *sampler* draws each class.
+        probabilities: Shape ``(C,)``, non-negative with sum 1: probability with which the *sampler* draws each class.
 
     Returns:
         Scalar in nats, in ``[0, ln C]``, in float64.
@@ -32,14 +32,14 @@ def class_entropy(probabilities: Tensor) -> Tensor:
 
 
 def infonce_ceiling(k: int, class_probabilities: Tensor | None = None) -> float:
-    """Compute the largest value that InfoNCE with K candidates can have on average.
+    """Compute the maximum expected value of InfoNCE with K candidates.
 
-    Without classes it is ``ln K``. With same-class pairs the candidates of the anchor's own class cannot be told from
-    its partner, and the best critic reaches ``E[ln K - ln n]``, ``n = 1 + Binomial(K - 1, p_c)``.
+    Without classes it is ``ln K``. With same-class pairs the candidates of the anchor's own class cannot be
+    distinguished from its partner, and the optimal critic reaches ``E[ln K - ln n]``, ``n = 1 + Binomial(K - 1, p_c)``.
 
     Args:
-        k: Number of candidates of each anchor, its own partner included; at least 2.
-        class_probabilities: Shape ``(C,)``: how often the sampler draws each class; None for pairs without classes.
+        k: Number of candidates per anchor, including its partner; at least 2.
+        class_probabilities: Shape ``(C,)``: probability of each class; None for pairs without classes.
 
     Returns:
         The ceiling in nats.
@@ -73,7 +73,7 @@ def infonce_ceiling(k: int, class_probabilities: Tensor | None = None) -> float:
 
 
 def binary_symmetric_channel_information(sources: int, crossover: float) -> float:
-    """Compute the information that fair bits keep if each is flipped with a probability.
+    """Compute the information that fair bits retain if each is flipped with a given probability.
 
     Args:
         sources: Number of bits, each sent once.
@@ -97,11 +97,11 @@ def binary_symmetric_channel_information(sources: int, crossover: float) -> floa
 
 
 def binary_symmetric_channel_crossover(sources: int, information: float) -> float:
-    """Find the crossover at which a binary symmetric channel keeps so much information, by bisection.
+    """Find the crossover at which a binary symmetric channel retains the given information, by bisection.
 
     Args:
         sources: Number of bits.
-        information: In nats, in ``[0, sources * ln 2]``.
+        information: Information in nats, in ``[0, sources * ln 2]``.
 
     Returns:
         The crossover in ``[0, 0.5]``, to the last digit of a float.
@@ -120,7 +120,7 @@ def binary_symmetric_channel_crossover(sources: int, information: float) -> floa
             f"`information` must be in [0, {most:.4f}] nats, what {sources} bits can carry, got {information!r}; "
             "bits times ln 2 are nats"
         )
-    low, high = 0.0, 0.5  # the information falls from one to the other
+    low, high = 0.0, 0.5  # the information decreases from one to the other
     for _ in range(100):
         middle = (low + high) / 2
         if binary_symmetric_channel_information(sources, middle) > information:
@@ -131,10 +131,10 @@ def binary_symmetric_channel_crossover(sources: int, information: float) -> floa
 
 
 def class_posterior_scores(log_p_x: Tensor, log_p_y: Tensor, prior: Tensor) -> Tensor:
-    """Compute the logarithm of the density ratio of all pairs, for same-class pairs with known posteriors.
+    """Compute the log density ratio of all pairs, for same-class pairs with known posteriors.
 
-    With X and Y independent given the class, ``r(x, y) = sum_c p(c|x) p(c|y) / p(c)``. As scores in `nwj_bound` or
-    `infonce_bound` it gives a bound even where the posteriors are wrong.
+    With X and Y independent given the class, ``r(x, y) = sum_c p(c|x) p(c|y) / p(c)``. Used as scores in `nwj_bound` or
+    `infonce_bound` it gives a valid bound even for wrong posteriors.
 
     Args:
         log_p_x: Logarithms of the classes' posteriors given each ``x``, shape ``(N, C)``.
@@ -163,7 +163,8 @@ def class_posterior_scores(log_p_x: Tensor, log_p_y: Tensor, prior: Tensor) -> T
 def class_posterior_information(log_p_x: Tensor, log_p_y: Tensor, prior: Tensor) -> Tensor:
     """Estimate the mutual information of same-class pairs from posteriors, ``mean ln sum_c p(c|x) p(c|y) / p(c)``.
 
-    It has no ceiling and varies little, but is no bound: with posteriors that are not calibrated it can err either way.
+    It has no upper limit and low variance, but is not a bound: with uncalibrated posteriors it can err in either
+    direction.
 
     Args:
         log_p_x: Logarithms of the classes' posteriors given each ``x``, shape ``(N, C)``.
@@ -174,8 +175,8 @@ def class_posterior_information(log_p_x: Tensor, log_p_y: Tensor, prior: Tensor)
         Scalar in nats.
 
     Raises:
-        ValueError: If the shapes do not fit, a row is not normalised, ``prior`` is not a positive distribution, or
-            the mean of the posteriors is far from it, so that they cannot be calibrated.
+        ValueError: If the shapes do not fit, a row is not normalised, ``prior`` is not a positive distribution, or the
+            mean of the posteriors is far from it, which means that they are not calibrated.
 
     Example:
         >>> certain = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).log()
@@ -192,7 +193,7 @@ def class_posterior_information(log_p_x: Tensor, log_p_y: Tensor, prior: Tensor)
         )
     for name, log_p in (("log_p_x", log_p_x), ("log_p_y", log_p_y)):
         distance = 0.5 * float((log_p.exp().mean(dim=0) - log_prior.exp()).abs().sum())
-        if distance > 0.1 + math.sqrt(log_p.shape[1] / len(log_p)):  # what sampling explains
+        if distance > 0.1 + math.sqrt(log_p.shape[1] / len(log_p)):  # deviation explained by sampling
             raise ValueError(
                 f"`{name}` must be calibrated posteriors: their mean is {distance:.2f} (total variation) away from "
                 "`prior`; calibrate the temperature on held-out rows, and give the prior of the sampler"
@@ -203,11 +204,12 @@ def class_posterior_information(log_p_x: Tensor, log_p_y: Tensor, prior: Tensor)
 def gaussian_information(covariance: Tensor, x_features: int | None = None) -> Tensor:
     """Compute the mutual information of two jointly Gaussian vectors, ``-0.5 * sum ln(1 - rho_k**2)``.
 
-    ``rho_k`` are the canonical correlations. Of other distributions it is what a Gaussian of the same covariance has.
+    ``rho_k`` are the canonical correlations. For other distributions it is the value of a Gaussian with the same
+    covariance.
 
     Args:
-        covariance: Symmetric positive definite, shape ``(d, d)``: that of the vectors ``(x, y)``, one behind the other.
-        x_features: How many of the ``d`` belong to ``x``; None for half of them.
+        covariance: Symmetric positive definite, shape ``(d, d)``: covariance of the concatenated vectors ``(x, y)``.
+        x_features: Number of features of ``x``; by default half of ``d``.
 
     Returns:
         Scalar in nats, at least 0.
@@ -254,10 +256,10 @@ def check_distribution(name: str, p: Tensor) -> Tensor:
         p: Shape ``(C,)``.
 
     Returns:
-        The probabilities, which add up to 1 exactly.
+        The probabilities, normalised to sum exactly to 1.
 
     Raises:
-        TypeError: If it is no tensor of probabilities.
+        TypeError: If it is not a tensor of probabilities.
         ValueError: If ``p`` has another shape, a negative entry or another sum.
     """
     check_real(name, p, "a tensor of shape (C,), non-negative with the sum 1")

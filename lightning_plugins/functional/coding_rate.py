@@ -1,4 +1,4 @@
-"""The log-determinant coding rate of embeddings: the volume that they span, in nats."""
+"""The log-determinant coding rate of embeddings, a measure of the volume they span, in nats."""
 
 import torch
 from torch import Tensor
@@ -17,19 +17,19 @@ from lightning_plugins.functional.spectrum import (
 def coding_rate(embeddings: Tensor, *, distortion: float = 0.5, unit_rows: bool = True) -> Tensor:
     """Coding rate, in nats, of the embeddings: ``logdet(I + d / (distortion * N) * Z.T @ Z) / 2``.
 
-    ``Z`` are the rows scaled to unit length, or as they are. It is computed from the smaller Gram matrix by a Cholesky
+    ``Z`` are the rows, scaled to unit length or unchanged. It is computed from the smaller Gram matrix by a Cholesky
     factorisation of a matrix whose eigenvalues are at least 1, so that value, gradient and second derivative are finite
     for every finite input.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
         distortion: The squared distortion up to which rows are coded, above 0.
-        unit_rows: Whether rows are scaled to unit length; a row of zeros stays one.
+        unit_rows: Whether to scale rows to unit length; rows of zeros are unchanged.
 
     Returns:
-        Tensor of shape ``(...)``, at least 0 and for unit rows at most ``min(N, d) / 2 * log(1 + d / (distortion *
-        min(N, d)))``: float32 for float16 and bfloat16 input, else the input's dtype. NaN where a matrix holds a value
-        that is not finite. Autocast is off inside.
+        Tensor of shape ``(...)``, at least 0 and for unit rows at most
+        ``min(N, d) / 2 * log(1 + d / (distortion * min(N, d)))``: float32 for float16 and bfloat16 input, else the
+        input's dtype. NaN for a matrix with a non-finite value. Autocast is disabled.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor or ``distortion`` not a number.

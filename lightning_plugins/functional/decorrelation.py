@@ -13,18 +13,18 @@ def decorrelation(
 ) -> Tensor:
     """Sum of the squared correlations between different features, of one view or between two.
 
-    Every feature is divided by ``sqrt(var + eps)`` with its (biased) variance over the rows, as a batch normalisation
-    does, and ``C = Z.T @ Z' / N``; the value is the sum of ``C[i, j] ** 2`` over ``i != j``.
+    Every feature is divided by ``sqrt(var + eps)`` with its (biased) variance over the rows, as in batch normalisation,
+    and ``C = Z.T @ Z' / N``; the value is the sum of ``C[i, j] ** 2`` over ``i != j``.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
         other: A second view of the same samples, of the same shape; None for the embeddings themselves.
-        centred: Whether the mean row is subtracted first; without, ``var`` is the mean square.
-        eps: What is added to the variances, above 0.
+        centred: Whether to subtract the mean row first; otherwise ``var`` is the mean square.
+        eps: Added to the variances, above 0.
 
     Returns:
         Tensor of shape ``(...)`` in ``[0, d * (d - 1)]``: float32 for float16 and bfloat16 input, else the input's
-        dtype. NaN where a matrix holds a value that is not finite.
+        dtype. NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If a tensor is not a real floating one, or ``eps`` not a number.

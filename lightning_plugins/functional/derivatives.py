@@ -1,8 +1,8 @@
-"""Derivatives that do not exist: an error where one is asked for, on every way to it.
+"""Errors for missing derivatives, however they are requested.
 
-Torch's own ``once_differentiable`` ties its error to the incoming gradients alone. Where these are constants, as in
-``torch.autograd.grad(y.sum(), x, create_graph=True)``, nothing leads from the results to the inputs of the function:
-their own derivative is left out without a word. Here the error stands between the results and all they depend on.
+Torch's ``once_differentiable`` attaches its error only to the incoming gradients. If these are constants, as in
+``torch.autograd.grad(y.sum(), x, create_graph=True)``, the results are not connected to the inputs of the function, and
+their derivative is silently dropped. Here the error is attached between the results and everything they depend on.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +17,16 @@ Backward = Callable[..., Any]
 
 
 def last_derivative(backward: Backward) -> Backward:
-    """Let a ``backward`` be differentiated no further: that raises `RuntimeError`, whatever it is asked of.
+    """Make a ``backward`` raise `RuntimeError` when differentiated again, with respect to anything.
 
-    The error stands between the results and all that was saved for the backward: save every input that a gradient is
-    returned for.
+    The error is attached between the results and all tensors saved for the backward pass: save every input for which a
+    gradient is returned.
 
     Args:
         backward: The static method of a ``torch.autograd.Function``. It runs without a graph.
 
     Returns:
-        The method to use in its place.
+        The method to use instead.
     """
 
     @wraps(backward)
@@ -46,12 +46,12 @@ def last_derivative(backward: Backward) -> Backward:
 def refuse_derivatives(
     outputs: Sequence[Tensor | None], sources: Sequence[Tensor], what: str
 ) -> tuple[Tensor | None, ...]:
-    """Return the results of a backward pass that were computed without a graph, tied to what they depend on.
+    """Connect the results of a backward pass computed without a graph to the tensors they depend on.
 
     Args:
         outputs: The results; None for inputs without a gradient.
-        sources: The tensors that they depend on, incoming gradients included.
-        what: What can't be differentiated further, to begin the error's message.
+        sources: The tensors that they depend on, including incoming gradients.
+        what: Subject of the error message.
 
     Returns:
         The results; a derivative of one for a source raises `RuntimeError`.
@@ -64,7 +64,7 @@ def refuse_derivatives(
 
 
 class _Refusal(Function):
-    """The identity of its first tensors; an error to the gradient of anything."""
+    """The identity on its first tensors, with a backward pass that raises an error."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""Distances of a network's outputs and features from those of a teacher, row by row."""
+"""Row-wise distances of a network's outputs and features from those of a teacher."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,18 @@ from lightning_plugins.functional.tensors import check_dims, check_floating
 
 
 def soft_target_divergence(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    r"""Divergence of the student's class probabilities from the teacher's, both softened by a temperature.
+    r"""Divergence between the student's and the teacher's class probabilities, both softened by a temperature.
 
-    ``T**2 * KL(softmax(teacher / T) || softmax(student / T))``, in nats. The factor keeps the size of the gradient
-    whatever the temperature.
+    ``T**2 * KL(softmax(teacher / T) || softmax(student / T))``, in nats. The factor makes the scale of the gradient
+    independent of the temperature.
 
     Args:
         student: Logits, floating tensor of shape ``(..., classes)``.
-        teacher: Logits of the same shape; they are taken as constants.
-        temperature: Above 0; the larger, the more the small probabilities count.
+        teacher: Logits of the same shape, treated as constants.
+        temperature: Above 0; larger values give small probabilities more weight.
 
     Returns:
-        Tensor of shape ``(...)``, at least 0 but for rounding, in float32 or wider.
+        Tensor of shape ``(...)``, at least 0 up to rounding, in float32 or wider.
 
     Raises:
         ValueError: If the shapes differ, or the temperature is not above 0.
@@ -46,7 +46,7 @@ def feature_error(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: Floating tensor of shape ``(..., d)``.
-        teacher: The same of the teacher; taken as a constant.
+        teacher: The teacher's features, treated as constant.
 
     Returns:
         Tensor of shape ``(...)``, at least 0, in float32 or wider.
@@ -70,7 +70,7 @@ def cosine_error(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: Floating tensor of shape ``(..., d)``.
-        teacher: The same of the teacher; taken as a constant.
+        teacher: The teacher's features, treated as constant.
 
     Returns:
         Tensor of shape ``(...)``, in [0, 2], in float32 or wider; 1 where a row is zero.

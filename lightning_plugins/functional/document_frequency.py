@@ -12,11 +12,11 @@ VARIANTS: tuple[Variant, ...] = ("bm25", "smooth", "plain")
 
 
 def inverse_document_frequency(document_frequency: Tensor, num_documents: int, *, variant: Variant = "bm25") -> Tensor:
-    """Weigh words by how few documents they are in.
+    """Weight words by inverse document frequency.
 
-    With ``N`` documents, of which ``df`` hold the word, ``"bm25"`` is ``ln((N - df + 0.5) / (df + 0.5) + 1)``, which is
-    positive also for words of every document; ``"smooth"`` is ``ln((N + 1) / (df + 1)) + 1``; ``"plain"`` is
-    ``ln(N / df)``, infinite for a word of no document.
+    With ``N`` documents, of which ``df`` contain the word, ``"bm25"`` is ``ln((N - df + 0.5) / (df + 0.5) + 1)``, which
+    is positive even for words in every document; ``"smooth"`` is ``ln((N + 1) / (df + 1)) + 1``; ``"plain"`` is
+    ``ln(N / df)``, infinite for a word in no document.
 
     Args:
         document_frequency: Tensor of any shape and number dtype, with values in ``[0, num_documents]``.
@@ -36,8 +36,8 @@ def inverse_document_frequency(document_frequency: Tensor, num_documents: int, *
 
     Source:
         Robertson and Zaragoza, 2009, with the 1 inside the logarithm that keeps it positive, as in Lucene; used as a
-        probing target as in Choi et al., https://arxiv.org/abs/2202.12191 (our reading: the paper's variant is not
-        stated where we could read it).
+        probing target as in Choi et al., https://arxiv.org/abs/2202.12191 (our interpretation: the paper's variant is
+        not stated where we could read it).
     """
     check_choice("variant", variant, VARIANTS)
     check_positive_int("num_documents", num_documents)

@@ -1,4 +1,4 @@
-"""The von Neumann entropy of embeddings as one node of the graph, which saves time and memory over a chain of nodes."""
+"""The von Neumann entropy of embeddings as a single autograd node, which saves time and memory over several."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from lightning_plugins.functional.spectrum import (
 
 def embedding_entropy(embeddings: Tensor, *, products: bool) -> Tensor:
     """``-trace(C @ log(C))`` with ``C`` the smaller Gram matrix of the rows of ``(..., N, d)``; shape ``(...)``."""
-    # `requires_grad` does not see through `torch.func.vmap`: there the backward decomposes again.
+    # `requires_grad` is unreliable under `torch.func.vmap`: there the backward pass decomposes again.
     vectors = torch.is_grad_enabled() and embeddings.requires_grad
     value: Tensor
     if torch._C._are_functorch_transforms_active():
@@ -62,7 +62,7 @@ class _EmbeddingEntropy(Function):
         with full_precision(embeddings):
             if not ctx.products and not ctx.vectors:
                 first, second = decompose(finite_or_zero(gram(rows))[0], vectors=True)
-            if torch.is_grad_enabled():  # the same again by operations that can be differentiated
+            if torch.is_grad_enabled():  # recomputed with differentiable operations
                 rows, length = differentiable_rows(embeddings)
                 matrix = smaller_gram(rows)
                 log = known_log(matrix, first) if ctx.products else known_slope(matrix, first, second, logarithm=True)
@@ -72,7 +72,8 @@ class _EmbeddingEntropy(Function):
                 logs = floored_log(first)
                 log = matrix_from(logs, second)
                 if rows.shape[-2] <= rows.shape[-1]:
-                    # The part along each row, which `_gradient` takes off, from the spectrum: no other large tensor.
+                    # The component along each row, which `_gradient` subtracts, from the spectrum: no other large
+                    # tensor is needed.
                     along = second.square() @ (first * logs)[..., None] * rows.shape[-2]
                     log.diagonal(dim1=-2, dim2=-1).sub_(along[..., 0])
                     return (log * _factor(grad[..., None, None], length)) @ rows, None, None
@@ -80,7 +81,7 @@ class _EmbeddingEntropy(Function):
 
 
 class _PlainEmbeddingEntropy(Function):
-    """The same without what ``torch.func`` needs, which on small batches takes a tenth of the time."""
+    """The same without support for ``torch.func``, which takes a tenth of the time on small batches."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, products: bool, vectors: bool) -> Tensor:
@@ -94,8 +95,8 @@ class _PlainEmbeddingEntropy(Function):
 
 
 def _gradient(grad: Tensor, rows: Tensor, length: Tensor, log: Tensor) -> Tensor:
-    """``-(2 / N) Z log(C)``, less its part along each row, through the scaling of the rows."""
-    # A multiple of the identity in `log` changes nothing: what it adds lies along each row.
+    """``-(2 / N) Z log(C)`` minus its component along each row, propagated through the row scaling."""
+    # A multiple of the identity in `log` has no effect: its contribution is along each row.
     result = log @ rows if rows.shape[-2] <= rows.shape[-1] else rows @ log
     along = (rows * result).sum(-1, keepdim=True)
     across, factor = torch.addcmul(result, rows, along, value=-1), _factor(grad, length)

@@ -25,7 +25,7 @@ from lightning_plugins.functional.tensors import check_floating
 Method = Literal["auto", "eigh", "products"]
 Spectrum = Literal["eigenvalues", "singular_values"]
 
-# On a GPU a decomposition of even this size takes longer than 25 products, and the host waits for it. On the CPU a
+# On a GPU even a decomposition of this size takes longer than 25 products, and synchronises with the host. On the CPU a
 # decomposition takes as long as four to nine products, at every size.
 _FEWEST_COLUMNS_FOR_PRODUCTS = 32
 
@@ -43,7 +43,7 @@ def von_neumann_entropy(embeddings: Tensor, *, method: Method = "auto") -> Tenso
 
     Returns:
         Tensor of shape ``(...)`` in ``[0, log(min(N, d))]``: float32 for float16 and bfloat16 input, else the input's
-        dtype. NaN where a matrix holds a value that is not finite. Autocast is off inside.
+        dtype. NaN for a matrix with a non-finite value. Autocast is disabled.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor, or ``method`` not a string.
@@ -69,21 +69,21 @@ def von_neumann_entropy(embeddings: Tensor, *, method: Method = "auto") -> Tenso
 def matrix_entropy(matrix: Tensor, *, method: Method = "auto") -> Tensor:
     """Von Neumann entropy, in nats, of symmetric positive semidefinite matrices: ``-trace(C @ log(C))``.
 
-    The gradient is ``-(log(C) + I)`` in closed form, with the logarithm of a vanishing eigenvalue held finite.
+    The gradient is ``-(log(C) + I)`` in closed form, with the logarithm of a vanishing eigenvalue clamped.
 
     Args:
         matrix: Floating tensor of shape ``(..., n, n)``, symmetric, positive semidefinite, of trace at most 1. Only the
             lower triangle is read; the gradient is symmetric.
-        method: ``"eigh"`` decomposes the matrix. ``"products"`` uses 25 matrix products instead, never waits for the
-            host and works under CUDA graphs; on matrices of trace 1 it is within ``4e-4 * sqrt(n * c)`` nats, and its
-            gradient with respect to ``Z`` within the same number times ``2 / sqrt(N)`` in the Frobenius norm, for ``c``
-            between the largest eigenvalue and ``n ** 0.25`` times that. (On spectra met in practice: value within 1e-4
-            nats, gradient within 1e-4 to 4e-3 of its norm, also in float64.) Its second derivative is that of the
-            approximation. ``"auto"`` takes products for float32 on a GPU from ``n = 32`` on, else ``"eigh"``.
+        method: ``"eigh"`` decomposes the matrix. ``"products"`` uses 25 matrix products instead, needs no host
+            synchronisation and works under CUDA graphs; on matrices of trace 1 it is within ``4e-4 * sqrt(n * c)``
+            nats, and its gradient with respect to ``Z`` within the same number times ``2 / sqrt(N)`` in the Frobenius
+            norm, for ``c`` between the largest eigenvalue and ``n ** 0.25`` times that. (In practice: value within 1e-4
+            nats, gradient within 1e-4 to 4e-3 of its norm, in float64 too.) Its second derivative is that of the
+            approximation. ``"auto"`` uses products for float32 on a GPU from ``n = 32`` on, else ``"eigh"``.
 
     Returns:
         Tensor of shape ``(...)`` in ``[0, log(n)]`` for matrices of trace 1: float32 for float16 and bfloat16 input,
-        else the input's dtype. NaN where a matrix holds a value that is not finite.
+        else the input's dtype. NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``matrix`` is not a real floating tensor, or ``method`` not a string.
@@ -109,16 +109,16 @@ def renyi_entropy(embeddings: Tensor, order: float = 2.0) -> Tensor:
     """Rényi entropy, in nats, of the eigenvalues of the autocorrelation matrix of the embeddings.
 
     ``log(sum(p ** order)) / (1 - order)`` with ``p`` as in ``von_neumann_entropy``. Order 2 is ``-log(trace(C @ C))``
-    and needs no eigenvalues; order 1 is the von Neumann entropy. It does not rise with the order.
+    and needs no eigenvalues; order 1 is the von Neumann entropy. It is non-increasing in the order.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
-        order: Above 0 and finite. Below 1, eigenvalues under ``8 * eps`` times the largest are rounding errors and
-            left out.
+        order: Above 0 and finite. Below 1, eigenvalues under ``8 * eps`` times the largest are treated as rounding
+            errors and dropped.
 
     Returns:
         Tensor of shape ``(...)`` in ``[0, log(min(N, d))]`` if no row is all-zero; 0 if all are. Float32 for float16
-        and bfloat16 input, else the input's dtype. NaN where a matrix holds a value that is not finite.
+        and bfloat16 input, else the input's dtype. NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor, or ``order`` not a number.
@@ -143,22 +143,22 @@ def renyi_entropy(embeddings: Tensor, order: float = 2.0) -> Tensor:
     with full_precision(embeddings):
         gram = smaller_gram(normalize_rows(exact_rows(embeddings)))
         moment = gram.square().sum((-2, -1)) if order == 2 else spectral_sum(gram, power=order)
-        # All-zero embeddings: the logarithm of 1 has the value 0, and the mask a gradient of 0.
+        # All-zero embeddings: the logarithm of 1 gives the value 0, and the mask a gradient of 0.
         entropy: Tensor = moment.masked_fill(moment == 0, 1).log() / (1 - order)
         return as_wide(entropy, embeddings)
 
 
 def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
-    """Effective rank: the number of equal values that would have the same entropy as the spectrum.
+    """Effective rank: the number of equal values with the same entropy as the spectrum.
 
-    Two quantities go by this name, and ``of`` says which one:
+    Two quantities have this name; ``of`` selects one:
 
     * ``"eigenvalues"``: ``exp(von_neumann_entropy(embeddings))``, of the eigenvalues of the autocorrelation matrix of
       the rows scaled to unit length;
-    * ``"singular_values"``: ``exp(-sum(q * log(q)))`` with ``q`` the singular values of the embeddings *as they are*
-      (neither scaled nor centred) divided by their sum; Roy and Vetterli's effective rank, known as RankMe. It is the
-      larger of the two on rows of unit length. Singular values below ``sqrt(8 * eps)`` of float64, 4e-8, times the
-      largest count as zero.
+    * ``"singular_values"``: ``exp(-sum(q * log(q)))`` with ``q`` the singular values of the *raw* embeddings (neither
+      scaled nor centred) divided by their sum; Roy and Vetterli's effective rank, known as RankMe. For rows of unit
+      length it is the larger of the two. Singular values below ``sqrt(8 * eps)`` of float64, 4e-8, times the largest
+      count as zero.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
@@ -166,7 +166,7 @@ def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
 
     Returns:
         Tensor of shape ``(...)`` in ``[1, min(N, d)]``; 1 for all-zero embeddings. Float32 for float16 and bfloat16
-        input, else the input's dtype. NaN where a matrix holds a value that is not finite.
+        input, else the input's dtype. NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor, or ``of`` not a string.
@@ -188,7 +188,7 @@ def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
         return von_neumann_entropy(embeddings).exp()
     with full_precision(embeddings):
         wide = at_least_float32(embeddings)
-        # Float64: a singular value is the square root of an eigenvalue, whose rounding errors the root magnifies.
+        # Float64: a singular value is the square root of an eigenvalue, which magnifies rounding errors.
         precise = wide.double()
         largest = torch.linalg.vector_norm(precise.detach(), ord=torch.inf, dim=(-2, -1), keepdim=True)
         gram = smaller_gram(precise / largest.masked_fill(largest < torch.finfo(embeddings.dtype).tiny, torch.inf))
@@ -202,15 +202,15 @@ def effective_rank(embeddings: Tensor, of: Spectrum = "eigenvalues") -> Tensor:
 def diagonal_entropy(embeddings: Tensor) -> Tensor:
     """Shannon entropy, in nats, of the diagonal of the autocorrelation matrix of the embeddings.
 
-    The diagonal holds the share of each feature in the squared length of the rows. It is never below
-    ``von_neumann_entropy``, and equal to it only if the features are uncorrelated: the gap measures correlation.
+    The diagonal holds the share of each feature in the squared length of the rows. The value is at least
+    ``von_neumann_entropy``, with equality only for uncorrelated features: the gap measures correlation.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
 
     Returns:
         Tensor of shape ``(...)`` in ``[0, log(d)]``: float32 for float16 and bfloat16 input, else the input's dtype.
-        NaN where a matrix holds a value that is not finite.
+        NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor.
@@ -231,7 +231,7 @@ def diagonal_entropy(embeddings: Tensor) -> Tensor:
 
 
 def uses_products(tensor: Tensor, n: int, method: Method) -> bool:
-    """Return whether to take matrix products for matrices of ``n`` columns."""
+    """Return whether to use matrix products for matrices with ``n`` columns."""
     if method == "auto":
         return tensor.is_cuda and tensor.dtype == torch.float32 and n >= _FEWEST_COLUMNS_FOR_PRODUCTS
     return method == "products"

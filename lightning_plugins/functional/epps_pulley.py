@@ -9,7 +9,7 @@ from lightning_plugins._checks import check_int, check_positive_int, check_posit
 from lightning_plugins.functional.spectrum import at_least_float32, check_embeddings, full_precision
 from lightning_plugins.functional.tensors import check_floating
 
-_MOST_KNOTS = 10_000  # a rule of 17 is exact to the precision of float32
+_MOST_KNOTS = 10_000  # a 17-point rule is exact to float32 precision
 
 
 def epps_pulley(embeddings: Tensor, directions: Tensor, *, knots: int = 17, extent: float = 5.0) -> Tensor:
@@ -21,9 +21,9 @@ def epps_pulley(embeddings: Tensor, directions: Tensor, *, knots: int = 17, exte
 
     Args:
         embeddings: Floating tensor of shape ``(N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
-        directions: Floating tensor of shape ``(d, M)``, columns of unit length; they get no gradient.
-        knots: Number of points of the rule from ``-extent`` to ``extent``, at least 2.
-        extent: Where the integral ends, above 0.
+        directions: Floating tensor of shape ``(d, M)``, columns of unit length; without gradient.
+        knots: Number of quadrature points from ``-extent`` to ``extent``, at least 2.
+        extent: Limit of the integral, above 0.
 
     Returns:
         Tensor of shape ``(M,)``, at least 0: float32 for float16 and bfloat16 input, else the input's dtype. NaN if a
@@ -67,13 +67,13 @@ def epps_pulley(embeddings: Tensor, directions: Tensor, *, knots: int = 17, exte
 
 
 def random_directions(dim: int, number: int, *, seed: int, like: Tensor) -> Tensor:
-    """Draw directions, evenly distributed over the sphere, from a seed alone.
+    """Draw directions, uniformly distributed on the sphere, from a seed.
 
     Args:
         dim: Number of dimensions ``d``.
         number: Number of directions ``M``.
         seed: The same seed gives the same directions on devices of one kind.
-        like: A tensor of the device and dtype wanted.
+        like: A tensor with the desired device and dtype.
 
     Returns:
         Tensor of shape ``(d, M)`` with columns of unit length.
@@ -87,14 +87,14 @@ def random_directions(dim: int, number: int, *, seed: int, like: Tensor) -> Tens
     seed = check_int("seed", seed)
     check_floating("like", like)
     generator = torch.Generator(device=like.device).manual_seed(seed)
-    # In float32 whatever the dtype: in each dtype the generator gives other numbers.
+    # Always in float32: the generator's numbers depend on the dtype.
     drawn = torch.randn(dim, number, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)
     directions: Tensor = drawn / torch.linalg.vector_norm(drawn, dim=0).clamp_min(torch.finfo(drawn.dtype).tiny)
     return directions
 
 
 def _half_of_the_rule(knots: int, extent: float) -> list[tuple[float, float]]:
-    """The points ``t >= 0`` of the trapezoidal rule with their weights, that of the mirrored point included."""
+    """The points ``t >= 0`` of the trapezoidal rule with their weights, including those of mirrored points."""
     step = 2 * extent / (knots - 1)
     points = []
     for index in range(knots // 2, knots):

@@ -1,4 +1,4 @@
-"""Evidence of Bayesian linear regression from sums: how many nats a code of the targets needs."""
+"""Evidence of Bayesian linear regression from sums, the code length of the targets in nats."""
 
 import math
 from typing import NamedTuple
@@ -9,15 +9,15 @@ from torch import Tensor
 from lightning_plugins._checks import check_positive_number
 from lightning_plugins.functional.tensors import check_floating, check_real, check_shape
 
-_POINTS = 161  # of the grid on which the largest evidence is looked for, before it is refined
-_REFINEMENTS = 52  # each halves the interval: in the end it is as small as rounding errors
+_POINTS = 161  # size of the search grid for the largest evidence, before refinement
+_REFINEMENTS = 52  # bisections: in the end the interval is as small as rounding errors
 
 
 class Evidence(NamedTuple):
     """The largest evidence over both precisions, per target.
 
     Attributes:
-        log_evidence: In nats, of all rows together; shape ``(k,)``.
+        log_evidence: In nats, total over all rows; shape ``(k,)``.
         ratio: Prior precision over noise precision, the ``lambda`` of the ridge with the same mean; shape ``(k,)``.
         noise_precision: Shape ``(k,)``.
     """
@@ -31,8 +31,9 @@ def log_evidence(eigenvalues: Tensor, projections: Tensor, target_squares: Tenso
     """Maximise the evidence of Bayesian linear regression over prior and noise precision.
 
     For ``y ~ N(X w, I / b)`` and ``w ~ N(0, I / a)`` the density of the targets is that of
-    ``N(0, (I + X X.T * b / a) / b)``. In the eigenbasis of ``X.T @ X`` the best ``b`` for a ratio ``a / b`` is a closed
-    form, so that one number is left to look for. Its negative is the length in nats of a Bayesian code of the targets.
+    ``N(0, (I + X X.T * b / a) / b)``. In the eigenbasis of ``X.T @ X`` the optimal ``b`` for a ratio ``a / b`` has a
+    closed form, so only one parameter must be searched. Its negative is the length in nats of a Bayesian code of the
+    targets.
 
     Args:
         eigenvalues: Of ``X.T @ X``, shape ``(d,)``.
@@ -41,7 +42,7 @@ def log_evidence(eigenvalues: Tensor, projections: Tensor, target_squares: Tenso
         count: Number of rows.
 
     Returns:
-        The evidence and where it is largest. Divided by ``count`` it is what LogME reports.
+        The evidence and its maximiser. Divided by ``count`` it equals LogME.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -81,7 +82,7 @@ def log_evidence(eigenvalues: Tensor, projections: Tensor, target_squares: Tenso
     low, high = grid[(best - 1).clamp_min(0)], grid[(best + 1).clamp_max(_POINTS - 1)]
     for _ in range(
         _REFINEMENTS
-    ):  # of where the slope changes its sign: known far better than where the value is largest
+    ):  # bracket of the sign change of the slope, which is far more precise than the maximum of the value
         middle = (low + high) / 2
         rising = _slope(eigenvalues, projections, target_squares, n, middle.exp()) > 0
         low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)
@@ -106,7 +107,7 @@ def evidence_at(
 
 
 def _slope(eigenvalues: Tensor, projections: Tensor, target_squares: Tensor, count: Tensor, ratio: Tensor) -> Tensor:
-    """Derivative of the evidence, at the best noise precision, by the logarithm of the ratio; shape ``(k,)``."""
+    """Derivative of the evidence at the best noise precision with respect to the log ratio; shape ``(k,)``."""
     error = quadratic_form(eigenvalues, projections, target_squares, ratio[None])[0]
     denominator = eigenvalues[:, None] + ratio
     gain = ratio * (projections / denominator).square().sum(dim=0)
@@ -114,7 +115,7 @@ def _slope(eigenvalues: Tensor, projections: Tensor, target_squares: Tensor, cou
 
 
 def quadratic_form(eigenvalues: Tensor, projections: Tensor, target_squares: Tensor, ratio: Tensor) -> Tensor:
-    """``y.T @ inverse(I + X X.T / ratio) @ y``, shape ``(L, k)``, held above a rounding error of ``y.T @ y``."""
+    """``y.T @ inverse(I + X X.T / ratio) @ y``, shape ``(L, k)``, clamped at a rounding error of ``y.T @ y``."""
     explained = (projections.square() / (eigenvalues[:, None] + ratio[:, None, :])).sum(dim=1)
     limits = torch.finfo(eigenvalues.dtype)
     floor = (target_squares * limits.eps).clamp_min(limits.tiny)

@@ -1,4 +1,4 @@
-"""Folds and random numbers that follow from the identity of a group, not from the order in which rows come."""
+"""Folds and random numbers derived from the identity of a group, independent of the order of rows."""
 
 import math
 
@@ -13,7 +13,7 @@ _STEP = -7046029254386353131
 
 
 def assign_folds(groups: Tensor, folds: int, *, seed: int = 0) -> Tensor:
-    """Hash groups to folds, so that all rows of a group are in one fold, in every batch and every process.
+    """Hash groups to folds, so that all rows of a group are in the same fold, in every batch and process.
 
     Args:
         groups: Integer tensor of any shape: which group (word type, patient, image) a row belongs to.
@@ -36,7 +36,7 @@ def assign_folds(groups: Tensor, folds: int, *, seed: int = 0) -> Tensor:
 
 
 def hash_groups(groups: Tensor, *, seed: int = 0) -> Tensor:
-    """Scramble 64-bit integers: neighbours get unrelated values; no two groups the same one.
+    """Scramble 64-bit integers: neighbours get unrelated values, and different groups different values.
 
     Args:
         groups: Integer tensor of any shape.
@@ -64,7 +64,7 @@ def hash_groups(groups: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def hash_rows(rows: Tensor, *, seed: int = 0) -> Tensor:
-    """Number rows by their contents: equal rows get the same number, whatever batch or process they are in.
+    """Number rows by their contents: equal rows get the same number, in any batch or process.
 
     Args:
         rows: Tensor of shape ``(N, ...)``, floating or integer. Floating values count as float32.
@@ -88,7 +88,7 @@ def hash_rows(rows: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def group_normal(groups: Tensor, *, seed: int = 0) -> Tensor:
-    """Draw one standard normal number per group, the same for all its rows.
+    """Draw one standard normal number per group, equal for all its rows.
 
     Args:
         groups: Integer tensor of any shape.
@@ -108,13 +108,13 @@ def group_normal(groups: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def positive(hashed: Tensor) -> Tensor:
-    """The upper 63 bits of hashed numbers, as numbers that are not negative."""
+    """The upper 63 bits of hashed numbers, as non-negative numbers."""
     return _shifted(hashed, 1)
 
 
 def _wrapped(number: int) -> int:
-    return (number + 2**63) % 2**64 - 2**63  # as int64 arithmetic would leave it
+    return (number + 2**63) % 2**64 - 2**63  # wraps like int64 arithmetic
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's own shift keeps the sign
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift is arithmetic

@@ -1,4 +1,4 @@
-"""Singular values and vectors from the smaller Gram matrix: scaled, marked where not finite, cut off at rounding."""
+"""Singular values and vectors from the smaller Gram matrix, with scaling, NaN marking and a rounding cutoff."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from lightning_plugins.functional.tensors import check_floating
 
 
 class GramEigen(NamedTuple):
-    """Eigenvalues of the smaller Gram matrix of scaled matrices, divided by their number of rows as `gram` does.
+    """Eigenvalues of the smaller Gram matrix of scaled matrices, divided by their number of rows as in `gram`.
 
     Attributes:
         eigenvalues: Shape ``(..., k)`` with ``k = min(m, n)``, smallest first.
         vectors: Eigenvectors as columns, ``(..., k, k)``: the singular vectors on the smaller side; or empty.
-        scaled: The matrices divided by ``scale``, ``(..., m, n)``, as they came where not finite.
+        scaled: The matrices divided by ``scale``, ``(..., m, n)``; unchanged where not finite.
         scale: Their largest absolute entries, ``(..., 1, 1)``; 1 for a matrix of zeros.
         poison: 0, or NaN for a matrix with a value that is not finite, ``(...)``, to add to results.
     """
@@ -46,7 +46,7 @@ class GramSVD(NamedTuple):
 
 
 def check_matrices(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a floating tensor ``(..., m, n)`` with rows and columns."""
+    """Raise an error unless it is a floating tensor ``(..., m, n)`` with rows and columns."""
     check_floating(name, tensor)
     shape = tuple(tensor.shape)
     if len(shape) < 2:
@@ -56,7 +56,7 @@ def check_matrices(name: str, tensor: Tensor) -> None:
 
 
 def unit_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide matrices by their largest absolute entry, so that no square of theirs overflows or vanishes.
+    """Divide matrices by their largest absolute entry, so that squares neither overflow nor underflow.
 
     Returns:
         The scaled matrices, and the scales ``(..., 1, 1)``, constant for autograd; 1 for a matrix of zeros.
@@ -75,7 +75,7 @@ def gram_eigen(matrix: Tensor, *, vectors: bool) -> GramEigen:
         vectors: Whether to compute the eigenvectors.
 
     Returns:
-        Eigenvalues, eigenvectors, and what they are of.
+        Eigenvalues, eigenvectors, and the scaled matrices.
 
     Example:
         >>> gram_eigen(torch.diag(torch.tensor([4.0, 2.0])), vectors=False).eigenvalues * 2  # of [1, 0.5], squared
@@ -93,8 +93,7 @@ def gram_svd(matrix: Tensor) -> GramSVD:
     The singular values are the lengths of the rows of ``left.T @ W``, without the squaring of the eigenvalues.
 
     Args:
-        matrix: Float32 or float64 tensor of shape ``(..., m, n)``; a tall one, ``m > n``, is transposed first, and the
-            decomposition that of its transpose.
+        matrix: Float32 or float64 tensor of shape ``(..., m, n)``; if ``m > n`` its transpose is decomposed.
 
     Returns:
         The decomposition of the wide matrices.
@@ -110,7 +109,7 @@ def gram_svd(matrix: Tensor) -> GramSVD:
 
 
 def svd_from_left(scaled: Tensor, scale: Tensor, left: Tensor, poison: Tensor) -> GramSVD:
-    """Complete a decomposition whose left singular vectors are known.
+    """Complete a decomposition from its left singular vectors.
 
     Args:
         scaled: Finite wide matrices ``(..., m, n)`` divided by ``scale``.

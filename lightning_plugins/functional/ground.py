@@ -1,4 +1,4 @@
-"""The height of the ground under a place, from the points around it."""
+"""The ground height at a place, from the points around it."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from lightning_plugins.functional.tensors import check_bools, check_floating, ch
 def ground_height(points: Tensor, places: Tensor, valid: Tensor | None = None, *, radius: float = 3.0) -> Tensor:
     """Fit a plane to the low points around each place and return its height there.
 
-    Least squares over the points within the radius; points more than 0.1 m above the plane are left out and the plane
-    is fitted again, so that objects and walls lose their weight, at last with what is within 0.2 m on either side.
+    Least squares over the points within the radius; points more than 0.1 m above the plane are dropped and the plane is
+    fitted again, which removes objects and walls; the last fit uses the points within 0.2 m on either side.
 
     Args:
         points: Shape ``(..., N, C)``, x, y and z first.
@@ -21,7 +21,7 @@ def ground_height(points: Tensor, places: Tensor, valid: Tensor | None = None, *
         radius: In metres.
 
     Returns:
-        Heights of shape ``(..., S)``; NaN where fewer than five points are left.
+        Heights of shape ``(..., S)``; NaN if fewer than five points are left.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -45,7 +45,7 @@ def ground_height(points: Tensor, places: Tensor, valid: Tensor | None = None, *
     if valid is not None:
         check_bools("valid", valid)
         check_shape("valid", valid, points.shape[:-1])
-    with torch.autocast(points.device.type, enabled=False):  # half precision tells heights to centimetres at best
+    with torch.autocast(points.device.type, enabled=False):  # half precision resolves heights only to centimetres
         return _fitted(points, places, valid, radius)
 
 
@@ -62,7 +62,7 @@ def _fitted(points: Tensor, places: Tensor, valid: Tensor | None, radius: float)
     for step in range(7):
         weighted = design * kept[..., None]
         gram = weighted.transpose(-1, -2) @ design
-        # A slope that the points do not tell is none; the constant stands on its own
+        # A slope that the points do not determine is set to zero; the constant is fitted separately
         gram = gram + torch.diag_embed(gram.new_tensor([1e-3, 1e-3, 0.0]) * gram[..., 2:, 2].clamp_min(1.0))
         gram[..., 2, 2] = gram[..., 2, 2].clamp_min(1e-6)
         plane = torch.linalg.solve(gram, (weighted * height[..., None]).sum(-2))

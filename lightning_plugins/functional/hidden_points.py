@@ -1,4 +1,4 @@
-"""Hidden points of a cloud by the convex hull of its spherical inversion; needs SciPy."""
+"""Hidden point removal by the convex hull of the spherical inversion; needs SciPy."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,19 +12,20 @@ from lightning_plugins.functional.tensors import check_real
 
 
 def hidden_points(points: Tensor, viewpoint: Tensor | Sequence[float], radius_factor: float = 100.0) -> Tensor:
-    """Tell which points others hide from a viewpoint.
+    """Find the points visible from a viewpoint.
 
-    With ``q`` the points seen from the viewpoint and ``R`` the radius, visible are the vertices of the convex hull of
-    ``q + 2 (R - |q|) q / |q|`` and the viewpoint. The visible set grows with ``R``: a small factor thins sparse and
-    far surfaces, a large one lets points shine through.
+    With ``q`` the points relative to the viewpoint and ``R`` the radius, the visible points are the vertices of the
+    convex hull of ``q + 2 (R - |q|) q / |q|`` and the viewpoint. The visible set grows with ``R``: a small factor thins
+    sparse and distant surfaces, a large one makes occluded points visible.
 
-    Any cloud will do: coincident points share their fate, points in one plane with the viewpoint are treated in that
-    plane, of points on one ray the nearest is visible, and a point at the viewpoint is visible and hides nothing.
+    Degenerate clouds are handled: coincident points have the same visibility, points in a plane with the viewpoint are
+    treated in that plane, of points on one ray the nearest is visible, and a point at the viewpoint is visible and
+    hides nothing.
 
     Args:
         points: Shape ``(N, C)``, x, y and z first, finite.
         viewpoint: Three coordinates.
-        radius_factor: ``R`` as a ratio to the largest distance of a point, at least 1. Above 1e4 there is a warning.
+        radius_factor: ``R`` relative to the largest distance of a point, at least 1. Above 1e4 a warning is issued.
 
     Returns:
         Boolean tensor of shape ``(N,)``, on the device of ``points``; the hull is computed on the CPU in float64.
@@ -83,7 +84,7 @@ def _inverted(q: Tensor, radius: float) -> Tensor:
 
 
 def _on_hull(points: Tensor) -> Tensor:
-    """The vertices, among the points, of their convex hull with the origin, in as many dimensions as they span."""
+    """The vertices of the convex hull of the points and the origin, in the dimension of their span."""
     try:
         from scipy.spatial import ConvexHull, QhullError
     except ImportError as error:
@@ -92,7 +93,7 @@ def _on_hull(points: Tensor) -> Tensor:
     visible = torch.zeros(len(points), dtype=torch.bool)
     values, axes = torch.linalg.eigh(points.T @ points / len(points))
     rank = int((values > 1e-12 * values[-1]).sum())
-    if rank == 1:  # on one line with the origin: the far end of either side is the nearest point
+    if rank == 1:  # collinear with the origin: the far end of either side is the nearest point
         along = points @ axes[:, -1]
         visible[along.argmax()] |= along.max() > 0
         visible[along.argmin()] |= along.min() < 0
@@ -100,7 +101,7 @@ def _on_hull(points: Tensor) -> Tensor:
     flat = torch.cat([points @ axes[:, 3 - rank :], points.new_zeros(1, rank)]).numpy()
     try:
         vertices = ConvexHull(flat).vertices
-    except QhullError:  # nearly in one plane, beyond the precision: joggle the points, as Qhull advises
+    except QhullError:  # nearly coplanar, beyond the precision: joggle the points, as Qhull advises
         vertices = ConvexHull(flat, qhull_options="QJ").vertices
     found = torch.as_tensor(vertices, dtype=torch.long)
     visible[found[found < len(points)]] = True

@@ -1,8 +1,8 @@
-"""Bounds of the mutual information from a matrix of critic scores.
+"""Bounds on the mutual information from a matrix of critic scores.
 
-In a matrix of shape ``(K, K)`` row ``i`` holds the scores of anchor ``x_i`` with all candidates ``y_j``; the pairs that
-belong together stand on the diagonal. All values are in nats: divide by ``ln 2`` for bits. Scores in half precision are
-taken in float32.
+In a matrix of shape ``(K, K)`` row ``i`` holds the scores of anchor ``x_i`` with all candidates ``y_j``; positive pairs
+are on the diagonal. All values are in nats: divide by ``ln 2`` for bits. Half-precision scores are converted to
+float32.
 """
 
 import math
@@ -16,16 +16,16 @@ from lightning_plugins.functional.tensors import check_floating, check_shape
 
 
 def infonce_bound(scores: Tensor) -> Tensor:
-    """Compute InfoNCE's lower bound, ``ln K + mean(f_ii - logsumexp_j f_ij)``.
+    """Compute the InfoNCE lower bound, ``ln K + mean(f_ii - logsumexp_j f_ij)``.
 
     Its expectation is at most the mutual information for every critic, and its value at most ``ln K`` for every matrix:
-    near that ceiling it says that K is small, not what the representation knows.
+    near that limit it reflects that K is small rather than the information in the representation.
 
     Args:
         scores: Floating tensor of shape ``(K, K)``, ``K >= 2``.
 
     Returns:
-        Scalar in nats, at most ``ln K``; its negative, less ``ln K``, is the contrastive loss.
+        Scalar in nats, at most ``ln K``; ``ln K`` minus it is the contrastive loss.
 
     Raises:
         TypeError: If ``scores`` is not a floating tensor.
@@ -43,10 +43,10 @@ def infonce_bound(scores: Tensor) -> Tensor:
 
 
 def donsker_varadhan_bound(scores: Tensor) -> Tensor:
-    """Compute Donsker and Varadhan's bound, ``mean f_ii - ln mean_{i != j} exp(f_ij)``.
+    """Compute the Donsker-Varadhan bound, ``mean f_ii - ln mean_{i != j} exp(f_ij)``.
 
-    A lower bound with the true partition. With the mean of a batch the logarithm is too small on average, so that the
-    value can lie above the mutual information, and above ``ln K``.
+    It is a lower bound with the true partition function. With a batch mean the logarithm is biased downwards, so the
+    value can exceed the mutual information, and ``ln K``.
 
     Args:
         scores: Floating tensor of shape ``(K, K)``, ``K >= 2``.
@@ -70,12 +70,12 @@ def donsker_varadhan_bound(scores: Tensor) -> Tensor:
 
 
 def nwj_bound(scores: Tensor) -> Tensor:
-    """Compute the bound of Nguyen, Wainwright and Jordan, ``1 + mean(f_ii - 1) - mean_{i != j} exp(f_ij - 1)``.
+    """Compute the Nguyen-Wainwright-Jordan bound, ``1 + mean(f_ii - 1) - mean_{i != j} exp(f_ij - 1)``.
 
-    Its expectation is at most the mutual information for every critic; its variance grows with the exponential of it.
+    Its expectation is at most the mutual information for every critic; its variance grows exponentially with it.
 
     Args:
-        scores: Floating tensor of shape ``(K, K)``, ``K >= 2``. Best is ``1 +`` the logarithm of the density ratio.
+        scores: Floating tensor of shape ``(K, K)``, ``K >= 2``. Optimal is ``1 +`` the logarithm of the density ratio.
 
     Returns:
         Scalar in nats.
@@ -99,8 +99,8 @@ def nwj_bound(scores: Tensor) -> Tensor:
 def js_bound(scores: Tensor) -> Tensor:
     """Compute the value of `nwj_bound` with the gradient of the Jensen-Shannon bound, which is stable to train with.
 
-    The critic that this gradient leads to is the logarithm of the density ratio, one less than the best for the value:
-    after training, ``nwj_bound(scores + 1)`` is the tighter number, and as valid.
+    The critic optimal for this gradient is the log density ratio, one less than the optimum for the value: after
+    training, ``nwj_bound(scores + 1)`` is tighter and equally valid.
 
     Args:
         scores: Floating tensor of shape ``(K, K)``, ``K >= 2``.
@@ -129,7 +129,7 @@ def mine_loss(scores: Tensor, log_average: Tensor | None = None, *, decay: float
     Args:
         scores: Floating tensor of shape ``(K, K)``, ``K >= 2``.
         log_average: Logarithm of the moving average, as the last call returned it; None in the first step.
-        decay: Share of the old average in the new one, in ``[0, 1]``.
+        decay: Weight of the old average in the new one, in ``[0, 1]``.
 
     Returns:
         The loss, a scalar in nats to be minimised, and the logarithm of the new moving average for the next step.
@@ -145,7 +145,7 @@ def mine_loss(scores: Tensor, log_average: Tensor | None = None, *, decay: float
 
     Source:
         Belghazi et al., ICML 2018, https://arxiv.org/abs/1801.04062. In common code the average never accumulates,
-        because the batch's own mean is handed back; here it is the average.
+        because it returns the batch's own mean; here it is the average.
     """
     check_fraction("decay", decay)
     f = _checked(scores)
@@ -164,8 +164,8 @@ def mine_loss(scores: Tensor, log_average: Tensor | None = None, *, decay: float
 def smile_bound(scores: Tensor, clip: float = 5.0) -> Tensor:
     """Compute SMILE's estimate: `donsker_varadhan_bound` with scores clipped in the partition term only.
 
-    The gradient is that of the Jensen-Shannon bound. No bound: the smaller ``clip`` is, the less the value varies and
-    the more it can lie above the mutual information.
+    The gradient is that of the Jensen-Shannon bound. It is not a bound: a smaller ``clip`` lowers the variance, but the
+    value can exceed the mutual information by more.
 
     Args:
         scores: Floating tensor of shape ``(K, K)``, ``K >= 2``.
@@ -194,10 +194,10 @@ def smile_bound(scores: Tensor, clip: float = 5.0) -> Tensor:
 
 
 def check_clip(clip: float) -> None:
-    """Refuse what clips nothing or all; infinity clips nothing.
+    """Raise an error for an invalid clip; infinity disables clipping.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is not above 0.
     """
     if not is_number(clip):

@@ -1,4 +1,4 @@
-"""Masks in [0, 1] from real scores: annealed sigmoid, hard concrete and straight-through; positive scores stay."""
+"""Masks in [0, 1] from real scores: annealed sigmoid, hard concrete and straight-through; positive means open."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from lightning_plugins.functional.tensors import check_floating, check_together
 
 
 def annealed_sigmoid(scores: Tensor, beta: Tensor | float = 1.0) -> Tensor:
-    """``sigmoid(beta * scores)``: soft at first, and the step at zero as ``beta`` grows.
+    """``sigmoid(beta * scores)``: soft at first, a step at zero as ``beta`` grows.
 
     Args:
         scores: Floating tensor of any shape.
@@ -20,7 +20,7 @@ def annealed_sigmoid(scores: Tensor, beta: Tensor | float = 1.0) -> Tensor:
 
     Returns:
         Tensor of the shape of ``scores``, in [0, 1]. Value and gradient are finite for every finite ``beta * scores``
-        and where that overflows.
+        and on overflow.
 
     Raises:
         TypeError: If ``scores`` is not a real floating tensor.
@@ -73,17 +73,17 @@ def hard_concrete(
     low: float = -0.1,
     high: float = 1.1,
 ) -> Tensor:
-    """A mask that is exactly 0 or exactly 1 with positive probability, and has a gradient in between.
+    """A mask that is exactly 0 or 1 with positive probability, and differentiable in between.
 
-    With noise ``u``: ``sigmoid((ln u - ln(1 - u) + scores) / temperature)``, stretched to ``[low, high]`` and cut to
-    ``[0, 1]``; without noise ``sigmoid(scores)`` stretched and cut alike.
+    With noise ``u``: ``sigmoid((ln u - ln(1 - u) + scores) / temperature)``, stretched to ``[low, high]`` and clipped
+    to ``[0, 1]``; without noise ``sigmoid(scores)``, stretched and clipped likewise.
 
     Args:
-        scores: Floating tensor of any shape: the logarithm of the odds.
-        noise: Tensor of the same shape, uniform in ``[0, 1]``; None for the mask of evaluation.
+        scores: Floating tensor of any shape: log odds.
+        noise: Tensor of the same shape, uniform in ``[0, 1]``; None for the evaluation mask.
         temperature: Positive.
-        low: The lower end before cutting, below 0.
-        high: The upper end before cutting, above 1.
+        low: The lower end before clipping, below 0.
+        high: The upper end before clipping, above 1.
 
     Returns:
         Tensor of the shape of ``scores``, in [0, 1].

@@ -1,4 +1,4 @@
-"""The logarithm of a positive semidefinite matrix by matrix products alone, and the entropy that rests on it."""
+"""The logarithm of a positive semidefinite matrix by matrix products alone, and the entropy based on it."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def log_by_products(matrix: Tensor) -> Tensor:
     flat = matrix.reshape(-1, n, n)
     trace = flat.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     trace = trace.masked_fill(trace == 0, 1)
-    # Divided by the trace first: the fourth powers in the bound would underflow for matrices of tiny trace.
+    # Divide by the trace first: the fourth powers in the bound would underflow for tiny traces.
     r = flat / trace
     scale = _upper_bound(r.detach())
     r = r / scale
@@ -66,7 +66,7 @@ def log_by_products(matrix: Tensor) -> Tensor:
 
 
 def product_entropy(matrix: Tensor) -> Tensor:
-    """``-trace(C @ log(C))`` by ``log_by_products``, with gradient ``-(log(C) + I)``; the second is its derivative."""
+    """``-trace(C @ log(C))`` by ``log_by_products``, with gradient ``-(log(C) + I)``; twice differentiable."""
     with full_precision(matrix):
         value: Tensor = _ProductEntropy.apply(matrix)[0]
     return value
@@ -126,14 +126,14 @@ class _KnownLog(Function):
 
 
 def _upper_bound(matrix: Tensor) -> Tensor:
-    """A number that no eigenvalue exceeds, shape ``(b, 1, 1)``, from the trace and the norm of the square."""
+    """An upper bound on the eigenvalues, shape ``(b, 1, 1)``, from the trace and the norm of the square."""
     # The largest of n numbers with mean m and standard deviation s is at most m + s * sqrt(n - 1) (Samuelson). Here the
     # numbers are the squared eigenvalues. The bound is tight for one and for n equal ones, and at most n ** 0.25 times
     # too large.
     n = matrix.shape[-1]
     square = _add_product(matrix, matrix, matrix, beta=0, alpha=1)
     mean = square.diagonal(dim1=-2, dim2=-1).sum(-1) / n
-    # The variance is a difference of nearly equal numbers if the eigenvalues are: add what rounding may take away.
+    # For nearly equal eigenvalues the variance is a difference of nearly equal numbers: add the rounding error.
     margin = 4 * torch.finfo(matrix.dtype).eps * mean.square()
     variance = (square.square().sum((-2, -1)) / n - mean.square()).clamp_min(0) + margin
     bound = (mean + (variance * (n - 1)).sqrt()).sqrt()
@@ -141,7 +141,7 @@ def _upper_bound(matrix: Tensor) -> Tensor:
 
 
 def _add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """``beta * base + alpha * left @ right`` over a batch, to float32 accuracy also where TF32 is allowed."""
+    """``beta * base + alpha * left @ right`` over a batch, with float32 accuracy even if TF32 is allowed."""
     if not _rounds_to_tf32(left):
         return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
     left_high, right_high = _high_part(left), _high_part(right)
@@ -151,16 +151,16 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alph
 
 
 def _rounds_to_tf32(tensor: Tensor) -> bool:
-    """Return whether the user's settings, which are only read here, let matrix products drop mantissa bits."""
+    """Return whether the user's settings (read-only here) let matrix products drop mantissa bits."""
     if not tensor.is_cuda or tensor.dtype != torch.float32:
         return False
     settings = torch.backends.cuda.matmul
-    # Where both exist, the older one raises an error if the newer one has been set.
+    # If both exist, the older one raises an error if the newer one has been set.
     precision = getattr(settings, "fp32_precision", None)
     return bool(settings.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _high_part(tensor: Tensor) -> Tensor:
-    """The leading 11 bits of float32 numbers (Veltkamp): what TF32 holds exactly."""
+    """The leading 11 bits of float32 numbers (Veltkamp), which TF32 represents exactly."""
     stretched = tensor * (2**13 + 1)
     return stretched - (stretched - tensor)

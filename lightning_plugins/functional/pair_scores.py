@@ -1,4 +1,4 @@
-"""Bounds of the mutual information with very many candidates: blocks of scores, and never the whole matrix."""
+"""Bounds on the mutual information with very many candidates, from blocks of the score matrix."""
 
 import math
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from lightning_plugins.functional.information import check_clip
 from lightning_plugins.functional.tensors import check_dims, check_floating, check_real, check_shape
 
 BOUNDS = ("infonce", "dv", "nwj", "smile")
-_ROWS, _COLUMNS = 1024, 4096  # of a block of scores
+_ROWS, _COLUMNS = 1024, 4096  # size of a block of scores
 
 
 class PairScores(NamedTuple):
-    """Statistics of the scores of all anchors with all candidates from which the bounds follow.
+    """Statistics of the scores of all anchors with all candidates, sufficient for the bounds.
 
     Attributes:
         positives: Score of each anchor with its own partner, shape ``(A,)``.
@@ -32,7 +32,7 @@ class PairScores(NamedTuple):
 
 
 class BoundWithError(NamedTuple):
-    """A bound and how far it is from its own expectation.
+    """A bound and its standard error.
 
     Attributes:
         value: In nats.
@@ -57,15 +57,15 @@ def pair_scores(
     max_anchors: int | None = None,
     clip: float = math.inf,
 ) -> PairScores:
-    """Score all anchors with all candidates in blocks; the memory is that of one block.
+    """Score all anchors with all candidates in blocks; needs memory for one block.
 
     Args:
         x: Anchors, shape ``(N, ...)``.
         y: Their partners, shape ``(N, ...)``; together they are the candidates of every anchor.
         score: Maps ``n`` rows of ``x`` and ``m`` rows of ``y`` to scores of shape ``(n, m)``.
-        num_groups: The pairs are divided into so many groups of neighbours for the standard error, or half as many as
-            there are pairs if that is less. The order of the pairs should be random.
-        max_anchors: At most so many anchors, evenly spread; all pairs stay candidates.
+        num_groups: Number of groups of consecutive pairs for the standard error, at most half the number of pairs. The
+            order of the pairs should be random.
+        max_anchors: Maximum number of anchors, evenly spaced; all pairs remain candidates.
         clip: Scores with other candidates than the partner are clipped to ``[-clip, clip]``.
 
     Returns:
@@ -73,7 +73,7 @@ def pair_scores(
 
     Raises:
         TypeError: If a number is not an int.
-        ValueError: If ``x`` and ``y`` have not the same number of rows, at least 2.
+        ValueError: If ``x`` and ``y`` do not have the same number of rows, at least 2.
 
     Example:
         >>> pairs = pair_scores(torch.eye(3), torch.eye(3), lambda x, y: x @ y.T)
@@ -119,10 +119,10 @@ def pair_scores(
 
 
 def check_pairs(x: Tensor, y: Tensor) -> None:
-    """Refuse what are not two tensors with rows.
+    """Raise an error unless both are tensors with rows.
 
     Raises:
-        TypeError: If one is no tensor of real numbers.
+        TypeError: If one is not a tensor of real numbers.
         ValueError: If one has no dimension.
     """
     for name, rows in (("x", x), ("y", y)):
@@ -183,13 +183,13 @@ def candidate_bound(
         y: Their partners, shape ``(N, ...)``.
         score: Maps ``n`` rows of ``x`` and ``m`` rows of ``y`` to scores of shape ``(n, m)``.
         bound: ``"infonce"``, ``"dv"``, ``"nwj"`` or ``"smile"``.
-        num_candidates: K; None takes all pairs as candidates. With fewer the pairs are cut into ``N // K`` batches of
-            K, a rest is left out, and the bound is the mean over the batches, as in a training.
-        max_anchors: At most so many anchors in each batch of candidates.
+        num_candidates: K; by default all pairs are candidates. With fewer, the pairs are split into ``N // K`` batches
+            of K, the remainder is dropped, and the bound is the mean over the batches, as in training.
+        max_anchors: Maximum number of anchors in each batch of candidates.
         clip: For ``"smile"``.
 
     Returns:
-        The bound and its standard error; over several batches, that of their mean.
+        The bound and its standard error; for several batches that of their mean.
 
     Raises:
         TypeError: If ``num_candidates`` is not an int.
@@ -220,7 +220,7 @@ def candidate_bound(
 
 
 def row_keys(x: Tensor, y: Tensor) -> Tensor:
-    """Hash the bits of each pair: a random order that depends neither on the order of rows nor on who holds them.
+    """Hash the bits of each pair, for a random order independent of the order of rows and of processes.
 
     Args:
         x: Floating tensor of shape ``(N, d)``.

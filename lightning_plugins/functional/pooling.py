@@ -23,32 +23,32 @@ def pool_embeddings(
 ) -> Tensor:
     """Pool a layer's tensor to embeddings of shape ``(N, d)``.
 
-    A matrix stays as it is under every named pool. What the dimensions of a higher tensor are does not show in its
-    shape, and ``layout`` says it: ``N`` stands for the samples, ``C`` for the channels, every other letter for
-    positions. Packed and nested sequences say it themselves, and what their padding is.
+    A matrix is unchanged by every named pool. For tensors of higher order ``layout`` gives the meaning of the
+    dimensions: ``N`` stands for samples, ``C`` for channels, any other letter for positions. Packed and nested
+    sequences define their layout and padding themselves.
 
     Args:
         features: Floating tensor of shape ``(N, d)`` or of the ``layout``; or a packed sequence, or a nested tensor of
             ``(L, d)`` sequences.
-        pool: Over the valid positions of a sample: ``"mean"``, ``"max"``, ``"first"`` or ``"last"``. ``"cls"`` takes
-            the first position, valid or not, ``"tokens"`` every valid position as a row of its own, ``"flatten"`` all
-            dimensions of a sample as ``d``, zeros in place of what is not valid. ``"mean_last"`` is the mean where the
-            samples are first and the channels last. Or a callable that takes ``features``, and ``mask`` if there is
-            one, and returns the matrix.
-        layout: One letter a dimension, such as ``"NLC"`` for tokens, ``"LNC"`` for tokens before samples, ``"NCL"``
-            for what an ``nn.Conv1d`` returns, ``"NCHW"`` or ``"NHWC"``; ``...`` stands for any number of positions.
-            Needed from three dimensions on, but for ``"flatten"`` without a mask, where the samples are first.
+        pool: Over the valid positions of a sample: ``"mean"``, ``"max"``, ``"first"`` or ``"last"``. ``"cls"`` uses the
+            first position, valid or not, ``"tokens"`` every valid position as a separate row, ``"flatten"`` all
+            dimensions of a sample as ``d``, with zeros at invalid positions. ``"mean_last"`` is the mean with samples
+            first and channels last. Or a callable that takes ``features``, and ``mask`` if there is one, and returns
+            the matrix.
+        layout: One letter per dimension, such as ``"NLC"`` for tokens, ``"LNC"`` for tokens before samples, ``"NCL"``
+            for the output of ``nn.Conv1d``, ``"NCHW"`` or ``"NHWC"``; ``...`` stands for any number of positions.
+            Required from three dimensions on, except for ``"flatten"`` without a mask, where the samples are first.
         mask: The valid positions. Bool or integer of the shape of ``layout`` without its ``C``, samples first, true
             where valid; a float mask is one to be added to attention scores, 0 where valid, if it holds no positive
             number; an integer tensor of shape ``(N,)`` holds the samples' lengths; a bool one selects whole samples.
 
     Returns:
         Tensor of shape ``(N, d)``, or ``(number of valid positions, d)`` for ``"tokens"``. A sample without a valid
-        position is a row of zeros, which no spectrum here counts as a direction.
+        position is a row of zeros, which does not contribute to the spectra here.
 
     Raises:
-        ValueError: If ``features`` has fewer than two dimensions, the layout is needed and not given or does not fit,
-            the mask does not fit, ``pool`` is unknown, needs a sequence and meets a map, or returns no matrix.
+        ValueError: If ``features`` has fewer than two dimensions, the layout is missing or does not fit, the mask does
+            not fit, ``pool`` is unknown, needs a sequence but gets a map, or returns no matrix.
         TypeError: If ``features`` (or what a callable made of it) is not a floating tensor.
 
     Example:
@@ -89,11 +89,11 @@ def pool_embeddings(
 
 
 def check_layout(layout: str | None) -> str | None:
-    """Return ``layout`` if it is None or says where samples and channels are.
+    """Return ``layout`` if it is None or a valid layout.
 
     Raises:
-        TypeError: If it is no string.
-        ValueError: If it does not hold ``N`` and ``C`` once each, a letter twice, or something else than letters.
+        TypeError: If it is not a string.
+        ValueError: If it does not contain ``N`` and ``C`` once each, repeats a letter, or contains other characters.
     """
     if layout is None:
         return None
@@ -114,7 +114,7 @@ def check_layout(layout: str | None) -> str | None:
 
 
 def layout_axes(layout: str, ndim: int) -> tuple[int, int]:
-    """The dimensions of a tensor with ``ndim`` dimensions that hold the samples and the channels.
+    """The positions of the sample and channel dimensions in a tensor with ``ndim`` dimensions.
 
     Returns:
         Their positions.
@@ -142,8 +142,8 @@ def padding_of_lengths(lengths: Tensor, positions: int) -> Tensor:
 def _pool_positions(features: Tensor, pool: str, layout: str | None, mask: Tensor | None) -> Tensor:
     if layout is None:
         raise ValueError(
-            f"`layout` must say what the {features.ndim} dimensions of a tensor of shape {tuple(features.shape)} are, "
-            "which does not show in the shape: such as 'NLC' (tokens), 'NCL' (as of Conv1d), 'LNC', 'NCHW' or 'NHWC'"
+            f"`layout` must name the {features.ndim} dimensions of a tensor of shape {tuple(features.shape)}, "
+            "which cannot be inferred: such as 'NLC' (tokens), 'NCL' (as of Conv1d), 'LNC', 'NCHW' or 'NHWC'"
         )
     samples, channels = layout_axes(layout, features.ndim)
     ordered = features.movedim((samples, channels), (0, -1))  # (N, *positions, C)
@@ -172,7 +172,7 @@ def _pool_positions(features: Tensor, pool: str, layout: str | None, mask: Tenso
         chosen = sequence.gather(1, index[:, None, None].expand(-1, 1, sequence.shape[2]))[:, 0]
         return torch.where(valid.any(1)[:, None], chosen, 0)
     wide = sequence.float() if sequence.dtype in (torch.float16, torch.bfloat16) else sequence
-    total = torch.where(valid[..., None], wide, 0).sum(1)  # `where`, so that a NaN in the padding stays there
+    total = torch.where(valid[..., None], wide, 0).sum(1)  # `where`, so that NaN in the padding does not spread
     return total / valid.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -190,7 +190,7 @@ def _of_rows(mask: Tensor, rows: int) -> Tensor:
     if valid.numel() != rows or (valid.ndim and len(valid) != rows):
         raise ValueError(
             f"`mask` must have one entry for each of {rows} rows of a matrix (N, d), got shape {tuple(mask.shape)}; "
-            "name a layer whose tensor still has its positions, or leave `mask` away where they are pooled already"
+            "name a layer whose tensor still has its positions, or leave `mask` out where they are pooled already"
         )
     return valid.flatten()
 
@@ -220,7 +220,7 @@ def _truth(mask: Tensor) -> Tensor:
     if not mask.is_floating_point():
         return mask != 0
     positive = mask > 0
-    return torch.where(positive.any(), positive, mask == 0)  # none: to be added to scores, where 0 is valid
+    return torch.where(positive.any(), positive, mask == 0)  # no positive number: an additive mask, where 0 is valid
 
 
 def _padded(features: Any) -> tuple[Tensor, Tensor]:

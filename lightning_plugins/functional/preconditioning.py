@@ -14,7 +14,7 @@ from lightning_plugins.functional.tensors import check_floating
 
 Derivative = Literal["constant", "exact"]
 
-_TIE = 1e-3  # of the sum of two singular values: closer ones count as equal in the exact derivative
+_TIE = 1e-3  # relative to the sum of two singular values: closer ones are treated as equal in the exact derivative
 _PRIME = 2**31 - 1
 
 
@@ -26,40 +26,39 @@ def gap_precondition(
     derivative: Derivative = "constant",
     rank: int | None = None,
 ) -> Tensor:
-    """Multiply the singular values of a gradient by gains, the first gain being that of the largest singular value.
+    """Multiply the singular values of a gradient by gains; the first gain applies to the largest singular value.
 
     With the decomposition ``G = U @ diag(s) @ V.T`` the result is ``U @ diag(gains * s) @ V.T``, from one
-    eigendecomposition of the smaller Gram matrix. Gains of one return the gradient itself. Since gains go by the order
-    of the singular values, the result jumps where two of them with different gains change places.
+    eigendecomposition of the smaller Gram matrix. Gains of one return the gradient itself. Since gains are assigned by
+    the order of the singular values, the result is discontinuous where two of them with different gains cross.
 
-    The result's own derivative, which is what meta-learning needs, comes in two forms:
+    Meta-learning needs the derivative of the result, which has two forms:
 
-    * ``"constant"``: singular vectors count as constants, as in the published update ``P @ G`` with
-      ``P = U @ diag(gains) @ U.T``. Where ``m > n``, ``P`` has rank ``n`` at most, and changes of ``G`` outside of the
-      columns of ``U`` are lost, even with gains of one.
-    * ``"exact"``: the derivative of the result, in divided differences. Two singular values that differ by less than a
-      thousandth of their sum count as equal, which leaves out the term that grows without bound at the jump.
+    * ``"constant"``: singular vectors are treated as constants, as in the published update ``P @ G`` with
+      ``P = U @ diag(gains) @ U.T``. If ``m > n``, ``P`` has rank at most ``n``, and changes of ``G`` outside the span
+      of ``U`` are lost, even with gains of one.
+    * ``"exact"``: the exact derivative, in divided differences. Two singular values that differ by less than a
+      thousandth of their sum are treated as equal, which drops the term that diverges at the discontinuity.
 
-    With respect to the gains both are the same. They are finite for equal and for vanishing singular values.
+    With respect to the gains both are equal. They are finite for equal and for vanishing singular values.
 
     Args:
-        gradient: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``: gradients of tasks or layers of one
-            shape. A convolution's kernel goes in as ``(out, in * height * width)``.
+        gradient: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``: gradients of tasks or layers of equal
+            shape. Pass a convolution's kernel as ``(out, in * height * width)``.
         gains: Floating tensor of shape ``(min(m, n),)``, or ``(..., min(m, n))`` that broadcasts with the gradient.
-        approximate: Multiply the rows by the gains if ``m <= n``, else the columns: no decomposition. ``derivative``
-            does not matter then.
+        approximate: Multiply the rows by the gains if ``m <= n``, else the columns, without a decomposition;
+            ``derivative`` is ignored.
         derivative: ``"constant"`` or ``"exact"``.
-        rank: An upper bound on the matrices' rank, if you know one: the decomposition is then of that size. The
-            gradient of a linear layer that is called once, on ``(samples, features)``, has no more than the number of
-            samples. Gains beyond the bound do not matter. Of matrices with a higher rank, what the first ``rank``
-            singular vectors of a random projection do not span is left as it is.
+        rank: An upper bound on the matrices' rank, if known, which is then the size of the decomposition. For a linear
+            layer called once, on ``(samples, features)``, it is at most the number of samples. Gains beyond the bound
+            are ignored. For matrices of higher rank, the part outside the span of the first ``rank`` singular vectors
+            of a random projection is unchanged.
 
     Returns:
         Tensor of shape ``(..., m, n)``: float32 for float16 and bfloat16 gradients, else the gradient's dtype. Autocast
         is off inside, and the decomposition in float64. Singular values that differ by less than about ``eps`` of the
-        largest may exchange their gains.
-        Not finite where a matrix holds a value that is not. It can be differentiated once, and for ``approximate`` any
-        number of times.
+        largest may exchange their gains. Non-finite for a matrix with a non-finite value. It can be differentiated
+        once, and for ``approximate`` any number of times.
 
     Raises:
         TypeError: If ``gradient`` or ``gains`` is not a real floating tensor, ``derivative`` not a string, or ``rank``
@@ -93,7 +92,7 @@ def gap_precondition(
         size = min(rank or wide.shape[-2], wide.shape[-2])
         gains = gains.expand(*batch, wide.shape[-2])[..., :size]
         if wide.shape[-2] == 1 and (derivative == "exact" or not turned):
-            return matrix * gains[..., None]  # one singular value: a multiple of the matrix
+            return matrix * gains[..., None]  # a single singular value: a multiple of the matrix
         result: Tensor = _Precondition.apply(wide, gains, turned, derivative == "exact")[0]
     return result.mT if turned else result
 
@@ -115,7 +114,7 @@ def _check_shapes(gradient: Tensor, gains: Tensor) -> None:
 
 
 class _Precondition(Function):
-    """Matrices with no more rows than columns; ``turned`` says that they are transposed gradients."""
+    """Matrices with at most as many rows as columns; ``turned`` if they are transposed gradients."""
 
     @staticmethod
     def forward(matrix: Tensor, gains: Tensor, turned: bool, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,7 +153,7 @@ class _Precondition(Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], matrix: Tensor, gains: Tensor, turned: bool, exact: bool
     ) -> tuple[tuple[Tensor, ...], int]:
-        """All is batched already: a rule that torch generates would cost more than small matrices do."""
+        """Everything is already batched: a rule generated by torch would cost more than the small matrices."""
         matrix, gains = (
             tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
             for tensor, dim in zip((matrix, gains), in_dims, strict=False)
@@ -163,7 +162,7 @@ class _Precondition(Function):
 
 
 def _decompose(matrix: Tensor, rank: int) -> GramSVD:
-    """Thin singular value decomposition of wide matrices of some rank at most, largest values first."""
+    """Thin singular value decomposition of wide matrices of bounded rank, largest values first."""
     scaled, scale = unit_scale(matrix)
     scaled, poison = finite_or_zero(scaled)
     return svd_from_left(scaled, scale, _left_vectors(scaled, rank), poison)
@@ -171,13 +170,13 @@ def _decompose(matrix: Tensor, rank: int) -> GramSVD:
 
 def _left_vectors(matrix: Tensor, rank: int) -> Tensor:
     """The first left singular vectors: eigenvectors of the Gram matrix, largest eigenvalue first."""
-    # In float64: the Gram matrix squares the singular values. Besides, on matrices with rows of zeros, as dead units
-    # give, the decomposition in float32 (of MKL at least) now and then fails to converge or returns NaN.
+    # In float64: the Gram matrix squares the singular values. Besides, on matrices with rows of zeros, as from dead
+    # units, the float32 decomposition (of MKL at least) occasionally fails to converge or returns NaN.
     exact = matrix if matrix.device.type == "mps" else matrix.double()  # which has no float64
     if rank == matrix.shape[-2]:
         whole: Tensor = torch.linalg.eigh(exact @ exact.mT)[1]
         return whole.flip(-1).to(matrix.dtype)
-    # The projection of the columns on a few directions spans the columns, if they have that rank.
+    # Random combinations of the columns span them, if they have that rank.
     basis = torch.linalg.qr(exact @ _directions(matrix.shape[-1], rank, exact))[0]
     inside = basis.mT @ exact
     vectors: Tensor = basis @ torch.linalg.eigh(inside @ inside.mT)[1]
@@ -185,7 +184,7 @@ def _left_vectors(matrix: Tensor, rank: int) -> Tensor:
 
 
 def _directions(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Numbers that look random and are always the same, without a generator, which ``vmap`` would not let be."""
+    """Fixed pseudo-random numbers, without a generator, which ``vmap`` does not support."""
     count = torch.arange(1, rows * columns + 1, device=like.device)
     scattered = (count * count % _PRIME * 1103515245) % _PRIME
     return (scattered / _PRIME - 0.5).to(like.dtype).reshape(rows, columns)
@@ -194,7 +193,7 @@ def _directions(rows: int, columns: int, like: Tensor) -> Tensor:
 def _weighted(projected: Tensor, gains: Tensor, values: Tensor) -> Tensor:
     """The core of the exact derivative, from ``U.T @ grad @ V``."""
     # With f = gains * s, the symmetric part is weighted by (f_i - f_j) / (s_i - s_j) and the skew part by (f_i + f_j) /
-    # (s_i + s_j). Both are the mean of the two gains and a term in their difference, which vanishes on the diagonal.
+    # (s_i + s_j). Both are the mean of the two gains plus a term in their difference, which vanishes on the diagonal.
     mean = (gains[..., None] + gains[..., None, :]) / 2
     half = (gains[..., None] - gains[..., None, :]) / 2
     gap = values[..., None] - values[..., None, :]

@@ -1,4 +1,4 @@
-"""Spectral norms of the products of query and key maps, head by head, followed from step to step."""
+"""Spectral norms of the products of query and key maps per head, tracked from step to step."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_plugins.functional.gram_svd import check_matrices
 from lightning_plugins.functional.spectrum import at_least_float32, decompose, finite_or_zero, full_precision
 
-_VECTORS = 4  # followed per head: the error of the first shrinks by (s5 / s1) ** 2 at each call
+_VECTORS = 4  # tracked vectors per head: the error of the first shrinks by (s5 / s1) ** 2 at each call
 
 
 class QueryKeyNorms(NamedTuple):
@@ -16,7 +16,7 @@ class QueryKeyNorms(NamedTuple):
 
     Attributes:
         norms: Shape ``(heads,)``.
-        start: Orthonormal columns ``(heads, d, k)``, to hand to the next call after the maps changed.
+        start: Orthonormal columns ``(heads, d, k)`` for the next call after the maps changed.
     """
 
     norms: Tensor
@@ -26,17 +26,17 @@ class QueryKeyNorms(NamedTuple):
 def query_key_norms(query: Tensor, key: Tensor, start: Tensor | None = None) -> QueryKeyNorms:
     """Spectral norm of the bilinear map ``Q.T @ K`` of each head's logits, without the ``d x d`` matrix.
 
-    Without ``start`` it is exact. With it the value is the best one within its span, never above the true one, and the
-    ``start`` that is returned is one power iteration further.
+    Without ``start`` it is exact. With it the value is optimal within its span, never above the true one, and the
+    returned ``start`` is advanced by one power iteration.
 
     Args:
         query: Floating tensor of shape ``(heads, h, d)``.
         key: Floating tensor of the same shape.
-        start: As an earlier call returned it.
+        start: As returned by an earlier call.
 
     Returns:
         The norms, without gradient: float32 for float16 and bfloat16 input, else the input's dtype. NaN for a head with
-        a value that is not finite.
+        a non-finite value.
 
     Raises:
         TypeError: If a tensor is not a real floating one.

@@ -14,11 +14,11 @@ from lightning_plugins.functional.tensors import check_bools, check_dims, check_
 
 @dataclass(frozen=True)
 class RangeGrid:
-    """The cells of a spinning sensor's beams, seen from the origin.
+    """The grid of a spinning sensor's beams, seen from the origin.
 
     Args:
-        rows: Number of beams above each other.
-        columns: Number of azimuths in a whole turn.
+        rows: Number of beams, stacked vertically.
+        columns: Number of azimuths per revolution.
         lowest: Lower edge of the lowest row, radians of elevation.
         highest: Upper edge of the highest row.
 
@@ -50,14 +50,14 @@ class RangeGrid:
             raise ValueError(f"`lowest` must be below `highest`, got {self.lowest!r} and {self.highest!r}")
 
     def cells(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Number the cells that points fall into.
+        """Return the cell indices of points.
 
         Args:
             points: Shape ``(..., N, C)``, x, y and z first.
 
         Returns:
-            The cell, ``row * columns + column``, of each point, -1 for one above or below the rows or at the origin;
-            and each point's range. Both of shape ``(..., N)``.
+            The cell, ``row * columns + column``, of each point, -1 for points above or below the grid or at the origin;
+            and the range of each point. Both of shape ``(..., N)``.
         """
         up, around, distance = self.shares(points)
         row = (up * self.rows).floor()
@@ -66,14 +66,15 @@ class RangeGrid:
         return torch.where(inside, row.nan_to_num().long() * self.columns + column, -1), distance
 
     def shares(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tell where in the grid points lie, for grids of any fineness with these edges.
+        """Return relative grid positions of points, for grids of any resolution with these edges.
 
         Args:
             points: Shape ``(..., N, C)``, x, y and z first.
 
         Returns:
-            The share of the way from the lowest to the highest edge, that of a turn from azimuth -pi, and the range,
-            each of shape ``(..., N)``. A share times a number of rows or columns, rounded down, is the cell.
+            The fraction of the way from the lowest to the highest edge, the fraction of a turn from azimuth -pi, and
+            the range, each of shape ``(..., N)``. A fraction times the number of rows or columns, rounded down, is the
+            cell.
         """
         check_points("points", points)
         x, y, z = points[..., 0], points[..., 1], points[..., 2]
@@ -83,7 +84,7 @@ class RangeGrid:
 
 
 def check_grid(grid: RangeGrid) -> None:
-    """Refuse what is no grid."""
+    """Raise an error for an invalid grid."""
     check_instance("grid", grid, RangeGrid, "a RangeGrid")
 
 
@@ -100,7 +101,7 @@ def nearest_ranges(cells: Tensor, ranges: Tensor, grid: RangeGrid) -> Tensor:
     """Take the smallest range in each cell of a grid.
 
     Args:
-        cells: Cells of the points, shape ``(..., N)``; -1, or what is no cell, for points to leave out.
+        cells: Cells of the points, shape ``(..., N)``; -1, or any invalid cell, for points to ignore.
         ranges: Ranges of the points, of the same shape.
         grid: The grid.
 
@@ -123,14 +124,14 @@ def nearest_ranges(cells: Tensor, ranges: Tensor, grid: RangeGrid) -> Tensor:
     check_grid(grid)
     image = ranges.new_full((*ranges.shape[:-1], grid.rows * grid.columns + 1), math.inf)
     count = grid.rows * grid.columns
-    index = torch.where((cells < 0) | (cells > count), count, cells).long()  # a cell of their own, cut off below
+    index = torch.where((cells < 0) | (cells > count), count, cells).long()  # an extra cell, removed below
     return image.scatter_reduce(-1, index, ranges, "amin")[..., :-1]
 
 
 def visible_in_range_image(
     points: Tensor, grid: RangeGrid, valid: Tensor | None = None, *, tolerance: float = 0.3
 ) -> Tensor:
-    """Tell which points no nearer point of the same beam's cell hides from the origin.
+    """Find the points not hidden by a nearer point in the same beam's cell.
 
     Points above or below the grid and a point at the origin are visible and hide nothing.
 
@@ -138,7 +139,7 @@ def visible_in_range_image(
         points: Shape ``(..., N, C)``, x, y and z first; leading dimensions are batches.
         grid: The sensor's cells.
         valid: Boolean tensor of shape ``(..., N)``, false for padding, which is never visible.
-        tolerance: How far behind the nearest point another is still visible, in metres.
+        tolerance: Distance behind the nearest point at which others are still visible, in metres.
 
     Returns:
         Boolean tensor of shape ``(..., N)``.
@@ -168,8 +169,8 @@ def visible_in_range_image(
 def close_gaps(image: Tensor, grid: RangeGrid, window: tuple[int, int] = (3, 5)) -> Tensor:
     """Close the gaps of a range image that are narrower than a window, in rows or columns.
 
-    This is the grey-scale closing of the inverse range, so a gap may be empty or a hole through which a farther
-    surface shines; an outline that bulges outwards does not grow.
+    This is the grey-scale closing of the inverse range, so a gap may be empty or show a farther surface; convex
+    outlines do not grow.
 
     Args:
         image: Shape ``(..., rows * columns)``, infinity where no point is.
@@ -199,10 +200,10 @@ def close_gaps(image: Tensor, grid: RangeGrid, window: tuple[int, int] = (3, 5))
     _check_window(window, grid)
     rows, columns = window[0] // 2, window[1] // 2
     near = (1 / image).reshape(-1, 1, grid.rows, grid.columns)
-    # Columns go round in a circle; above and below the rows there is nothing
+    # Columns wrap around; above and below the rows there is nothing
     wide = torch.cat([near[..., grid.columns - columns :], near, near[..., :columns]], dim=-1)
     wide = nn.functional.pad(wide, (0, 0, rows, rows))
-    pool = nn.functional.max_pool2d  # along rows and along columns: the same as over both, and much cheaper
+    pool = nn.functional.max_pool2d  # separable: first along rows, then along columns, which is much cheaper
     grown = pool(pool(wide, (window[0], 1), 1, (rows, 0)), (1, window[1]), 1, (0, columns))
     closed = -pool(pool(-grown, (window[0], 1), 1), (1, window[1]), 1)
     return (1 / torch.maximum(closed, near)).reshape(image.shape)

@@ -1,4 +1,4 @@
-"""Ridge regression from sums of products: every strength of the penalty from one eigendecomposition."""
+"""Ridge regression from sums of products, for all penalties from one eigendecomposition."""
 
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class RidgeSystem(NamedTuple):
             lambdas: Strengths of the penalty, of shape ``(L,)``, or ``(L, k)`` for one per target.
 
         Returns:
-            Tensor of shape ``(L, d, k)``; 0 along directions without variance, also for a penalty of zero.
+            Tensor of shape ``(L, d, k)``; 0 along directions without variance, even for a penalty of zero.
         """
         strength = lambdas[:, None, None] if lambdas.ndim == 1 else lambdas[:, None, :]
         denominator = self.eigenvalues[:, None] + strength
@@ -39,7 +39,7 @@ class RidgeSystem(NamedTuple):
 
 
 class HeldOutSums(NamedTuple):
-    """Sums over held-out rows of targets and predictions, each of shape ``(L, k)`` or of what broadcasts with it.
+    """Sums of targets and predictions over held-out rows, each of shape ``(L, k)`` or broadcastable to it.
 
     Attributes:
         rows: Number of rows.
@@ -58,7 +58,7 @@ class HeldOutSums(NamedTuple):
     products: Tensor
 
     def moved(self, offset: Tensor) -> "HeldOutSums":
-        """The sums of targets and predictions that are both larger by ``offset``, of shape ``(k,)``."""
+        """The sums after adding ``offset``, of shape ``(k,)``, to targets and predictions."""
         n = self.rows
 
         def squares(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class ProbeScores(NamedTuple):
         r2: Coefficient of determination against the mean of the held-out targets: at most 1, below 0 if the mean
             predicts better; NaN for a constant target.
         pearson: Correlation of prediction and target, in ``[-1, 1]``; NaN if either is constant.
-        rmse: Root of the mean squared error, in the target's unit.
+        rmse: Root mean squared error, in the target's unit.
         v_information: Gaussian V-information in nats, ``0.5 * log(variance / mean squared error)``.
     """
 
@@ -135,9 +135,9 @@ def ridge_path(gram: Tensor, cross: Tensor, lambdas: Tensor) -> Tensor:
     ``Ridge(alpha=lambda)``: ``lambda`` grows with the number of rows.
 
     Args:
-        gram: ``X.T @ X``, shape ``(d, d)``, float32 or float64. Of centred columns, for a fit with an intercept.
+        gram: ``X.T @ X``, shape ``(d, d)``, float32 or float64. Centre the columns for a fit with an intercept.
         cross: ``X.T @ Y``, shape ``(d, k)``.
-        lambdas: Shape ``(L,)``, not negative. At 0 the solution of least norm.
+        lambdas: Shape ``(L,)``, non-negative. At 0 the minimum-norm solution.
 
     Returns:
         Weights of shape ``(L, d, k)``.
@@ -160,7 +160,7 @@ def ridge_path(gram: Tensor, cross: Tensor, lambdas: Tensor) -> Tensor:
 
 
 def check_lambdas(lambdas: Tensor) -> Tensor:
-    """Return penalties of shape ``(L,)``, not negative and finite.
+    """Return penalties of shape ``(L,)``, non-negative and finite.
 
     Raises:
         TypeError: If they are not a floating tensor.
@@ -201,8 +201,8 @@ def probe_scores(sums: HeldOutSums) -> ProbeScores:
     """Scores of predictions from sums over held-out rows.
 
     Args:
-        sums: Sums of targets, predictions, their squares and products; adding a constant to targets and predictions
-            alike changes no score.
+        sums: Sums of targets, predictions, their squares and products; adding the same constant to targets and
+            predictions does not change the scores.
 
     Returns:
         The scores.

@@ -1,4 +1,4 @@
-"""Matrices with their singular values mapped: soft thresholding and the polar factor, with closed-form gradients."""
+"""Functions of singular values: soft thresholding and the polar factor, with closed-form gradients."""
 
 from typing import Any, Literal, get_args
 
@@ -14,20 +14,20 @@ from lightning_plugins.functional.tensors import check_floating, check_leading
 
 PolarMethod = Literal["auto", "eigh", "products"]
 
-# The slope at zero is 15/8: these raise what is 1e-3 and 1e-4 of the norm to 1, but not yet the rounding errors.
+# The slope at zero is 15/8: these raise values of 1e-3 and 1e-4 of the norm to 1, but not yet rounding errors.
 _PRODUCTS_STEPS = {torch.float32: 14, torch.float64: 18}
-_PRODUCTS_FROM = 64  # on an accelerator, where an eigendecomposition waits for thousands of small kernels
+_PRODUCTS_FROM = 64  # on an accelerator, where an eigendecomposition launches thousands of small kernels
 
 
 def singular_value_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
-    """Lower every singular value by ``threshold``, those below it to exactly zero: ``U @ diag(max(s - t, 0)) @ V.T``.
+    """Reduce every singular value by ``threshold``, those below it to exactly zero: ``U @ diag(max(s - t, 0)) @ V.T``.
 
-    The result has the rank of the singular values above the threshold. The gradient, with respect to the weight and to
-    the threshold, is a closed form in divided differences of the map: it is finite for equal and for vanishing singular
-    values. One eigendecomposition of the smaller Gram matrix serves both directions.
+    The rank of the result is the number of singular values above the threshold. The gradient, with respect to the
+    weight and to the threshold, is a closed form in divided differences of the map: it is finite for equal and for
+    vanishing singular values. One eigendecomposition of the smaller Gram matrix is used for forward and backward.
 
-    Accuracy: within about ``30 * eps`` of the largest singular value, or ``sqrt(eps)`` of it (3e-4 in float32) where
-    the threshold separates singular values that are smaller than that.
+    Accuracy: within about ``30 * eps`` of the largest singular value, or ``sqrt(eps)`` of it (3e-4 in float32) if the
+    threshold separates singular values smaller than that.
 
     Args:
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
@@ -35,8 +35,8 @@ def singular_value_threshold(weight: Tensor, threshold: Tensor | float) -> Tenso
             negative entry of a tensor counts as 0.
 
     Returns:
-        Tensor of the shape of ``weight``: float32 for float16 and bfloat16 input, else the input's dtype. NaN where a
-        matrix holds a value that is not finite. It can be differentiated once; a second time raises `RuntimeError`.
+        Tensor of the shape of ``weight``: float32 for float16 and bfloat16 input, else the input's dtype. NaN for a
+        matrix with a non-finite value. It can be differentiated once; a second time raises `RuntimeError`.
 
     Raises:
         TypeError: If ``weight`` is not a real floating tensor or ``threshold`` neither a number nor such a tensor.
@@ -72,15 +72,15 @@ def polar_factor(weight: Tensor, *, method: PolarMethod = "auto") -> Tensor:
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
         method: ``"eigh"`` decomposes the smaller Gram matrix: singular values below ``sqrt(8 * eps)`` of the largest
             (1e-3 in float32, 4e-8 in float64) count as zero, and a direction whose singular value is a fraction ``x``
-            of the largest is exact within about ``eps / x ** 2``. ``"products"`` iterates products alone: within 2e-3
+            of the largest is exact within about ``eps / x ** 2``. ``"products"`` iterates matrix products: within 2e-3
             for singular values above 1e-3 of the Frobenius norm (1e-4 in float64); smaller ones are raised to at most
-            7e3 times (8e4 times) their share of that norm, so that zero stays zero. ``"auto"`` takes products on an
+            7e3 times (8e4 times) their ratio to that norm, so zero stays zero. ``"auto"`` uses products on an
             accelerator from a smaller side of 64 on, else the decomposition.
 
     Returns:
         Tensor of the shape of ``weight``, with singular values in ``[0, 1]``: float32 for float16 and bfloat16 input,
-        else the input's dtype. NaN where a matrix holds a value that is not finite. It can be differentiated once; a
-        second time raises `RuntimeError`. The derivative always takes the decomposition.
+        else the input's dtype. NaN for a matrix with a non-finite value. It can be differentiated once; a second time
+        raises `RuntimeError`. The derivative always uses the decomposition.
 
     Raises:
         TypeError: If ``weight`` is not a real floating tensor or ``method`` not a string.
@@ -103,7 +103,7 @@ def polar_factor(weight: Tensor, *, method: PolarMethod = "auto") -> Tensor:
 
 
 def _wide(matrix: Tensor) -> tuple[Tensor, bool]:
-    """The matrices with no more rows than columns, and whether they were transposed for that."""
+    """The matrices with at most as many rows as columns, and whether they were transposed."""
     turned = matrix.shape[-2] > matrix.shape[-1]
     return (matrix.mT if turned else matrix), turned
 
@@ -113,8 +113,9 @@ def _mapped_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``U @ diag(f(s)) @ V.T``, and the diagonal of ``P = U.T @ grad @ V``.
 
-    The symmetric part of ``P`` is weighted by ``(f_i - f_j) / (s_i - s_j)``, the skew part by ``(f_i + f_j) / (s_i +
-    s_j)``, and what lies outside the span of ``V`` by ``f / s``. There is no difference of squares to divide by.
+    The symmetric part of ``P`` is weighted by ``(f_i - f_j) / (s_i - s_j)``, the skew part by
+    ``(f_i + f_j) / (s_i + s_j)``, and the part outside the span of ``V`` by ``f / s``. No division by differences of
+    squares is needed.
 
     Args:
         grad: Gradient of the result, ``(..., m, n)``.
@@ -131,7 +132,7 @@ def _mapped_gradient(
     projected = inside @ right.mT
     one, other = values[..., None], values[..., None, :]
     gap, total = one - other, one + other
-    equal = gap.abs() <= 1e-6 * total  # there the quotient would be rounding error; covers both being zero
+    equal = gap.abs() <= 1e-6 * total  # the quotient would be rounding error; also covers both being zero
     gamma = (mapped[..., None] - mapped[..., None, :]) / torch.where(equal, 1, gap)
     gamma = torch.where(equal, (slope[..., None] + slope[..., None, :]) / 2, gamma)
     omega = (mapped[..., None] + mapped[..., None, :]) / total.masked_fill(total == 0, torch.inf)
@@ -196,7 +197,7 @@ class _Polar(Function):
 
 
 def _polar_parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``U``, which singular values count, these, ``V.T``, and 0 or NaN."""
+    """``U``, the mask of non-zero singular values, the values, ``V.T``, and 0 or NaN."""
     left, values, _, right, poison = gram_svd(matrix)
     least = (8 * torch.finfo(values.dtype).eps) ** 0.5 * values.amax(-1, keepdim=True)
     return left, (values > least).to(values.dtype), values, right, poison[..., None, None]

@@ -24,8 +24,8 @@ class ValueAndGradient(NamedTuple):
 def soft_orthogonality(weight: Tensor) -> Tensor:
     """Squared Frobenius distance between the smaller Gram matrix of a weight and the identity.
 
-    That is ``sum((s ** 2 - 1) ** 2)`` over the ``min(m, n)`` singular values, zero exactly for orthonormal rows (``m <=
-    n``) or columns. The larger Gram matrix has the same gradient, and a value that is larger by ``|m - n|``.
+    That is ``sum((s ** 2 - 1) ** 2)`` over the ``min(m, n)`` singular values, zero exactly for orthonormal rows
+    (``m <= n``) or columns. The larger Gram matrix has the same gradient, and its value is larger by ``|m - n|``.
 
     Args:
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.

@@ -10,14 +10,14 @@ from lightning_plugins.functional.split_spectrum import head_and_tail
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
-    """The largest singular value. Where the two largest coincide, the gradient takes one of them.
+    """The largest singular value. If the two largest coincide, the gradient is that of one of them.
 
     Args:
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
 
     Returns:
-        Tensor of shape ``(...)``, at least 0: float32 for float16 and bfloat16 input, else the input's dtype. NaN where
-        a matrix holds a value that is not finite. It can be differentiated twice.
+        Tensor of shape ``(...)``, at least 0: float32 for float16 and bfloat16 input, else the input's dtype. NaN for a
+        matrix with a non-finite value. It can be differentiated twice.
 
     Raises:
         TypeError: If ``weight`` is not a real floating tensor.
@@ -46,7 +46,7 @@ def spectral_norm_gradient(weight: Tensor) -> ValueAndGradient:
         weight: As for `spectral_norm`.
 
     Returns:
-        Value and gradient, in float32 or float64; of a matrix of zeros the gradient is zero.
+        Value and gradient, in float32 or float64; for a matrix of zeros the gradient is zero.
 
     Example:
         >>> spectral_norm_gradient(torch.diag(torch.tensor([3.0, -5.0]))).gradient

@@ -19,10 +19,11 @@ from lightning_plugins.functional.spectrum import (
 def spectral_sum(matrix: Tensor, *, power: float = 1.0, logarithm: bool = False) -> Tensor:
     """Sum of ``x ** power``, or of ``x ** power * log(x)``, over the eigenvalues ``x`` of a matrix.
 
-    Both derivatives are written in eigenvalues and eigenvectors of the one decomposition, without differences of
+    Both derivatives are expressed with eigenvalues and eigenvectors of a single decomposition, without differences of
     eigenvalues in a denominator: they are finite for equal and for vanishing eigenvalues. Where the true slope at zero
-    is infinite, a floor stands in: for ``power >= 1`` the slope is taken at ``eps ** 2`` times the largest eigenvalue;
-    for ``power < 1``, eigenvalues below ``8 * eps`` times the largest are rounding errors and left out.
+    is infinite, a floor is used: for ``power >= 1`` the slope is evaluated at ``eps ** 2`` times the largest
+    eigenvalue; for ``power < 1``, eigenvalues below ``8 * eps`` times the largest are treated as rounding errors and
+    dropped.
 
     Args:
         matrix: Symmetric positive semidefinite tensor of shape ``(..., n, n)``, float32 or float64. Only the lower
@@ -31,13 +32,13 @@ def spectral_sum(matrix: Tensor, *, power: float = 1.0, logarithm: bool = False)
         logarithm: Whether to multiply by the natural logarithm.
 
     Returns:
-        Tensor of shape ``(...)``; NaN where a matrix holds a value that is not finite. It can be differentiated twice.
+        Tensor of shape ``(...)``; NaN for a matrix with a non-finite value. It can be differentiated twice.
 
     Example:
         >>> spectral_sum(torch.diag(torch.tensor([0.25, 0.75])), power=2.0)
         tensor(0.6250)
     """
-    # `requires_grad` does not see through `torch.func.vmap`: there the backward decomposes again.
+    # `requires_grad` is unreliable under `torch.func.vmap`: there the backward pass decomposes again.
     vectors = torch.is_grad_enabled() and matrix.requires_grad
     with full_precision(matrix):
         total: Tensor = _SpectralSum.apply(matrix, float(power), logarithm, vectors)[0]
@@ -47,14 +48,14 @@ def spectral_sum(matrix: Tensor, *, power: float = 1.0, logarithm: bool = False)
 def known_slope(
     matrix: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, *, power: float = 1.0, logarithm: bool = False
 ) -> Tensor:
-    """The gradient of ``spectral_sum`` from a decomposition at hand; differentiable once with respect to ``matrix``."""
+    """The gradient of ``spectral_sum`` from a given decomposition; differentiable once with respect to ``matrix``."""
     slope: Tensor = _Slope.apply(matrix, eigenvalues, eigenvectors, power, logarithm)
     return slope
 
 
 def sum_over(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
     """Sum of ``x ** power``, times ``log(x)``, over the last dimension."""
-    if power == 1 and logarithm:  # the same in fewer operations
+    if power == 1 and logarithm:  # same result with fewer operations
         entropy: Tensor = torch.special.entr(eigenvalues.clamp_min(0)).sum(-1)
         return -entropy
     x = _floored(eigenvalues, power)
@@ -67,7 +68,7 @@ def sum_over(eigenvalues: Tensor, power: float, logarithm: bool) -> Tensor:
 
 
 def floored_log(eigenvalues: Tensor) -> Tensor:
-    """Logarithms, taken at the floor of ``spectral_sum`` for eigenvalues below it."""
+    """Logarithms, clamped at the floor of ``spectral_sum``."""
     return _floored(eigenvalues, 1.0).log()
 
 
@@ -121,7 +122,7 @@ class _Slope(Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @last_derivative  # eigenvalues and eigenvectors carry no graph: a third derivative would be silently wrong
+    @last_derivative  # eigenvalues and eigenvectors have no graph: a third derivative would be silently wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         _, eigenvalues, eigenvectors = ctx.saved_tensors
         with full_precision(eigenvectors):
@@ -131,15 +132,15 @@ class _Slope(Function):
 
 
 def _floored(eigenvalues: Tensor, power: float) -> Tensor:
-    """Eigenvalues raised to the floor (see ``spectral_sum``)."""
+    """Eigenvalues clamped to the floor (see ``spectral_sum``)."""
     info = torch.finfo(eigenvalues.dtype)
-    # The second derivative of a power below 1 goes up to the inverse square of the floor.
+    # The second derivative of a power below 1 is at most the inverse square of the floor.
     relative, least = (info.eps**2, info.tiny) if power >= 1 else (8 * info.eps, info.tiny**0.5)
     return torch.maximum(eigenvalues, (eigenvalues[..., -1:] * relative).clamp_min(least))
 
 
 def _kept(eigenvalues: Tensor, floored: Tensor) -> Tensor:
-    """1 for eigenvalues that a power below 1 leaves in, else 0."""
+    """1 for eigenvalues kept with a power below 1, else 0."""
     return (eigenvalues == floored).to(eigenvalues.dtype)
 
 
@@ -167,7 +168,7 @@ def _divided_differences(eigenvalues: Tensor, power: float, logarithm: bool) -> 
         result = result * rising + of_power * (power * high.log() + 1 if logarithm else power)
     if power >= 1:
         return result
-    # An eigenvalue that is left out counts as zero with slope zero.
+    # A dropped eigenvalue counts as zero with slope zero.
     kept = _kept(eigenvalues, x)
     outside = torch.where(kept[..., None] > kept[..., None, :], x[..., None], x[..., None, :])
     slope = _slope(eigenvalues, power, logarithm)

@@ -16,7 +16,7 @@ Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 def normalize_rows(embeddings: Tensor) -> Tensor:
-    """Scale every row to unit length, whatever its scale; a row without length stays a zero row.
+    """Scale every row to unit length, whatever its scale; zero rows stay zero.
 
     Unlike ``x / x.norm().clamp_min(eps)``, no row overflows or underflows, and an all-zero row has a gradient of
     exactly zero instead of ``1 / eps``. A row whose largest entry is subnormal in its own dtype counts as all-zero: its
@@ -26,8 +26,7 @@ def normalize_rows(embeddings: Tensor) -> Tensor:
         embeddings: Floating tensor of shape ``(..., d)``.
 
     Returns:
-        Tensor of the same shape: float32 for float16 and bfloat16 input, else the input's dtype. Autocast is off
-        inside.
+        Tensor of the same shape: float32 for float16 and bfloat16 input, else the input's dtype. Autocast is disabled.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor.
@@ -46,14 +45,14 @@ def autocorrelation_eigenvalues(embeddings: Tensor) -> Tensor:
     """Eigenvalues of the autocorrelation matrix of the embeddings, largest first.
 
     With ``Z`` the rows scaled to unit length, these are the ``min(N, d)`` largest eigenvalues of ``Z.T @ Z / N`` (the
-    others are zero). They are not negative and add up to 1, less the share of all-zero rows. No mean is subtracted.
+    others are zero). They are non-negative and sum to 1 minus the fraction of all-zero rows. No mean is subtracted.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)`` with ``N >= 1`` and ``d >= 1``.
 
     Returns:
-        Tensor of shape ``(..., min(N, d))``, without gradient: float32 for float16 and bfloat16 input, else the
-        input's dtype. NaN where a matrix holds a value that is not finite.
+        Tensor of shape ``(..., min(N, d))``, without gradient: float32 for float16 and bfloat16 input, else the input's
+        dtype. NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor.
@@ -77,16 +76,16 @@ def smaller_gram(rows: Tensor) -> Tensor:
 
 
 def differentiable_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of unit length and, with shape ``(..., N, 1)``, their lengths: infinite for a row without length."""
+    """Rows of unit length and, with shape ``(..., N, 1)``, their lengths: infinite for a zero row."""
     rows, length = _NormalizeRows.apply(embeddings)
     return rows, length
 
 
 def rows_and_lengths(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of ``differentiable_rows``, for functions that write their own gradient."""
+    """The values of ``differentiable_rows``, for functions with their own gradient."""
     # Two reductions instead of `abs().amax()`: they need no second tensor of this size.
     largest = torch.maximum(embeddings.amax(-1, keepdim=True), -embeddings.amin(-1, keepdim=True))
-    # Division by infinity makes a row without length zero, and its gradient too.
+    # Division by infinity gives zero for a zero row, and for its gradient.
     largest = largest.masked_fill(largest < torch.finfo(largest.dtype).tiny, torch.inf)
     rows = embeddings / largest
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(1)  # below 1 only if the row is zero
@@ -94,15 +93,15 @@ def rows_and_lengths(embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """The values of ``smaller_gram``, for functions that write their own gradient."""
+    """The values of ``smaller_gram``, for functions with their own gradient."""
     n, d = rows.shape[-2:]
     return symmetric_product(rows, rows).div_(n) if n <= d else symmetric_product(rows.mT, rows.mT).div_(n)
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right.mT`` where that is known to be symmetric: large ones on the CPU for 5/8 of the multiplications."""
+    """``left @ right.mT`` if known to be symmetric: large products on the CPU need 5/8 of the multiplications."""
     n, inner = left.shape[-2:]
-    if left.is_cuda or n * n * inner < 2**24:  # here the copies, on a GPU the additional kernels cost more
+    if left.is_cuda or n * n * inner < 2**24:  # otherwise copies, or on a GPU additional kernels, cost more
         return left @ right.mT
     product = left.new_empty(*left.shape[:-1], n)
     for low, high in itertools.pairwise((0, n // 4, n // 2, 3 * n // 4, n)):
@@ -115,7 +114,7 @@ def finite_or_zero(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Replace NaN and infinity by zeros, which LAPACK accepts.
 
     Returns:
-        The matrices ``(..., n, n)``, and a number ``(...)`` for each of them to add to results: 0, or NaN.
+        The matrices ``(..., n, n)``, and for each a number ``(...)`` to add to results: 0 or NaN.
     """
     poison = matrix.detach().sum(dim=(-2, -1)) * 0
     return torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0), poison
@@ -125,13 +124,13 @@ def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tupl
     """Eigenvalues of symmetric positive semidefinite matrices, smallest first, and eigenvectors.
 
     LAPACK's float32 routine (MKL's at least) returns NaN, or does not converge, for about 3 of 100 matrices of low rank
-    with rows of zeros, as dead units give. A shift of the diagonal by a rounding error of the trace prevents it, and
-    eigenvalues keep their accuracy: they are not known better than that.
+    with rows of zeros, as from dead units. Shifting the diagonal by a rounding error of the trace prevents it without
+    loss of accuracy, since eigenvalues are not known better than that.
 
     Args:
         matrix: Tensor of shape ``(..., n, n)``, finite; only the lower triangle is read.
         vectors: Whether to compute the eigenvectors.
-        overwrite: Whether the matrix may be changed, which saves a copy of it.
+        overwrite: Whether the matrix may be overwritten, which saves a copy.
 
     Returns:
         Eigenvalues ``(..., n)``, and eigenvectors ``(..., n, n)`` as columns or an empty tensor.
@@ -147,7 +146,7 @@ def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tupl
 
 
 def check_embeddings(embeddings: Tensor) -> None:
-    """Refuse what is not a floating tensor ``(..., N, d)`` with rows and columns."""
+    """Raise an error unless it is a floating tensor ``(..., N, d)`` with rows and columns."""
     check_floating("embeddings", embeddings)
     shape = tuple(embeddings.shape)
     if len(shape) < 2:
@@ -159,14 +158,14 @@ def check_embeddings(embeddings: Tensor) -> None:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Float16 and bfloat16 to float32; float32 and float64 stay."""
+    """Convert float16 and bfloat16 to float32; float32 and float64 are unchanged."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def widened(embeddings: Tensor) -> Tensor:
     """Rows in float32 at least; one whose largest entry is subnormal in float16 becomes a row of zeros.
 
-    Its length divides the gradient, which would not be finite when it is cast back.
+    The gradient is divided by the row's length and would not be finite when cast back.
 
     Returns:
         The rows, of the same shape.
@@ -176,7 +175,7 @@ def widened(embeddings: Tensor) -> Tensor:
 
 
 def exact_rows(embeddings: Tensor) -> Tensor:
-    """Rows in float64, where the device has it; one whose largest entry is subnormal in its own dtype is zero."""
+    """Rows in float64 if the device supports it; rows whose largest entry is subnormal in their dtype become zero."""
     wide = at_least_float32(embeddings)
     return exact(wide if wide.dtype == torch.float64 else _without_subnormal_rows(wide, embeddings.dtype))
 
@@ -187,7 +186,7 @@ def _without_subnormal_rows(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widened_matrices(matrices: Tensor) -> Tensor:
-    """Matrices in float32 at least; one whose largest entry is subnormal in float16 becomes zero, as of `widened`."""
+    """Matrices in at least float32; those whose largest entry is subnormal in float16 become zero, as in `widened`."""
     wide = at_least_float32(matrices)
     if matrices.dtype != torch.float16:
         return wide
@@ -196,10 +195,10 @@ def widened_matrices(matrices: Tensor) -> Tensor:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """The tensor in float64 where the device has it.
+    """The tensor in float64 if the device supports it.
 
-    A spectrum is computed from products of rows. Where these are nearly parallel, as when a representation collapses,
-    one eigenvalue is near 1 and all others are below the rounding errors of float32.
+    A spectrum is computed from products of rows. If these are nearly parallel, as in a collapsed representation, one
+    eigenvalue is near 1 and all others are below the rounding errors of float32.
 
     Returns:
         A float64 tensor of the same shape.
@@ -213,19 +212,19 @@ def as_wide(result: Tensor, given: Tensor) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off for the device of ``tensor``, if it is on."""
+    """Disable autocast for the device of ``tensor``, if enabled."""
     device_type = tensor.device.type
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def keep_signature(forward: Forward) -> Forward:
-    """Look up the signature of a ``Function.forward`` once; torch does so at every call, for 30 microseconds."""
+    """Look up the signature of a ``Function.forward`` once; torch does so at every call, in 30 microseconds."""
     vars(forward)["__signature__"] = inspect.signature(forward)
     return forward
 
 
 class _NormalizeRows(Function):
-    """Rows and their lengths. The backward is written in both, so that it can be differentiated any number of times."""
+    """Rows and their lengths. The backward pass uses both, so it can be differentiated any number of times."""
 
     generate_vmap_rule = True
 
@@ -246,7 +245,7 @@ class _NormalizeRows(Function):
 
 
 class _SmallerGram(Function):
-    """Autograd alone would do the large product of the backward twice, once for each factor."""
+    """Autograd alone would compute the large product of the backward pass twice, once per factor."""
 
     generate_vmap_rule = True
 

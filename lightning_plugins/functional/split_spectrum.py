@@ -15,18 +15,17 @@ def head_and_tail(gram: Tensor, rank: int, p: int) -> tuple[Tensor, Tensor]:
 
     Args:
         gram: Symmetric positive semidefinite tensor of shape ``(..., n, n)``, float32 or float64.
-        rank: How many eigenvalues are the head, at least 1.
+        rank: Number of eigenvalues in the head, at least 1.
         p: 1 or 2; with 1, eigenvalues below ``8 * eps`` of the largest count as zero.
 
     Returns:
-        Two tensors of shape ``(...)``; NaN where a matrix holds a value that is not finite. They can be differentiated
-        twice.
+        Two tensors of shape ``(...)``; NaN for a matrix with a non-finite value. They can be differentiated twice.
 
     Example:
         >>> head_and_tail(torch.diag(torch.tensor([1.0, 4.0, 9.0])), 2, 1)
         (tensor(5.), tensor(1.))
     """
-    # `requires_grad` does not see through `torch.func.vmap`: there the backward decomposes again.
+    # `requires_grad` is unreliable under `torch.func.vmap`: there the backward pass decomposes again.
     vectors = torch.is_grad_enabled() and gram.requires_grad
     with full_precision(gram):
         head, tail, *_ = _HeadTail.apply(gram, rank, p, vectors)
@@ -34,7 +33,7 @@ def head_and_tail(gram: Tensor, rank: int, p: int) -> tuple[Tensor, Tensor]:
 
 
 def head_masks(eigenvalues: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Ones for the eigenvalues, in ascending order, of the head, and for those of the tail."""
+    """Indicators of the head and of the tail, for eigenvalues in ascending order."""
     position = torch.arange(eigenvalues.shape[-1], 0, -1, device=eigenvalues.device)
     head = (position <= rank).to(eigenvalues.dtype)
     return head, 1 - head
@@ -50,7 +49,7 @@ def root_powers(eigenvalues: Tensor, p: int) -> tuple[Tensor, Tensor]:
 
 
 class _HeadTail(Function):
-    """The two sums as functions of the Gram matrix."""
+    """The sums over head and tail as functions of the Gram matrix."""
 
     generate_vmap_rule = True
 
@@ -82,8 +81,8 @@ class _HeadTail(Function):
 class _Slopes(Function):
     """The gradient ``V diag(c f'(x)) V.T`` with ``c`` the incoming gradient of the head's or the tail's sum.
 
-    Its backward is the formula of Daleckii and Krein. Between the head and the tail the map jumps, so that the quotient
-    grows without bound as their eigenvalues meet; a pair closer than rounding errors is left out.
+    Its backward is the formula of Daleckii and Krein. The map is discontinuous between the head and the tail, so the
+    quotient diverges as their eigenvalues meet; pairs closer than rounding errors are dropped.
     """
 
     generate_vmap_rule = True
@@ -102,7 +101,7 @@ class _Slopes(Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @last_derivative  # eigenvalues and eigenvectors carry no graph: a third derivative would be silently wrong
+    @last_derivative  # eigenvalues and eigenvectors have no graph: a third derivative would be silently wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, grad_head, grad_tail, x, vectors = ctx.saved_tensors
         of_head, of_tail = head_masks(x, ctx.rank)

@@ -1,4 +1,4 @@
-"""Inner products of different embeddings as those of points that are spread out evenly over the sphere."""
+"""Inner products of different embeddings compared with those of points spread evenly over the sphere."""
 
 from torch import Tensor
 
@@ -10,14 +10,14 @@ def spread_out(embeddings: Tensor) -> Tensor:
     """Distance of the inner products of unit rows from those of the uniform distribution on the sphere.
 
     With ``M1`` the mean and ``M2`` the mean square of the inner products over all pairs of different rows, the value is
-    ``M1 ** 2 + relu(M2 - 1 / d)``: on the sphere they are 0 and ``1 / d``.
+    ``M1 ** 2 + relu(M2 - 1 / d)``: for uniform points they are 0 and ``1 / d``.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
 
     Returns:
         Tensor of shape ``(...)`` in ``[0, 2 - 1 / d]``; 0 for a single row: float32 for float16 and bfloat16 input,
-        else the input's dtype. NaN where a matrix holds a value that is not finite.
+        else the input's dtype. NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor.

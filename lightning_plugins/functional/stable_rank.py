@@ -1,4 +1,4 @@
-"""Smooth stand-ins for the rank of a matrix, with closed-form gradients."""
+"""Smooth surrogates for the rank of a matrix, with closed-form gradients."""
 
 from numbers import Integral
 from typing import Literal, NamedTuple
@@ -20,16 +20,16 @@ Power = Literal[1, 2]
 def stable_rank(weight: Tensor) -> Tensor:
     """Squared Frobenius norm over squared spectral norm: the sum of the squared singular values over the largest.
 
-    It is at most the rank, equal to it where all non-zero singular values are equal, and does not depend on the scale
-    of the weight. Where the two largest singular values coincide, the gradient takes one of them.
+    It is at most the rank, equal to it if all non-zero singular values are equal, and does not depend on the scale of
+    the weight. If the two largest singular values coincide, the gradient is that of one of them.
 
     Args:
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
 
     Returns:
         Tensor of shape ``(...)`` in ``[1, min(m, n)]``, 1 for a matrix of zeros, within about ``10 * eps * min(m, n)``:
-        float32 for float16 and bfloat16 input, else the input's dtype. NaN where a matrix holds a value that is not
-        finite. Autocast is off inside. It can be differentiated twice.
+        float32 for float16 and bfloat16 input, else the input's dtype. NaN for a matrix with a non-finite value.
+        Autocast is disabled. It can be differentiated twice.
 
     Raises:
         TypeError: If ``weight`` is not a real floating tensor.
@@ -47,8 +47,7 @@ def modified_stable_rank(weight: Tensor, rank: int, p: Power = 1) -> Tensor:
 
     That is the sum of ``s ** p`` over the singular values after the ``rank`` largest, divided by that over the ``rank``
     largest. It is zero exactly where the rank is at most ``rank``, and does not depend on the scale of the weight. With
-    ``p=1`` the pull on a singular value of the tail does not fade as it shrinks, so that minimising drives the tail to
-    zero.
+    ``p=1`` the gradient on a tail singular value does not vanish as it shrinks, so minimising drives the tail to zero.
 
     With ``p=1``, singular values below ``sqrt(8 * eps)`` of the largest (1e-3 in float32, 4e-8 in float64) are rounding
     errors of the Gram matrix and count as zero, in the value and in the gradient.
@@ -60,8 +59,8 @@ def modified_stable_rank(weight: Tensor, rank: int, p: Power = 1) -> Tensor:
 
     Returns:
         Tensor of shape ``(...)``, at least 0 and at most ``min(m, n) / rank - 1``, 0 for a matrix of zeros: float32 for
-        float16 and bfloat16 input, else the input's dtype. NaN where a matrix holds a value that is not finite.
-        Autocast is off inside. It can be differentiated twice.
+        float16 and bfloat16 input, else the input's dtype. NaN for a matrix with a non-finite value. Autocast is
+        disabled. It can be differentiated twice.
 
     Raises:
         TypeError: If ``weight`` is not a real floating tensor or ``rank`` not an int.
@@ -72,7 +71,7 @@ def modified_stable_rank(weight: Tensor, rank: int, p: Power = 1) -> Tensor:
         tensor(0.2500)
 
     Source:
-        Our reading of Eo et al., https://arxiv.org/abs/2111.15179: ``p=1`` by default, ``p=2`` beside it.
+        Our interpretation of Eo et al., https://arxiv.org/abs/2111.15179: ``p=1`` by default, ``p=2`` beside it.
     """
     check_matrices("weight", weight)
     _check_target(rank, p)
@@ -91,8 +90,8 @@ def nuclear_norm(weight: Tensor) -> Tensor:
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
 
     Returns:
-        Tensor of shape ``(...)``: float32 for float16 and bfloat16 input, else the input's dtype. NaN where a matrix
-        holds a value that is not finite. Autocast is off inside. It can be differentiated twice.
+        Tensor of shape ``(...)``: float32 for float16 and bfloat16 input, else the input's dtype. NaN for a matrix with
+        a non-finite value. Autocast is disabled. It can be differentiated twice.
 
     Raises:
         TypeError: If ``weight`` is not a real floating tensor.
@@ -123,7 +122,7 @@ class RankTerm(NamedTuple):
 
 
 class FollowedRankTerm(NamedTuple):
-    """A modified stable rank of matrices ``(..., m, n)``, its gradient in parts, and where to go on from.
+    """A modified stable rank of matrices ``(..., m, n)``, its gradient in parts, and the tracked vectors.
 
     The gradient is ``scale * W + left @ right`` if ``m <= n``; else ``left @ right`` is its transpose's part.
 
@@ -132,8 +131,8 @@ class FollowedRankTerm(NamedTuple):
         scale: Shape ``(..., 1, 1)``.
         left: Shape ``(..., min(m, n), rank)``.
         right: Shape ``(..., rank, max(m, n))``.
-        start: What `followed_term` takes at the next call.
-        error: Estimated error of the gradient, relative to its length, shape ``(...)``.
+        start: Argument for the next call of `followed_term`.
+        error: Estimated relative error of the gradient, shape ``(...)``.
     """
 
     value: Tensor
@@ -191,10 +190,10 @@ def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:
 
 
 def followed_term(weight: Tensor, rank: int, start: Tensor) -> FollowedRankTerm:
-    """`modified_stable_rank` with ``p=2`` and its gradient from followed singular vectors, by products with the weight.
+    """`modified_stable_rank` with ``p=2`` and its gradient from tracked singular vectors, by products with the weight.
 
-    The accuracy is that of `top_singular_subspace` with ``start``. Absolute entries from 1e-15 to 1e15 are assumed in
-    float32: they are squared as they are.
+    The accuracy is that of `top_singular_subspace` with ``start``. In float32, absolute entries are assumed to be
+    between 1e-15 and 1e15, since they are squared without scaling.
 
     Args:
         weight: As for `modified_stable_rank`.
@@ -203,7 +202,7 @@ def followed_term(weight: Tensor, rank: int, start: Tensor) -> FollowedRankTerm:
             returns them.
 
     Returns:
-        Value, gradient and the next ``start``; of a matrix of zeros, 0 and zeros.
+        Value, gradient and the next ``start``; 0 and zeros for a matrix of zeros.
     """
     _check_target(rank, 2)
     with torch.no_grad(), full_precision(weight):
@@ -211,23 +210,23 @@ def followed_term(weight: Tensor, rank: int, start: Tensor) -> FollowedRankTerm:
         found = top_singular_subspace(matrix, start.shape[-1], start=start, leading=rank)
         head = found.values.square().sum(-1)
         inverse = 1 / head.masked_fill(head == 0, torch.inf)
-        share = torch.linalg.matrix_norm(matrix).square() * inverse  # of the whole in the head: that of the tail plus 1
+        share = torch.linalg.matrix_norm(matrix).square() * inverse  # total over head: that of the tail plus 1
         scale = 2 * inverse[..., None, None]
         left = found.basis * (-scale * share[..., None, None])
         value = (share - 1).clamp_min(0)
-        # Turning vector i by an angle moves the part of the head by the angle times s_i in two directions.
+        # Rotating vector i by an angle changes the head's part by the angle times s_i in two directions.
         moved = (found.angles * found.values).square().sum(-1) * 2 * share
         length = (value * head).masked_fill(value * head == 0, torch.inf)
         return FollowedRankTerm(value, scale, left, found.rows, found.start, (moved / length).sqrt())
 
 
 class FollowedNuclearTerm(NamedTuple):
-    """A modified stable rank of matrices ``(..., m, n)`` with ``p=1``, its gradient, and where to go on from.
+    """A modified stable rank of matrices ``(..., m, n)`` with ``p=1``, its gradient, and the tracked vectors.
 
     Attributes:
         value: Shape ``(...)``.
         gradient: Shape ``(..., m, n)``.
-        start: What `followed_nuclear_term` takes at the next call.
+        start: Argument for the next call of `followed_nuclear_term`.
     """
 
     value: Tensor
@@ -238,12 +237,12 @@ class FollowedNuclearTerm(NamedTuple):
 def followed_nuclear_term(weight: Tensor, rank: int, start: Tensor) -> FollowedNuclearTerm:
     """`modified_stable_rank` with ``p=1`` and its gradient from products with the weight: for accelerators.
 
-    The sum of all singular values is the inner product of the weight with its polar factor, and that factor its
-    gradient; the head's comes from followed singular vectors. There is no decomposition larger than ``k x k``.
+    The sum of all singular values is the inner product of the weight with its polar factor, which is also its gradient;
+    that of the head comes from tracked singular vectors. No decomposition is larger than ``k x k``.
 
     The accuracy is that of `top_singular_subspace` with ``start`` and of ``polar_factor(..., method="products")``:
-    singular values below 1e-3 of the Frobenius norm (1e-4 in float64) pull the less the smaller they are, and zero not
-    at all. Absolute entries from 1e-15 to 1e15 are assumed in float32.
+    singular values below 1e-3 of the Frobenius norm (1e-4 in float64) have less effect the smaller they are, and zero
+    has none. In float32, absolute entries are assumed to be between 1e-15 and 1e15.
 
     Args:
         weight: As for `modified_stable_rank`.
@@ -252,7 +251,7 @@ def followed_nuclear_term(weight: Tensor, rank: int, start: Tensor) -> FollowedN
             returns them.
 
     Returns:
-        Value, gradient and the next ``start``; of a matrix of zeros, 0 and zeros.
+        Value, gradient and the next ``start``; 0 and zeros for a matrix of zeros.
     """
     _check_target(rank, 1)
     with torch.no_grad(), full_precision(weight):
@@ -263,7 +262,7 @@ def followed_nuclear_term(weight: Tensor, rank: int, start: Tensor) -> FollowedN
         head = found.values.sum(-1)
         inverse = 1 / head.masked_fill(head == 0, torch.inf)
         least = torch.finfo(matrix.dtype).eps * found.values[..., :1]
-        values = found.values.masked_fill(found.values <= least, torch.inf)  # a direction without length has no pull
+        values = found.values.masked_fill(found.values <= least, torch.inf)  # a zero direction has no gradient
         of_head = found.basis @ (found.rows / values[..., None])
         if matrix.shape[-2] > matrix.shape[-1]:
             of_head = of_head.mT

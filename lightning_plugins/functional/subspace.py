@@ -1,4 +1,4 @@
-"""The span of the leading singular vectors, exact or followed while a matrix changes a little at a time."""
+"""The span of the leading singular vectors, exact or tracked while a matrix changes slowly."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Subspace(NamedTuple):
         basis: Orthonormal columns, shape ``(..., min(m, n), k)``, the vector of the largest singular value first.
         values: Their singular values, shape ``(..., k)``, descending.
         rows: ``basis.T @ W``, or ``basis.T @ W.T`` if ``m > n``: shape ``(..., k, max(m, n))``.
-        start: Orthonormal columns, shape ``(..., min(m, n), k)``, to hand to the next call after the matrix changed.
+        start: Orthonormal columns, shape ``(..., min(m, n), k)``, for the next call after the matrix changed.
         angles: Estimated angles, in radians, between the columns of ``basis`` and the true span, shape ``(..., k)``;
             zeros without ``start``.
     """
@@ -40,20 +40,20 @@ def top_singular_subspace(
 
     With ``start`` they are the best approximations (Rayleigh-Ritz) within its span, and the ``start`` that is returned
     is one power iteration further: three products with the weight and a decomposition of ``rank x rank``. For a matrix
-    that changes little between calls, the error of the leading ``r < rank`` vectors shrinks by the factor ``s[rank] **
-    2 / s[r] ** 2`` at each call, so ask for some more than are needed. ``values`` are never above the true ones, and
-    exact to second order in the error of the vectors.
-    Entries are then squared as they are: in float32, absolute values from 1e-15 to 1e15 are assumed.
+    that changes little between calls, the error of the leading ``r < rank`` vectors shrinks by the factor
+    ``s[rank] ** 2 / s[r] ** 2`` at each call, so ask for some more than are needed. ``values`` are never above the true
+    ones, and exact to second order in the error of the vectors. Entries are then squared without scaling: in float32,
+    absolute values between 1e-15 and 1e15 are assumed.
 
     Args:
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
         rank: Number of vectors, from 1 to ``min(m, n)``.
         start: Orthonormal columns of shape ``(..., min(m, n), rank)`` from an earlier call.
-        leading: How many of the vectors, values and rows to return; all if None. ``start`` always has all.
+        leading: Number of vectors, values and rows to return; by default all. ``start`` always has all.
 
     Returns:
         The vectors and values, without gradient: float32 for float16 and bfloat16 input, else the input's dtype. For a
-        matrix that holds a value that is not finite, the values are NaN and the vectors finite.
+        matrix with a non-finite value, the values are NaN and the vectors finite.
 
     Raises:
         TypeError: If ``weight`` is not a real floating tensor or ``rank`` not an int.
@@ -93,7 +93,7 @@ def _exact(matrix: Tensor, rank: int, leading: int) -> Subspace:
 
 
 def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
-    """No pass over the matrix but for two products: on a CPU each costs as much as a narrow product."""
+    """Only two products with the matrix: on a CPU each further pass would cost as much as a narrow product."""
     rows = start.mT @ matrix
     safe, poison = finite_or_zero(rows @ rows.mT)
     eigenvalues, rotation = decompose(safe, vectors=True)
@@ -103,12 +103,12 @@ def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
     values = squares[..., :leading].sqrt() + poison[..., None]
     basis = start @ wanted
     ahead = matrix @ rows.mT @ rotation
-    # How far each vector is from being one of the Gram matrix, over the gap to what the block does not hold.
+    # The residual of each vector for the Gram matrix, over the gap to the spectrum outside the block.
     residual = torch.linalg.vector_norm(ahead[..., :leading] - basis * squares[..., None, :leading], dim=-2)
     gap = squares[..., :leading] - squares[..., -1:]
     tiny = torch.finfo(gap.dtype).eps * squares[..., :1]
     angles = residual / torch.maximum(gap, tiny).clamp_min(torch.finfo(gap.dtype).tiny)
-    # Householder's: columns of a rank-deficient matrix may vanish, and are then completed to an orthonormal set. In one
-    # memory layout from here to a checkpoint and back: products of another one differ in the last bit.
+    # Householder: columns of a rank-deficient matrix may vanish, and are then completed to an orthonormal set. The
+    # memory layout must be preserved through a checkpoint: products in another layout differ in the last bit.
     following = torch.linalg.qr(torch.where(poison[..., None, None] == 0, ahead, start))[0].contiguous()
     return Subspace(basis, values, wanted.mT @ rows, following, angles)

@@ -1,4 +1,4 @@
-"""Checks of tensors: each refuses what is none, and says which argument it was and what came."""
+"""Checks of tensors, with errors that name the argument and the value received."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, tensor: Tensor, what: str = "a tensor") -> None:
-    """Refuse what is not a dense tensor whose values are at hand.
+    """Raise an error unless it is a dense tensor with accessible values.
 
     Raises:
-        TypeError: If it is no tensor, or a sparse or nested one.
+        TypeError: If it is not a tensor, or a sparse or nested one.
         ValueError: If it is on the device ``meta``.
     """
     if not isinstance(tensor, Tensor):
@@ -24,7 +24,7 @@ def check_tensor(name: str, tensor: Tensor, what: str = "a tensor") -> None:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a dense tensor of real floating numbers of 16 bits or more.
+    """Raise an error unless it is a dense, real floating tensor of at least 16 bits.
 
     Raises:
         TypeError: If it is of another kind.
@@ -35,7 +35,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_integers(name: str, tensor: Tensor, what: str = "an integer tensor") -> None:
-    """Refuse what is not a dense tensor of integers.
+    """Raise an error unless it is a dense tensor of integers.
 
     Raises:
         TypeError: If it is of another kind.
@@ -46,7 +46,7 @@ def check_integers(name: str, tensor: Tensor, what: str = "an integer tensor") -
 
 
 def check_bools(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a dense tensor of truth values.
+    """Raise an error unless it is a dense bool tensor.
 
     Raises:
         TypeError: If it is of another kind.
@@ -57,17 +57,17 @@ def check_bools(name: str, tensor: Tensor) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of another shape.
+    """Raise an error for a tensor of another shape.
 
     Raises:
-        ValueError: If the shape is another.
+        ValueError: If the shape differs.
     """
     if tensor.shape != shape:
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def check_dims(name: str, tensor: Tensor, least: int, shape: str) -> None:
-    """Refuse a tensor of too few dimensions; ``shape`` is how the message shows the right one.
+    """Raise an error for a tensor with too few dimensions; ``shape`` is shown in the message.
 
     Raises:
         ValueError: If there are too few.
@@ -77,7 +77,7 @@ def check_dims(name: str, tensor: Tensor, least: int, shape: str) -> None:
 
 
 def check_together(first: str, a: tuple[int, ...], second: str, b: tuple[int, ...]) -> None:
-    """Refuse shapes, of two tensors or of their leading dimensions, that do not broadcast.
+    """Raise an error for shapes, of two tensors or their leading dimensions, that do not broadcast.
 
     Raises:
         ValueError: If they do not.
@@ -87,7 +87,7 @@ def check_together(first: str, a: tuple[int, ...], second: str, b: tuple[int, ..
 
 
 def check_leading(name: str, shape: tuple[int, ...], other: str, leading: tuple[int, ...]) -> None:
-    """Refuse a shape that does not broadcast to the leading dimensions of another tensor.
+    """Raise an error for a shape that does not broadcast to the leading dimensions of another tensor.
 
     Raises:
         ValueError: If it does not.
@@ -102,7 +102,7 @@ def check_leading(name: str, shape: tuple[int, ...], other: str, leading: tuple[
 
 
 def check_real(name: str, tensor: Tensor, what: str = "a tensor of real numbers") -> None:
-    """Refuse what is not a dense tensor of real numbers: floating, integers or truth values.
+    """Raise an error unless it is a dense tensor of real numbers: floats, integers or bools.
 
     Raises:
         TypeError: If it is of another kind.

@@ -8,19 +8,19 @@ from lightning_plugins.functional.spectrum import at_least_float32, check_embedd
 
 
 def variance_hinge(embeddings: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tensor:
-    """Mean over the features of what their standard deviation lacks of a target: ``mean(relu(target - std))``.
+    """Mean shortfall of the features' standard deviations from a target: ``mean(relu(target - std))``.
 
-    ``std`` is ``sqrt(var + eps)`` with the unbiased variance over the rows; of a single row it is 0. A feature that is
-    constant has a gradient of zero, not an infinite one.
+    ``std`` is ``sqrt(var + eps)`` with the unbiased variance over the rows; for a single row it is 0. A constant
+    feature has a zero rather than an infinite gradient.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)``: ``N >= 1`` samples of dimension ``d >= 1``.
-        target: The standard deviation from which on a feature has no term, above 0.
-        eps: What is added to the variances, above 0.
+        target: Features with at least this standard deviation do not contribute; above 0.
+        eps: Added to the variances, above 0.
 
     Returns:
         Tensor of shape ``(...)`` in ``[0, target]``: float32 for float16 and bfloat16 input, else the input's dtype.
-        NaN where a matrix holds a value that is not finite.
+        NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor, or ``target`` or ``eps`` not a number.
@@ -50,7 +50,7 @@ def covariance_penalty(embeddings: Tensor) -> Tensor:
 
     Returns:
         Tensor of shape ``(...)``, at least 0; 0 for a single row: float32 for float16 and bfloat16 input, else the
-        input's dtype. NaN where a matrix holds a value that is not finite.
+        input's dtype. NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``embeddings`` is not a real floating tensor.
@@ -71,7 +71,7 @@ def covariance_penalty(embeddings: Tensor) -> Tensor:
 
 
 def centre_rows(embeddings: Tensor) -> Tensor:
-    """Subtract the mean row, which for rows close to each other loses nothing that their own rounding did not.
+    """Subtract the mean row; for nearby rows no accuracy is lost beyond their own rounding.
 
     Args:
         embeddings: Floating tensor of shape ``(..., N, d)``.
@@ -89,7 +89,7 @@ def centre_rows(embeddings: Tensor) -> Tensor:
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:
-    """Square matrices with zeros on their diagonals; the sum less the diagonal would lose small entries.
+    """Square matrices with zeroed diagonals; subtracting the diagonal from the sum would lose small entries.
 
     Args:
         matrix: Tensor of shape ``(..., n, n)``.

@@ -1,4 +1,4 @@
-"""Singular values of weights, and the few numbers that sum them up."""
+"""Singular values of weights, and summary statistics."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class SpectrumSummary(NamedTuple):
         effective_rank: ``exp`` of the entropy of the singular values divided by their sum, after Roy and Vetterli; from
             1 to the rank.
         spectral_norm: The largest singular value.
-        tail_exponent: ``alpha`` of the power law ``x ** -alpha`` that the largest squared singular values follow; see
+        tail_exponent: ``alpha`` of the power law ``x ** -alpha`` fitted to the largest squared singular values; see
             `power_law_tail`.
     """
 
@@ -28,7 +28,7 @@ class SpectrumSummary(NamedTuple):
 
 
 def weight_singular_values(weight: Tensor) -> Tensor:
-    """Singular values from the eigenvalues of the smaller Gram matrix, in float64 where the device has it.
+    """Singular values from the eigenvalues of the smaller Gram matrix, in float64 if the device supports it.
 
     Those below ``sqrt(8 * eps)`` of the largest (4e-8 in float64) are rounding errors and count as zero.
 
@@ -36,8 +36,7 @@ def weight_singular_values(weight: Tensor) -> Tensor:
         weight: Floating tensor of shape ``(..., m, n)`` with ``m, n >= 1``.
 
     Returns:
-        Tensor of shape ``(..., min(m, n))``, largest first, without gradient; NaN where a matrix holds a value that is
-        not finite.
+        Tensor of shape ``(..., min(m, n))``, largest first, without gradient; NaN for a matrix with a non-finite value.
 
     Raises:
         TypeError: If ``weight`` is not a real floating tensor.
@@ -60,18 +59,18 @@ def weight_singular_values(weight: Tensor) -> Tensor:
 
 
 def spectrum_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of `weight_singular_values`: float64, but float32 on Apple's GPUs, which have no other."""
+    """The dtype of `weight_singular_values`: float64, or float32 on Apple GPUs, which lack float64."""
     return torch.float32 if weight.device.type == "mps" else torch.float64
 
 
 def summarize_spectrum(values: Tensor) -> SpectrumSummary:
-    """Sum up the singular values of one matrix.
+    """Summarise the singular values of one matrix.
 
     Args:
         values: Singular values, shape ``(n,)``, largest first.
 
     Returns:
-        The four numbers; ranks of 1 for zeros alone, NaN where a value is NaN.
+        The four numbers; ranks of 1 if all values are zero, NaN if a value is NaN.
 
     Example:
         >>> summarize_spectrum(torch.tensor([2.0, 0.0, 0.0]))
@@ -88,17 +87,17 @@ def summarize_spectrum(values: Tensor) -> SpectrumSummary:
 
 
 def power_law_tail(eigenvalues: Tensor) -> Tensor:
-    """Exponent of the power law that the largest of positive numbers follow, with the start of the tail fitted too.
+    """Exponent of a power law fitted to the largest of positive numbers, with the start of the tail fitted too.
 
-    For a tail that starts at the k-th largest number ``x[k]``, the exponent of greatest likelihood is ``1 + k /
-    sum(log(x[i] / x[k]))``; of up to 256 starts the one is taken whose fit is nearest to the numbers in the distance of
-    Kolmogorov and Smirnov. Weights of well trained networks were found between 2 and 6; random ones are above.
+    For a tail that starts at the k-th largest number ``x[k]``, the maximum likelihood exponent is
+    ``1 + k / sum(log(x[i] / x[k]))``; among up to 256 starts the one whose fit has the smallest Kolmogorov-Smirnov
+    distance is chosen. Weights of well-trained networks were found between 2 and 6; random ones are above.
 
     Args:
-        eigenvalues: Tensor of shape ``(n,)``, largest first; what is not above zero is left out.
+        eigenvalues: Tensor of shape ``(n,)``, largest first; non-positive values are ignored.
 
     Returns:
-        Scalar, float64; NaN with fewer than two positive numbers, or where they are all equal.
+        Scalar, float64; NaN with fewer than two positive numbers, or if all are equal.
 
     Example:
         >>> numbers = torch.linspace(0.999, 0.001, 999).sub(1).neg().pow(-1 / 2)  # of density x ** -3

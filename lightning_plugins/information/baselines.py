@@ -1,4 +1,4 @@
-"""Estimates without a network: nearest neighbours, and the Gaussian of the same covariance; in nats."""
+"""Estimates without a network: nearest neighbours, and a Gaussian with the same covariance; in nats."""
 
 import math
 
@@ -12,20 +12,19 @@ from lightning_plugins.information.fitting import check_pairs
 
 
 def ksg_information(x: Tensor, y: Tensor, *, neighbours: int = 10) -> float:
-    """Estimate mutual information from distances to nearest neighbours; good in few dimensions only.
+    """Estimate mutual information from nearest-neighbour distances; accurate only in few dimensions.
 
     Args:
-        x: Floating tensor of shape ``(N, d)``; scale features alike first, distances are the largest difference.
+        x: Floating tensor of shape ``(N, d)``; scale features equally first, since distances are maximum norms.
         y: Floating tensor of shape ``(N, e)``.
-        neighbours: More of them vary less and are biased more.
+        neighbours: Number of neighbours; more give lower variance and higher bias.
 
     Returns:
-        The first estimate of Kraskov et al. in nats; it can be a little below 0.
+        The first estimator of Kraskov et al. in nats; it can be slightly negative.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If shapes do not fit, there are no more pairs than ``neighbours``, or so many pairs are equal that
-            a distance is 0.
+        ValueError: If shapes do not fit, there are no more pairs than ``neighbours``, or duplicates make a distance 0.
         ImportError: If scipy is missing.
 
     Example:
@@ -58,7 +57,7 @@ def ksg_information(x: Tensor, y: Tensor, *, neighbours: int = 10) -> float:
     radius = torch.nextafter(farthest, torch.zeros_like(farthest)).numpy()  # strictly nearer
     total = 0.0
     for points in (one, other):
-        counts = cKDTree(points).query_ball_point(points, radius, p=math.inf, return_length=True)  # itself included
+        counts = cKDTree(points).query_ball_point(points, radius, p=math.inf, return_length=True)  # including itself
         total += float(torch.digamma(torch.as_tensor(counts).double()).mean())
     known = torch.digamma(torch.tensor([neighbours, len(both)], dtype=torch.float64)).sum()
     return float(known) - total
@@ -72,12 +71,12 @@ def cca_information(x: Tensor, y: Tensor) -> float:
         y: Floating tensor of shape ``(N, e)``, with ``N > d + e``.
 
     Returns:
-        The value in nats. For Gaussians it is right up to ``d * e / (2 N)``, by which it is too high; for others it can
-        err either way.
+        The value in nats. For Gaussians it is biased upwards by ``d * e / (2 N)``; for others it can err in either
+        direction.
 
     Raises:
         TypeError: If one is not a floating tensor.
-        ValueError: If shapes do not fit, there are too few pairs, or features are constant or repeat each other.
+        ValueError: If shapes do not fit, there are too few pairs, or features are constant or duplicates.
 
     Example:
         >>> x = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Critics: networks that score pairs, and start from the density ratio of Gaussians."""
+"""Critics: networks that score pairs, initialised with the density ratio of Gaussians."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ from lightning_plugins._checks import check_choice
 from lightning_plugins.information.marginals import Kind, Marginals
 
 CRITICS = ("separable", "bilinear", "joint", "cosine")
-_JOINT_ELEMENTS = 1 << 22  # of hidden units of a joint critic that exist at a time
+_JOINT_ELEMENTS = 1 << 22  # maximum number of hidden activations of a joint critic in memory
 
 
 class Start(NamedTuple):
     """Initial values of a critic.
 
     Attributes:
-        kind: How features are made comparable.
+        kind: Normalisation of features.
         ridge: Added to the variances of the Gaussian; None for a density ratio of 1.
     """
 
@@ -27,7 +27,7 @@ class Start(NamedTuple):
 
 
 class GaussianRatio(nn.Module):
-    """The logarithm of the density ratio of jointly Gaussian vectors, as an inner product of encodings.
+    """The log density ratio of jointly Gaussian vectors, as an inner product of encodings.
 
     ``-x' J_xy y - x' (J_xx - S_xx^-1) x / 2 - y' (J_yy - S_yy^-1) y / 2 + const`` with ``J`` the inverse of the
     covariance ``S``.
@@ -67,12 +67,12 @@ class GaussianRatio(nn.Module):
 
 
 class Critic(nn.Module):
-    """A score for every pair of rows; what belongs to one row alone is computed once by `encode`.
+    """A score for every pair of rows; per-row computations are done once in `encode`.
 
     Args:
-        x: Training rows, shape ``(n, d)``, of which the scale of features and the start are taken.
+        x: Training rows, shape ``(n, d)``, for the scale of features and the initialisation.
         y: Their partners, shape ``(n, e)``.
-        start: How it begins.
+        start: The initialisation.
     """
 
     def __init__(self, x: Tensor, y: Tensor, start: Start) -> None:
@@ -82,7 +82,7 @@ class Critic(nn.Module):
         self.base = GaussianRatio(self.of_x(x), self.of_y(y), start.ridge)
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what each row contributes to all its scores.
+        """Compute the encoding of each row.
 
         Returns:
             The encodings of ``x`` and of ``y``, one row each.
@@ -111,12 +111,12 @@ class BilinearCritic(Critic):
 
 
 class SeparableCritic(Critic):
-    """The bilinear critic, and the inner product of two networks' outputs beside it; cheap with many candidates.
+    """The bilinear critic plus the inner product of two networks' outputs; cheap with many candidates.
 
     Args:
         x: Training rows.
         y: Their partners.
-        start: How it begins; the networks add nothing at first.
+        start: The initialisation; the networks contribute nothing at first.
         width: Hidden units of the networks.
     """
 
@@ -124,12 +124,12 @@ class SeparableCritic(Critic):
         super().__init__(x, y, start)
         self.net_x, self.net_y = _network(x.shape[1], width, 65), _network(y.shape[1], width, 65)
         _silence(self.net_x[-1])
-        with torch.no_grad():  # the offset of y, the last output, is silent as well
+        with torch.no_grad():  # the offset of y, the last output, is zero as well
             for parameter in self.net_y[-1].parameters():
                 parameter[-1].zero_()
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what each row contributes to all its scores.
+        """Compute the encoding of each row.
 
         Returns:
             The encodings of ``x`` and of ``y``, one row each.
@@ -142,12 +142,12 @@ class SeparableCritic(Critic):
 
 
 class JointCritic(Critic):
-    """The bilinear critic, and a network of both rows together beside it; as costly as there are pairs.
+    """The bilinear critic plus a network of both rows jointly; its cost is proportional to the number of pairs.
 
     Args:
         x: Training rows.
         y: Their partners.
-        start: How it begins; the network adds nothing at first.
+        start: The initialisation; the network contributes nothing at first.
         width: Hidden units of its two hidden layers.
     """
 
@@ -159,7 +159,7 @@ class JointCritic(Critic):
         _silence(self.rest[-1])
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what each row contributes to all its scores.
+        """Compute the encoding of each row.
 
         Returns:
             The encodings of ``x`` and of ``y``, one row each.
@@ -181,15 +181,15 @@ class JointCritic(Critic):
 
 
 class CosineCritic(Critic):
-    """The cosine of the two rows as they are, over a learned temperature: the score of contrastive losses.
+    """The cosine of the two raw rows over a learned temperature: the score of contrastive losses.
 
     Args:
         x: Training rows.
-        y: Their partners, of as many features.
-        start: Not used; the temperature begins at 0.2.
+        y: Their partners, with the same number of features.
+        start: Not used; the temperature starts at 0.2.
 
     Raises:
-        ValueError: If ``x`` and ``y`` have not the same number of features.
+        ValueError: If ``x`` and ``y`` differ in their number of features.
     """
 
     def __init__(self, x: Tensor, y: Tensor, start: Start) -> None:
@@ -212,20 +212,20 @@ class CosineCritic(Critic):
 
 
 def make_critic(name: str, x: Tensor, y: Tensor, start: Start, width: int) -> Critic:
-    """Make a critic by its name.
+    """Create a critic by name.
 
     Args:
         name: ``"separable"``, ``"bilinear"``, ``"joint"`` or ``"cosine"``.
         x: Training rows, shape ``(n, d)``.
         y: Their partners, shape ``(n, e)``.
-        start: How it begins.
-        width: Hidden units of its networks, if it has any.
+        start: The initialisation.
+        width: Hidden units of its networks, if any.
 
     Returns:
         The critic, of the dtype and on the device of ``x``.
 
     Raises:
-        ValueError: If there is no such critic.
+        ValueError: If the name is unknown.
     """
     check_choice("critic", name, CRITICS)
     if name == "bilinear":

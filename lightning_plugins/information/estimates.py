@@ -1,4 +1,4 @@
-"""Estimates of mutual information: a critic is fitted to pairs and evaluated on others, with many candidates."""
+"""Estimates of mutual information: a critic is fitted to pairs and evaluated on other pairs, with many candidates."""
 
 import dataclasses
 import math
@@ -26,17 +26,17 @@ def evaluate_critic(
     labels: Tensor | None = None,
     settings: EstimateSettings | None = None,
 ) -> MutualInformationEstimate:
-    """Evaluate a critic on pairs that it has not seen, in blocks, with as many candidates as there are pairs.
+    """Evaluate a critic on unseen pairs, in blocks, with all pairs as candidates.
 
     Args:
         critic: As `fit_critic` returns it.
         x: Floating tensor of shape ``(N, d)``.
         y: Floating tensor of shape ``(N, e)``.
-        labels: Class of each pair, if they were drawn from the same class; shape ``(N,)``.
+        labels: Class of each pair, for same-class pairs; shape ``(N,)``.
         settings: Bound, number of candidates and units; None for the defaults.
 
     Returns:
-        The estimate, without what needs a fit of its own.
+        The estimate, without the quantities that need further fits.
 
     Raises:
         TypeError: If ``x`` or ``y`` is not a floating tensor, or ``labels`` not integers.
@@ -83,14 +83,14 @@ def estimate_information(
     held_out: Sequence[Tensor] | None = None,
     settings: EstimateSettings | None = None,
 ) -> MutualInformationEstimate:
-    """Fit a critic to pairs and evaluate it on others.
+    """Fit a critic to pairs and evaluate it on other pairs.
 
     Args:
         x: Floating tensor of shape ``(N, d)``.
         y: Floating tensor of shape ``(N, e)``.
-        labels: Class of each pair, shape ``(N,)``, for what the classes allow.
-        held_out: Pairs to evaluate on, ``(x, y)`` or ``(x, y, labels)``, made of other samples. None keeps
-            ``settings.fit.test`` of the pairs for it, which is right only where pairs do not share samples.
+        labels: Class of each pair, shape ``(N,)``, for class-based limits.
+        held_out: Pairs to evaluate on, ``(x, y)`` or ``(x, y, labels)``, made from other samples. By default
+            ``settings.fit.test`` of the pairs are reserved, which is valid only if pairs do not share samples.
         settings: Critic, bound, number of candidates and units; None for the defaults.
 
     Returns:
@@ -137,7 +137,7 @@ def estimate_information(
 
 
 def check_device(device: torch.device | str | int) -> None:
-    """Refuse what names no device.
+    """Raise an error for an invalid device.
 
     Raises:
         TypeError: If it is of another type.
@@ -158,21 +158,22 @@ def estimate(
     settings: EstimateSettings | None = None,
     device: torch.device | str = "cpu",
 ) -> MutualInformationEstimate:
-    """Estimate how much the representations of two views share, after training, on a frozen encoder.
+    """Estimate the mutual information of the representations of two views, for a trained, frozen encoder.
 
     Args:
-        encoder: Maps a batch of views to representations; what it returns is flattened to a row a sample. A module is
-            put in evaluation mode meanwhile.
+        encoder: Maps a batch of views to representations, which are flattened to one row per sample. A module is
+            temporarily put in evaluation mode.
         dataloader: Batches ``(x, y)`` or ``(x, y, labels)`` to fit the critic to.
-        held_out: Batches of other samples to evaluate on; None divides the first ones, see `estimate_information`.
+        held_out: Batches of other samples to evaluate on; by default the first ones are split, see
+            `estimate_information`.
         settings: Critic, bound, number of candidates and units; None for the defaults.
-        device: Where the batches are moved.
+        device: Device for the batches.
 
     Returns:
         The estimate.
 
     Raises:
-        TypeError: If a batch is no sequence of tensors.
+        TypeError: If a batch is not a sequence of tensors.
         ValueError: If there is no batch, or the pairs do not fit.
 
     Example:
@@ -209,13 +210,13 @@ def embed_pairs(
     Args:
         encoder: Maps a batch of views to representations.
         batches: ``(x, y)`` or ``(x, y, labels)`` each.
-        device: Where they are moved.
+        device: Device for the batches.
 
     Returns:
         Representations of both sides, shape ``(N, d)`` each, and the labels or None.
 
     Raises:
-        TypeError: If a batch is no sequence of tensors.
+        TypeError: If a batch is not a sequence of tensors.
         ValueError: If there is no batch, or it has one tensor.
     """
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
@@ -253,7 +254,7 @@ def _class_readings(seen: Sequence[Tensor], unseen: Sequence[Tensor], seed: int)
     probes = [fit_class_probe(side, seen[2], num_classes=classes, seed=seed) for side in seen[:2]]
     read = min(class_information(probe, side, unseen[2]) for probe, side in zip(probes, unseen[:2], strict=True))
     counts = count_classes("labels", seen[2], len(seen[2]), classes)
-    drawn = counts > 0  # posteriors of classes that are never drawn are not defined
+    drawn = counts > 0  # posteriors of classes with zero probability are undefined
     posteriors = [probe.log_posteriors(side)[:, drawn] for probe, side in zip(probes, unseen[:2], strict=True)]
     posteriors = [one - one.logsumexp(dim=1, keepdim=True) for one in posteriors]
     return read, float(class_posterior_information(posteriors[0], posteriors[1], counts[drawn] / counts.sum()))
@@ -262,7 +263,7 @@ def _class_readings(seen: Sequence[Tensor], unseen: Sequence[Tensor], seed: int)
 def _consistency(
     seen: Sequence[Tensor], unseen: Sequence[Tensor], settings: EstimateSettings, fit: CriticSettings
 ) -> dict[str, float]:
-    """The estimates, in nats, after three changes of the pairs whose effect on the information is known."""
+    """The estimates, in nats, after three modifications of the pairs with known effect on the information."""
 
     def value(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> float:
         critic = fit_critic(*change(*seen), settings.critic, settings=dataclasses.replace(fit, test=0.0)).critic

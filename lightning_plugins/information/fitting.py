@@ -1,4 +1,4 @@
-"""Critics fitted to pairs, with a validation split of their own."""
+"""Critics fitted to pairs, with an internal validation split."""
 
 import copy
 import math
@@ -33,24 +33,25 @@ OBJECTIVES = ("infonce", "nwj", "js", "dv", "mine", "smile")
 _STARTS = [Start(kind, ridge) for kind in ("standard", "normal") for ridge in (1e-3, 0.03, 0.3)] + [
     Start("standard", None)
 ]
-_FEWEST = 8  # pairs; how little an estimate from so few says, its standard error tells
+_FEWEST = 8  # pairs; the standard error shows the uncertainty of an estimate from so few
 
 
 @dataclass(frozen=True)
 class CriticSettings:
-    """Settings of the fit of a critic.
+    """Settings for fitting a critic.
 
     Attributes:
-        objective: What is maximised: ``"infonce"``, ``"nwj"``, ``"js"``, ``"dv"``, ``"mine"`` or ``"smile"``.
-        batch_size: Pairs in a step, each the others' candidate; at least 2.
-        max_steps: Steps of Adam at most; 0 keeps the start, the best of several Gaussian density ratios.
-        lr: Learning rate, falling to 0 along a cosine.
-        check_every: Steps between looks at the validation pairs.
-        patience: Looks without a better value after which it stops.
+        objective: The objective to maximise: ``"infonce"``, ``"nwj"``, ``"js"``, ``"dv"``, ``"mine"`` or ``"smile"``.
+        batch_size: Pairs per step, which are each other's candidates; at least 2.
+        max_steps: Maximum number of Adam steps; 0 keeps the initialisation, the best of several Gaussian density
+            ratios.
+        lr: Learning rate, with cosine decay to 0.
+        check_every: Steps between validations.
+        patience: Validations without improvement before stopping.
         width: Hidden units of the critic's networks.
         validation: Fraction of the pairs for early stopping, in ``(0, 1)``.
-        test: Fraction that is left for the estimate, in ``[0, 1)``.
-        seed: Of the split, the networks and the batches.
+        test: Fraction reserved for the estimate, in ``[0, 1)``.
+        seed: Seed of the split, the networks and the batches.
 
     Raises:
         TypeError: If an attribute is of the wrong type.
@@ -99,9 +100,9 @@ class FittedCritic:
 
     Attributes:
         critic: Scores pairs: ``critic(x, y)`` has the shape ``(n, m)``.
-        validation: InfoNCE on the validation pairs, in nats, which is too high by the choice among states.
+        validation: InfoNCE on the validation pairs, in nats, biased upwards by the selection of the best state.
         steps: Steps of the best state.
-        test_rows: Numbers of the pairs that the fit has not seen.
+        test_rows: Indices of the pairs not used for the fit.
         history: Validation value by step.
     """
 
@@ -115,25 +116,25 @@ class FittedCritic:
 def fit_critic(
     x: Tensor, y: Tensor, critic: str = "separable", *, settings: CriticSettings | None = None
 ) -> FittedCritic:
-    """Fit a critic to pairs; random numbers and the precision of the caller stay untouched.
+    """Fit a critic to pairs, without affecting the caller's random generators and precision settings.
 
-    The critic starts from the Gaussian density ratio, of standardised features or of their normal scores and with the
-    ridge that does best on the validation pairs, and is kept in the state that did. The split depends on the rows'
-    values and not on their order; equal pairs fall on the same side. Where pairs share a sample, as same-class pairs
-    do, make the training and the test pairs from different samples.
+    The critic is initialised with the Gaussian density ratio, of standardised features or of their normal scores,
+    whichever normalisation and ridge are best on the validation pairs; the state that is best on these pairs is kept.
+    The split depends on the rows' values, not on their order; equal pairs are on the same side. If pairs share samples,
+    as same-class pairs do, make the training and the test pairs from different samples.
 
     Args:
         x: Floating tensor of shape ``(N, d)``, ``N >= 8``.
-        y: Floating tensor of shape ``(N, e)``: row by row the partners of ``x``.
+        y: Floating tensor of shape ``(N, e)``: the partners of the rows of ``x``.
         critic: ``"separable"``, ``"bilinear"``, ``"joint"``, or ``"cosine"``, of which only the temperature is fitted.
-        settings: How it is fitted; None for the defaults.
+        settings: Fit settings; None for the defaults.
 
     Returns:
-        The critic and the rows that are left for an estimate.
+        The critic and the rows reserved for the estimate.
 
     Raises:
         TypeError: If ``x`` or ``y`` is not a floating tensor.
-        ValueError: If their shapes do not fit, a value is not finite, or there is no such critic.
+        ValueError: If their shapes do not match, a value is not finite, or the critic is unknown.
 
     Example:
         >>> x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
@@ -150,7 +151,7 @@ def fit_critic(
     validation = max(validation, 2)
     rows = order.split([test, validation, len(x) - test - validation])
     with _apart(x, chosen.seed):
-        x, y = (part.detach().float().clone() for part in (x, y))  # not inference tensors
+        x, y = (part.detach().float().clone() for part in (x, y))  # avoids inference tensors
         held = x[rows[1]], y[rows[1]]
         fitted = _best_start(critic, (x[rows[2]], y[rows[2]]), held, chosen)
         state, best, steps, history = _train(fitted, (x[rows[2]], y[rows[2]]), held, chosen)
@@ -159,12 +160,12 @@ def fit_critic(
 
 
 def check_pairs(x: Tensor, y: Tensor, *, fewest: int = _FEWEST) -> None:
-    """Refuse what is not two matrices of pairs.
+    """Raise an error unless these are two matrices of pairs.
 
     Args:
         x: Anchors.
         y: Their partners.
-        fewest: The least number of pairs.
+        fewest: The minimum number of pairs.
 
     Raises:
         TypeError: If one is not a floating tensor.
@@ -187,12 +188,12 @@ def check_pairs(x: Tensor, y: Tensor, *, fewest: int = _FEWEST) -> None:
 
 
 def shuffled_rows(x: Tensor, y: Tensor, seed: int) -> Tensor:
-    """Order pairs at random by their values, whatever order they come in.
+    """Order pairs at random by their values, independently of their given order.
 
     Args:
         x: Anchors.
         y: Their partners.
-        seed: Gives another order.
+        seed: Seed of the order.
 
     Returns:
         A permutation of the rows.
@@ -207,7 +208,7 @@ def shuffled_rows(x: Tensor, y: Tensor, seed: int) -> Tensor:
 
 @contextmanager
 def _apart(x: Tensor, seed: int) -> Iterator[None]:
-    """Training inside of an evaluation: with gradients, in full precision, and with random numbers of its own."""
+    """Context for training within an evaluation: with gradients, in full precision, with a separate random state."""
     devices = [x.device] if x.is_cuda else []
     with (
         torch.inference_mode(False),

@@ -1,4 +1,4 @@
-"""Features made comparable, each by itself: an invertible change of a feature leaves the mutual information alone."""
+"""Per-feature normalisation: invertible maps of single features do not change the mutual information."""
 
 from typing import Literal
 
@@ -10,12 +10,12 @@ _KNOTS = 2048
 
 
 class Marginals(nn.Module):
-    """Standardise features, or map each to normal scores through the distribution function of given rows.
+    """Standardise features, or map each to normal scores through its empirical distribution function.
 
-    Normal scores undo every increasing change of a single feature, and tame heavy tails.
+    Normal scores are invariant to increasing maps of single features, and remove heavy tails.
 
     Args:
-        rows: Shape ``(n, d)``, the rows to learn from.
+        rows: Shape ``(n, d)``, the rows to fit on.
         kind: ``"standard"`` for mean 0 and deviation 1, ``"normal"`` for normal scores.
     """
 
@@ -37,7 +37,7 @@ class Marginals(nn.Module):
         """Transform rows.
 
         Returns:
-            Shape ``(n, d)``; beyond the rows that were learned from, normal scores stay at the outermost.
+            Shape ``(n, d)``; normal scores are clamped to the range of the fitted rows.
         """
         if self.kind == "standard":
             return (rows - self.shift) / self.scale

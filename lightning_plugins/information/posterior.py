@@ -19,14 +19,14 @@ _CALIBRATION = 0.3
 
 @dataclass(frozen=True)
 class ClassProbe:
-    """A linear classifier whose temperature was set on rows that its weights have not seen.
+    """A linear classifier with a temperature fitted on rows not used for its weights.
 
     Attributes:
         weight: Shape ``(C, d)``, for standardised features.
         bias: Shape ``(C,)``.
         shift: Mean of the features, shape ``(d,)``.
         scale: Their deviation, shape ``(d,)``.
-        temperature: By which the logits are divided.
+        temperature: Divisor of the logits.
     """
 
     weight: Tensor
@@ -36,7 +36,7 @@ class ClassProbe:
     temperature: float
 
     def log_posteriors(self, features: Tensor) -> Tensor:
-        """Compute the logarithms of the classes' probabilities.
+        """Compute the log probabilities of the classes.
 
         Args:
             features: Shape ``(N, d)``.
@@ -49,13 +49,13 @@ class ClassProbe:
 
 
 def fit_class_probe(features: Tensor, labels: Tensor, *, num_classes: int | None = None, seed: int = 0) -> ClassProbe:
-    """Fit softmax regression, and its weight decay and temperature on three tenths of the rows.
+    """Fit softmax regression, choosing weight decay and temperature on three tenths of the rows.
 
     Args:
         features: Floating tensor of shape ``(N, d)``.
         labels: Integers from 0, shape ``(N,)``; every class that occurs at least twice.
-        num_classes: C; None for one more than the largest label.
-        seed: Of the split, which depends on the rows' values and not on their order.
+        num_classes: C; by default the largest label plus one.
+        seed: Seed of the split, which depends on the rows' values but not on their order.
 
     Returns:
         The probe.
@@ -98,17 +98,17 @@ def fit_class_probe(features: Tensor, labels: Tensor, *, num_classes: int | None
 
 
 def class_information(probe: ClassProbe, features: Tensor, labels: Tensor) -> float:
-    """Estimate the information of features about their class: the class entropy less the cross-entropy of a probe.
+    """Estimate the information of features about their class: the class entropy minus the cross-entropy of a probe.
 
-    A lower estimate of ``I(C; X)``: another probe may read more. With the labels' own frequencies on unseen rows.
+    A lower estimate of ``I(C; X)``, since another probe may extract more. Uses the label frequencies of the given rows.
 
     Args:
-        probe: A probe that has not seen these rows.
+        probe: A probe fitted on other rows.
         features: Shape ``(N, d)``.
         labels: Shape ``(N,)``.
 
     Returns:
-        The information in nats, at most the class entropy; below 0 for a probe worse than the frequencies.
+        The information in nats, at most the class entropy; negative for a probe worse than the class frequencies.
 
     Raises:
         TypeError: If ``labels`` are not integers.
@@ -133,8 +133,8 @@ def count_classes(name: str, labels: Tensor, rows: int, num_classes: int | None 
     Args:
         name: The argument's name, for the message.
         labels: Integers from 0.
-        rows: How many there should be.
-        num_classes: How many classes there are; None for one more than the largest label.
+        rows: Required number of labels.
+        num_classes: Number of classes; by default the largest label plus one.
 
     Returns:
         Shape ``(C,)``, float64.
@@ -171,10 +171,10 @@ def _softmax_regression(x: Tensor, labels: Tensor, classes: int, ridge: float) -
 
 
 def _calibrated(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The temperature of the least cross-entropy, and that."""
+    """The temperature with the smallest cross-entropy, and that cross-entropy."""
     low, high = math.log(0.02), math.log(50.0)
     loss, middle = math.inf, 0.0
-    for _ in range(4):  # each time between the neighbours of the best
+    for _ in range(4):  # refine between the neighbours of the best
         grid = torch.linspace(low, high, 25, dtype=logits.dtype)
         losses = [float(F.cross_entropy(logits / t, labels)) for t in grid.exp().tolist()]
         at = min(range(len(losses)), key=lambda i: losses[i])

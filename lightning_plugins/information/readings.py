@@ -19,14 +19,14 @@ class EstimateSettings:
 
     Attributes:
         critic: ``"separable"``, ``"bilinear"``, ``"joint"`` or ``"cosine"``.
-        fit: How it is fitted.
-        bound: What is evaluated on unseen pairs: ``"infonce"``, ``"nwj"``, ``"dv"`` or ``"smile"``. The first two are
+        fit: Settings of its fit.
+        bound: The bound evaluated on unseen pairs: ``"infonce"``, ``"nwj"``, ``"dv"`` or ``"smile"``. The first two are
             lower bounds.
         num_candidates: K; None for all unseen pairs.
-        max_anchors: At most so many anchors; all unseen pairs stay candidates.
+        max_anchors: Maximum number of anchors; all unseen pairs remain candidates.
         clip: For ``"smile"``.
-        units: ``"nats"`` or ``"bits"``, of everything that is returned.
-        consistency: Whether to fit three critics more, for the consistency tests.
+        units: ``"nats"`` or ``"bits"``, for all results.
+        consistency: Whether to fit three more critics for the consistency tests.
 
     Raises:
         TypeError: If an attribute is of the wrong type.
@@ -64,22 +64,22 @@ class EstimateSettings:
 
 @dataclass(frozen=True)
 class MutualInformationEstimate:
-    """A number, and all that is needed to read it; everything in ``units``.
+    """An estimate and the quantities needed to interpret it, all in ``units``.
 
     Attributes:
         estimate: The value of ``bound`` on unseen pairs.
         standard_error: By a jackknife over groups of pairs, as anchors and as candidates.
         units: ``"nats"`` or ``"bits"``.
-        bound: Its name.
+        bound: Name of the bound.
         num_candidates: K.
         ceiling: ``ln K``, which InfoNCE cannot exceed.
-        self_normalization: ``ln mean exp`` of the scores of pairs that do not belong together; 0 for the logarithm of
-            the density ratio. InfoNCE leaves a function of the anchor undetermined, so read it with the other bounds.
-        class_ceiling: Ceiling of InfoNCE with pairs of the same class; None without labels, as are the next four.
-        entropy: That of the classes of the unseen pairs, an upper bound of what same-class pairs share.
-        class_information: What a calibrated linear probe reads of the class, the smaller of both sides: a lower
-            estimate of ``I(C; X)``, which bounds what same-class pairs share.
-        class_posterior: The plug-in of that probe's posteriors; it has no ceiling and is no bound.
+        self_normalization: ``ln mean exp`` of the scores of negative pairs; 0 for the log density ratio. InfoNCE leaves
+            a function of the anchor undetermined, so it is meaningful only with the other bounds.
+        class_ceiling: Upper limit of InfoNCE for same-class pairs; None without labels, like the next three.
+        entropy: Class entropy of the unseen pairs, an upper bound on the information shared by same-class pairs.
+        class_information: Class information of a calibrated linear probe, the smaller of both sides: a lower estimate
+            of ``I(C; X)``, which bounds the information shared by same-class pairs.
+        class_posterior: Plug-in estimate with that probe's posteriors; it has no upper limit and is not a bound.
         consistency: ``"shuffled"`` (0 expected), ``"function of y"`` (the ratio to the estimate, 1 expected) and
             ``"two copies"`` (the ratio, 2 expected, unless a ceiling is near); None if not asked for.
     """
@@ -99,7 +99,7 @@ class MutualInformationEstimate:
 
     @property
     def share_of_ceiling(self) -> float:
-        """The estimate over the lower of the ceilings; near 1 it says that K is small."""
+        """The estimate over the lower of the two limits; values near 1 mean that K is too small."""
         return self.estimate / min(self.ceiling, self.class_ceiling or math.inf)
 
     def __str__(self) -> str:

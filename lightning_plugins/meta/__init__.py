@@ -1,4 +1,4 @@
-"""Meta-learning: inner loops over tasks, and what they do to a gradient before they follow it."""
+"""Meta-learning: inner loops over tasks, and preconditioners of their gradients."""
 
 from lightning_plugins.meta.batch_statistics import use_batch_statistics
 from lightning_plugins.meta.episodes import EpisodeLoader, EpisodeSampler

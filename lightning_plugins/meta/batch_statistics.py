@@ -1,4 +1,4 @@
-"""Norms that share statistics between calls, and why an inner loop cannot have them in training mode."""
+"""Norms with running statistics, which an inner loop cannot update in training mode."""
 
 from typing import TypeVar
 
@@ -11,13 +11,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def use_batch_statistics(model: Model) -> Model:
-    """Make batch norms take the statistics of the batch at hand, always, and forget their running statistics.
+    """Make batch norms always use the statistics of the current batch, and drop their running statistics.
 
     For an inner loop this is the transductive setting of most published few-shot results: the samples of a task's query
     batch share statistics, in evaluation too.
 
     Args:
-        model: The model, changed in place: the running statistics also leave its state dict.
+        model: The model, changed in place: the running statistics are also removed from its state dict.
 
     Returns:
         ``model``.
@@ -36,7 +36,7 @@ def use_batch_statistics(model: Model) -> Model:
 
 
 def check_no_running_statistics(model: nn.Module) -> None:
-    """Refuse norms that would update running statistics: neither ``vmap`` nor ``grad`` can change a buffer in place."""
+    """Raise an error for norms that would update running statistics: ``vmap`` and ``grad`` cannot modify buffers."""
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Episodes, that is batches of few-shot tasks: the same everywhere, shared out over ranks, resumable."""
+"""Episodes, that is batches of few-shot tasks: reproducible, distributed over ranks, resumable."""
 
 import hashlib
 import random
@@ -20,19 +20,19 @@ Key = tuple[int, int]  # the epoch, and the episode's number in it
 
 
 class EpisodeSampler(Sampler[list[Key]]):
-    """Says which episodes form which batch, and which of them are this rank's.
+    """Determines which episodes form each batch, and which of them belong to this rank.
 
-    Of the batch's tasks rank ``r`` of ``n`` has those with the numbers ``r``, ``r + n`` and so on: together the ranks
-    have every task once, and their counts differ by one at most. In training every batch must have a task for each
-    rank, where episodes are ``fixed`` all but the last one.
+    Rank ``r`` of ``n`` gets the tasks ``r``, ``r + n`` and so on of a batch: together the ranks have every task once,
+    and their counts differ by at most one. In training every batch must have a task for each rank; with ``fixed``
+    episodes all but the last one must.
 
     Args:
-        episodes: Number of episodes of an epoch, of all ranks together.
+        episodes: Number of episodes per epoch, of all ranks together.
         tasks_per_batch: Number of episodes in a batch, of all ranks together; the last batch may be smaller.
-        fixed: Whether every epoch has the episodes of the first, as validation and test should.
+        fixed: Whether every epoch repeats the episodes of the first, as validation and test should.
 
     Raises:
-        TypeError: If a number is no int.
+        TypeError: If a number is not an int.
         ValueError: If one is less than 1.
 
     Example:
@@ -45,7 +45,7 @@ class EpisodeSampler(Sampler[list[Key]]):
         self.tasks_per_batch = check_positive_int("tasks_per_batch", tasks_per_batch)
         self.fixed = fixed
         self.epoch = 0
-        self.start = 0  # the batch at which the next epoch begins: behind 0 only after a state was loaded
+        self.start = 0  # batch at which the next epoch starts: nonzero only after loading a state
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that begins next.
@@ -53,14 +53,14 @@ class EpisodeSampler(Sampler[list[Key]]):
         Args:
             epoch: Its number, from 0.
         """
-        if check_non_negative_int("epoch", epoch) != self.epoch:  # the rest of another one is not wanted any more
+        if check_non_negative_int("epoch", epoch) != self.epoch:  # discard the rest of another epoch
             self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
         """Number of this rank's batches in a whole epoch."""
         ranks, full, rest = world_size(), *divmod(self.episodes, self.tasks_per_batch)
         first, last = min(self.episodes, self.tasks_per_batch), rest or self.tasks_per_batch
-        if (least := first if self.fixed else last) < ranks:  # a rank without a task would keep the others waiting
+        if (least := first if self.fixed else last) < ranks:  # a rank without a task would block the others
             raise ValueError(
                 f"`tasks_per_batch` must leave a task for each of the {ranks} ranks, got a batch of {least} with"
                 f" `tasks_per_batch={self.tasks_per_batch}` and `episodes={self.episodes}`"
@@ -80,24 +80,24 @@ class EpisodeSampler(Sampler[list[Key]]):
 class EpisodeLoader:
     """Loads batches of episodes ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, samples, ...)``.
 
-    An episode follows from the seed, the epoch and its number in it: neither the size of the batches, nor the number of
-    ranks or of worker processes changes it, and random transforms of the samples follow from them, too. Under DDP the
-    loader shares the tasks of a batch out by itself; Lightning adds no sampler of its own, because this is no
-    ``torch.utils.data.DataLoader``. In a loop of one's own, every pass over the loader is the next epoch, also behind a
-    pass that was left early; Lightning sets the epoch. The state is a position: after it was loaded, the epoch goes on
-    behind the last batch that was handed out. Tasks that differ in their number of samples come as lists.
+    An episode is determined by the seed, the epoch and its index: it does not depend on the batch size or the number of
+    ranks or worker processes, and random transforms of the samples are determined in the same way. Under DDP the loader
+    distributes the tasks of a batch itself; Lightning adds no sampler, because this is not a
+    ``torch.utils.data.DataLoader``. In your own loop every pass over the loader is the next epoch, even after an
+    incomplete pass; under Lightning the Trainer sets the epoch. The state is a position: after loading it, the epoch
+    continues after the last batch returned. Tasks that differ in their number of samples are returned as lists.
 
     Args:
-        tasks: What to draw from.
-        episodes: Number of episodes of an epoch, of all ranks together.
+        tasks: The source of tasks.
+        episodes: Number of episodes per epoch, of all ranks together.
         tasks_per_batch: Number of episodes in a batch, of all ranks together; the last batch may be smaller.
-        seed: Chooses the episodes.
+        seed: Seed of the episodes.
         fixed: Whether every epoch has the same episodes, as validation and test should.
-        num_workers: Number of processes that draw ahead; 0 draws in this one, which is faster unless images must be
-            read from files.
+        num_workers: Number of worker processes; 0 draws in this process, which is faster unless images must be read
+            from files.
 
     Raises:
-        TypeError: If ``tasks`` is no `TaskSet` or a number no int.
+        TypeError: If ``tasks`` is not a `TaskSet` or a number not an int.
         ValueError: If a number is out of range.
 
     Example:
@@ -125,7 +125,7 @@ class EpisodeLoader:
                 f"`tasks` must be a `TaskSet`, got {type(tasks).__name__}; `FewShot` makes one of a labelled dataset"
             )
         self.sampler = EpisodeSampler(episodes, tasks_per_batch, fixed=fixed)
-        self.batch_sampler = self.sampler  # Lightning looks for both, and sets the epoch of what it finds
+        self.batch_sampler = self.sampler  # Lightning looks for both and sets the epoch
         workers = check_non_negative_int("num_workers", num_workers)
         self._loader = DataLoader(
             _Drawn(tasks, check_non_negative_int("seed", seed)),
@@ -133,13 +133,13 @@ class EpisodeLoader:
             collate_fn=_joined,
             num_workers=workers,
             persistent_workers=workers > 0,
-            generator=torch.Generator().manual_seed(0),  # of the workers' seeds: the global one stays where it is
+            generator=torch.Generator().manual_seed(0),  # for the workers' seeds: leaves the global generator unchanged
         )
-        self._position = 0  # batches handed out in this epoch
-        self._begun: int | None = None  # the epoch of a pass that has begun and not come to its end
+        self._position = 0  # batches returned in this epoch
+        self._begun: int | None = None  # epoch of an unfinished pass
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that begins next.
+        """Set the next epoch.
 
         Args:
             epoch: Its number, from 0.
@@ -152,13 +152,13 @@ class EpisodeLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of one epoch, or what a loaded state left of it."""
-        if self._begun == self.sampler.epoch:  # the pass before was left early, and nobody (Lightning does) moved on
+        """Yield the batches of one epoch, or the rest of it after loading a state."""
+        if self._begun == self.sampler.epoch:  # the previous pass was incomplete and the epoch not advanced
             self.sampler.set_epoch(self.sampler.epoch + 1)
         self._begun, self._position = self.sampler.epoch, self.sampler.start
         for batch in self._loader:
             self._position += 1
-            if self._position == len(self):  # before the last one is handed out: not everybody asks for one more
+            if self._position == len(self):  # before the last batch is returned: the caller may not ask for another
                 self._begun, self._position = None, 0
                 self.sampler.set_epoch(self.sampler.epoch + 1)
             yield batch
@@ -167,26 +167,26 @@ class EpisodeLoader:
         """Return the position.
 
         Returns:
-            The epoch, and the number of batches handed out in it.
+            The epoch, and the number of batches returned in it.
         """
         return {"epoch": self.sampler.epoch, "batch": self._position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the state was taken.
+        """Continue from a saved state.
 
         Args:
             state_dict: What `state_dict` returned.
 
         Raises:
             TypeError: If it does not hold two ints.
-            ValueError: If one is missing or negative, or the epoch has fewer batches than were handed out.
+            ValueError: If one is missing or negative, or the epoch has fewer batches than were returned.
         """
         if missing := [name for name in ("epoch", "batch") if name not in state_dict]:
             raise ValueError(f"`state_dict` must hold 'epoch' and 'batch', got no {missing[0]!r}")
         epoch, batch = (check_non_negative_int(f"state_dict[{n!r}]", state_dict[n]) for n in ("epoch", "batch"))
         if batch >= len(self):
             raise ValueError(
-                f"`state_dict` must be that of a loader with as many batches, {len(self)}, got one behind"
+                f"`state_dict` must be that of a loader with as many batches, {len(self)}, got one after"
                 f" {batch} of them; keep `episodes` and `tasks_per_batch`, or load no state"
             )
         self.set_epoch(epoch)
@@ -206,7 +206,7 @@ class _Drawn(Dataset[Batch]):
 
 
 def _joined(episodes: list[Batch]) -> Any:
-    """Tensors with a dimension for the tasks; lists of tasks if they differ in their number of samples."""
+    """Stack tasks into tensors; lists of tasks if they differ in their number of samples."""
     return tuple(
         tuple(tasks_together(parts) for parts in zip(*pairs, strict=True)) for pairs in zip(*episodes, strict=True)
     )
@@ -214,10 +214,10 @@ def _joined(episodes: list[Batch]) -> Any:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators, from which random transforms draw, and set them back."""
+    """Seed the global generators, which random transforms use, and restore them afterwards."""
     numpy_state, state = np.random.get_state(), random.getstate()  # noqa: NPY002 - what transforms draw from
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # of the CPU, without those of the devices
+        torch.default_generator.manual_seed(seed)  # CPU only, not the devices
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
         try:

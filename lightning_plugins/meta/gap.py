@@ -1,4 +1,4 @@
-"""Learned gains of the singular values of inner gradients: GAP, exact and approximate."""
+"""Learned gains on the singular values of inner gradients: GAP, exact and approximate."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,14 +13,14 @@ from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins.functional.preconditioning import Derivative, gap_precondition
 from lightning_plugins.meta.preconditioners import Preconditioner, few, key
 
-_INITIAL = 0.928  # through the softplus below: gains of 1.0006
+_INITIAL = 0.928  # after the softplus below: gains of 1.0006
 _BETA = 2.0
 _PACKED = ("in_proj_weight", "qkv.weight")  # of `nn.MultiheadAttention` and of timm's attention
 _PARTS = ("query", "key", "value")
 
 
 class _Matrix(NamedTuple):
-    """A matrix that has gains of its own: a parameter, or the rows of one."""
+    """A matrix with its own gains: a parameter, or some of its rows."""
 
     label: str
     parameter: str
@@ -29,7 +29,7 @@ class _Matrix(NamedTuple):
 
 
 def _matrices(name: str, parameter: Tensor) -> Iterator[_Matrix]:
-    """One matrix; of a packed projection of attention three, which only share their memory."""
+    """One matrix; for a packed attention projection three, which only share their memory."""
     if parameter.ndim == 2 and name.endswith(_PACKED) and parameter.shape[0] % len(_PARTS) == 0:
         for part, which in enumerate(_PARTS):
             yield _Matrix(f"{name}:{which}", name, part, len(_PARTS))
@@ -38,7 +38,7 @@ def _matrices(name: str, parameter: Tensor) -> Iterator[_Matrix]:
 
 
 class _Gains(Preconditioner):
-    """Learned positive gains of matrices; layers of one shape are preconditioned together."""
+    """Learned positive gains of matrices; layers of equal shape are preconditioned together."""
 
     def __init__(
         self, *, linear: bool, per_step: bool, approximate: bool, derivative: Derivative, rank: int | None = None
@@ -53,7 +53,7 @@ class _Gains(Preconditioner):
         self._groups: dict[tuple[int, int], list[_Matrix]] = {}
 
     def initialise(self, parameters: Mapping[str, Tensor], steps: int) -> None:
-        """Create the gains, near 1, of the parameters that have them.
+        """Create the gains, initially about 1, of the parameters that have them.
 
         Args:
             parameters: The adapted parameters by dotted name.
@@ -81,7 +81,7 @@ class _Gains(Preconditioner):
         """Return the gains by the parameters' dotted names.
 
         Args:
-            step: The inner step, from 0, for gains per step; behind the last step of training, that one's are taken.
+            step: The inner step, from 0, for gains per step; beyond the last training step, the last gains are used.
 
         Returns:
             For every parameter that has them, a tensor ``(min(out, in * height * width),)`` of positive gains: the
@@ -126,22 +126,22 @@ class _Gains(Preconditioner):
 
 
 class GAP(_Gains):
-    """Multiplies the singular values of a layer's gradient by learned gains, in their order: GAP.
+    """Multiplies the ordered singular values of a layer's gradient by learned gains: GAP.
 
-    A kernel of three or more dimensions counts as the matrix ``(out, in * height * width)``. Biases and the parameters
-    of norms take the plain gradient, and so do weights of linear layers, as in the published code, unless ``linear``.
-    The packed projection of attention (``in_proj_weight``, timm's ``qkv.weight``) then counts as three matrices, with
-    the gains ``name:query``, ``name:key`` and ``name:value``: our reading. The gains start at 1.0006, hence next to
-    MAML, and are shared by all tasks. They can be given a learning rate of their own: they are the only parameters of
-    this module.
+    A kernel of three or more dimensions is treated as the matrix ``(out, in * height * width)``. Biases and the
+    parameters of norms use the plain gradient, and so do weights of linear layers, as in the published code, unless
+    ``linear``. The packed projection of attention (``in_proj_weight``, timm's ``qkv.weight``) is then treated as three
+    matrices, with the gains ``name:query``, ``name:key`` and ``name:value``: our interpretation. The gains start at
+    1.0006, so close to MAML, and are shared by all tasks. They are the only parameters of this module, so they can have
+    a separate learning rate.
 
     Args:
-        linear: Whether two-dimensional parameters, as ``(out, in)``, have gains too: our reading of how the method goes
-            with networks of linear layers.
-        per_step: Whether every inner step has gains of its own; published is one set for all.
-        derivative: ``"constant"``, published, or ``"exact"``: see `lightning_plugins.functional.gap_precondition`.
-        rank: An upper bound on the rank of the gradients, if you know one, which makes small networks faster: linear
-            layers that are called once per forward pass have no more than there are support samples. See
+        linear: Whether two-dimensional parameters, as ``(out, in)``, have gains too: our interpretation of the method
+            for linear networks.
+        per_step: Whether every inner step has separate gains; the paper uses one set for all.
+        derivative: ``"constant"``, as published, or ``"exact"``: see `lightning_plugins.functional.gap_precondition`.
+        rank: An upper bound on the rank of the gradients, if known, which speeds up small networks: for linear layers
+            called once per forward pass it is at most the number of support samples. See
             `lightning_plugins.functional.gap_precondition`.
 
     Raises:
@@ -175,7 +175,7 @@ class GAP(_Gains):
 class ApproximateGAP(_Gains):
     """Multiplies the rows of a layer's gradient, or its columns if these are fewer, by learned gains: approximate GAP.
 
-    There is no decomposition. All else is as in `GAP`.
+    There is no decomposition. Everything else is as in `GAP`.
 
     Args:
         linear: As for `GAP`.

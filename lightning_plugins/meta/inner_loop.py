@@ -1,4 +1,4 @@
-"""The inner loop of gradient-based meta-learning: adapt a model to every task, and know how that depends on it."""
+"""The differentiable inner loop of gradient-based meta-learning."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -29,40 +29,39 @@ class InnerLoop(nn.Module):
     """Adapts a model to every task of a batch by gradient steps on its support samples.
 
     Each step subtracts ``learning_rate * preconditioner(gradient)`` from the adapted parameters. The loss on the query
-    samples is differentiable with respect to what is learned over tasks, through all steps: the initial parameters,
-    the preconditioner's and learned rates. The model's parameters and buffers are never changed.
+    samples is differentiable through all steps with respect to everything learned across tasks: the initial parameters,
+    those of the preconditioner and learned rates. The model's parameters and buffers are never changed.
 
-    Inputs and targets are tensors of shapes ``(tasks, samples, ...)``, or tuples of them, which the model gets as
-    arguments, or mappings, which it gets as keyword arguments. Tasks of different sizes are lists with an entry of
-    shapes ``(samples, ...)`` for every task.
+    Inputs and targets are tensors of shapes ``(tasks, samples, ...)``, or tuples of them, passed to the model as
+    arguments, or mappings, passed as keyword arguments. Tasks of different sizes are lists with one entry of shape
+    ``(samples, ...)`` per task.
 
-    Tasks are vectorised, looped over, or vectorised in chunks: the same loss and the same gradients. In chunks the
-    gradient of a chunk is taken before the next one starts, which bounds the memory by one chunk. Dropout draws from
-    the global random generators, so `torch.manual_seed` repeats it; a chunked or looped run draws in another order
-    than a vectorised one unless ``randomness="same"``.
+    Tasks are vectorised, looped over, or vectorised in chunks, with the same loss and gradients. With chunks the
+    gradient of a chunk is computed before the next one starts, which bounds the memory by that of one chunk. Dropout
+    uses the global random generators and is reproducible with `torch.manual_seed`; a chunked or looped run draws in
+    another order than a vectorised one unless ``randomness="same"``.
 
-    Second-order inner steps compute attention in elementary operations: fused kernels have no second derivative.
-
-    Norms use the statistics of the batch at hand, or in evaluation mode the running statistics they have; a norm that
-    would update them is refused (see `use_batch_statistics` and `use_per_step_statistics`). Works without gradients and
-    in inference mode. Under float16 autocast the loop computes in float32: nothing scales the inner loss.
+    Second-order inner steps compute attention with elementary operations: fused kernels have no second derivative.
+    Norms use the statistics of the current batch, or in evaluation mode their running statistics; a norm that would
+    update them raises an error (see `use_batch_statistics` and `use_per_step_statistics`). The loop works without
+    gradients and in inference mode. Under float16 autocast it computes in float32, since the inner loss is not scaled.
 
     Args:
         model: Any module that maps inputs to a tensor. It becomes a submodule.
         loss: Maps outputs and targets of one task, ``(samples, ...)`` each, to a scalar. If it has arguments of these
             names it also gets ``parameters`` and ``initial``, the adapted parameters at this step and before the first
             by dotted name, and ``step``, which is None for the query loss: for a proximal term or a weight decay.
-        preconditioner: What is done to a gradient before it is followed; `Identity` (MAML) by default. A new one.
-        steps: Number of inner steps, unless a call says otherwise.
-        learning_rate: Of the inner steps; what learned rates start from.
+        preconditioner: Transforms gradients; `Identity` (MAML) by default. Must be a new instance.
+        steps: Default number of inner steps.
+        learning_rate: Learning rate of the inner steps, and initial value of learned rates.
         rates: ``"fixed"``, or ``"learned"`` for one learned rate per adapted tensor, ``"learned_per_step"`` for one
             per tensor and step; steps beyond ``steps`` use the last step's.
-        first_order: Whether to take the inner gradients for constants in the gradient over tasks.
-        layers: Which layers adapt: names or globs, as in `lightning_plugins.selection`. None takes all. The head alone
-            is ANIL, all but the head BOIL. Parameters that require no gradient do not adapt.
-        vectorize: Whether to use ``torch.func.vmap``; else the tasks run one after the other. ``"auto"`` takes the
-            faster form, on a CPU the latter for convolutions of large images, and falls back on it with one warning
-            for models that ``vmap`` cannot run, such as recurrent ones.
+        first_order: Whether to treat the inner gradients as constants in the outer gradient.
+        layers: Layers to adapt: names or globs, as in `lightning_plugins.selection`. None for all. Only the head is
+            ANIL, all but the head BOIL. Parameters that require no gradient are not adapted.
+        vectorize: Whether to use ``torch.func.vmap``; otherwise the tasks run one after the other. ``"auto"`` chooses
+            the faster form (on a CPU a loop for convolutions of large images), and falls back to a loop with one
+            warning for models that ``vmap`` does not support, such as recurrent ones.
         chunk_size: Number of tasks whose graph is in memory at a time; None for all.
         randomness: Whether dropout draws ``"different"`` or the ``"same"`` masks for the tasks.
 
@@ -126,13 +125,13 @@ class InnerLoop(nn.Module):
         steps: int | None = None,
         step_weights: Sequence[float] | None = None,
     ) -> Episodes:
-        """Adapt to the support samples of every task, and measure on its query samples.
+        """Adapt to the support samples of every task, and evaluate on its query samples.
 
         Args:
             support: Inputs and targets of shapes ``(tasks, samples, ...)``; see the class for other forms.
-            query: Likewise, of as many tasks.
-            steps: Number of inner steps; 0 measures the model as it is.
-            step_weights: One number per step, the weight of the query loss after it; by default only that after the
+            query: Likewise, for the same tasks.
+            steps: Number of inner steps; 0 evaluates the unadapted model.
+            step_weights: One number per step, the weight of the query loss after it; by default only the loss after the
                 last step counts, with weight 1.
 
         Returns:
@@ -141,7 +140,7 @@ class InnerLoop(nn.Module):
         Raises:
             TypeError: If a batch is not a pair of tensors, or model or loss does not return a tensor.
             ValueError: If shapes or weights do not fit, the loss is not a scalar, the model has norms that would update
-                running statistics, or an adapted parameter has no part in the support loss.
+                running statistics, or the support loss does not depend on an adapted parameter.
         """
         return self._episodes(support, query, None, steps, step_weights)[0]
 
@@ -154,12 +153,12 @@ class InnerLoop(nn.Module):
         steps: int | None = None,
         step_weights: Sequence[float] | None = None,
     ) -> tuple[Episodes, Tensor]:
-        """Do what a call does, and return what a layer of the adapted models made of the query, with its gradient.
+        """Like a call, but also return a layer's outputs of the adapted models on the query, with gradients.
 
         Args:
             support: As for a call.
             query: As for a call.
-            layer: Dotted name of a module in the model, ``"name:input"`` for what it receives.
+            layer: Dotted name of a module in the model, ``"name:input"`` for its input.
             steps: As for a call.
             step_weights: As for a call.
 
@@ -167,9 +166,9 @@ class InnerLoop(nn.Module):
             The episodes, and a tensor of shape ``(tasks, samples, ...)``.
 
         Raises:
-            TypeError: As for a call, or if the layer gives no tensor.
-            ValueError: As for a call, if the layer is unknown or not one, or if the loop has a ``chunk_size``, by which
-                gradients are taken before the term on the features is known.
+            TypeError: As for a call, or if the layer returns no tensor.
+            ValueError: As for a call, if the layer is unknown or several match, or if the loop has a ``chunk_size``,
+                with which gradients are computed before the term on the features is known.
         """
         if self.chunk_size is not None:
             raise ValueError(f"`chunk_size` must be None where features are asked for, got {self.chunk_size}")
@@ -182,7 +181,7 @@ class InnerLoop(nn.Module):
     def curve(
         self, support: tuple[Part, Part], query: tuple[Part, Part], *, steps: int | None = None
     ) -> tuple[Any, ...]:
-        """Measure on the query samples after every inner step: for evaluation, without a gradient.
+        """Evaluate on the query samples after every inner step, without gradients.
 
         Args:
             support: As for a call.
@@ -210,14 +209,14 @@ class InnerLoop(nn.Module):
 
     @eagerly
     def adapt(self, support: tuple[Part, Part], *, steps: int | None = None) -> Parameters:
-        """Return the parameters adapted to every task, for `predict`.
+        """Return the adapted parameters of every task, for `predict`.
 
         Args:
             support: As for a call.
             steps: Number of inner steps.
 
         Returns:
-            Every adapted parameter by dotted name, with a first dimension for the tasks, and with their gradient.
+            The adapted parameters by dotted name, with a first dimension for the tasks, and with gradients.
 
         Raises:
             TypeError, ValueError: As for a call.
@@ -237,7 +236,7 @@ class InnerLoop(nn.Module):
         Args:
             adapted: What `adapt` returned.
             inputs: Shape ``(tasks, samples, ...)``.
-            steps: How many inner steps `adapt` took, for norms with statistics of their own per step.
+            steps: Number of inner steps of `adapt`, for norms with per-step statistics.
 
         Returns:
             Tensor of shape ``(tasks, samples, ...)``.
@@ -287,7 +286,7 @@ class InnerLoop(nn.Module):
     ) -> tuple[Any, ...]:
         plan = Plan(self.vectorize, self.chunk_size, self.same_draws, chunked)
         with ordinary_tensors(batch) as batch, without_fast_path():
-            if check and not self._checked:  # once: a forward and a backward pass of one task
+            if check and not self._checked:  # once: takes a forward and a backward pass of one task
                 with replaced(False, batch.first.device):
                     check_used(Measure(self.model, self.loss), start(self), batch.of_first_task())
                 self._checked = True

@@ -1,4 +1,4 @@
-"""Preconditioners of inner steps: their base class, none, and learned rates."""
+"""Preconditioners of inner gradients: base class, identity, and learned rates."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,8 +12,8 @@ from lightning_plugins._checks import check_finite_number
 class Preconditioner(nn.Module):
     """Base class: turns gradients into the updates that `InnerLoop` multiplies by its learning rate and subtracts.
 
-    What it learns are its own parameters. It is called inside of ``torch.func.vmap``, once for all tasks: tensors have
-    the shapes of the parameters, without a task dimension, and no value may be read from them. If ``forward`` has
+    Learned quantities are its own parameters. It is called inside ``torch.func.vmap``, once for all tasks: tensors have
+    the shapes of the parameters, without a task dimension, and their values cannot be read. If ``forward`` has
     arguments named ``parameters`` and ``initial``, these are the adapted parameters at the step and before the first.
 
     Example:
@@ -28,10 +28,10 @@ class Preconditioner(nn.Module):
         tensor([1., 2.], grad_fn=<MulBackward0>)
     """
 
-    initialised = False  # by an `InnerLoop`, whose parameters' shapes and number of steps it has from then on
+    initialised = False  # by an `InnerLoop`, which fixes parameter shapes and number of steps
 
     def initialise(self, parameters: Mapping[str, Tensor], steps: int) -> None:
-        """Create what is learned; `InnerLoop` calls it once. By default there is nothing.
+        """Create the learned parameters, by default none; `InnerLoop` calls it once.
 
         Args:
             parameters: The adapted parameters by dotted name.
@@ -39,23 +39,23 @@ class Preconditioner(nn.Module):
         """
 
     def forward(self, gradients: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Return an update for each gradient, of the same name and shape.
+        """Return an update for each gradient, with the same name and shape.
 
         Args:
             gradients: Gradients of the support loss by dotted name.
-            step: The inner step, from 0; it can exceed those of training.
+            step: The inner step, from 0; may exceed the number of training steps.
 
         Returns:
             Updates by the same names.
 
         Raises:
-            NotImplementedError: By this base class.
+            NotImplementedError: In this base class.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `forward(gradients, step)`")
 
 
 class Identity(Preconditioner):
-    """Follows the gradient itself: MAML.
+    """Uses the plain gradient: MAML.
 
     Source:
         Finn, Abbeel and Levine, ICML 2017, https://arxiv.org/abs/1703.03400.
@@ -73,20 +73,20 @@ class Identity(Preconditioner):
             step: Has no effect.
 
         Returns:
-            The same.
+            The gradients, unchanged.
         """
         return gradients
 
 
 class MetaSGD(Preconditioner):
-    """Multiplies every entry of a gradient by a learned factor of its own, shared by tasks and steps: Meta-SGD.
+    """Multiplies every gradient entry by its own learned factor, shared by tasks and steps: Meta-SGD.
 
     An entry's rate is the factor times the inner loop's learning rate. For the published parametrisation, in which the
-    rates themselves are learned, set the loop's ``learning_rate`` to 1 and ``initial`` to the wanted rate; an optimizer
-    such as Adam then changes them relatively faster.
+    rates themselves are learned, set the loop's ``learning_rate`` to 1 and ``initial`` to the desired rate; an
+    optimizer such as Adam then changes them relatively faster.
 
     Args:
-        initial: What the factors start from.
+        initial: Initial value of the factors.
 
     Raises:
         TypeError: If ``initial`` is not a number.
@@ -132,7 +132,7 @@ class MetaSGD(Preconditioner):
 
 
 def key(name: str) -> str:
-    """A dotted name as a key of a ``ParameterDict``, which takes no dots."""
+    """A dotted name as a key of a ``ParameterDict``, which does not allow dots."""
     return name.replace(".", "/")
 
 

@@ -1,4 +1,4 @@
-"""Batch norms with running statistics of their own for every inner step."""
+"""Batch norms with separate running statistics for every inner step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +16,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class PerStepBatchNorm(nn.Module):
-    """A batch norm with running statistics for every number of inner steps behind the parameters it runs with.
+    """A batch norm with separate running statistics for every number of inner steps taken.
 
-    In training mode it normalises by the batch at hand and changes nothing: inside of ``vmap`` and ``grad`` no buffer
-    can be written. `InnerLoop` collects what the norms saw and updates them after the call. In evaluation mode it
-    normalises by the running statistics of the step, of the last one for steps beyond; outside of an inner loop by
-    those of parameters that have not adapted.
+    In training mode it normalises by the current batch without side effects: inside ``vmap`` and ``grad`` buffers
+    cannot be written. `InnerLoop` collects the batch statistics and updates the norms after the call. In evaluation
+    mode it normalises by the running statistics of the step (for steps beyond the last, of the last one); outside an
+    inner loop by those of unadapted parameters.
 
     Args:
-        norm: The batch norm whose parameters, settings and running statistics it takes over.
+        norm: The batch norm whose parameters, settings and running statistics are taken over.
         steps: Number of inner steps in training.
 
     Raises:
@@ -36,8 +36,8 @@ class PerStepBatchNorm(nn.Module):
         torch.Size([6, 4])
 
     Source:
-        Our reading of Antoniou, Edwards and Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502: the statistics are
-        those of the parameters that the batches, support and query, ran with.
+        Our interpretation of Antoniou, Edwards and Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502: the statistics
+        are those of the parameters that the batches, support and query, ran with.
     """
 
     running_mean: Tensor
@@ -58,12 +58,12 @@ class PerStepBatchNorm(nn.Module):
         self.register_buffer("running_var", var.repeat(steps + 1, 1))
         self.register_buffer("num_batches_tracked", torch.zeros(steps + 1, dtype=torch.long, device=mean.device))
         self.train(norm.training)
-        self.row = 0  # inner steps behind the parameters that run
-        self.report: Callable[[Tensor, Tensor], None] | None = None  # takes means and variances, for an inner loop
+        self.row = 0  # number of inner steps taken by the current parameters
+        self.report: Callable[[Tensor, Tensor], None] | None = None  # collects means and variances for an inner loop
 
     @property
     def steps(self) -> int:
-        """Number of inner steps that have statistics of their own."""
+        """Number of inner steps with separate statistics."""
         return len(self.running_mean) - 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class PerStepBatchNorm(nn.Module):
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"`x` must have shape (samples, {self.num_features}, ...), got {tuple(x.shape)}")
         wide = x if x.dtype == torch.float64 else x.float()
-        if self.training:  # by elementary operations: under `vmap(grad(...))` those of torch lack second derivatives
+        if self.training:  # elementary operations: under `vmap(grad(...))` torch's norms lack second derivatives
             dims = [0, *range(2, x.ndim)]
             mean = wide.mean(dims)
             centred = wide - self._by_channel(mean, x)
@@ -123,12 +123,12 @@ class PerStepBatchNorm(nn.Module):
 
 
 def use_per_step_statistics(model: Model, steps: int) -> Model:
-    """Give batch norms running statistics of their own for every inner step, to be used in evaluation.
+    """Give batch norms separate running statistics for every inner step, for use in evaluation.
 
-    A task is then evaluated by what training saw: its query samples are not normalised by each other, as they are with
-    `use_batch_statistics`. In training the batch at hand counts, and every call of an `InnerLoop` in training mode
-    moves the running statistics towards the mean over tasks of what its batches showed, over those of all ranks in
-    distributed training. With them in one process or many, vectorised, looped or chunked, they are the same.
+    In evaluation the statistics then come from training: query samples are not normalised by each other, unlike with
+    `use_batch_statistics`. In training the statistics of the current batch are used, and every call of an `InnerLoop`
+    in training mode moves the running statistics towards their mean over the tasks of all ranks. They do not depend on
+    the number of processes, nor on whether tasks are vectorised, looped or chunked.
 
     Args:
         model: The model, changed in place: its batch norms are replaced, under the same names, and keep their
@@ -159,32 +159,32 @@ def use_per_step_statistics(model: Model, steps: int) -> Model:
     if not found:
         raise ValueError(f"`model` must have batch norms, got a {type(model).__name__} without")
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # a norm may stand under two names
+        for name, child in parent._modules.items():  # a norm may have two names
             if child in found:
                 setattr(parent, name, found[child])
     return found.get(model, model)  # type: ignore[return-value]  # a norm alone is replaced as a whole
 
 
 class Statistics:
-    """Statistics that the per-step norms of a model see in an inner loop, carried out of ``vmap`` and ``grad``.
+    """Statistics of a model's per-step norms in an inner loop, passed out of ``vmap`` and ``grad``.
 
     Args:
         model: The model.
-        collect: Whether to collect; else the norms are only told the step.
+        collect: Whether to collect statistics; otherwise only the step is set.
     """
 
     def __init__(self, model: nn.Module, *, collect: bool) -> None:
         self.norms = [module for module in model.modules() if isinstance(module, PerStepBatchNorm)]
         self.collect = collect and any(norm.training for norm in self.norms)
-        self._places: list[tuple[PerStepBatchNorm, int]] = []  # of every pair of tensors that a task hands out
+        self._places: list[tuple[PerStepBatchNorm, int]] = []  # of every pair of tensors that a task returns
 
     def begin_task(self) -> None:
-        """Forget the places of the task before, which are the same for all."""
+        """Reset the positions recorded for the previous task; they are the same for all tasks."""
         self._places.clear()
 
     @contextmanager
     def of_step(self, row: int) -> Iterator[list[Tensor]]:
-        """Tell the norms the step, and give what they see in this context, means and variances in turn."""
+        """Set the step of the norms, and yield their statistics in this context, means and variances alternating."""
         seen: list[Tensor] = []
 
         def reporter(norm: PerStepBatchNorm) -> Callable[[Tensor, Tensor], None]:
@@ -207,10 +207,10 @@ class Statistics:
                 norm.row, norm.report = 0, None
 
     def update(self, seen: Sequence[Tensor]) -> None:
-        """Update the norms by what all tasks handed out; a collective call if there are several ranks.
+        """Update the norms with the statistics of all tasks; a collective call with several ranks.
 
         Args:
-            seen: Means and variances in turn, with a first dimension for the tasks.
+            seen: Means and variances alternating, with a first dimension for the tasks.
         """
         if not self.collect or not seen:
             return

@@ -1,8 +1,8 @@
 """Metrics of representations and of few-shot tasks, exact over batches and ranks.
 
-Of those of representations all but `Alignment` and `Uniformity` are functions of summed Gram matrices (by class or view
-where they take labels or views): cheap to update, exact however the rows are split, and independent of how many rows
-there are.
+All representation metrics but `Alignment` and `Uniformity` are functions of summed Gram matrices (per class or view if
+they take labels or views): cheap to update, exact however the rows are split, and with memory independent of the number
+of rows.
 """
 
 from lightning_plugins.metrics._probe.result import ProbeResult

@@ -1,4 +1,4 @@
-"""Checks of the matrices that metrics are updated with."""
+"""Checks of the matrices passed to metrics."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def check_embeddings(name: str, embeddings: Tensor, num_features: int | None = N
     Args:
         name: The argument's name, for the message.
         embeddings: The argument's value; no row at all is allowed.
-        num_features: The wanted number of columns; None takes any.
+        num_features: The required number of columns; None for any.
 
     Returns:
         ``embeddings``, unchanged.
@@ -33,14 +33,14 @@ def check_embeddings(name: str, embeddings: Tensor, num_features: int | None = N
 
 
 def valid_rows(name: str, embeddings: Tensor, num_features: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rows of embeddings, zero where a mask says that there is none, and how many there are.
+    """The rows of embeddings, zero where masked out, and their number.
 
-    Nothing is read back from the device.
+    Does not synchronise the device.
 
     Args:
         name: The argument's name, for the message.
         embeddings: Floating tensor of shape ``(N, num_features)``, or with a mask ``(..., num_features)``.
-        num_features: The wanted number of columns; None takes any.
+        num_features: The required number of columns; None for any.
         mask: None, or a bool or integer tensor of the shape of ``embeddings`` without its last dimension, true where a
             row counts.
 
@@ -60,10 +60,10 @@ def valid_rows(name: str, embeddings: Tensor, num_features: int | None, mask: Te
 
 
 def check_mask(name: str, embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Return a mask as one bool for each row of ``embeddings``.
+    """Return a mask as one bool per row of ``embeddings``.
 
     Raises:
-        TypeError: If one of them is no tensor, or the mask neither bool nor integer.
+        TypeError: If one of them is not a tensor, or the mask neither bool nor integer.
         ValueError: If the mask does not have the shape of the rows.
     """
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():

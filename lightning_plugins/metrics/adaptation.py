@@ -1,4 +1,4 @@
-"""Metrics of the query samples of tasks after every inner step."""
+"""Metrics on the query samples of tasks after every inner step."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ from lightning_plugins.metrics._tasks import MeanWithInterval, mean_with_interva
 
 
 class AdaptationCurve(SumMetric):
-    """Mean over tasks, with its 95 % interval, of a number that every task has after every inner step.
+    """Mean over tasks, with its 95 % interval, of a value per task and inner step.
 
-    Such as the losses that `lightning_plugins.meta.InnerLoop.curve` gives, or accuracies made of its outputs. Exact
-    over batches and ranks. `lightning_plugins.plots.adaptation_figure` draws it.
+    Values are, for example, the losses of `lightning_plugins.meta.InnerLoop.curve`, or accuracies of its outputs. Exact
+    over batches and ranks. `lightning_plugins.plots.adaptation_figure` plots it.
 
     Args:
-        steps: Number of inner steps; there is one number more, before the first.
+        steps: Number of inner steps; there is one more value, before the first.
 
     Raises:
         TypeError: If ``steps`` is not an int.

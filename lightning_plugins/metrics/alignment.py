@@ -12,7 +12,7 @@ from lightning_plugins.metrics._sums import SumMetric
 class Alignment(SumMetric):
     """Mean squared distance between the unit embeddings of two views of the same samples, in ``[0, 4]``.
 
-    Lower is closer; it equals ``2 - 2 * mean(cosine)``. Exact over batches and ranks: sums and counts are kept.
+    Lower is closer; it equals ``2 - 2 * mean(cosine)``. Exact over batches and ranks: sums and counts are stored.
 
     Example:
         >>> import torch

@@ -12,11 +12,11 @@ _FIRST, _LAST = 11, 50
 
 
 class AlphaReQ(GramMetric):
-    """Exponent ``alpha`` of the power law ``j ** -alpha`` that the eigenvalues of the covariance follow.
+    """Exponent ``alpha`` of a power law ``j ** -alpha`` fitted to the eigenvalues of the covariance.
 
     It is minus the slope of a least-squares line through ``(log(j), log(eigenvalue[j]))``, ``j`` counted from 1 at the
-    largest one. Around 1 the spectrum is that of representations which generalise well in the paper; a large value
-    says that few directions hold nearly all the variance, and the value grows without bound as they collapse.
+    largest one. In the paper, representations that generalise well have values around 1; a large value means that few
+    directions hold nearly all the variance, and the value diverges at collapse.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.
@@ -24,7 +24,7 @@ class AlphaReQ(GramMetric):
         last: The last ``j`` of the fit; by default 50, or ``d`` if that is less.
 
     Raises:
-        ValueError: If a number is less than 1, or ``last`` is not behind ``first`` or above ``num_features``.
+        ValueError: If a number is less than 1, or ``last`` is not above ``first`` or exceeds ``num_features``.
         TypeError: If a number is not an int.
 
     Example:
@@ -35,8 +35,8 @@ class AlphaReQ(GramMetric):
         1.0
 
     Source:
-        Agrawal et al., NeurIPS 2022, https://arxiv.org/abs/2202.05808. The range of the fit is our reading; eigenvalues
-        that are rounding errors are left out of it.
+        Agrawal et al., NeurIPS 2022, https://arxiv.org/abs/2202.05808. The range of the fit is our interpretation;
+        eigenvalues within rounding error are excluded.
     """
 
     higher_is_better = None
@@ -51,7 +51,7 @@ class AlphaReQ(GramMetric):
         self.last = check_positive_int("last", min(num_features, _LAST) if last is None else last)
         if num_features > 1 and not self.first < self.last <= num_features:
             raise ValueError(
-                f"`last` must be behind `first`={self.first} and at most `num_features`={num_features}, got {self.last}"
+                f"`last` must be after `first`={self.first} and at most `num_features`={num_features}, got {self.last}"
             )
         self.add_state("total", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -90,12 +90,12 @@ class AlphaReQ(GramMetric):
 
 
 def power_law_exponent(eigenvalues: Tensor, first: int, last: int) -> Tensor:
-    """Minus the slope of the line through the logarithms of ranks and of positive eigenvalues.
+    """Minus the slope of a line fitted to the logarithms of indices and positive eigenvalues.
 
     Args:
         eigenvalues: Shape ``(d,)``, largest first, exactly zero where they are rounding errors.
-        first: The first one of the fit, counted from 1.
-        last: The last one.
+        first: The first index of the fit, counted from 1.
+        last: The last index.
 
     Returns:
         Scalar; NaN with fewer than two positive eigenvalues in the range.
@@ -105,7 +105,7 @@ def power_law_exponent(eigenvalues: Tensor, first: int, last: int) -> Tensor:
         2.0
     """
     values = eigenvalues[first - 1 : last]
-    kept = values > 0  # weights instead of a selection: nothing waits for the device
+    kept = values > 0  # weights instead of indexing, to avoid synchronisation
     x = torch.arange(first, first + len(values), device=values.device, dtype=values.dtype).log()
     y = values.masked_fill(~kept, 1).log()
     number = kept.sum()

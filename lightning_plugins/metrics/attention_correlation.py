@@ -18,7 +18,7 @@ class AttentionCorrelation(NamedTuple):
     Attributes:
         mean: Shape ``(layers, heads)``; NaN where no text had a correlation.
         standard_error: Of the mean over texts, same shape; NaN for fewer than two texts.
-        texts: Number of texts that count, same shape.
+        texts: Number of texts with a correlation, same shape.
     """
 
     mean: Tensor
@@ -27,10 +27,10 @@ class AttentionCorrelation(NamedTuple):
 
 
 class CLSAttentionCorrelation(SumMetric):
-    """Does the CLS token attend to tokens that have much of a property, such as a high IDF?
+    """Correlation of the CLS token's attention with a property of tokens, such as IDF.
 
-    The Spearman correlation of a head's attention with the property is taken within each text and averaged over texts:
-    sums, exact over batches and processes. See `lightning_plugins.plots.attention_heat_map_figure`.
+    The Spearman correlation of a head's attention with the property is computed within each text and averaged over
+    texts, exact over batches and processes. See `lightning_plugins.plots.attention_heat_map_figure`.
 
     Args:
         num_layers: Number of layers.

@@ -1,4 +1,4 @@
-"""Base of metrics of labelled embeddings: sums by class, and the scatter within and between classes."""
+"""Base class of metrics of labelled embeddings: sums per class, and the scatter within and between classes."""
 
 from typing import NamedTuple
 
@@ -17,9 +17,9 @@ class Scatter(NamedTuple):
 
     Attributes:
         within: Mean over the rows of the squared deviation from their class' mean, shape ``(d, d)``.
-        between: Mean over the classes that have rows of the squared deviation of their means from the mean of these.
-        classes: How many classes have rows.
-        rounding: Up to where eigenvalues of both are rounding errors of the sums.
+        between: Mean over the classes with rows of the squared deviation of their means from the mean of these.
+        classes: Number of classes with rows.
+        rounding: Threshold below which eigenvalues of both are rounding errors of the sums.
     """
 
     within: Tensor
@@ -29,7 +29,7 @@ class Scatter(NamedTuple):
 
 
 class ClassMetric(SumMetric):
-    """Base of metrics of labelled embeddings, exact over batches and processes: sums by class and one Gram matrix.
+    """Base class of metrics of labelled embeddings, exact over batches and processes: sums per class and a Gram matrix.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.
@@ -58,11 +58,11 @@ class ClassMetric(SumMetric):
         """Add the rows of one batch.
 
         Args:
-            embeddings: Floating tensor of shape ``(N, num_features)``; half precision is cast up, no gradient flows.
+            embeddings: Floating tensor of shape ``(N, num_features)``; half precision is upcast, without gradients.
             labels: Integer tensor of shape ``(N,)`` with numbers below ``num_classes``.
 
         Raises:
-            TypeError: If ``embeddings`` is not a floating tensor or ``labels`` no integer one.
+            TypeError: If ``embeddings`` is not a floating tensor or ``labels`` not an integer one.
             ValueError: If one has another shape.
         """
         rows = check_embeddings("embeddings", embeddings, self.num_features).detach().to(self.gram.dtype)
@@ -74,10 +74,10 @@ class ClassMetric(SumMetric):
         self.counts = self.counts + torch.bincount(labels, minlength=self.num_classes)
 
     def scatter(self) -> Scatter:
-        """The scatter of the rows seen by this process; inside ``compute`` of all of them.
+        """The scatter of the rows seen by this process; within ``compute`` that of all processes.
 
         Returns:
-            Covariances in the dtype of the sums; NaN where a row was not finite or there was none.
+            Covariances in the dtype of the sums; NaN if a row was not finite or there was none.
         """
         counts = self.counts.to(self.gram.dtype)
         present = (counts > 0).to(counts.dtype)
@@ -91,16 +91,16 @@ class ClassMetric(SumMetric):
 
 
 def check_labels(labels: Tensor, rows: int, num_classes: int) -> None:
-    """Refuse labels that are not one integer per row.
+    """Raise an error unless labels are one integer per row.
 
     Args:
         labels: The argument.
-        rows: How many are wanted.
-        num_classes: How many classes there are; looked at on a CPU only, elsewhere a wrong label stops the kernel.
+        rows: The required number.
+        num_classes: Number of classes; checked only on a CPU, elsewhere an invalid label makes the kernel fail.
 
     Raises:
-        TypeError: If it is no integer tensor.
-        ValueError: If it has another shape, or is no class.
+        TypeError: If it is not an integer tensor.
+        ValueError: If it has another shape, or a label is not a class.
     """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         kind = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
@@ -113,11 +113,11 @@ def check_labels(labels: Tensor, rows: int, num_classes: int) -> None:
 
 
 def spectrum_of(covariance: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
-    """Eigenvalues of a covariance, largest first, rounding errors set to zero; NaN where it is not finite.
+    """Eigenvalues of a covariance, largest first, rounding errors set to zero; NaN if it is not finite.
 
     Args:
         covariance: Symmetric positive semidefinite tensor ``(d, d)``.
-        rounding: Eigenvalues up to here are rounding errors, too.
+        rounding: Additional threshold for rounding errors.
 
     Returns:
         Tensor of shape ``(d,)``.
@@ -129,10 +129,10 @@ def spectrum_of(covariance: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
 
 
 def effective_number(values: Tensor) -> Tensor:
-    """``exp`` of the entropy of values divided by their sum; 1 if all are zero.
+    """``exp`` of the entropy of values normalised to sum 1; 1 if all are zero.
 
     Args:
-        values: Tensor ``(d,)``, not negative.
+        values: Non-negative tensor ``(d,)``.
 
     Returns:
         Scalar in ``[1, d]``.

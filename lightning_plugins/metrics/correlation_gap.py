@@ -1,4 +1,4 @@
-"""Part of the embeddings' entropy that is lost to correlations between features."""
+"""Entropy of the embeddings lost to correlations between features."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class CorrelationGap(GramMetric):
     Example:
         >>> import torch
         >>> metric = CorrelationGap(num_features=2)
-        >>> metric(torch.tensor([[1.0, 1.0], [2.0, 2.0]]))  # two features that say the same: log(2)
+        >>> metric(torch.tensor([[1.0, 1.0], [2.0, 2.0]]))  # two identical features: log(2)
         tensor(0.6931, dtype=torch.float64)
 
     Source:
@@ -36,7 +36,7 @@ class CorrelationGap(GramMetric):
 
     @staticmethod
     def from_statistics(statistics: GramStatistics) -> Tensor:
-        """Entropy of the diagonal less entropy of the eigenvalues; rounding cannot make it negative."""
+        """Entropy of the diagonal minus entropy of the eigenvalues, clamped at zero."""
         diagonal = statistics.autocorrelation.diagonal()
         bound: Tensor = torch.special.entr(diagonal).sum()
         return (bound - VonNeumannEntropy.from_statistics(statistics)).clamp_min(0.0)

@@ -7,10 +7,10 @@ from lightning_plugins.metrics.von_neumann_entropy import VonNeumannEntropy
 
 
 class EffectiveRank(GramMetric):
-    """``exp`` of the von Neumann entropy: how many directions the embeddings use as if equally.
+    """``exp`` of the von Neumann entropy: the effective number of directions used by the embeddings.
 
-    The entropy is that of the *eigenvalues* of the autocorrelation matrix of unit rows; `RankMe` takes the singular
-    values of the raw rows. In ``[1, min(N, d)]`` if no row is all-zero, and then never above the rank.
+    The entropy is that of the *eigenvalues* of the autocorrelation matrix of unit rows; `RankMe` uses the singular
+    values of the raw rows. In ``[1, min(N, d)]`` and at most the rank, if no row is all-zero.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.

@@ -7,9 +7,9 @@ from lightning_plugins.metrics.gram import GramMetric, GramStatistics
 
 
 class FeatureStableRank(GramMetric):
-    """Sum of the squared singular values of the embeddings over the largest square, rows as they come.
+    """Sum of the squared singular values of the unnormalised embeddings over the largest square.
 
-    It is at most the rank, and falls to 1 as one direction, such as a common mean, outgrows all others. In
+    It is at most the rank, and falls to 1 as one direction, such as a common mean, dominates all others. In
     ``[1, min(N, d)]``; 1 if all rows are zero.
 
     Args:

@@ -44,9 +44,9 @@ class _PerTask(SumMetric):
 
 
 class FewShotAccuracy(_PerTask):
-    """Mean over tasks of the fraction of query samples that are classified rightly, in ``[0, 1]``.
+    """Mean over tasks of the fraction of correctly classified query samples, in ``[0, 1]``.
 
-    Exact over batches and ranks, also of unequal numbers of tasks: sums and counts are kept. Log it beside
+    Exact over batches and ranks, even with unequal numbers of tasks: sums and counts are stored. Log it together with
     `FewShotAccuracyInterval`, with which it shares its sums in a ``MetricCollection``.
 
     Example:
@@ -71,7 +71,7 @@ class FewShotAccuracyInterval(_PerTask):
     """Half-width of the 95 % interval of `FewShotAccuracy` over tasks.
 
     With ``n`` tasks it is ``1.96 * s / sqrt(n)``, ``s`` the sample standard deviation (with ``n - 1``) of the tasks'
-    accuracies. Published tables take 600 tasks. Exact over batches and ranks.
+    accuracies. Published tables use 600 tasks. Exact over batches and ranks.
 
     Example:
         >>> metric = FewShotAccuracyInterval()

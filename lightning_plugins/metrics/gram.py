@@ -1,4 +1,4 @@
-"""Base of the spectral metrics: a Gram matrix summed over batches and processes, and its spectrum."""
+"""Base class of spectral metrics: a Gram matrix summed over batches and processes, and its spectrum."""
 
 from abc import abstractmethod
 from functools import cached_property
@@ -13,10 +13,10 @@ from lightning_plugins.metrics._sums import SumMetric
 
 
 class GramStatistics:
-    """A summed Gram matrix and what several metrics want to know of it, each worked out once.
+    """A summed Gram matrix and derived quantities shared by several metrics, each computed once.
 
-    Nothing here asks the device whether there are rows, or whether all are finite: the spectrum of a matrix that is
-    not usable is taken to be zero, and `or_nan` marks what was computed from it.
+    Nothing here synchronises the device to check for rows or finite values: the spectrum of an unusable matrix is set
+    to zero, and `or_nan` marks results computed from it.
 
     Args:
         gram: ``H.T @ H`` summed over all rows, of shape ``(d, d)``.
@@ -36,20 +36,20 @@ class GramStatistics:
         return torch.where(values > rounding, values, 0.0)
 
     def or_nan(self, value: Tensor) -> Tensor:
-        """``value``, or NaN if there was no row, or one that was not finite."""
+        """``value``, or NaN if there was no row or a non-finite one."""
         return torch.where(self._usable, value, torch.nan)
 
 
 class GramMetric(SumMetric):
-    """Base of the metrics that are functions of the Gram matrix of all embeddings seen.
+    """Base class of metrics that are functions of the Gram matrix of all embeddings seen.
 
     The state is the ``(d, d)`` sum of the batches' Gram matrices and the number of rows, so the result does not depend
     on how the rows were split into batches or over ranks; ranks may hold different numbers of rows, or none. Sums and
     spectra are in float64 (float32 on devices without it), whatever the dtype of the embeddings.
 
     Args:
-        num_features: Number of columns ``d`` of the embeddings; known from the start so that a rank without rows
-            takes part in the sum over ranks.
+        num_features: Number of columns ``d`` of the embeddings; needed in advance so that a rank without rows can take
+            part in the sum over ranks.
 
     Raises:
         ValueError: If ``num_features`` is less than 1.
@@ -63,7 +63,7 @@ class GramMetric(SumMetric):
         super().__init__()
         self.num_features = check_positive_int("num_features", num_features)
         check_room("num_features", num_features**2)
-        # A collection lets metrics with equal states of equal names share them: other sums need another name.
+        # A collection shares states of equal names between metrics: other sums need another name.
         self._sums = "gram" if self.unit_rows else "raw_gram"
         self.add_state(self._sums, torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -79,7 +79,7 @@ class GramMetric(SumMetric):
 
         Args:
             embeddings: Floating tensor of shape ``(N, num_features)``, or with a mask also ``(N, L, num_features)``;
-                half precision is cast up, no gradient flows.
+                half precision is upcast, without gradients.
             mask: Bool or integer tensor of the shape of ``embeddings`` without its last dimension, true where a row
                 counts; None for all.
 
@@ -91,7 +91,7 @@ class GramMetric(SumMetric):
         rows = rows.to(self.summed.dtype)
         if self.unit_rows:
             rows = normalize_rows(rows)
-        with full_precision(rows):  # float32 sums, where there is no float64, are not for autocast
+        with full_precision(rows):  # float32 sums, on devices without float64, must not be autocast
             # not in place: the old sum may be an inference tensor
             setattr(self, self._sums, torch.addmm(self.summed, rows.T, rows))
         self.count = self.count + count
@@ -106,10 +106,10 @@ class GramMetric(SumMetric):
         return statistics.or_nan(self.from_statistics(statistics))
 
     def statistics(self) -> GramStatistics:
-        """The sums over all ranks, for several metrics to share; every rank has to ask.
+        """The sums over all ranks, for several metrics to share; a collective call.
 
         Returns:
-            The summed statistics; this metric goes on from the sums of its own rank.
+            The summed statistics; this metric keeps the sums of its own rank.
         """
         with self.sync_context():
             return GramStatistics(self.summed, self.count)
@@ -117,4 +117,4 @@ class GramMetric(SumMetric):
     @staticmethod
     @abstractmethod
     def from_statistics(statistics: GramStatistics) -> Tensor:
-        """The metric's value from the summed Gram matrix; subclasses say how."""
+        """The metric's value from the summed Gram matrix; implemented by subclasses."""

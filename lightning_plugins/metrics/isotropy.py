@@ -11,8 +11,8 @@ class Isotropy(GramMetric):
 
     ``tr(C @ C)`` is the frame potential, the mean squared cosine over all pairs of rows. The value is 1 for
     ``C = I / d`` and ``1 / d`` if all rows are parallel; ``log(d * isotropy)`` is the Rényi entropy of order 2, and
-    ``d * isotropy`` the participation ratio of the eigenvalues. No eigenvalues are computed. All-zero rows are left
-    out; if there are no others the value is ``1 / d``.
+    ``d * isotropy`` the participation ratio of the eigenvalues. No eigenvalues are computed. All-zero rows are ignored;
+    if there are no others the value is ``1 / d``.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.
@@ -29,7 +29,7 @@ class Isotropy(GramMetric):
 
     Source:
         Frame potential: Benedetto and Fickus, Advances in Computational Mathematics, 2003. Its use as an isotropy in
-        ``[1/d, 1]`` is our reading; other isotropy measures in use rest on the partition function.
+        ``[1/d, 1]`` is our interpretation; other common isotropy measures are based on the partition function.
     """
 
     higher_is_better = None
@@ -38,7 +38,7 @@ class Isotropy(GramMetric):
 
     @staticmethod
     def from_statistics(statistics: GramStatistics) -> Tensor:
-        """Squared trace over ``d`` times the trace of the square; the trace is 1 but for all-zero rows."""
+        """Squared trace over ``d`` times the trace of the square; the trace is 1 except for all-zero rows."""
         matrix = statistics.autocorrelation
         trace, potential = matrix.trace(), matrix.square().sum()
         tiny = torch.finfo(matrix.dtype).tiny

@@ -1,4 +1,4 @@
-"""LiDAR of all embeddings seen: the rank of what tells samples apart despite the differences of their views."""
+"""LiDAR of all embeddings seen: rank of the directions that separate samples relative to the spread of views."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ class LiDAR(SumMetric):
     """Effective rank of ``W^-1/2 @ B @ W^-1/2``, from several views of each sample.
 
     ``B`` is the covariance of the samples' means over their views, ``W`` the covariance of views around these plus
-    ``delta`` times the identity. The rank is ``exp`` of the entropy of the eigenvalues divided by their sum, in
-    ``[1, d]``. Unlike `RankMe` it does not count directions in which views of one sample differ as much as samples do.
+    ``delta`` times the identity. The rank is ``exp`` of the entropy of the normalised eigenvalues, in ``[1, d]``.
+    Unlike `RankMe` it does not count directions in which views of one sample differ as much as different samples.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.
-        delta: What is added to ``W``, above 0.
+        delta: Added to ``W``, above 0.
 
     Raises:
         ValueError: If ``num_features`` is less than 1 or ``delta`` not above 0.
@@ -97,12 +97,12 @@ class LiDAR(SumMetric):
 
 
 class LabelledLiDAR(ClassMetric):
-    """`LiDAR` with the rows of one class in the place of the views of one sample.
+    """`LiDAR` with the rows of a class in place of the views of a sample.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.
         num_classes: Number of classes; labels are ``0 ... num_classes - 1``.
-        delta: What is added to the covariance within classes, above 0.
+        delta: Added to the covariance within classes, above 0.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -115,7 +115,8 @@ class LabelledLiDAR(ClassMetric):
         2.0
 
     Source:
-        Thilak et al., ICLR 2024, https://arxiv.org/abs/2312.04000; labels in place of samples are our reading.
+        Thilak et al., ICLR 2024, https://arxiv.org/abs/2312.04000; using labels in place of samples is our
+        interpretation.
     """
 
     higher_is_better = True
@@ -136,12 +137,12 @@ class LabelledLiDAR(ClassMetric):
 
 
 def lidar(within: Tensor, between: Tensor, delta: float) -> Tensor:
-    """The effective rank of the between-covariance seen in units of the within-covariance.
+    """The effective rank of the between-covariance whitened by the within-covariance.
 
     Args:
         within: Covariance ``(d, d)``.
         between: Covariance ``(d, d)``.
-        delta: What is added to the diagonal of ``within``.
+        delta: Added to the diagonal of ``within``.
 
     Returns:
         Scalar; NaN where a covariance is not finite.

@@ -1,4 +1,4 @@
-"""Scores of a linear map from features to targets on held-out groups, exactly and in one pass."""
+"""Scores of a linear map from features to targets on held-out groups, exact and in one pass."""
 
 from collections.abc import Sequence
 
@@ -16,27 +16,27 @@ from lightning_plugins.metrics._probe.result import ProbeResult
 from lightning_plugins.metrics._probe.settings import Classifier, ProbeSettings, Task, Weight, check_penalties
 from lightning_plugins.metrics._sums import SumMetric
 
-_PENDING = 8192  # rows that wait, at least, before tables are compacted
+_PENDING = 8192  # minimum number of pending rows before tables are compacted
 
 
 class LinearProbe(SumMetric):
-    """Predict targets from features by ridge regression on groups that were held out, from sums alone.
+    """Predict targets from features by ridge regression on held-out groups, from accumulated sums alone.
 
-    Groups (word types, patients, images) are hashed to folds and never split. Each batch adds to float64 sums of
-    products by fold, shifted by the first batch's mean; the sums are those of any order of the batches and any split
-    over processes. From them follow, exactly, the ridge regressions without each fold, for all penalties, and their
-    errors on it. The penalty of a fold is chosen by folds among the others. There is no learning rate.
+    Groups (word types, patients, images) are hashed to folds and never split. Each batch is added to float64 sums of
+    products per fold, shifted by the first batch's mean; the sums do not depend on the order of batches or the split
+    over processes. They determine exactly the ridge regressions without each fold, for all penalties, and their errors
+    on it. The penalty for a fold is chosen by cross-validation on the other folds. There is no learning rate.
 
-    Controls are targets that are one random number (for classification: one random class) per group, the same for all
-    its rows. They are further columns of the same sums. What a probe reaches for them it has memorised.
+    Controls are random targets, one number (for classification: one class) per group, the same for all its rows. They
+    are additional columns of the same sums. A probe's score on them is due to memorisation.
 
-    With ``weight="token"`` every row counts alike. With ``weight="group"`` a group is one row, the mean of its rows;
-    then one row per group is kept instead of the sums. For words these differ much: token weighting asks for the
-    target of frequent words.
+    With ``weight="token"`` every row has equal weight. With ``weight="group"`` each group counts as one row, the mean
+    of its rows; then one row per group is stored instead of the sums. For words these differ a lot: token weighting
+    mostly measures frequent words.
 
-    Accuracies of a classification cannot be read from sums. They are measured on held-out rows that are kept, at most
-    ``reservoir`` of them, a random sample that does not depend on order or processes; what is fitted are the sums of
-    all rows (``"ridge"`` and ``"lda"``), or the kept rows (``"softmax"``).
+    Classification accuracies cannot be computed from sums. They are measured on stored held-out rows, at most
+    ``reservoir`` of them, a random sample that does not depend on order or processes; the classifier is fitted to the
+    sums of all rows (``"ridge"`` and ``"lda"``), or to the stored rows (``"softmax"``).
 
     Args:
         num_features: Number of columns ``d`` of the features.
@@ -45,11 +45,11 @@ class LinearProbe(SumMetric):
         weight: ``"token"`` or ``"group"``.
         folds: Number of folds, at least 3. The sums take ``8 * (folds + 1) * (1 + d + k)**2`` bytes.
         controls: Number of random targets.
-        lambdas: Penalties to choose from, as scikit-learn's ``alpha`` on standardised features; None takes 17 from 0.01
-            to 10^6.
+        lambdas: Penalties to choose from, like scikit-learn's ``alpha`` on standardised features; by default 17 from
+            0.01 to 10^6.
         classifier: ``"ridge"``, ``"lda"`` or ``"softmax"``.
-        reservoir: How many rows are kept at most to measure accuracies.
-        seed: Of folds, controls and the sample of rows.
+        reservoir: Maximum number of rows stored for measuring accuracies.
+        seed: Seed of folds, controls and the sample of rows.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -65,7 +65,7 @@ class LinearProbe(SumMetric):
     Source:
         Alain and Bengio, https://arxiv.org/abs/1610.01644 (linear probes); Hewitt and Liang, EMNLP 2019 (control
         tasks); You et al., ICML 2021 (LogME); Voita and Titov, EMNLP 2020 (description length), of which blocks of
-        equal size and Gaussian codes are our reading. That all of it follows from sums is our own algebra.
+        equal size and Gaussian codes are our interpretation. Deriving everything from sums is ours.
     """
 
     higher_is_better = None
@@ -99,12 +99,12 @@ class LinearProbe(SumMetric):
             reservoir,
             seed,
         )
-        self.set_dtype(torch.float64)  # of what a process without rows sends
+        self.set_dtype(torch.float64)  # of the tensor sent by a process without rows
         columns = 0 if weight == "group" else self.settings.columns
         self.add_state("moments", empty_moments(folds, columns), dist_reduce_fx=merge_moments)
-        # flat: a process without any sends an empty tensor of one dimension, whatever the others have
+        # flat: a process without rows sends an empty 1-D tensor, whatever the others have
         self.add_state("kept", [], dist_reduce_fx="cat")
-        self.pending = 0  # rows since what is kept was last compacted
+        self.pending = 0  # rows since the last compaction
 
     def update(self, features: Tensor, targets: Tensor, groups: Tensor | None = None) -> None:
         """Add the rows of one batch.
@@ -112,7 +112,7 @@ class LinearProbe(SumMetric):
         Args:
             features: Floating tensor of shape ``(N, num_features)``; no gradient flows.
             targets: Numbers of shape ``(N,)`` or ``(N, num_targets)``; for classification classes of shape ``(N,)``.
-            groups: Integers of shape ``(N,)``; None takes every row for a group of its own, equal rows for one group.
+            groups: Integers of shape ``(N,)``; by default every row is a separate group, equal rows one group.
 
         Raises:
             TypeError: If an argument is of the wrong type.
@@ -140,10 +140,10 @@ class LinearProbe(SumMetric):
             self._keep(key, torch.cat([fold_of_row[:, None].double(), table], dim=1))
 
     def compute(self) -> ProbeResult:
-        """Fit and judge the probe on the rows of all batches and processes.
+        """Fit and evaluate the probe on the rows of all batches and processes.
 
         Returns:
-            What was found.
+            The results.
 
         Raises:
             ValueError: If the rows allow no fit: too few groups, values that are not finite, a constant target, or more
@@ -163,12 +163,12 @@ class LinearProbe(SumMetric):
         return fit_probe(moments, sample, own)
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Discard all rows."""
         super().reset()
         self.pending = 0
 
     def load_rows(self, moments: Tensor, kept: Tensor, pending: int) -> None:
-        """Go on from the states of another probe of the same settings.
+        """Continue from the states of another probe with the same settings.
 
         Args:
             moments: Its ``moments``.
@@ -178,7 +178,7 @@ class LinearProbe(SumMetric):
         self.moments, self.kept, self.pending = moments, [kept], pending
 
     def _keep(self, keys: Tensor, rows: Tensor) -> None:
-        """Keep rows, and compact what is kept once that more than doubled it."""
+        """Store rows, and compact the stored rows once they have more than doubled."""
         blocks = [self.kept] if isinstance(self.kept, Tensor) else list(self.kept)  # a tensor after a synchronisation
         blocks.append(pack(keys, rows))
         self.pending += len(rows)

@@ -1,4 +1,4 @@
-"""A bound of the mutual information of two views' embeddings, with all rows of an epoch as candidates."""
+"""A bound on the mutual information of two views' embeddings, with all rows of an epoch as candidates."""
 
 import math
 from collections.abc import Callable
@@ -17,20 +17,20 @@ _UNITS = ("nats", "bits")
 
 
 class MutualInformation(Metric):
-    """Bound of the mutual information between two views' embeddings, from scores computed in blocks.
+    """Bound on the mutual information between two views' embeddings, from scores computed in blocks.
 
-    Rows are kept, gathered from all processes at the end, and put in an order that depends on their values alone: the
-    result does not depend on how they were split. Scores are never gathered, and computed in float32.
+    Rows are stored, gathered from all processes at the end, and ordered by their values: the result does not depend on
+    how they were split. Scores are computed in float32 and never gathered.
 
     Args:
         x_features: Number of columns of the first view's embeddings.
-        y_features: Number of columns of the second view's; None for as many.
+        y_features: Number of columns of the second view's; by default the same.
         critic: Maps rows of both views, shapes ``(n, x_features)`` and ``(m, y_features)``, to scores ``(n, m)``; for
-            example ``fit_critic(...).critic``, fitted on other rows. None takes inner products.
+            example ``fit_critic(...).critic``, fitted on other rows. None uses inner products.
         bound: ``"infonce"``, ``"nwj"``, ``"dv"`` or ``"smile"``; see `lightning_plugins.functional`.
-        num_candidates: K; None for all pairs. With fewer it is the mean over batches of K pairs.
-        max_pairs: A random sample of at most so many pairs is kept.
-        clip: Of ``"smile"``.
+        num_candidates: K; None for all pairs. With fewer the result is the mean over batches of K pairs.
+        max_pairs: Maximum number of pairs kept, a random sample.
+        clip: Clipping of ``"smile"``.
         units: ``"nats"`` or ``"bits"``.
 
     Raises:
@@ -39,7 +39,7 @@ class MutualInformation(Metric):
 
     Example:
         >>> metric = MutualInformation(8)
-        >>> metric.update(50 * torch.eye(8), torch.eye(8))  # eight pairs, all told apart
+        >>> metric.update(50 * torch.eye(8), torch.eye(8))  # eight pairs, all distinguished
         >>> {name: round(value.item(), 4) for name, value in metric.compute().items() if name != "self_normalization"}
         {'estimate': 2.0794, 'standard_error': 0.0, 'ceiling': 2.0794, 'num_candidates': 8.0}
     """
@@ -81,8 +81,8 @@ class MutualInformation(Metric):
         check_clip(clip)
         self.clip = float(clip)
         self.units = check_choice("units", units, _UNITS)
-        self.set_dtype(torch.float32)  # whatever the default was when each process built its metric
-        # flat: a process without rows sends an empty tensor of one dimension, whatever the others have
+        self.set_dtype(torch.float32)  # independent of the default dtype when each process created its metric
+        # flat: a process without rows sends an empty 1-D tensor, whatever the others have
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, x: Tensor, y: Tensor) -> None:
@@ -113,7 +113,7 @@ class MutualInformation(Metric):
         Returns:
             Scalars ``"estimate"``, ``"standard_error"``, ``"ceiling"`` (``ln K``), ``"num_candidates"`` (K) and
             ``"self_normalization"`` (0 for the logarithm of the density ratio); NaN for fewer than two pairs, or fewer
-            than there should be candidates.
+            pairs than candidates.
         """
         rows = self._sample(self._kept())
         unit = math.log(2) if self.units == "bits" else 1.0
@@ -145,7 +145,7 @@ class MutualInformation(Metric):
         return flat.view(-1, self.x_features + self.y_features)
 
     def _sample(self, rows: Tensor) -> Tensor:
-        """At most so many rows, those of the smallest hashes, in the order of these."""
+        """The rows with the smallest hashes, ordered by hash, up to a maximum number."""
         return rows[row_keys(*rows.split([self.x_features, self.y_features], dim=1)).argsort()[: self.max_pairs]]
 
 

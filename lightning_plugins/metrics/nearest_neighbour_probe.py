@@ -1,4 +1,4 @@
-"""Classify rows by their nearest neighbours of other groups, exactly over batches and processes."""
+"""Classify rows by their nearest neighbours from other groups, exact over batches and processes."""
 
 from typing import NamedTuple
 
@@ -12,15 +12,15 @@ from lightning_plugins.functional.spectrum import full_precision, normalize_rows
 from lightning_plugins.functional.tensors import check_real
 from lightning_plugins.metrics._embeddings import check_embeddings
 
-_CHUNK = 1024  # rows compared with all others at a time
+_CHUNK = 1024  # rows compared with all others in one block
 
 
 class NearestNeighbourResult(NamedTuple):
     """Results of classification by nearest neighbours.
 
     Attributes:
-        accuracy: Share of rows whose neighbours vote for their class.
-        standard_error: Binomial, of rows taken as independent.
+        accuracy: Fraction of rows whose neighbours vote for their class.
+        standard_error: Binomial, treating rows as independent.
         rows: Number of rows.
     """
 
@@ -30,17 +30,17 @@ class NearestNeighbourResult(NamedTuple):
 
 
 class NearestNeighbourProbe(Metric):
-    """Accuracy of a weighted vote of the ``k`` nearest neighbours by cosine, none of them of the row's own group.
+    """Accuracy of a weighted vote of the ``k`` nearest neighbours by cosine, excluding the row's own group.
 
-    Every row is classified by all others but those of its group: leave-one-group-out, without a choice of a split. A
-    neighbour votes with ``exp(cosine / temperature)``. All rows are kept: ``4 * N * (d + 3)`` bytes, gathered from all
+    Every row is classified by all rows outside its group (leave-one-group-out), so no split is needed. A neighbour
+    votes with ``exp(cosine / temperature)``. All rows are stored: ``4 * N * (d + 3)`` bytes, gathered from all
     processes at the end, and compared in blocks of 1024 rows.
 
     Args:
         num_features: Number of columns ``d`` of the features.
         num_classes: Number of classes.
         k: Number of neighbours.
-        temperature: Of the votes, positive.
+        temperature: Temperature of the votes, positive.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -73,7 +73,7 @@ class NearestNeighbourProbe(Metric):
         if check_finite_number("temperature", temperature) <= 0:
             raise ValueError(f"`temperature` must be positive, got {temperature!r}")
         self.temperature = temperature
-        self.set_dtype(torch.float32)  # of what a process without rows sends
+        self.set_dtype(torch.float32)  # of the tensor sent by a process without rows
         # flat rows [features, class, group], the group's 64 bits in two columns
         self.add_state("kept", [], dist_reduce_fx="cat")
 
@@ -83,7 +83,7 @@ class NearestNeighbourProbe(Metric):
         Args:
             features: Floating tensor of shape ``(N, num_features)``.
             targets: Classes, integers of shape ``(N,)``.
-            groups: Integers of shape ``(N,)``; None takes every row for a group of its own, equal rows for one group.
+            groups: Integers of shape ``(N,)``; by default every row is a separate group, equal rows one group.
 
         Raises:
             TypeError: If an argument is of the wrong type.
@@ -131,7 +131,7 @@ class NearestNeighbourProbe(Metric):
                 cosine = x[own] @ x.T
             cosine = cosine.masked_fill(groups[own, None] == groups, -torch.inf)
             near, place = cosine.topk(min(self.k, len(x)), dim=1)
-            weight = ((near - near[:, :1]) / self.temperature).exp()  # 0 for those of the own group
+            weight = ((near - near[:, :1]) / self.temperature).exp()  # 0 for rows of the same group
             counted = (weight[..., None] * votes[place]).sum(dim=1)
             correct = correct + (counted.argmax(dim=1) == classes[own]).sum()
         accuracy = correct / len(x)

@@ -1,4 +1,4 @@
-"""Neural collapse of labelled embeddings: what is within classes against what is between them, and their ranks."""
+"""Neural collapse of labelled embeddings: variability within and between classes, and its ranks."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ class NeuralCollapse(ClassMetric):
     """Variability within classes relative to that between them: ``trace(W @ pinv(B)) / K``, NC1.
 
     ``W`` is the covariance within the classes and ``B`` that of the ``K`` classes' means. It tends to zero as all rows
-    of a class become one.
+    of a class become equal.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.
@@ -45,7 +45,7 @@ class NeuralCollapse(ClassMetric):
         """
         within, between, classes, _ = self.scatter()
         usable = torch.isfinite(between).all() & torch.isfinite(within).all() & (classes > 1)
-        # The means of K classes span K - 1 directions: what lies outside is rounding error.
+        # The means of K classes span K - 1 directions: the rest is rounding error.
         inverse = torch.linalg.pinv(torch.where(usable, between, 0.0), rtol=1e-10, hermitian=True)
         return torch.where(usable, (within * inverse).sum() / classes, torch.nan)
 
@@ -53,8 +53,9 @@ class NeuralCollapse(ClassMetric):
 class ClassRank(ClassMetric):
     """Effective rank of the covariance within classes, or between their means.
 
-    ``exp`` of the entropy of the eigenvalues divided by their sum. Under neural collapse the one between tends to
-    ``num_classes - 1``, with what is within vanishing; a low one between says that classes share directions.
+    ``exp`` of the entropy of the normalised eigenvalues. Under neural collapse the rank between classes tends to
+    ``num_classes - 1`` while the variability within vanishes; a low rank between classes means that they share
+    directions.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.

@@ -7,9 +7,9 @@ from lightning_plugins.metrics.gram import GramMetric, GramStatistics
 
 
 class RankMe(GramMetric):
-    """``exp`` of the entropy of the L1-normalised *singular values* of the embeddings, rows as they come.
+    """``exp`` of the entropy of the L1-normalised *singular values* of the unnormalised embeddings.
 
-    The singular values are the roots of the eigenvalues of the summed Gram matrix, so those below about
+    The singular values are the square roots of the eigenvalues of the summed Gram matrix, so those below about
     ``1e-8 * sqrt(d)`` of the largest count as zero (``3e-4 * sqrt(d)`` on devices without float64). In
     ``[1, min(N, d)]``.
 
@@ -29,7 +29,7 @@ class RankMe(GramMetric):
     Source:
         Garrido et al., ICML 2023, https://arxiv.org/abs/2210.02885; Roy and Vetterli, EUSIPCO 2007. RankMe adds a small
         constant to the normalised singular values to keep the logarithm finite; here ``0 * log(0)`` is 0 instead, which
-        is our reading of its purpose and makes the value that of Roy and Vetterli.
+        is our interpretation of its purpose and gives the value of Roy and Vetterli.
     """
 
     higher_is_better = True

@@ -8,15 +8,15 @@ from lightning_plugins._checks import check_finite_number, check_positive_int
 from lightning_plugins.functional.spectrum import full_precision, normalize_rows
 from lightning_plugins.metrics._embeddings import check_embeddings, check_mask
 
-_CHUNK = 1024  # rows compared with all others at a time
+_CHUNK = 1024  # rows compared with all others in one block
 
 
 class Uniformity(Metric):
     """Logarithm of the mean of ``exp(-t * distance**2)`` over all pairs of unit embeddings; lower is more uniform.
 
-    The mean over pairs is no sum over batches, so this metric, unlike the spectral ones, keeps every row it has seen:
-    ``4 * N * d`` bytes on the device, gathered from all ranks at the end, and ``N**2 * d`` multiplications, done in
-    blocks of 1024 rows: 20 MB for a validation set of 10 000 rows and ``d = 512``. Of a million rows take a sample.
+    The mean over pairs is not a sum over batches, so this metric, unlike the spectral ones, stores every row:
+    ``4 * N * d`` bytes on the device, gathered from all ranks at the end, and ``N**2 * d`` multiplications in blocks of
+    1024 rows: 20 MB for a validation set of 10 000 rows and ``d = 512``. For a million rows use a sample.
 
     Args:
         num_features: Number of columns ``d`` of the embeddings.
@@ -49,8 +49,8 @@ class Uniformity(Metric):
         self.t = check_finite_number("t", t)
         if t <= 0:
             raise ValueError(f"`t` must be positive, got {t!r}")
-        self.set_dtype(torch.float32)  # whatever the default was when each rank built its metric
-        # rows are kept flat: a rank without any sends an empty tensor of one dimension, whatever the others have
+        self.set_dtype(torch.float32)  # independent of the default dtype when each rank created its metric
+        # rows are stored flat: a rank without any sends an empty 1-D tensor, whatever the others have
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, embeddings: Tensor, mask: Tensor | None = None) -> None:

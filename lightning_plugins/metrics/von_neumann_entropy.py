@@ -33,7 +33,7 @@ class VonNeumannEntropy(GramMetric):
         Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434.
     """
 
-    higher_is_better = None  # whether a high or a low entropy is wanted is the user's choice
+    higher_is_better = None  # higher or lower may be better, depending on the use
     plot_lower_bound = 0.0
 
     @staticmethod

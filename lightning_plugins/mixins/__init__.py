@@ -1,4 +1,4 @@
-"""LightningModule mixins for people who write their own steps."""
+"""Mixins for LightningModules with custom steps."""
 
 from lightning_plugins.mixins.compression import CompressionMixin
 from lightning_plugins.mixins.distillation import DistillationMixin

@@ -1,4 +1,4 @@
-"""Losses and metrics of few-shot tasks over an epoch of validation or test, one set for every data loader."""
+"""Losses and metrics of few-shot tasks over a validation or test epoch, one set per data loader."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from lightning_plugins.meta import Episodes
 
 
 class Measures(nn.Module):
-    """The mean loss over tasks, as sums that are exact over ranks, and the metrics that the user gave.
+    """The mean loss over tasks, as sums that are exact over ranks, and the user's metrics.
 
     Args:
-        stage: Begins the names.
+        stage: Prefix of the names.
         metrics: The user's; copied for every loader.
     """
 
@@ -23,11 +23,11 @@ class Measures(nn.Module):
         self.stage = stage
         self.losses = nn.ModuleList()
         self.metrics = nn.ModuleList()
-        self._template = (None if metrics is None else metrics.clone(prefix=f"{stage}/"),)  # no submodule
+        self._template = (None if metrics is None else metrics.clone(prefix=f"{stage}/"),)  # not a submodule
         self._grow(1, torch.device("cpu"))
 
     def updated(self, episodes: Episodes, targets: Any, loader: int) -> dict[str, Metric]:
-        """Update by a batch, and return the metrics by the names under which they are logged."""
+        """Update with a batch, and return the metrics by logged name."""
         losses = episodes.losses.detach()
         self._grow(loader + 1, losses.device)
         loss: Any = self.losses[loader]
@@ -48,7 +48,7 @@ class Measures(nn.Module):
 
 
 def collection_of(metrics: dict[str, Metric] | None) -> MetricCollection | None:
-    """The user's metrics, checked."""
+    """Check the user's metrics."""
     if metrics is not None and not isinstance(metrics, dict):
         raise TypeError(f"`metrics` must be a dictionary of names and metrics, got {type(metrics).__name__}")
     for name, metric in (metrics or {}).items():
@@ -58,13 +58,13 @@ def collection_of(metrics: dict[str, Metric] | None) -> MetricCollection | None:
 
 
 def as_part_of_all(loss: Tensor, tasks: int) -> Tensor:
-    """The mean over this rank's tasks, weighted such that its mean over ranks is that over the tasks of all."""
+    """The mean over this rank's tasks, weighted so that its mean over ranks is the mean over all tasks."""
     counts = gather_row_counts(tasks)
     return loss if len(counts) == 1 else loss * (tasks * len(counts) / sum(counts))
 
 
 def _alike(outputs: Any, targets: Any) -> list[tuple[Any, Any]]:
-    """Outputs and targets of all tasks together, or task by task where these differ in size."""
+    """Outputs and targets of all tasks together, or per task if the tasks differ in size."""
     if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
         return [(outputs.detach(), targets)]
     if isinstance(targets, list | Tensor):

@@ -1,4 +1,4 @@
-"""The state of the random generators in a checkpoint, for draws that go on where they were left."""
+"""State of the random generators in checkpoints, so that random draws continue after resuming."""
 
 import random
 from typing import Any
@@ -14,10 +14,10 @@ _KEY = "meta_random_states"
 
 
 class RandomStates:
-    """Saves the generators of every rank, and sets those of this one once when a training is resumed.
+    """Saves the generators of every rank, and restores those of this rank once when resuming.
 
-    Lightning saves none. Loaders are set up between the start of the training and its first batch, and may draw from
-    the same generators: what was saved between two epochs is set before that, what was saved within one behind it.
+    Lightning does not save them. Loaders are set up between the start of training and its first batch, and may use the
+    same generators: states saved between two epochs are restored before that, states saved within an epoch after it.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class RandomStates:
         checkpoint[_KEY] = states
 
     def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep this rank's states of a checkpoint, if it is for as many ranks and a training goes on from it."""
+        """Keep this rank's states from a checkpoint if training resumes from it with the same number of ranks."""
         states = checkpoint.get(_KEY)
         if module._trainer is None or not states or len(states) != world_size():
             return
@@ -44,7 +44,7 @@ class RandomStates:
         self._waiting = {**states[module.global_rank], "within": within}
 
     def restore(self, module: LightningModule, *, between_epochs: bool) -> None:
-        """Set the generators, at the place that fits what was saved."""
+        """Restore the generators at the point that matches the saved state."""
         if self._waiting is not None and self._waiting["within"] is not between_epochs:
             states, self._waiting = self._waiting, None
             _set(states, module.device)

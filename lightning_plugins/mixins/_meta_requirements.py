@@ -1,4 +1,4 @@
-"""Requirements of the mixins for meta-learning on the class, the Trainer and the batch."""
+"""Requirements of the meta-learning mixins on the class, the Trainer and the batch."""
 
 from collections.abc import Sequence
 
@@ -13,25 +13,25 @@ Samples = tuple[Tensor, Tensor]
 
 
 def require_order(cls: type, mixin: type) -> None:
-    """Refuse classes in which LightningModule's methods go before the mixin's, and those of another package.
+    """Raise an error if LightningModule's methods take precedence over the mixin's, or it is of another package.
 
     Raises:
-        TypeError: Naming the bases as they should stand, or the package.
+        TypeError: With the correct order of bases, or the package.
     """
     refuse_other_package(cls, mixin)
     if LightningModule in cls.__mro__ and cls.__mro__.index(LightningModule) < cls.__mro__.index(mixin):
         written = next((base for base in cls.__bases__ if issubclass(base, mixin)), mixin).__name__
         raise TypeError(
-            f"`{written}` must stand before LightningModule, as in `class {cls.__name__}({written}, LightningModule)`,"
-            " got it behind"
+            f"`{written}` must come before LightningModule, as in `class {cls.__name__}({written}, LightningModule)`,"
+            " got it after"
         )
 
 
 def require_lightning_module(module: object, mixin: type) -> None:
-    """Refuse objects that are no LightningModule of the package that this process uses.
+    """Raise an error for objects that are not a LightningModule of the package that this process uses.
 
     Raises:
-        TypeError: Naming the bases as they should stand.
+        TypeError: With the correct order of bases.
     """
     if not isinstance(module, LightningModule):
         kind = type(module).__name__
@@ -42,7 +42,7 @@ def require_lightning_module(module: object, mixin: type) -> None:
 
 
 def require_network(network: object) -> nn.Module:
-    """Refuse what is no module that was made."""
+    """Raise an error for anything but a module instance."""
     if not isinstance(network, nn.Module):
         got = f"the class {network.__name__}; make one of it" if isinstance(network, type) else type(network).__name__
         raise TypeError(f"`network` must be a torch module, got {got}")
@@ -50,7 +50,7 @@ def require_network(network: object) -> nn.Module:
 
 
 def require_whole_parameters(module: LightningModule) -> None:
-    """Refuse strategies that split parameters: an inner loop replaces whole ones.
+    """Raise an error for strategies that shard parameters: an inner loop replaces full ones.
 
     Raises:
         MisconfigurationException: For any but single-device and DDP training.
@@ -67,10 +67,10 @@ def require_whole_parameters(module: LightningModule) -> None:
 
 
 def refuse_hooks(network: nn.Module) -> None:
-    """Refuse callbacks that look at layers of the network: there they see what a transform of torch is made of.
+    """Raise an error for callbacks on layers of the network: there they would capture tensors of torch transforms.
 
     Raises:
-        MisconfigurationException: Naming the way there is.
+        MisconfigurationException: With the alternative.
     """
     for name, module in network.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
@@ -83,7 +83,7 @@ def refuse_hooks(network: nn.Module) -> None:
 
 
 def unpacked(batch: object) -> tuple[Samples, Samples]:
-    """The support and the query of a batch, which the inner loop checks further."""
+    """The support and the query of a batch; the inner loop does further checks."""
     if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != 2:
         shown = f"{len(batch)} things" if isinstance(batch, Sequence) else type(batch).__name__
         raise TypeError(
@@ -95,7 +95,7 @@ def unpacked(batch: object) -> tuple[Samples, Samples]:
 
 
 def unpacked_for_prediction(batch: object) -> tuple[Samples, Tensor]:
-    """The support and the inputs of the query; targets may be there, and are passed over."""
+    """The support and the query inputs; query targets, if any, are ignored."""
     support, query = unpacked(batch)
     inputs: object = query[0] if isinstance(query, Sequence) and len(query) == 2 else query
     if not isinstance(inputs, Tensor):

@@ -4,7 +4,7 @@ from lightning_plugins._lightning import PACKAGE, advice, other_package
 
 
 def refuse_other_package(cls: type, mixin: type) -> None:
-    """Refuse classes with a LightningModule of another package than the one that this process uses.
+    """Raise an error for classes with a LightningModule of another package than the one this process uses.
 
     Args:
         cls: The class that is being defined.

@@ -1,4 +1,4 @@
-"""Compression under a budget in steps that one writes, and checkpoints of compressed networks."""
+"""Compression under a budget in custom steps, and checkpoints of compressed networks."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from lightning_plugins.mixins._packages import refuse_other_package
 
 
 class CompressionMixin:
-    """Lets a LightningModule load checkpoints in which it is smaller than its constructor makes it, or compress itself.
+    """Lets a LightningModule compress itself, and load checkpoints of a compressed version.
 
     With it ``load_from_checkpoint`` works, and so does every Trainer's ``ckpt_path``, with or without the callback that
-    compressed the network: before weights are loaded, layers are split or made narrower as the checkpoint has them. It
-    stands before `LightningModule` among the bases. A module with an ``on_load_checkpoint`` of its own calls
+    compressed the network: before weights are loaded, layers are split or narrowed as in the checkpoint. It stands
+    before `LightningModule` among the bases. A module with an ``on_load_checkpoint`` of its own calls
     ``super().on_load_checkpoint(checkpoint)``.
 
-    Where the callbacks do not fit, as with manual optimization, `attach_compression` puts masks and thresholds on,
-    `compression_schedule` and `compression_step` are what the callbacks do before and after a backward pass, and
-    `compress` chooses, and makes the network smaller.
-    See `lightning_plugins.callbacks.HybridCompression` for what is behind it.
+    Where the callbacks do not fit, as with manual optimization, `attach_compression` attaches masks and thresholds,
+    `compression_schedule` and `compression_step` do the work of the callbacks before and after a backward pass, and
+    `compress` makes the final selection and shrinks the network. See `lightning_plugins.callbacks.HybridCompression`
+    for the algorithm.
 
     Example:
         >>> import torch
@@ -46,24 +46,24 @@ class CompressionMixin:
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a LightningModule of the package that this process does not use."""
+        """Raise an error for a LightningModule of the package that this process does not use."""
         super().__init_subclass__(**kwargs)
         refuse_other_package(cls, CompressionMixin)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the module the structure that the checkpoint was saved with.
+        """Give the module the structure of the checkpoint.
 
         Args:
             checkpoint: A Lightning checkpoint; its weights are loaded afterwards.
 
         Raises:
-            ValueError: If the checkpoint is not one of this module, however compressed.
-            TypeError: If this class is no ``nn.Module``.
+            ValueError: If the checkpoint does not belong to this module, compressed or not.
+            TypeError: If this class is not an ``nn.Module``.
         """
         if not isinstance(self, nn.Module):
             raise TypeError(f"`CompressionMixin` must be mixed into a LightningModule, got {type(self).__name__}")
-        if _network_of(self) is None:  # else it has the structure of its own constructor, with masks
-            restore_structure(self, checkpoint["state_dict"], strict=False)  # as strict as `load_state_dict` is told
+        if _network_of(self) is None:  # otherwise the module has its original structure, with masks
+            restore_structure(self, checkpoint["state_dict"], strict=False)  # as strict as `load_state_dict`
         parent: Any = super()  # LightningModule, or another mixin
         parent.on_load_checkpoint(checkpoint)
 
@@ -82,28 +82,28 @@ class CompressionMixin:
         multiple_of: int = 1,
         rates: ChoiceRates | None = None,
     ) -> list[nn.Parameter]:
-        """Put masks on channels and thresholds on singular values; before the optimizer is made and DDP wraps.
+        """Attach masks to channels and thresholds to singular values; call it before creating the optimizer and DDP.
 
         Args:
-            layers: The layers to choose in: a name, a glob, or several.
-            budget: The share of the cost that may be left.
+            layers: The layers to compress: a name, a glob, or several.
+            budget: The fraction of the cost to keep.
             cost: ``"params"``, or ``"flops"`` of a forward pass of ``inputs``.
-            inputs: What the module takes; by default its ``example_input_array``.
-            masks: Whether channels are chosen.
-            ranks: Whether ranks are.
-            keep: Layers that stay as they are.
-            min_channels: The least number of channels of a group, and the least rank.
+            inputs: Example inputs of the module; by default its ``example_input_array``.
+            masks: Whether to select channels.
+            ranks: Whether to select ranks.
+            keep: Layers to leave unchanged.
+            min_channels: The minimum number of channels of a group, and the minimum rank.
             multiple_of: Numbers of channels and ranks are multiples of this.
             rates: The step sizes of scores and thresholds, by default as in the callbacks.
 
         Returns:
-            Scores and thresholds. They are among ``self.parameters()``, but `compression_step` moves them, with an
-            optimizer of their own: leave them out of yours.
+            Scores and thresholds. They are among ``self.parameters()``, but `compression_step` updates them with its
+            own optimizer: exclude them from yours.
 
         Raises:
-            ValueError: If an argument is out of its range, nothing can be chosen, or the budget cannot be met.
-            TypeError: If an argument is of the wrong type, or this class no ``nn.Module``.
-            RuntimeError: If they are on already.
+            ValueError: If an argument is out of its range, nothing can be compressed, or the budget cannot be met.
+            TypeError: If an argument is of the wrong type, or this class is not an ``nn.Module``.
+            RuntimeError: If they are already attached.
 
         Example:
             >>> import torch
@@ -142,11 +142,11 @@ class CompressionMixin:
         return network.parameters()
 
     def compression_schedule(self, progress: float) -> None:
-        """Let masks and thresholds act as they do at this time; before the forward pass.
+        """Set masks and thresholds for the current progress; call it before the forward pass.
 
         Args:
-            progress: How far the choice is, from 0 where it begins to 1 where `compress` ends it; the callbacks let
-                it rise in a straight line over the middle of a training.
+            progress: Progress of the selection, from 0 at its start to 1 when `compress` ends it; the callbacks
+                increase it linearly over the middle of training.
 
         Raises:
             ValueError: If it is not in [0, 1].
@@ -155,13 +155,13 @@ class CompressionMixin:
         _compression_of(self)[2].act(check_fraction("progress", progress))
 
     def compression_step(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Move scores and thresholds to where the budget is met; between the backward pass and the optimizer's step.
+        """Update scores and thresholds to meet the budget; call it between the backward pass and the optimizer step.
 
-        It is the step of the callbacks: the gradients of weights tell how much channels and singular values are worth.
+        It is the same as in the callbacks: weight gradients determine the importance of channels and singular values.
         Under fp16 unscale the gradients first.
 
         Returns:
-            The share of the cost that is left, a scalar, and the ranks by layer.
+            The fraction of the cost that is left, a scalar, and the ranks by layer.
 
         Raises:
             RuntimeError: If `attach_compression` was not called.
@@ -169,10 +169,10 @@ class CompressionMixin:
         return _compression_of(self)[2].step()
 
     def compression_penalty(self, beta: float) -> Tensor:
-        """The term of the loss for the budget; deprecated.
+        """The loss term for the budget; deprecated.
 
-        It presses the cost with a multiplier, which loses accuracy at small budgets: use `compression_schedule` and
-        `compression_step`, which need no term.
+        It lowers the cost with a multiplier, which loses accuracy at small budgets: use `compression_schedule` and
+        `compression_step`, which need no loss term.
 
         Args:
             beta: The inverse temperature of masks and soft ranks from now on; let it rise from 1 to about 100.
@@ -198,12 +198,12 @@ class CompressionMixin:
         return penalty
 
     def compress(self) -> Projection:
-        """Choose what stays within the budget, and make the network smaller: parameters are replaced.
+        """Make the final selection within the budget and shrink the network: parameters are replaced.
 
-        Make a new optimizer afterwards. Under DDP this belongs behind the training.
+        Create a new optimizer afterwards. Under DDP call it after training.
 
         Returns:
-            Which channels stayed, the ranks, and the cost that is left.
+            The channels kept, the ranks, and the remaining cost.
 
         Raises:
             RuntimeError: If `attach_compression` was not called.

@@ -1,4 +1,4 @@
-"""A teacher, and the distance from it, for modules that put their loss together themselves."""
+"""A teacher, and the distance from it, for modules that assemble their own loss."""
 
 from typing import Any, Literal
 
@@ -17,9 +17,9 @@ _KEY = "distillation_teacher"
 class DistillationMixin:
     """Gives a LightningModule a frozen teacher and ``self.distillation_penalty(student, teacher)``.
 
-    It stands before `LightningModule` among the bases. The teacher is in no list of parameters; checkpoints hold it
-    beside the weights, and a module that has called `attach_teacher` in its constructor finds it there again. A module
-    with ``on_save_checkpoint`` or ``on_load_checkpoint`` of its own calls those of ``super()``.
+    List it before `LightningModule` among the bases. The teacher is not among the parameters; checkpoints store it next
+    to the weights, and a module that calls `attach_teacher` in its constructor restores it. A module that defines
+    ``on_save_checkpoint`` or ``on_load_checkpoint`` must call those of ``super()``.
 
     Example:
         >>> from lightning_plugins._lightning import LightningModule
@@ -42,11 +42,11 @@ class DistillationMixin:
     """
 
     def attach_teacher(self, teacher: str | nn.Module, network: nn.Module | None = None) -> None:
-        """Take a frozen copy of a network as teacher.
+        """Use a frozen copy of a network as teacher.
 
         Args:
             teacher: The network; or as for `lightning_plugins.callbacks.Distillation`, with ``network``.
-            network: Of what ``"start"`` is a copy, and a path a checkpoint.
+            network: The network that ``"start"`` copies, or that a checkpoint path belongs to.
 
         Raises:
             ValueError: If there is no such teacher.
@@ -57,7 +57,7 @@ class DistillationMixin:
             check_instance("network", network, nn.Module, "a module")
         if not isinstance(teacher, nn.Module) and network is None:
             raise ValueError(f"`network` must be given with `teacher={teacher!r}`, got None")
-        vars(self)["_teacher"] = (make_teacher(teacher, network or nn.Identity()),)  # in a tuple: no child module
+        vars(self)["_teacher"] = (make_teacher(teacher, network or nn.Identity()),)  # in a tuple: not a submodule
 
     def teach(self, *args: Any, **kwargs: Any) -> Any:
         """Return the teacher's outputs for arguments, without gradients.
@@ -91,11 +91,11 @@ class DistillationMixin:
         layout: str | None = None,
         name: str | None = None,
     ) -> Tensor:
-        """The mean distance over the valid positions of all processes, times a weight; all processes call.
+        """Weighted mean distance over the valid positions of all processes; a collective call.
 
         Args:
             student: Floating tensor of shape ``(N, C)``, ``(N, L, C)``, ``(N, C, H, W)`` or of the ``layout``.
-            teacher: The same of the teacher.
+            teacher: The corresponding tensor of the teacher.
             weight: The factor.
             loss: As for `lightning_plugins.callbacks.Distillation`.
             temperature: Softens the probabilities of ``"kl"``.
@@ -123,7 +123,7 @@ class DistillationMixin:
         return penalty
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the teacher beside the weights.
+        """Store the teacher in the checkpoint.
 
         Args:
             checkpoint: A Lightning checkpoint.
@@ -134,7 +134,7 @@ class DistillationMixin:
         parent.on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Bring the teacher back.
+        """Restore the teacher.
 
         Args:
             checkpoint: A Lightning checkpoint.

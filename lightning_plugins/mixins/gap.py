@@ -12,12 +12,13 @@ from lightning_plugins.mixins.maml import MAMLMixin
 class GAPMixin(MAMLMixin):
     """Gives a LightningModule the steps of meta-learning with learned gains of the inner gradients' singular values.
 
-    All is as in `MAMLMixin`, but the ``preconditioner`` is `lightning_plugins.meta.GAP` unless another one, or an
-    `lightning_plugins.meta.ApproximateGAP`, is given; a network of linear layers needs ``GAP(linear=True)``. The gains
-    have the learning rate ``preconditioner_learning_rate``, are saved in checkpoints, and start where GAP is MAML.
+    Like `MAMLMixin`, but the default ``preconditioner`` is `lightning_plugins.meta.GAP`; another instance, or a
+    `lightning_plugins.meta.ApproximateGAP`, can be passed. A network of linear layers needs ``GAP(linear=True)``. The
+    gains have the learning rate ``preconditioner_learning_rate``, are saved in checkpoints, and start where GAP is
+    MAML.
 
     Published settings, all with five inner steps of rate 0.01 in training and ten in evaluation: mini-ImageNet, 1 shot,
-    ``learning_rate=1e-4`` and ``preconditioner_learning_rate=3e-3`` with 4 tasks a batch; 5 shots, 1e-4 for both with
+    ``learning_rate=1e-4`` and ``preconditioner_learning_rate=3e-3`` with 4 tasks per batch; 5 shots, 1e-4 for both with
     2 tasks; 80,000 batches each.
 
     Logs ``gap/<layer>/gain_min`` and ``gap/<layer>/gain_max`` in training: the smallest and largest gain of every layer
@@ -39,17 +40,17 @@ class GAPMixin(MAMLMixin):
     """
 
     def gains(self) -> dict[str, Tensor]:
-        """Return the present gains.
+        """Return the current gains.
 
         Returns:
-            By layer, a tensor ``(r,)`` with the gain of the largest singular value first, or ``(steps, r)`` where every
-            step has gains of its own; detached.
+            By layer, a tensor ``(r,)`` with the gain of the largest singular value first, or ``(steps, r)`` with
+            separate gains per step; detached.
 
         Raises:
             TypeError: If the preconditioner was replaced by one without gains.
         """
         gap = self.inner_loop.preconditioner
-        if not isinstance(gap, GAP | ApproximateGAP):  # the constructor saw to it; somebody has replaced it
+        if not isinstance(gap, GAP | ApproximateGAP):  # checked in the constructor, but may have been replaced
             raise TypeError(f"`inner_loop.preconditioner` must be GAP or ApproximateGAP, got {type(gap).__name__}")
         with torch.no_grad():
             if not gap.per_step:
@@ -77,12 +78,12 @@ class GAPMixin(MAMLMixin):
         return measured
 
     def _trainer_logs(self) -> bool:
-        """Return whether values logged at this step reach a logger; at the first step they reach the callbacks, too."""
+        """Tell whether values logged at this step reach a logger; at the first step they also reach callbacks."""
         step, every = self.trainer.global_step, getattr(self.trainer, "log_every_n_steps", 0)
         return step == 0 or (bool(every) and (step + 1) % every == 0)
 
 
 def _layer(name: str) -> str:
-    """The layer that a weight belongs to, and the part of attention's packed one."""
+    """The layer of a weight, with the part of a packed attention weight."""
     weight, colon, part = name.partition(":")
     return (weight.removesuffix("weight").rstrip("._") or "network") + colon + part

@@ -1,4 +1,4 @@
-"""Meta-learning by inner loops for LightningModules: the steps of all stages, and the optimizer."""
+"""Meta-learning with inner loops for LightningModules: the steps of all stages, and the optimizer."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,44 +34,44 @@ else:
 
 
 class MAMLMixin(_Module):
-    """Gives a LightningModule the steps of meta-learning: adapt to a task's support samples, measure on its query.
+    """Gives a LightningModule the steps of meta-learning: adapt to a task's support samples, evaluate on its query.
 
     A batch is ``((support_x, support_y), (query_x, query_y))``, tensors of shapes ``(tasks, samples, ...)`` as
     `lightning_plugins.meta.InnerLoop` takes them. ``predict_step`` takes ``((support_x, support_y), query_x)``, too.
     Training, validation, test and prediction work in inference mode and without it.
 
-    Subclass it *before* LightningModule and give the network and the loss to ``super().__init__``. The network is then
-    ``self.network``, the loop with all that is learned ``self.inner_loop``. Every step and ``configure_optimizers`` may
-    be replaced by your own: `adapt_and_measure` gives the loss, `parameter_groups` the optimizer's groups.
+    List it *before* LightningModule and pass the network and the loss to ``super().__init__``. The network is then
+    ``self.network``, and ``self.inner_loop`` the loop with everything that is learned. You can override every step and
+    ``configure_optimizers``: `adapt_and_measure` returns the loss, `parameter_groups` the optimizer's groups.
 
     Logs ``train/loss`` at every training step and ``val/loss`` and ``test/loss`` over an epoch, means over the tasks of
-    all ranks, and the ``metrics`` as ``val/<name>`` and ``test/<name>``; with several loaders each has its own.
-    A checkpoint has the state of the random generators, so that a resumed training draws what dropout would have drawn.
+    all ranks, and the ``metrics`` as ``val/<name>`` and ``test/<name>``; with several loaders each has its own. A
+    checkpoint has the state of the random generators, so that dropout in a resumed run continues identically.
 
-    Several ranks give the loss and the gradient of one process that saw all tasks, also where their batches differ in
-    the number of tasks. This is not Lightning's default, by which every rank's mean counts alike. Accumulated batches
-    count alike, as with every loss: equal numbers of tasks are one big batch.
+    Several ranks give the loss and the gradient of one process that sees all tasks, even if their batches differ in the
+    number of tasks. This differs from Lightning's default, which weights the mean of every rank equally. Accumulated
+    batches are weighted equally, as with every loss: with equal numbers of tasks they act as one large batch.
 
     Args:
         network: Maps a task's inputs to outputs.
         loss: As for `lightning_plugins.meta.InnerLoop`.
-        preconditioner: What is done to an inner gradient; see `lightning_plugins.meta`. None follows it as it is.
+        preconditioner: Transforms inner gradients; see `lightning_plugins.meta`. None uses the plain gradient.
         inner_steps: Number of inner steps in training.
         evaluation_steps: Number of inner steps in validation, test and prediction.
         inner_learning_rate: Learning rate of the inner steps.
-        learning_rate: Adam's, for the network's weights.
-        preconditioner_learning_rate: Adam's, for what the preconditioner learns and for learned inner rates; None takes
-            ``learning_rate``.
+        learning_rate: Adam's learning rate for the network's weights.
+        preconditioner_learning_rate: Adam's learning rate for the preconditioner and for learned inner rates; by
+            default ``learning_rate``.
         step_weights: As for a call of `lightning_plugins.meta.InnerLoop`, for training.
         rates: As for `lightning_plugins.meta.InnerLoop`, like the arguments down to ``randomness``.
-        first_order: Whether to take the inner gradients for constants.
-        layers: Which layers of the network adapt.
+        first_order: Whether to treat the inner gradients as constants.
+        layers: The layers of the network to adapt.
         vectorize: Whether the tasks are vectorised, or ``"auto"``.
         chunk_size: Number of tasks whose graph is in memory at a time.
         randomness: Whether dropout differs between tasks.
         features: A layer of the network whose outputs (``"name:input"``: inputs) on the training step's query samples
-            go through ``self.query_features``, a module that callbacks can name as a layer, in the shape
-            ``(tasks * samples, ...)``, with their gradient through all inner steps.
+            are passed through ``self.query_features``, a module that callbacks can select, with shape
+            ``(tasks * samples, ...)`` and gradients through all inner steps.
         metrics: Torchmetrics metrics by name, updated with outputs and targets of shapes ``(tasks, samples, ...)`` in
             validation and test; such as `lightning_plugins.metrics.FewShotAccuracy`.
 
@@ -145,22 +145,22 @@ class MAMLMixin(_Module):
         self._random_states = RandomStates()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse classes in which LightningModule's own steps would go before these."""
+        """Raise an error for classes in which LightningModule's own steps would take precedence."""
         super().__init_subclass__(**kwargs)
         require_order(cls, MAMLMixin)
 
     @property
     def network(self) -> nn.Module:
-        """The network whose parameters adapt."""
+        """The network whose parameters are adapted."""
         return self.inner_loop.model
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that split parameters."""
+        """Raise an error for strategies that shard parameters."""
         super().setup(stage)
         require_whole_parameters(self)
 
     def forward(self, support: Samples, query_inputs: Tensor) -> Tensor:
-        """Adapt to every task with the steps of evaluation, and predict.
+        """Adapt to every task with ``evaluation_steps``, and predict.
 
         Args:
             support: Inputs and targets of shapes ``(tasks, samples, ...)``.
@@ -174,11 +174,11 @@ class MAMLMixin(_Module):
         return outputs
 
     def adapt_and_measure(self, batch: tuple[Samples, Samples]) -> Episodes:
-        """Adapt to the support samples of a batch's tasks and measure on their query samples.
+        """Adapt to the support samples of a batch's tasks and evaluate on their query samples.
 
         In training mode with ``inner_steps``, else with ``evaluation_steps``. In training mode every rank must call it,
         and the loss is scaled such that its mean over ranks, and DDP's mean of its gradients, are those of the mean
-        over the tasks of all ranks. Add terms of your own to it, and return the sum from ``training_step``.
+        over the tasks of all ranks. Add your own terms to it, and return the sum from ``training_step``.
 
         Args:
             batch: ``((support_x, support_y), (query_x, query_y))``, tensors of shapes ``(tasks, samples, ...)``.
@@ -193,7 +193,7 @@ class MAMLMixin(_Module):
         return self._episodes(batch)[0]
 
     def adapt_and_measure_features(self, batch: tuple[Samples, Samples]) -> tuple[Episodes, Tensor]:
-        """Do the same, and return the query samples' ``features`` for a term of your own.
+        """Like `adapt_and_measure`, but also return the ``features`` of the query samples for your own term.
 
         Args:
             batch: As for `adapt_and_measure`.
@@ -231,10 +231,10 @@ class MAMLMixin(_Module):
         return outputs.detach()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the groups of an optimizer: the weights, and what the inner loop learns besides.
+        """Return optimizer parameter groups: the weights, and the other learned parameters of the inner loop.
 
         Returns:
-            ``"weights"``, those of your class beside the network included, and ``"preconditioner"`` if there is any.
+            ``"weights"``, including other parameters of your class, and ``"preconditioner"`` if there are any.
         """
         learned = [*self.inner_loop.preconditioner.parameters(), *self.inner_loop.rates.parameters()]
         known = set(map(id, learned))
@@ -254,17 +254,17 @@ class MAMLMixin(_Module):
         self._random_states.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the states of this rank's random generators, for a training that is resumed."""
+        """Keep the states of this rank's random generators for resuming."""
         super().on_load_checkpoint(checkpoint)
         self._random_states.load(self, checkpoint)
 
     def on_fit_start(self) -> None:
-        """Set the random generators to where the training was left between epochs."""
+        """Restore the random generators of a checkpoint saved between epochs."""
         super().on_fit_start()
         self._random_states.restore(self, between_epochs=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Set the random generators to where the training was left within an epoch."""
+        """Restore the random generators of a checkpoint saved within an epoch."""
         self._random_states.restore(self, between_epochs=False)
         return super().on_train_batch_start(batch, batch_idx)
 
@@ -287,7 +287,7 @@ class MAMLMixin(_Module):
         episodes = self.adapt_and_measure(batch)
         found = measures.updated(episodes, unpacked(batch)[1][1], loader)
         if self._trainer is not None:
-            self._metric_attributes = None  # Lightning looks metrics up once, and those of this loader may be new
+            self._metric_attributes = None  # Lightning caches the metrics, and those of this loader may be new
             self.log_dict(found, batch_size=len(episodes.losses))
 
     def _preconditioner(self, given: Preconditioner | None) -> Preconditioner | None:

@@ -1,4 +1,4 @@
-"""The stable rank of weights as a term for modules that put their loss together themselves."""
+"""The stable rank of weights as a term for modules that assemble their own loss."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,10 +18,10 @@ from lightning_plugins.weights import check_rank, check_scheme, select_targets
 class StableRankMixin:
     """Gives a LightningModule ``self.stable_rank_penalty(layers, weight)``, an ordinary term of a loss.
 
-    It is differentiated by autograd, so it also reaches weights that a parametrization computes, and can be
-    differentiated twice. It costs a decomposition of each weight at every call;
-    `lightning_plugins.callbacks.StableRankRegularization` is cheaper where its gradient can be added to the weights'.
-    If you accumulate batches, add it to the loss of each: it is then divided as your loss is.
+    It uses autograd, so it also supports weights computed by a parametrization, and can be differentiated twice. Every
+    call decomposes each weight; `lightning_plugins.callbacks.StableRankRegularization`, which adds a closed-form
+    gradient, is cheaper where it applies. If you accumulate batches, add it to the loss of each: it is then divided as
+    your loss is.
 
     Example:
         >>> from lightning_plugins._lightning import LightningModule
@@ -37,7 +37,7 @@ class StableRankMixin:
         True
 
     Source:
-        Our reading of Eo et al., https://arxiv.org/abs/2111.15179.
+        Our interpretation of Eo et al., https://arxiv.org/abs/2111.15179.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -55,12 +55,12 @@ class StableRankMixin:
         scheme: Literal[1, 2] = 1,
         log: bool = False,
     ) -> Tensor:
-        """The sum over layers of ``weight`` times the stable rank, or times what lies beyond ``rank``.
+        """The sum over layers of ``weight`` times the stable rank, or the modified stable rank if ``rank`` is given.
 
         Args:
-            layers: As for `lightning_plugins.callbacks.StableRankRegularization`, as all arguments but ``log``.
+            layers: As for `lightning_plugins.callbacks.StableRankRegularization`, like all arguments but ``log``.
             weight: Positive to lower the term's measure, negative to raise it.
-            rank: The rank aimed at.
+            rank: The target rank.
             p: With ``rank``: 1 drives the singular values beyond it to zero, 2 lowers them.
             scheme: How a convolution's kernel becomes a matrix.
             log: Whether to log ``stable_rank/<layer>`` and ``stable_rank/penalty`` to the Trainer that runs the module.

@@ -1,4 +1,4 @@
-"""The von Neumann entropy term for modules that put their loss together themselves."""
+"""The von Neumann entropy term for modules that assemble their own loss."""
 
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class VNEMixin:
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a LightningModule of the package that this process does not use."""
+        """Raise an error for a LightningModule of the package that this process does not use."""
         super().__init_subclass__(**kwargs)
         refuse_other_package(cls, VNEMixin)
 
@@ -60,9 +60,9 @@ class VNEMixin:
         Args:
             features: Floating tensor of shape ``(N, d)`` or of the ``layout``; or packed or nested sequences.
             weight: Positive to raise the entropy, negative to lower it.
-            pool: How higher tensors become a matrix; see `lightning_plugins.callbacks.VNERegularization`.
+            pool: How tensors of higher order become a matrix; see `lightning_plugins.callbacks.VNERegularization`.
             mask: Which positions are no padding; see `lightning_plugins.functional.pool_embeddings`.
-            layout: What the dimensions of a higher tensor are, such as ``"NLC"`` or ``"NCHW"``.
+            layout: Dimensions of a tensor of higher order, such as ``"NLC"`` or ``"NCHW"``.
             scope: ``"global"``: the entropy of the batch of all ranks together (every rank must then call this);
                 ``"local"``: of this rank's own rows.
             name: If given, and a Trainer runs this module, logs ``vne/<name>/entropy`` (nats, the mean of the calls of

@@ -1,4 +1,4 @@
-"""Figures of what training does to representations; matplotlib is an extra, imported where one is drawn."""
+"""Figures of representations, weights and results; matplotlib is an extra, imported when a figure is drawn."""
 
 from lightning_plugins.plots.adaptation import adaptation_figure, gains_figure
 from lightning_plugins.plots.attribution import attribution_figure, degradation_figure

@@ -23,20 +23,20 @@ def adaptation_figure(
     log: bool = False,
     title: str | None = None,
 ) -> "Figure":
-    """Draw a number after every inner step, one line with its interval for each method.
+    """Draw a value after every inner step, one line with its interval per method.
 
     Args:
-        curves: Name of the method to the mean and the half-width of the interval, tensors of shape ``(steps + 1,)``
-            each, as `lightning_plugins.metrics.AdaptationCurve` computes them; the numbers of steps may differ. A
-            half-width that is NaN is not drawn.
-        ylabel: What the number is.
+        curves: Mean and half-width of the interval by method name, tensors of shape ``(steps + 1,)`` each, as computed
+            by `lightning_plugins.metrics.AdaptationCurve`; the numbers of steps may differ. NaN half-widths are not
+            drawn.
+        ylabel: Label of the value.
         trained_steps: Number of inner steps in training, marked by a dashed line.
         log: Whether its axis is logarithmic.
-        title: What stands above the figure.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig("adaptation.png")`` writes it. The legend gives every method's
-        last number.
+        last value.
 
     Raises:
         TypeError: If a curve is not a pair.
@@ -59,7 +59,7 @@ def adaptation_figure(
     for (name, (mean, half)), colour in zip(checked.items(), cycle(COLOURS), strict=False):
         steps = range(len(mean))
         last = f" ± {half[-1]:.3g}" if math.isfinite(half[-1]) else ""
-        alone = "o" if len(mean) == 1 else None  # a line through one point would not be seen
+        alone = "o" if len(mean) == 1 else None  # a line through one point would be invisible
         axes.plot(steps, mean, color=colour, linewidth=2.0, label=f"{name}: {mean[-1]:.3g}{last}", marker=alone)
         low, high = (
             [m + sign * h if math.isfinite(h) else m for m, h in zip(mean, half, strict=True)] for sign in (-1, 1)
@@ -75,15 +75,15 @@ def adaptation_figure(
 
 
 def gains_figure(gains: Mapping[str, Tensor], *, title: str | None = None) -> "Figure":
-    """Draw the learned gains of every layer over the number of the singular value, the largest first.
+    """Draw the learned gains of every layer over the index of the singular value, the largest first.
 
     Args:
-        gains: Layer's name to its gains of shape ``(r,)``, or ``(steps, r)``, one line for each step, as
-            `lightning_plugins.mixins.GAPMixin.gains` gives them.
-        title: What stands above the figure.
+        gains: Gains by layer name, of shape ``(r,)``, or ``(steps, r)``, one line per step, as returned by
+            `lightning_plugins.mixins.GAPMixin.gains`.
+        title: Title of the figure.
 
     Returns:
-        A figure with an Agg canvas; a dashed line marks the gain 1, with which a step is MAML's.
+        A figure with an Agg canvas; a dashed line marks the gain 1, which corresponds to MAML.
 
     Raises:
         ValueError: If there is no layer, or gains are not finite and of these shapes.

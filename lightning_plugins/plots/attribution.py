@@ -23,14 +23,14 @@ def attribution_figure(
 ) -> "Figure":
     """Draw one sample with the maps of several methods, and the true positions.
 
-    A signal is coloured by each map in a row of its own, its true spans shaded. Of an image each map is a picture
-    beside it, the true region outlined.
+    A signal is coloured by each map in a separate row, with true spans shaded. For an image each map is shown next to
+    it, with the true region outlined.
 
     Args:
-        inputs: A signal ``([C,] L)``, of which the first channel is drawn, or an image ``(C, H, W)``.
-        maps: By the name of the method, maps of the same positions, with or without channels, which are summed.
+        inputs: A signal ``([C,] L)``, whose first channel is drawn, or an image ``(C, H, W)``.
+        maps: Maps over the same positions by method name, with or without channels, which are summed.
         mask: True positions, ``(L,)`` or ``(H, W)``, with or without a channel of one.
-        title: Stands above the figure.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas.
@@ -60,12 +60,12 @@ def attribution_figure(
 
 
 def degradation_figure(curves: Curves, *, title: str | None = None) -> "Figure":
-    """Draw how the probability of a class falls as patches go, least (dashed) and most relevant ones first.
+    """Draw the class probability as patches are removed, least (dashed) and most relevant ones first.
 
     Args:
-        curves: By the name of the method, scaled curves ``(steps + 1,)``, or ``(classes, steps + 1)``, of which the
-            mean is drawn: least, then most relevant patches first. See `DegradationScore.scaled_curves`.
-        title: Stands above the figure.
+        curves: Scaled curves ``(steps + 1,)``, or ``(classes, steps + 1)``, whose mean is drawn, by method name: least,
+            then most relevant patches first. See `DegradationScore.scaled_curves`.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas; the legend gives the area between the two curves of each method.
@@ -148,7 +148,7 @@ def _symmetric(values: Tensor) -> "object":
 
 
 def _runs(truth: Tensor) -> list[tuple[int, int]]:
-    """First and one beyond the last position of each run of true ones."""
+    """First and one beyond the last position of each run of true values."""
     edges = torch.nn.functional.pad(truth.int(), (1, 1)).diff()
     begins, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
     return list(zip(begins, ends, strict=True))

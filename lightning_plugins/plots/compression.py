@@ -1,4 +1,4 @@
-"""Figures of compression: what every layer cost before and costs after."""
+"""Figures of compression: the cost of every layer before and after."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,23 +11,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_ROW = 0.22  # inches of a layer in a list
+_ROW = 0.22  # inches per layer
 
 
 def compression_figure(report: CompressionReport, *, title: str | None = None) -> "Figure":
-    """Draw what every layer cost before and costs after.
+    """Draw the cost of every layer before and after.
 
-    A bar per layer, the first one on top: on the left its parameters, on the right its operations where they were
-    counted, before in a light and after in a strong colour, and the units and the rank that are left where they were
-    chosen. Above stands what was removed in all, below the budget if there was one, and the time where it was
-    measured.
+    A bar per layer, the first one on top: on the left its parameters, on the right its FLOPs if counted, before in a
+    light and after in a strong colour, with the units and the rank kept if they were selected. The total removed is
+    shown above, the budget, if any, and the measured time below.
 
-    Layers that stayed as they were and have less than a hundredth of the parameters and of the operations, as norms
-    have, are left out.
+    Unchanged layers with less than a hundredth of the parameters and FLOPs, such as norms, are omitted.
 
     Args:
-        report: What `compression_report` returns, or the ``report`` of a callback that compresses.
-        title: What stands above the figure.
+        report: The result of `compression_report`, or the ``report`` of a compression callback.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas.
@@ -58,7 +56,7 @@ def compression_figure(report: CompressionReport, *, title: str | None = None) -
         _draw_bars(axes, name, [(change.before[column] or 0, change.after[column] or 0) for change in layers.values()])
         axes.set_title(f"{name}: {old:,} → {new:,}, {ratio:.1%} removed", fontsize=10, color=INK, loc="left")
         axes.tick_params(labelleft=column == 0)
-    for place, (name, change) in enumerate(layers.items()):  # behind the bars that were drawn last
+    for place, (name, change) in enumerate(layers.items()):  # behind the bars drawn last
         if name in notes:
             end = max(change.before[len(row) - 1] or 0, change.after[len(row) - 1] or 0)
             axes.annotate(f"  {notes[name]}", (end, place), va="center", fontsize=8, color=MUTED)

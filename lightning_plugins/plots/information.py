@@ -1,4 +1,4 @@
-"""Figures of mutual information: estimates against the truth, and the ceilings that they stand under."""
+"""Figures of mutual information: estimates against true values, with their upper limits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,22 +23,21 @@ def information_figure(
     xlabel: str | None = None,
     title: str | None = None,
 ) -> "Figure":
-    """Draw estimates of mutual information over the true values, with their errors and their ceilings.
+    """Draw estimates of mutual information over the true values, with errors and upper limits.
 
     Args:
         truths: The true value, or any other number, of each setting.
-        estimates: Name of an estimator to its value and standard error in each setting; an error that is NaN is not
-            drawn.
-        ceilings: Name to a value that no estimate of a kind can exceed, such as ``ln K``; drawn as dashed lines.
-        units: Of all values, for the labels.
-        xlabel: What ``truths`` are; None for the true information, and a diagonal on which estimates should lie.
-        title: What stands above the figure.
+        estimates: Value and standard error in each setting, by estimator name; NaN errors are not drawn.
+        ceilings: Upper limits of estimates by name, such as ``ln K``; drawn as dashed lines.
+        units: Units of all values, for the labels.
+        xlabel: Label of ``truths``; None for the true information, with a diagonal on which estimates should lie.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas.
 
     Raises:
-        ValueError: If there is no setting or no estimator, or one has not a value for each setting.
+        ValueError: If there is no setting or no estimator, or one lacks a value for a setting.
         ImportError: If matplotlib is missing.
 
     Example:

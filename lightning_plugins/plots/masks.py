@@ -1,4 +1,4 @@
-"""Figures of a compression under a budget: what is kept of every layer over the training."""
+"""Figures of a compression under a budget: the fraction kept of every layer over training."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,13 @@ _HEIGHT = 0.24  # inches per layer
 
 
 def choice_figure(rows: Sequence[Mapping[str, Any]], budget: float, *, title: str | None = None) -> "Figure":
-    """Draw what is kept of every layer over a training as heat maps, and the cost beside its budget.
+    """Draw heat maps of the fraction kept of every layer over training, and the cost compared with its budget.
 
     Args:
-        rows: In the order of time dicts with ``"step"``, ``"share"`` (of the cost, in [0, 1]), ``"kept"`` (the share
-            of units that stay, by group of channels) and ``"ranks"`` (by layer); a row may lack groups or layers.
-        budget: The share of the cost that may be left.
-        title: What stands above the figure.
+        rows: Dicts in order of time with ``"step"``, ``"share"`` (of the cost, in [0, 1]), ``"kept"`` (the fraction of
+            units kept, by channel group) and ``"ranks"`` (by layer); a row may lack groups or layers.
+        budget: The fraction of the cost to keep.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig("choice.png")`` writes it.
@@ -63,11 +63,11 @@ def _names(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 def _draw_map(axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
     names = _names(rows, key)
     values = torch.tensor([[float(row[key].get(name, torch.nan)) for row in rows] for name in names])
-    if key == "ranks":  # each on its own scale: the largest rank it has had
+    if key == "ranks":  # each on its own scale: its largest rank
         values = values / values.nan_to_num().amax(1, keepdim=True).clamp_min(1)
     edges = [float(row["step"]) for row in rows]
     edges.append(edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1))
-    edges = [edge + place * 1e-6 for place, edge in enumerate(edges)]  # two rows of one step: before and after
+    edges = [edge + place * 1e-6 for place, edge in enumerate(edges)]  # two rows for one step: before and after
     mesh = axes.pcolormesh(
         edges, range(len(names) + 1), values.numpy(), vmin=0, vmax=1, cmap="viridis", rasterized=True
     )

@@ -1,4 +1,4 @@
-"""Figures of point clouds: bird's-eye and range view, inserted and hidden points in colours of their own."""
+"""Figures of point clouds: bird's-eye and range view, with inserted and hidden points highlighted."""
 
 import math
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ _OWN, _ADDED, _HIDDEN = "#9a9a9a", COLOURS[0], COLOURS[1]
 
 
 def point_cloud_figure(before: Mapping[str, Any], after: Mapping[str, Any], *, title: str | None = None) -> "Figure":
-    """Draw a frame before and after an augmentation, from above and as the sensor sees it.
+    """Draw a frame before and after an augmentation, in bird's-eye and range view.
 
     Args:
         before: ``points`` (n, 3 or more) and ``boxes`` (m, 7), NumPy or torch.
         after: The augmented frame, with a ``source`` per point, -1 for the frame's own. Points of ``before`` that are
-            not among its own points are drawn as hidden.
-        title: Stands above the figure.
+            missing there are drawn as hidden.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas: bird's-eye views above, range views below, before on the left.

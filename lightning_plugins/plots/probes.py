@@ -1,4 +1,4 @@
-"""Figures of probes: scores over the depth of a network, and correlations of attention by layer and head."""
+"""Figures of probes: scores over network depth, and attention correlations by layer and head."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INITIAL = "@initial"
-_LONGEST = 14  # characters of a layer's name below the axis
+_LONGEST = 14  # maximum number of characters of a layer name below the axis
 
 
 def probe_profile_figure(
@@ -26,16 +26,15 @@ def probe_profile_figure(
     lowest: float = -0.25,
     title: str | None = None,
 ) -> "Figure":
-    """Draw a probe's score over the layers, one line per training step, with the controls dashed.
+    """Draw a probe's score over the layers, one line per training step, with dashed controls.
 
     Args:
-        profiles: Layer to score, for every step, in the order of the layers. ``<layer>@initial`` is the layer of the
-            network as it was in the beginning; any other name that stands behind no layer, such as ``"projection"``, is
-            told by its place among the names: ``"projection"`` is drawn as a level.
+        profiles: Score by layer, for every step, in the order of the layers. ``<layer>@initial`` is a layer of the
+            initial network; ``"projection"`` is drawn as a horizontal line.
         steps: The training step of each profile.
-        score: What the scores are.
-        lowest: Where the axis ends below: a control may be far below 0, and would squash the rest.
-        title: What stands above the figure.
+        score: Name of the score.
+        lowest: Lower limit of the axis: a control may be far below 0 and would compress the rest.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig("profile.png")`` writes it.
@@ -77,7 +76,7 @@ def probe_profile_figure(
 
 
 def _draw_controls(axes: "Axes", profile: Mapping[str, float], names: Sequence[str]) -> None:
-    """The network as it began, and a random projection, as dashed lines with their names."""
+    """The initial network and a random projection, as labelled dashed lines."""
     initial = [(p, profile[f"{name}{_INITIAL}"]) for p, name in enumerate(names) if f"{name}{_INITIAL}" in profile]
     dashed = (0, (5, 4))
     if initial:
@@ -101,8 +100,8 @@ def attention_heat_map_figure(
 
     Args:
         correlations: Shape ``(layers, heads)``, in ``[-1, 1]``; NaN stays blank.
-        property_name: What the attention was compared with, such as ``"IDF"``.
-        title: What stands above the figure.
+        property_name: Name of the property, such as ``"IDF"``.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas.

@@ -1,4 +1,4 @@
-"""Figures of ranks: how much of each layer is kept, and how a search traded score against size."""
+"""Figures of ranks: the fraction kept of each layer, and the trade-off of a search between score and size."""
 
 from collections.abc import Mapping
 from itertools import cycle
@@ -19,17 +19,18 @@ _HEIGHT = 0.26  # inches per layer
 def rank_figure(
     searches: Mapping[str, RankSearch], full_ranks: Mapping[str, int] | None = None, *, title: str | None = None
 ) -> "Figure":
-    """Draw the ranks that were chosen for every layer, and score against removed fraction over the search.
+    """Draw the ranks chosen for every layer, and score against removed fraction over the search.
 
-    On the left a row per layer with a mark per choice; behind them a bar up to the layer's full rank. On the right the
-    best score of every level of those choices that come from a search, up to what they deliver; the others are drawn
-    there as a line at their removed fraction, since they know no score.
+    On the left a row per layer with a mark per choice, and a bar up to the layer's full rank. On the right the best
+    score at every level of a search, up to its result; choices without a search have no score and are drawn as a line
+    at their removed fraction.
 
     Args:
-        searches: What to compare, by name: results of `beam_search`, `equal_ratio` and their like for the same layers.
+        searches: Results to compare, by name: of `beam_search`, `equal_ratio` and similar functions for the same
+            layers.
         full_ranks: Full rank of every layer, such as ``{name: cost.full_rank for name, cost in
             layer_costs(model).items()}``; without it no bars are drawn.
-        title: What stands above the figure.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig("ranks.png")`` writes it.

@@ -1,4 +1,4 @@
-"""Figures of searches: regret against trials, and which arms and mutations won."""
+"""Figures of searches: regret against trials, and the success of arms and mutations."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def regret_figure(
     methods: Mapping[str, Sequence[Sequence[float]]], *, ylabel: str = "regret", title: str | None = None
 ) -> "Figure":
-    """Draw regret against the number of trials for several methods: the median over searches and the middle half.
+    """Draw regret against the number of trials for several methods: median and interquartile range over searches.
 
     Args:
-        methods: Name of the method to its searches: for each, the regret of the best trial so far behind every trial.
-        ylabel: The quantity on the vertical axis, which is logarithmic where all medians are positive.
-        title: The title above the figure.
+        methods: Searches by method name: for each, the regret of the best trial so far after every trial.
+        ylabel: Label of the vertical axis, which is logarithmic if all medians are positive.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig("regret.png")`` writes it.
@@ -70,7 +70,7 @@ def arms_figure(
     Args:
         origins: As `lightning_plugins.search.origins` returns them, in the order of the trials.
         direction: ``"minimize"`` or ``"maximize"``.
-        title: The title above the figure.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas.

@@ -1,4 +1,4 @@
-"""Figures of representations: spectra over training time, and of several runs side by side."""
+"""Figures of representations: spectra over training, and of several runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import ColorType
 
-_DECADES = 8  # eigenvalues this many powers of ten below the largest are left out: rounding, and a squashed picture
+_DECADES = 8  # eigenvalues this many powers of ten below the largest are omitted as rounding errors
 
 
 def spectrum_figure(spectra: Sequence[Tensor], steps: Sequence[int], *, title: str | None = None) -> "Figure":
-    """Draw how an eigenvalue spectrum and its entropy changed over training.
+    """Draw an eigenvalue spectrum and its entropy over training.
 
     On the left one line per spectrum, coloured by its step, the latest drawn thicker; a dashed line marks the flat
-    spectrum ``1/d``. On the right the von Neumann entropy over the steps, below its bound ``log(d)``.
+    spectrum ``1/d``. On the right the von Neumann entropy over the steps, with its bound ``log(d)``.
 
     Args:
         spectra: One tensor of shape ``(d,)`` each, the eigenvalues of an autocorrelation matrix, in any order.
         steps: The training step of each spectrum.
-        title: What stands above the figure, such as the layer's name.
+        title: Title of the figure, such as the layer's name.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig("spectrum.png")`` writes it.
 
     Raises:
-        ValueError: If there is no spectrum, the number of ``steps`` is another, or a spectrum is not 1-D, of the
-            length of the others, and finite.
+        ValueError: If there is no spectrum, the number of ``steps`` differs, or spectra are not 1-D, finite and of
+            equal length.
         ImportError: If matplotlib is missing.
 
     Example:
@@ -71,8 +71,8 @@ def spectrum_comparison_figure(spectra: Mapping[str, Tensor], *, title: str | No
     """Draw the eigenvalue spectra of several runs or layers on one pair of axes.
 
     Args:
-        spectra: Name of the run to its eigenvalues, of shape ``(d,)``, in any order; ``d`` may differ.
-        title: What stands above the figure.
+        spectra: Eigenvalues by run name, of shape ``(d,)``, in any order; ``d`` may differ.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas. The legend gives each run's effective rank, ``exp`` of the entropy.
@@ -112,7 +112,7 @@ def _draw_spectrum(
     axes: "Axes", spectrum: Tensor, *, color: "ColorType", width: float, label: str | None = None
 ) -> None:
     shown = spectrum[spectrum > spectrum[0] * 10.0**-_DECADES].tolist()
-    alone = "o" if len(shown) == 1 else None  # a line through one point would not be seen
+    alone = "o" if len(shown) == 1 else None  # a line through one point would be invisible
     axes.plot(range(1, len(shown) + 1), shown, color=color, linewidth=width, label=label, marker=alone, clip_on=False)
 
 
@@ -147,6 +147,6 @@ def _label_reference(
         ha="right",
         fontsize=9,
         color=MUTED,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},  # grid lines stop at the words
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},  # grid lines stop at the labels
         zorder=3,
     )

@@ -1,7 +1,7 @@
-"""Style of all figures: colours that colour-blind readers tell apart, canvases and axes.
+"""Style of all figures: colours that colour-blind readers can distinguish, canvases and axes.
 
-The figures are built without pyplot, so they are safe in threads, without a display and beside a user's own figures.
-matplotlib is imported when one is drawn.
+The figures are built without pyplot, so they are safe in threads, work without a display and do not affect a user's own
+figures. matplotlib is imported when a figure is drawn.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.typing import ColorType
 
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e4e4e4"
-# Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is left out, too pale for a line on white
+# Okabe and Ito's colours, distinguishable for colour-blind readers; without the yellow, too pale for lines on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
@@ -26,7 +26,7 @@ def has_matplotlib() -> bool:
 
 
 def require_matplotlib() -> None:
-    """Say what to install if figures cannot be drawn.
+    """Raise an error with installation advice if figures cannot be drawn.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -36,7 +36,7 @@ def require_matplotlib() -> None:
 
 
 def empty_figure(width: float, height: float, title: str | None) -> "Figure":
-    """Return a figure of this size in inches, on a canvas that needs no screen."""
+    """Return a figure of this size in inches, on a canvas that needs no display."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def colour_by_step(axes: "Axes", steps: Sequence[int]) -> "list[ColorType]":
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    readable = ListedColormap(colormaps["viridis"](torch.linspace(0.0, 0.88, 256).numpy()))  # not its pale yellow end
+    readable = ListedColormap(colormaps["viridis"](torch.linspace(0.0, 0.88, 256).numpy()))  # no pale yellow
     shade = ScalarMappable(Normalize(min(steps), max(*steps, min(steps) + 1)), readable)
     if len(steps) > 1 and axes.figure is not None:
         bar = axes.figure.colorbar(shade, ax=axes, pad=0.02, aspect=30)

@@ -1,4 +1,4 @@
-"""Figures of what is lost against what is saved, for several methods."""
+"""Trade-off figures of score against size, for several methods."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -24,14 +24,14 @@ def trade_off_figure(
     reference: tuple[str, float] | None = None,
     title: str | None = None,
 ) -> "Figure":
-    """Draw a score against a size for several methods: a line through the means, and every run as a dot.
+    """Draw a score against a size for several methods: a line through the means, and one dot per run.
 
     Args:
-        methods: Name of the method to its scores: for every size those of all runs.
-        xlabel: What the sizes are, such as ``"parameters removed"``.
-        ylabel: What the scores are, such as ``"accuracy"``.
-        reference: Name and score of what the methods are compared with; a dashed line.
-        title: What stands above the figure.
+        methods: Scores by method name: for every size those of all runs.
+        xlabel: Label of the sizes, such as ``"parameters removed"``.
+        ylabel: Label of the scores, such as ``"accuracy"``.
+        reference: Name and score of a reference, drawn as a dashed line.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig("trade_off.png")`` writes it.

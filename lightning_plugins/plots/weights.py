@@ -1,4 +1,4 @@
-"""Figures of weights: singular values over training time, and of all layers of a network."""
+"""Figures of weights: singular values over training, and of all layers of a network."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import ColorType
 
-_DECADES = 6  # singular values this many powers of ten below the largest are left out
-_ROW = 0.22  # inches of a layer in a list
+_DECADES = 6  # singular values this many powers of ten below the largest are omitted
+_ROW = 0.22  # inches per layer
 
 
 def weight_spectrum_figure(spectra: Sequence[Tensor], steps: Sequence[int], *, title: str | None = None) -> "Figure":
-    """Draw how the singular values of a weight changed over training.
+    """Draw the singular values of a weight over training.
 
     On the left one line per spectrum, coloured by its step, the latest drawn thicker. On the right, over the steps, the
     stable rank and the effective rank above, the spectral norm below.
@@ -28,13 +28,13 @@ def weight_spectrum_figure(spectra: Sequence[Tensor], steps: Sequence[int], *, t
     Args:
         spectra: One tensor of shape ``(n,)`` each, the singular values of a matrix, in any order.
         steps: The training step of each spectrum.
-        title: What stands above the figure, such as the layer's name.
+        title: Title of the figure, such as the layer's name.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig("spectrum.png")`` writes it.
 
     Raises:
-        ValueError: If there is no spectrum, the number of ``steps`` is another, or a spectrum is not 1-D and finite.
+        ValueError: If there is no spectrum, the number of ``steps`` differs, or a spectrum is not 1-D and finite.
         ImportError: If matplotlib is missing.
 
     Example:
@@ -64,15 +64,15 @@ def weight_spectrum_figure(spectra: Sequence[Tensor], steps: Sequence[int], *, t
 
 
 def layer_spectra_figure(spectra: Mapping[str, Tensor], *, title: str | None = None) -> "Figure":
-    """Draw how far the weights of a network are from full rank, layer by layer.
+    """Draw the ranks of a network's weights relative to full rank, layer by layer.
 
-    On the left a bar per layer, the first one on top: its stable rank within its effective rank, both as a share of the
-    full rank. On the right the singular values of every layer, as shares of the largest, over their number as a share
-    of the full rank, coloured from the first layer to the last.
+    On the left a bar per layer, the first one on top: its stable rank within its effective rank, both relative to the
+    full rank. On the right the singular values of every layer, relative to the largest, over their index relative to
+    the full rank, coloured from the first layer to the last.
 
     Args:
-        spectra: Layer to singular values, of shape ``(n,)``, in any order.
-        title: What stands above the figure.
+        spectra: Singular values by layer, of shape ``(n,)``, in any order.
+        title: Title of the figure.
 
     Returns:
         A figure with an Agg canvas.
@@ -122,7 +122,7 @@ def _checked(name: str, spectrum: Tensor) -> Tensor:
 
 def _draw_values(axes: "Axes", spectrum: Tensor, *, color: "ColorType", width: float) -> None:
     shown = spectrum[spectrum > spectrum[0] * 10.0**-_DECADES].tolist()
-    alone = "o" if len(shown) == 1 else None  # a line through one point would not be seen
+    alone = "o" if len(shown) == 1 else None  # a line through one point would be invisible
     axes.plot(range(1, len(shown) + 1), shown, color=color, linewidth=width, marker=alone, clip_on=False)
 
 

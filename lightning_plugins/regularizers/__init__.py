@@ -1,4 +1,4 @@
-"""Terms of a loss, one method a file."""
+"""Loss terms, one method per file."""
 
 from lightning_plugins.regularizers.coding_rate import CodingRate
 from lightning_plugins.regularizers.decorrelation import Decorrelation

@@ -1,4 +1,4 @@
-"""Properties that processes must agree on before their rows form one batch; sent with the numbers of rows."""
+"""Consistency checks between processes before their rows form one batch; exchanged with the row counts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,24 +7,24 @@ from torch import Tensor
 
 from lightning_plugins.distributed import RankError, gather_integers, is_distributed
 
-_PATIENCE = 10.0  # seconds in which ranks that wait at the exchange surely hear of one that fails
+_PATIENCE = 10.0  # seconds within which ranks waiting at the exchange learn of a failed one
 _FAILED, _NOWHERE = -1, -1
 
 
 def agreed_counts(name: str, embeddings: Tensor, calls: int = 1) -> list[int]:
-    """Exchange the numbers of rows; a rank that does something else is named before tensors of other shapes meet.
+    """Exchange row counts; inconsistent ranks are reported before tensors of different shapes are exchanged.
 
     Args:
         name: The argument's name, for the message.
         embeddings: This rank's rows, of shape ``(N, d)``.
-        calls: How many batches the ranks put together for one purpose in this step.
+        calls: Number of batches that the ranks combine for one term in this step.
 
     Returns:
         The number of rows of every rank.
 
     Raises:
-        ValueError: If ranks have another number of columns; on all ranks alike, so that none is left waiting.
-        RankError: If a rank has withdrawn, puts together another number of batches, or did not come.
+        ValueError: If the numbers of columns differ; raised on all ranks, so that none is left waiting.
+        RankError: If a rank has withdrawn, combines another number of batches, or did not join.
 
     Example:
         >>> import torch
@@ -45,12 +45,12 @@ def agreed_counts(name: str, embeddings: Tensor, calls: int = 1) -> list[int]:
 
 
 def withdraw(place: int | None = None) -> None:
-    """Tell the other ranks, in place of `agreed_counts`, that this one has failed, so that none is left waiting for it.
+    """Tell the other ranks that this one has failed, in place of `agreed_counts`, so that they do not wait for it.
 
-    They raise `RankError`, which names this rank. Call it before the error of this rank is raised.
+    They raise a `RankError` that names this rank. Call it before raising the error of this rank.
 
     Args:
-        place: An index, such as a layer's, that the other ranks find in the error's ``place``.
+        place: An index, such as that of a layer, reported to the other ranks in the error's ``place``.
 
     Example:
         >>> withdraw()  # of one rank alone: nobody to tell
@@ -59,20 +59,20 @@ def withdraw(place: int | None = None) -> None:
         return
     try:
         gather_integers([_FAILED, _NOWHERE if place is None else place, 0], patience=_PATIENCE)
-    except RankError:  # nobody is waiting: the error of this rank is the one to raise
+    except RankError:  # no rank is waiting: raise the error of this rank
         return
 
 
 @contextmanager
 def refusals_are_told(scope: str) -> Iterator[None]:
-    """Withdraw where this rank refuses its rows before the exchange.
+    """Withdraw if this rank rejects its rows before the exchange.
 
     Args:
-        scope: ``"global"`` where others wait, or ``"local"``.
+        scope: ``"global"`` if others wait, or ``"local"``.
 
     Raises:
-        TypeError: The refusal, as it came.
-        ValueError: In the same way.
+        TypeError: The original error.
+        ValueError: Likewise.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The log-determinant coding rate of a representation as a term of a loss."""
+"""The log-determinant coding rate of a representation as a loss term."""
 
 from torch import Tensor
 
@@ -10,13 +10,13 @@ from lightning_plugins.regularizers.embedding_term import EmbeddingTerm, Scope
 class CodingRate(EmbeddingTerm):
     """Loss term ``-weight * R`` with ``R = logdet(I + d / (distortion * N) * Z.T @ Z) / 2`` the coding rate, in nats.
 
-    ``Z`` are the rows scaled to unit length. Raising the rate is the expanding part of MCR²; as ``distortion`` tends to
+    ``Z`` are the rows scaled to unit length. Raising the rate is the expansion term of MCR²; as ``distortion`` tends to
     zero its gradient tends to that of ``logdet(C) / 2``, the uniformity of Matrix-SSL up to a factor.
 
     Args:
         weight: Positive to raise the rate, negative to lower it.
         distortion: The squared distortion up to which rows are coded, above 0: directions whose share of the spectrum
-            is far below it are not seen.
+            is far below it have almost no effect.
         centred: Whether the mean of all rows is subtracted first.
         scope: See `EmbeddingTerm`.
 

@@ -1,4 +1,4 @@
-"""Decorrelated features as a term of a loss: the off-diagonal part of Barlow Twins."""
+"""Decorrelated features as a loss term: the off-diagonal part of Barlow Twins."""
 
 from torch import Tensor
 
@@ -11,9 +11,9 @@ class Decorrelation(EmbeddingTerm):
     """Loss term ``weight * sum(C[i, j] ** 2)`` over the pairs of different features, ``C`` their correlations.
 
     Args:
-        weight: Factor on the sum; Barlow Twins takes 0.0051.
+        weight: Factor on the sum; 0.0051 in Barlow Twins.
         centred: Whether the mean row is subtracted first, as in a correlation.
-        eps: What is added to the variances.
+        eps: Added to the variances.
         scope: See `EmbeddingTerm`.
 
     Raises:
@@ -26,8 +26,8 @@ class Decorrelation(EmbeddingTerm):
         2.0
 
     Source:
-        Zbontar et al. (Barlow Twins), ICML 2021, https://arxiv.org/abs/2103.03230; `functional.decorrelation` takes a
-        second view as Barlow Twins does, this term one at a time, which is ours.
+        Zbontar et al. (Barlow Twins), ICML 2021, https://arxiv.org/abs/2103.03230; `functional.decorrelation` accepts a
+        second view as in Barlow Twins; the single-view form of this term is ours.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Decorrelation(EmbeddingTerm):
 
     def measure(self, rows: Tensor) -> Tensor:
         """Return the sum of the squared correlations."""
-        return decorrelation(rows, centred=False, eps=self.eps)  # the rows come centred
+        return decorrelation(rows, centred=False, eps=self.eps)  # the rows are already centred
 
     def extra_repr(self) -> str:
         """Show the settings."""

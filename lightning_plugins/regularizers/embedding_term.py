@@ -1,4 +1,4 @@
-"""Base of terms of a batch of embeddings: the rows of all processes, a queue of earlier ones, and a weight."""
+"""Base class of terms of a batch of embeddings: rows of all processes, a queue of earlier rows, and a weight."""
 
 from abc import ABC, abstractmethod
 from typing import Literal, get_args
@@ -17,16 +17,16 @@ Scope = Literal["global", "local"]
 
 
 class EmbeddingTerm(nn.Module, ABC):
-    """Base of the terms of a loss that are a function of a batch of embeddings: a subclass writes `measure` alone.
+    """Base class of loss terms of a batch of embeddings: a subclass only implements `measure`.
 
     The term is ``weight * measure(rows)``, to be minimised, computed in float32, in float64 for float64 embeddings,
     with autocast off.
 
     Under ``scope="global"`` the rows of all processes form one batch. All processes must call the module, in the same
-    order, and all receive the same value; a process may have no rows as long as another one has. The rows travel, and
-    in the backward pass one number. The gradients are those of data parallelism: averaged over the processes, as DDP
-    and FSDP do, they equal the gradient of one process that saw the whole batch. Across processes, differentiating a
-    gradient again (``create_graph=True``) raises `RuntimeError`; with one process, or ``scope="local"``, it works.
+    order, and all receive the same value; a process may have no rows as long as another one has. The rows are
+    exchanged, and in the backward pass one number. The gradients are those of data parallelism: averaged over the
+    processes, as DDP and FSDP do, they equal the gradient of one process that sees the whole batch. Across processes,
+    double backward (``create_graph=True``) raises `RuntimeError`; with one process, or ``scope="local"``, it works.
 
     Args:
         weight: Factor on the measure; positive to lower it, negative to raise it.
@@ -51,14 +51,14 @@ class EmbeddingTerm(nn.Module, ABC):
         self.centred = check_bool("centred", centred)
         self.scope = check_choice("scope", scope, get_args(Scope))
 
-    calls = 1  # batches that are put together for one purpose in a step, which all processes must agree on
+    calls = 1  # number of batches combined in a step, which all processes must agree on
 
     @abstractmethod
     def measure(self, rows: Tensor) -> Tensor:
-        """Return what is to be minimised, a scalar, from the rows of all processes and of the queue.
+        """Return the scalar to minimise, from the rows of all processes and of the queue.
 
         Args:
-            rows: Tensor of shape ``(N, d)``, float32 or float64, with ``N >= 1``, centred if that is wanted.
+            rows: Tensor of shape ``(N, d)``, float32 or float64, with ``N >= 1``, centred if requested.
 
         Returns:
             Scalar.
@@ -69,7 +69,7 @@ class EmbeddingTerm(nn.Module, ABC):
 
         Args:
             embeddings: Floating tensor of shape ``(N, d)``, of the same ``d`` and dtype on all processes.
-            remembered: Further rows, shape ``(q, d)``, of earlier batches, which join the batch without a gradient; the
+            remembered: Further rows, shape ``(q, d)``, of earlier batches, added to the batch without a gradient; the
                 same on all processes under ``scope="global"``.
 
         Returns:
@@ -82,16 +82,15 @@ class EmbeddingTerm(nn.Module, ABC):
         return self.with_rows(embeddings, remembered)[0]
 
     def with_rows(self, embeddings: Tensor, remembered: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the term and the rows it was computed from, to remember some of them.
+        """Return the term and the rows it was computed from, for a queue.
 
         Args:
             embeddings: As for `forward`.
             remembered: As for `forward`.
 
         Returns:
-            The term, and all rows, detached, as they came: the remembered ones first, then those of each process in
-            the order of the processes, so that the newest are last. Under ``scope="global"`` all processes get the
-            same.
+            The term, and all rows, detached and unchanged: the remembered ones first, then those of each process in the
+            order of the processes, so that the newest are last. Under ``scope="global"`` all processes get the same.
 
         Raises:
             ValueError: If a tensor does not have the shape described, or no process has a row.
@@ -112,7 +111,7 @@ class EmbeddingTerm(nn.Module, ABC):
             raise ValueError(f"`embeddings` must have at least one row, got none{where}")
         rows = at_least_float32(embeddings)
         if together and not len(rows) and torch.is_grad_enabled() and not rows.requires_grad:
-            # Made by hand on a process without data. The other processes' backward passes wait for this one's.
+            # Created manually on a process without data. The other processes' backward passes wait for this one's.
             rows = rows.detach().requires_grad_()
         blocks = gather_rows(rows, counts) if together else [rows]
         if remembered is not None:
@@ -128,7 +127,7 @@ class EmbeddingTerm(nn.Module, ABC):
 
 
 def check_rows(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a real floating matrix with columns.
+    """Raise an error unless the tensor is a real floating matrix with columns.
 
     Args:
         name: The argument's name, for the message.

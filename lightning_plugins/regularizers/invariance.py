@@ -20,13 +20,13 @@ class InvarianceVNE(nn.Module):
     entropy ``S``, in nats, over the views. Both are computed on the projector's output. The published recipe takes
     views of 64 samples and a projector 2048-2048-256 with batch normalisation.
 
-    Under ``scope="global"`` both means are over the rows of all ranks, and what `VonNeumannEntropy` says of ranks and
-    their gradients holds here too.
+    Under ``scope="global"`` both means are over the rows of all ranks, and ranks and gradients are handled as in
+    `VonNeumannEntropy`.
 
     Args:
         invariance_weight: Weight of the mean cosine; None for ``log(N)`` with ``N`` the rows of a view, of all ranks
-            under ``scope="global"``. That is the published recipe, 4.16 at 64 rows; the reading that ``N`` counts all
-            ranks is ours.
+            under ``scope="global"``. That is the published recipe, 4.16 at 64 rows; counting all ranks in ``N`` is our
+            interpretation.
         entropy_weight: Weight of the mean entropy.
         scope: ``"global"`` for the batch of all ranks together, ``"local"`` for this rank's own rows.
         method: How the spectrum is computed; see `lightning_plugins.functional.matrix_entropy`.
@@ -66,8 +66,8 @@ class InvarianceVNE(nn.Module):
 
         Args:
             views: Two or more floating tensors of one shape ``(N, d)``: row ``i`` of each is a view of sample ``i``.
-                The large views stand first.
-            large_views: How many of ``views`` are large ones; None for all of them.
+                The large views come first.
+            large_views: Number of large views among ``views``; None for all of them.
 
         Returns:
             Scalar: float32 for float16 and bfloat16 views, else in their dtype.
@@ -84,7 +84,7 @@ class InvarianceVNE(nn.Module):
         memory = units[0].new_empty((0, dim))
         entropies = [entropy_over_ranks(rows, counts, memory=memory, method=self.method) for rows in units]
         whole = torch.stack(units).sum(0)
-        # For each large view the cosines with all others at once: one with the sum of all views, less itself.
+        # For each large view the cosines with all others at once: that with the sum of all views, minus itself.
         cosines = torch.stack([(rows * (whole - rows)).sum() for rows in units[:large]])
         cosine = cosines.sum() / (large * (len(views) - 1) * samples)
         if len(counts) > 1:

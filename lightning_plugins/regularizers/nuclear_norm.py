@@ -1,4 +1,4 @@
-"""The nuclear norm of weights as a term of a loss."""
+"""The nuclear norm of weights as a loss term."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from lightning_plugins.functional.stable_rank import nuclear_norm
 
 
 class NuclearNorm(nn.Module):
-    """Loss term ``weight * sum(s)`` over the singular values: it pulls all of them alike, and small ones to zero.
+    """Loss term ``weight * sum(s)`` over the singular values: it shrinks all of them equally, and small ones to zero.
 
     Args:
         weight: Factor on the norm; it depends on the scale of the matrix.

@@ -1,4 +1,4 @@
-"""The Rényi entropy of order 2 of a representation as a term of a loss: the regularizer of FroSSL."""
+"""The Rényi entropy of order 2 of a representation as a loss term: the regularizer of FroSSL."""
 
 from torch import Tensor
 

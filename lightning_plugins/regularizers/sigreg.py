@@ -1,4 +1,4 @@
-"""SIGReg: embeddings that are distributed like an isotropic Gaussian, tested on random projections."""
+"""SIGReg: embeddings with an isotropic Gaussian distribution, tested on random projections."""
 
 from dataclasses import dataclass
 
@@ -35,17 +35,17 @@ class Quadrature:
 class SIGReg(EmbeddingTerm):
     """Loss term ``weight * T`` with ``T`` the mean over random directions of the statistic of Epps and Pulley.
 
-    Embeddings as they come (neither scaled nor centred) are pulled to a Gaussian of mean 0 and covariance 1. The
-    directions are a function of ``seed`` and ``step`` alone, hence the same on all processes and for all views of a
-    step. `RepresentationRegularization` sets ``step`` to the optimizer step; in a loop of your own set it, or the
-    directions stay.
+    Embeddings (neither scaled nor centred) are pulled towards a Gaussian of mean 0 and covariance 1. The directions
+    depend only on ``seed`` and ``step``, so they are the same on all processes and for all views of a step.
+    `RepresentationRegularization` sets ``step`` to the optimizer step; in your own loop set it yourself, or the
+    directions never change.
 
     Args:
         weight: Factor on the statistic.
-        directions: How many directions are drawn.
-        resample: Whether each step has directions of its own.
-        quadrature: The rule by which the statistic is integrated.
-        seed: What the directions are drawn from, at least 0.
+        directions: Number of random directions.
+        resample: Whether new directions are drawn at each step.
+        quadrature: The quadrature rule for the statistic.
+        seed: Seed of the directions, at least 0.
         scope: See `EmbeddingTerm`.
 
     Raises:

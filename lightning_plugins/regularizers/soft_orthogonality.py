@@ -1,4 +1,4 @@
-"""Orthonormal rows or columns of weights as a term of a loss."""
+"""Orthonormal rows or columns of weights as a loss term."""
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ class SoftOrthogonality(nn.Module):
     """Loss term ``weight * ||W.T @ W - I||**2``, of the smaller Gram matrix: zero for orthonormal rows or columns.
 
     Args:
-        weight: Factor on the squared distance; it depends on the scale of ``W``, so weight decay pulls against it.
+        weight: Factor on the squared distance; it depends on the scale of ``W``, so weight decay counteracts it.
 
     Raises:
         TypeError: If ``weight`` is not a number.

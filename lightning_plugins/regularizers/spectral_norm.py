@@ -1,4 +1,4 @@
-"""The spectral norm of weights as a term of a loss."""
+"""The spectral norm of weights as a loss term."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Embeddings spread out over the sphere, as a term of a loss."""
+"""Embeddings spread out over the sphere, as a loss term."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The stable rank of weights, and what lies beyond a target rank, as terms of a loss."""
+"""The stable rank of weights, and what lies beyond a target rank, as loss terms."""
 
 from torch import Tensor, nn
 
@@ -70,7 +70,7 @@ class ModifiedStableRank(nn.Module):
     ``rank`` largest. It does not depend on the scale of the matrix, so keep weight decay on.
 
     Args:
-        weight: Positive to press the matrix to the rank, negative to fill the tail.
+        weight: Positive to drive the matrix towards the rank, negative to fill the tail.
         rank: The target rank; a matrix whose smaller side is not above it has the term 0.
         p: 1 drives the tail to zero, 2 lowers it.
 
@@ -84,7 +84,7 @@ class ModifiedStableRank(nn.Module):
         tensor(0.1000)
 
     Source:
-        Our reading of Eo et al., https://arxiv.org/abs/2111.15179.
+        Our interpretation of Eo et al., https://arxiv.org/abs/2111.15179.
     """
 
     def __init__(self, weight: float, rank: int, p: Power = 1) -> None:

@@ -1,4 +1,4 @@
-"""The variance and covariance terms of VICReg, as terms of a loss."""
+"""The variance and covariance terms of VICReg, as loss terms."""
 
 from torch import Tensor
 
@@ -8,12 +8,12 @@ from lightning_plugins.regularizers.embedding_term import EmbeddingTerm, Scope
 
 
 class VICRegVariance(EmbeddingTerm):
-    """Loss term ``weight * mean(relu(target - std))`` over the features: it holds each one's spread above a target.
+    """Loss term ``weight * mean(relu(target - std))`` over the features: it keeps the spread of each above a target.
 
     Args:
-        weight: Factor on the term; VICReg takes 25, with half of it on each of two views.
-        target: The standard deviation from which on a feature has no term.
-        eps: What is added to the variances.
+        weight: Factor on the term; 25 in VICReg, half of it on each of two views.
+        target: Features with at least this standard deviation do not contribute.
+        eps: Added to the variances.
         scope: See `EmbeddingTerm`.
 
     Raises:
@@ -35,7 +35,7 @@ class VICRegVariance(EmbeddingTerm):
         self.eps = check_positive_number("eps", eps)
 
     def measure(self, rows: Tensor) -> Tensor:
-        """Return the mean of what the standard deviations lack."""
+        """Return the mean shortfall of the standard deviations."""
         return variance_hinge(rows, target=self.target, eps=self.eps)
 
     def extra_repr(self) -> str:
@@ -46,10 +46,10 @@ class VICRegVariance(EmbeddingTerm):
 class VICRegCovariance(EmbeddingTerm):
     """Loss term ``weight * sum(cov[i, j] ** 2) / d`` over the pairs of different features.
 
-    Alone it is lowest where the embeddings collapse: VICReg takes it with `VICRegVariance`.
+    Alone it is minimal at collapse: VICReg combines it with `VICRegVariance`.
 
     Args:
-        weight: Factor on the term; VICReg takes 1, on each of two views.
+        weight: Factor on the term; 1 in VICReg, on each of two views.
         scope: See `EmbeddingTerm`.
 
     Raises:

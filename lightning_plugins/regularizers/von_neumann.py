@@ -1,4 +1,4 @@
-"""The von Neumann entropy of a representation as a term of a loss, exact for batches split over ranks."""
+"""The von Neumann entropy of a representation as a loss term, exact for batches split over ranks."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -24,9 +24,9 @@ class VonNeumannEntropy(nn.Module):
 
     Under ``scope="global"`` the rows of all ranks form one batch. All ranks must call the module, in the same order,
     and all receive the same value; a rank may have no rows as long as another one has. The gradients are those of data
-    parallelism: averaged over the ranks, as DDP and FSDP do, they equal the gradient of one process that saw the whole
-    batch. Only a number travels in the backward pass. Across ranks, differentiating a gradient again
-    (``create_graph=True``) raises `RuntimeError`; with one rank, or ``scope="local"``, it works.
+    parallelism: averaged over the ranks, as DDP and FSDP do, they equal the gradient of one process that sees the whole
+    batch. The backward pass exchanges only one number. Across ranks, double backward (``create_graph=True``) raises
+    `RuntimeError`; with one rank, or ``scope="local"``, it works.
 
     Args:
         weight: Positive to raise the entropy, negative to lower it; the authors advise at least 32 rows and an absolute
@@ -54,7 +54,7 @@ class VonNeumannEntropy(nn.Module):
         check_choice("method", method, get_args(Method))
         self.method: Method = method
 
-    calls = 1  # batches that are put together for one purpose in a step, which all ranks must agree on
+    calls = 1  # number of batches combined in a step, which all ranks must agree on
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return ``-weight * S``.
@@ -72,7 +72,7 @@ class VonNeumannEntropy(nn.Module):
 
         Args:
             embeddings: Floating tensor of shape ``(N, d)``, of the same ``d`` and dtype on all ranks.
-            remembered: Further rows, shape ``(q, d)``, of any length, that join the spectrum without a gradient; the
+            remembered: Further rows, shape ``(q, d)``, of any norm, included in the spectrum without a gradient; the
                 same on all ranks under ``scope="global"``.
 
         Returns:
@@ -87,7 +87,7 @@ class VonNeumannEntropy(nn.Module):
         return entropy_over_ranks(rows, counts, memory=memory, method=self.method)
 
     def entropy_with_rows(self, embeddings: Tensor, remembered: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the entropy ``S`` and the rows it was computed from, to remember some of them.
+        """Return the entropy ``S`` and the rows it was computed from, for a queue.
 
         Args:
             embeddings: As for `entropy`.
@@ -103,7 +103,7 @@ class VonNeumannEntropy(nn.Module):
         return _entropy_of_rows(blocks, memory, self.method), every_row
 
     def with_rows(self, embeddings: Tensor, remembered: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the term ``-weight * S`` and the rows it was computed from, as other terms of embeddings do.
+        """Return the term ``-weight * S`` and the rows it was computed from, like other terms of embeddings.
 
         Args:
             embeddings: As for `entropy`.
@@ -137,7 +137,7 @@ class VonNeumannEntropy(nn.Module):
 
 
 def row_counts(name: str, embeddings: Tensor, scope: str, calls: int = 1) -> list[int]:
-    """Count the rows of the ranks that form one batch: all ranks under ``"global"``, else this one alone.
+    """Return the row counts of the ranks that form one batch: all ranks under ``"global"``, else only this one.
 
     Args:
         name: The argument's name, for the message.
@@ -149,7 +149,7 @@ def row_counts(name: str, embeddings: Tensor, scope: str, calls: int = 1) -> lis
         One number for each rank that takes part.
 
     Raises:
-        ValueError: If there is no row in the batch; on all ranks alike, so that none is left waiting.
+        ValueError: If there is no row in the batch; raised on all ranks, so that none is left waiting.
     """
     together = scope == "global" and is_distributed()
     counts = agreed_counts(name, embeddings, calls) if together else [len(embeddings)]
@@ -170,13 +170,13 @@ def unit_rows(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
         Tensor of shape ``(N, d)``, in float32 or float64.
     """
     if len(counts) > 1 and not len(embeddings) and torch.is_grad_enabled() and not embeddings.requires_grad:
-        # Made by hand on a rank without data. The other ranks' backward passes wait for this rank's.
+        # Created manually on a rank without data. The other ranks' backward passes wait for this rank's.
         embeddings = embeddings.detach().requires_grad_()
     return normalize_rows(embeddings)
 
 
 def entropy_over_ranks(rows: Tensor, counts: Sequence[int], *, memory: Tensor, method: Method) -> Tensor:
-    """Entropy of the rows of the ranks together, exchanged in the form that moves fewer bytes.
+    """Entropy of the rows of all ranks, exchanged in the form that takes fewer bytes.
 
     Args:
         rows: This rank's rows, of unit length, shape ``(N, d)``, from `unit_rows`.
@@ -195,10 +195,10 @@ def entropy_over_ranks(rows: Tensor, counts: Sequence[int], *, memory: Tensor, m
 
 
 def exchange_form(rows: int, dim: int, size: int = 8) -> Literal["rows", "matrix"]:
-    """Choose what to exchange between ranks: the one of which fewer bytes move.
+    """Choose what to exchange between ranks: the form that takes fewer bytes.
 
-    On each of ``W`` ranks, gathering the rows in a ring moves ``rows * dim * (W - 1) / W`` elements, and reducing the
-    matrix, in float64, to the sum over ranks ``2 * dim * dim * (W - 1) / W``, since every part goes round twice.
+    On each of ``W`` ranks, gathering the rows in a ring moves ``rows * dim * (W - 1) / W`` elements, and all-reducing
+    the matrix, in float64, ``2 * dim * dim * (W - 1) / W``, since every part goes round twice.
 
     Args:
         rows: Number of rows of all ranks.
@@ -216,7 +216,7 @@ def exchange_form(rows: int, dim: int, size: int = 8) -> Literal["rows", "matrix
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a real floating matrix.
+    """Raise an error unless the tensor is a real floating matrix.
 
     Args:
         name: The argument's name, for the message.
@@ -238,15 +238,15 @@ def _entropy_of_rows(blocks: Sequence[Tensor], memory: Tensor, method: Method) -
 
 
 def _for_method(rows: Tensor, method: Method) -> Tensor:
-    """The rows in the precision that the spectrum is computed in: products of float32 are near enough for products."""
+    """The rows in the precision of the spectrum: float32 is accurate enough for the matrix products."""
     return rows if uses_products(rows, min(rows.shape), method) else normalize_rows(exact(rows))
 
 
 def _entropy_of_matrix(rows: Tensor, count: int, memory: Tensor, method: Method) -> Tensor:
     with full_precision(rows):
-        # The entropy's gradient is symmetric, so the derivative through one factor is half of the whole one, and the
-        # backward takes one product instead of two. The difference is zero and only carries that derivative: the value
-        # is the exchanged total, the same on all ranks.
+        # The entropy's gradient is symmetric, so the derivative through one factor is half of the total, and the
+        # backward pass takes one product instead of two. The difference is zero and only carries that derivative: the
+        # value is the exchanged total, the same on all ranks.
         precise = normalize_rows(exact(rows))
         own = precise.detach().mT @ precise
         total = sum_over_ranks(own.detach()) + exact(memory).mT @ exact(memory) + 2 * (own - own.detach())
@@ -254,7 +254,7 @@ def _entropy_of_matrix(rows: Tensor, count: int, memory: Tensor, method: Method)
         if uses_products(rows, rows.shape[1], method):
             total = total.to(rows.dtype)
         entropy = matrix_entropy(total, method=method).to(rows.dtype)
-    # Rank r's rows now have the derivative g_r * dS/dZ_r of their own rank's loss alone, but S stands in the loss of
+    # Rank r's rows now have the derivative g_r * dS/dZ_r of only their own rank's loss, but S is part of the loss of
     # every rank k, with gradient g_k. Sharing makes it sum(g_k) * dS/dZ_r. Where data parallelism then averages the
     # gradients of the weights w over the W ranks, and all g_k are g, sum_r(W * g * dS/dZ_r * dZ_r/dw) / W is the
     # gradient of one process with all the rows.

@@ -1,6 +1,6 @@
-"""Search of hyper-parameters with few trials: a sampler and a pruner for Optuna, and trainings as trials.
+"""Hyperparameter search with few trials: a sampler and a pruner for Optuna, and training runs as trials.
 
-All but `TercetRule` need the extra ``search`` and are imported when they are asked for.
+All but `TercetRule` need the extra ``search`` and are imported on demand.
 """
 
 from importlib import import_module

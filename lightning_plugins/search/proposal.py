@@ -1,4 +1,4 @@
-"""One step of B2EA: two models of the history and a mutation between them choose the next point."""
+"""One step of B2EA: two models of the history, with a mutation in between, choose the next point."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from lightning_plugins.search.models.power_transform import transform_values
 from lightning_plugins.search.space import Array, Space, key
 
 _PARENTS = 10
-_KEEP = 0.5  # probability that a parent stays as it is
+_KEEP = 0.5  # probability that a parent is not mutated
 
 
 class Arm(NamedTuple):
-    """A model and the acquisition that reads it.
+    """A model and its acquisition function.
 
     Attributes:
         model: ``"forest"`` or ``"gp"``.
@@ -45,10 +45,10 @@ class History(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """The next point, those that would come in its place, and where they came from.
+    """The next point, the alternatives, and their origin.
 
     Attributes:
-        points: The ten points in the order in which they would be tried, of shape ``(n, dimensions)``.
+        points: The ten points in order of preference, of shape ``(n, dimensions)``.
         arms: The arm that ranked the candidates and the one that chose among the parents.
         mutated: For each of the points, whether it is a mutated parent.
     """
@@ -72,20 +72,20 @@ def propose(
         space: The search space.
         history: At least two points.
         trial: The trial's number, from 0.
-        rng: The source of chance.
+        rng: Random generator.
         transform: Whether values are transformed first.
 
     Returns:
         The points, the best first, and their origin.
 
     Source:
-        Cho et al., https://arxiv.org/abs/2202.03005. Leaving out evaluated points is ours.
+        Cho et al., https://arxiv.org/abs/2202.03005. Excluding evaluated points is ours.
     """
     values = transform_values(history.values) if transform else history.values
     features = space.features(history.points)
     pool = space.candidates(rng, history.points)
     first, second = choose_arms(trial, rng)
-    if not len(pool):  # everything has been tried: try again, as chance has it
+    if not len(pool):  # everything has been tried: repeat a point at random
         return Proposal(space.random(rng)[None], (first, second), mutated=(False,))
     fitted = {name: _MODELS[name](features, values, rng) for name in dict.fromkeys((first.model, second.model))}
     best = float(values.min())
@@ -97,7 +97,7 @@ def propose(
 
 
 def choose_arms(trial: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
-    """Return the arm whose turn it is, and another one drawn uniformly among the other five."""
+    """Return the current arm, and another one drawn uniformly from the other five."""
     first = trial % len(ARMS)
     others = [index for index in range(len(ARMS)) if index != first]
     return ARMS[first], ARMS[others[rng.integers(len(others))]]
@@ -109,7 +109,7 @@ def _scores(arm: Arm, fitted: Mapping[str, _Model], candidates: Array, best: flo
 
 
 def _mutate(space: Space, parents: Array, known: Array, rng: np.random.Generator) -> tuple[Array, list[bool]]:
-    """The parents, about half of them with a changed coordinate, none of them twice and none known."""
+    """The parents, about half of them with a changed coordinate, without duplicates or known points."""
     taken = {key(point) for point in known} | {key(point) for point in parents}
     offspring, mutated = [], []
     for parent in parents:

@@ -1,4 +1,4 @@
-"""The early termination of B2EA as a pruner of Optuna's."""
+"""The early termination rule of B2EA as an Optuna pruner."""
 
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class TercetPruner(BasePruner):
-    """Prune trials by `TercetRule`, against the finished and pruned trials of the study; for any sampler.
+    """Prune trials with `TercetRule`, compared with the finished and pruned trials of the study; for any sampler.
 
     Args:
-        n_steps: How many values a trial that is not pruned reports, say one an epoch.
-        fractions: Where to look; see `TercetRule`.
-        quantiles: Below which quantile of goodness a trial ends, one for each look.
-        min_trials: At least so many others must have come as far.
+        n_steps: Number of values reported by an unpruned trial, such as one per epoch.
+        fractions: Checkpoints; see `TercetRule`.
+        quantiles: Quantile of quality below which a trial is pruned, one per checkpoint.
+        min_trials: Minimum number of other trials that have reached a checkpoint.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -55,7 +55,7 @@ class TercetPruner(BasePruner):
         }
 
     def prune(self, study: "Study", trial: "FrozenTrial") -> bool:
-        """Tell whether the trial is to end after the value it reported last."""
+        """Tell whether to prune the trial after its last reported value."""
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         others = [_curve(other) for other in ended if other.number != trial.number]
         return self._rules[study.direction].ends(_curve(trial), others, self.n_steps)

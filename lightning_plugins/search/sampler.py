@@ -1,4 +1,4 @@
-"""B2EA as a sampler of Optuna's."""
+"""B2EA as an Optuna sampler."""
 
 import math
 from collections.abc import Sequence
@@ -28,33 +28,31 @@ _ORIGIN = "b2ea:origin"
 
 
 class B2EASampler(BaseSampler):
-    """Choose trials by evolution assisted by two Bayesian optimisers, meant for searches with few trials.
+    """Choose trials by evolution assisted by two Bayesian optimisers, for searches with few trials.
 
-    In every trial one of six arms (a random forest or a warped Gaussian process, read by expected improvement,
-    probability of improvement or the confidence bound) ranks the candidates, about half of its ten best are mutated,
-    and another arm chooses among the ten. One objective, floats, ints and categories, logarithmic and stepped ones too.
-
-    Trials that are running in other processes count as evaluated, with the worst value seen, so that processes over one
-    storage try different points; of a finite space no point is tried twice as long as there are others. Each
-    trial's choice depends on the seed, the trial's number and the history alone: a study that goes on from its storage
-    proposes what the uninterrupted one would have. The sampler keeps nothing between trials.
+    In every trial one of six arms (a random forest or a warped Gaussian process, with expected improvement, probability
+    of improvement or confidence bound as acquisition) ranks the candidates, about half of its ten best are mutated, and
+    another arm chooses among the ten. Supports one objective; floats, ints and categories, including logarithmic and
+    stepped ones. Trials running in other processes count as evaluated, with the worst value seen, so that processes
+    sharing a storage try different points; in a finite space no point is repeated while others are left. Each trial's
+    choice depends only on the seed, the trial's number and the history: a study resumed from its storage proposes the
+    same points as an uninterrupted one. The sampler has no state between trials.
 
     Args:
         n_startup_trials: The first trials are random, at least 2.
-        seed: Chooses the trials; None draws one and keeps it with the study.
+        seed: Random seed; None draws one and stores it in the study.
         pruned: ``"observe"`` counts the last value that a pruned trial reported as its result, ``"skip"`` ignores it.
         failed: ``"skip"`` ignores failed trials, ``"worst"`` counts them with the worst value seen.
-        transform: Whether values are transformed to be more like a normal distribution (Box-Cox, Yeo-Johnson).
-        max_candidates: A finite space of at most this many points is searched as a whole, of a larger one so many
-            points.
+        transform: Whether to transform values towards a normal distribution (Box-Cox, Yeo-Johnson).
+        max_candidates: Maximum number of candidates; finite spaces up to this size are searched exhaustively.
 
     Raises:
         ImportError: If Optuna, scikit-learn or SciPy is missing.
         ValueError: If an argument is out of its range, or, when a trial begins, if the study has several objectives.
         TypeError: If an argument is of the wrong type.
 
-    Parameters that not all trials have (spaces that the objective defines as it runs) are drawn at random, as are those
-    of the first trials. Constraints are not supported.
+    Parameters that not all trials have (dynamic search spaces) are drawn at random, as are those of the first trials.
+    Constraints are not supported.
 
     Example:
         >>> import optuna
@@ -65,8 +63,8 @@ class B2EASampler(BaseSampler):
         True
 
     Source:
-        Cho et al., https://arxiv.org/abs/2202.03005, and its code. Leaving out evaluated points, running trials as
-        observations and the use of pruned ones are ours.
+        Cho et al., https://arxiv.org/abs/2202.03005, and its code. Excluding evaluated points, treating running trials
+        as observations and the use of pruned trials are ours.
     """
 
     def __init__(
@@ -91,7 +89,7 @@ class B2EASampler(BaseSampler):
         self.max_candidates = check_positive_int("max_candidates", max_candidates)
 
     def infer_relative_search_space(self, study: "Study", trial: "FrozenTrial") -> "dict[str, BaseDistribution]":
-        """Return the parameters that all trials so far have in common."""
+        """Return the parameters common to all trials so far."""
         if len(study.directions) > 1:
             raise ValueError(
                 f"`B2EASampler` searches for one objective, got a study of {len(study.directions)}; for several use "
@@ -103,7 +101,7 @@ class B2EASampler(BaseSampler):
     def sample_relative(
         self, study: "Study", trial: "FrozenTrial", search_space: "dict[str, BaseDistribution]"
     ) -> dict[str, Any]:
-        """Return values for the parameters in common; none for the first trials."""
+        """Return values for the common parameters; none for the first trials."""
         if not search_space:
             return {}
         space = Space(search_space, max_candidates=self.max_candidates)
@@ -113,7 +111,7 @@ class B2EASampler(BaseSampler):
         if finished < self.n_startup_trials or len(history.values) < 2:
             return space.decode(space.random(rng, list(history.points)))
         proposal = propose(space, history, trial.number, rng, transform=self.transform)
-        # Others may have chosen while the models were fitted; what they chose is known from here on.
+        # Others may have chosen points while the models were fitted; these are known from here on.
         taken = {key(point) for point in self._history(study, trial, space).points}
         chosen = next((row for row, point in enumerate(proposal.points) if key(point) not in taken), 0)
         self._remember(study, trial, space, proposal, chosen)
@@ -122,14 +120,14 @@ class B2EASampler(BaseSampler):
     def sample_independent(
         self, study: "Study", trial: "FrozenTrial", param_name: str, param_distribution: "BaseDistribution"
     ) -> Any:
-        """Return a random value of a parameter that not all trials have in common."""
-        # By the name too: two parameters of one trial must not have the same random number.
+        """Return a random value of a parameter that is not common to all trials."""
+        # Includes the name: two parameters of one trial must not have the same random number.
         seed = [self._seed_of(study), trial.number, *param_name.encode()]
         random = RandomSampler(seed=int(np.random.default_rng(seed).integers(2**31)))
         return random.sample_independent(study, trial, param_name, param_distribution)
 
     def reseed_rng(self) -> None:
-        """Do nothing: chance depends on the seed of the study and the number of the trial, in every process."""
+        """Do nothing: random numbers depend on the study's seed and the trial's number, in every process."""
 
     def _seed_of(self, study: "Study") -> int:
         if self.seed is not None:
@@ -161,7 +159,7 @@ class B2EASampler(BaseSampler):
         return History(np.array(points).reshape(-1, len(space.dimensions)), _finite(values))
 
     def _value(self, trial: "FrozenTrial") -> float | None:
-        """A trial's result; NaN where it counts as the worst of all, None where it does not count."""
+        """A trial's result; NaN if it counts as the worst, None if it does not count."""
         if trial.state == TrialState.COMPLETE:
             return trial.value
         if trial.state == TrialState.PRUNED and self.pruned == "observe" and trial.intermediate_values:
@@ -172,7 +170,7 @@ class B2EASampler(BaseSampler):
 
 
 def _point(trial: "FrozenTrial", space: Space) -> Any:
-    """A trial's point; None if it lacks a parameter. A running one may not have asked for all that was chosen."""
+    """A trial's point; None if it lacks a parameter. A running trial may not have asked for all parameters yet."""
     names = [dimension.name for dimension in space.dimensions]
     if all(name in trial.params for name in names):
         return space.encode(trial.params)
@@ -181,16 +179,16 @@ def _point(trial: "FrozenTrial", space: Space) -> Any:
 
 
 def origins(study: "Study") -> list[dict[str, Any]]:
-    """Return where each finished trial of a study came from.
+    """Return the origin of each finished trial of a study.
 
     Args:
         study: A study whose sampler is a `B2EASampler`.
 
     Returns:
-        For every trial that a model proposed: ``number``, ``value``, the names of both ``arms``, and ``mutated``.
+        For every trial proposed by a model: ``number``, ``value``, the names of both ``arms``, and ``mutated``.
 
     Raises:
-        TypeError: If ``study`` is none of Optuna's.
+        TypeError: If ``study`` is not an Optuna study.
     """
     if not hasattr(study, "get_trials"):
         raise TypeError(f"`study` must be a study of Optuna's, got {shown(study)}")
@@ -204,7 +202,7 @@ def origins(study: "Study") -> list[dict[str, Any]]:
 
 
 def _finite(values: Sequence[float]) -> Any:
-    """The values, those that are not finite as the worst of the others; none if no value is known."""
+    """The values, with non-finite ones replaced by the worst of the others; empty if no value is known."""
     array = np.array(values, dtype=float)
     known = array[np.isfinite(array)]
     if not len(known):

@@ -1,4 +1,4 @@
-"""One trial for all processes of a distributed training: the first one asks, the others are told."""
+"""One trial for all processes of a distributed training: the first one asks the study and broadcasts."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SharedTrial:
-    """A trial that every process of a group holds; calls come on all of them, in the same order.
+    """A trial shared by all processes of a group; all must make the same calls in the same order.
 
     Args:
         trial: The trial on the first process, None on the others.
@@ -50,23 +50,23 @@ class SharedTrial:
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        """Return the same number on every process; as Optuna's method of this name."""
+        """Return the same number on every process; like Optuna's method of this name."""
         for argument, number in (("low", low), ("high", high), ("step", 1.0 if step is None else step)):
             check_finite_number(argument, number)
         return float(self._suggest(name, lambda: self._own.suggest_float(name, low, high, step=step, log=log)))
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """Return the same int on every process; as Optuna's method of this name."""
+        """Return the same int on every process; like Optuna's method of this name."""
         for argument, number in (("low", low), ("high", high), ("step", step)):
             check_int(argument, number)
         return int(self._suggest(name, lambda: self._own.suggest_int(name, low, high, step=step, log=log)))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Return the same choice on every process; as Optuna's method of this name."""
+        """Return the same choice on every process; like Optuna's method of this name."""
         return self._suggest(name, lambda: self._own.suggest_categorical(name, choices))
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """Keep something with the trial, on the first process."""
+        """Store a user attribute of the trial, on the first process."""
         if self.trial is not None:
             self.trial.set_user_attr(key, value)
 
@@ -76,9 +76,9 @@ class SharedTrial:
 
 
 def shared_trials(study: "Study | None", n_trials: int) -> Iterator[SharedTrial]:
-    """Ask for trials that all processes of the current group go through together.
+    """Ask for trials shared by all processes of the current group.
 
-    The caller ends each of them with `finish_trial`. Without a group there is one process, which is the first.
+    The caller must finish each of them with `finish_trial`. Without a group the single process is the first.
 
     Args:
         study: The study on the first process, None on the others.
@@ -88,7 +88,7 @@ def shared_trials(study: "Study | None", n_trials: int) -> Iterator[SharedTrial]
         The trials, one at a time.
 
     Raises:
-        TypeError: If ``study`` is none of Optuna's.
+        TypeError: If ``study`` is not an Optuna study.
         ValueError: If the first process has no study, or ``n_trials`` is less than 1.
     """
     if study is not None and not hasattr(study, "ask"):
@@ -102,13 +102,13 @@ def shared_trials(study: "Study | None", n_trials: int) -> Iterator[SharedTrial]
 
 
 def finish_trial(study: "Study | None", trial: SharedTrial, value: float | None, *, pruned: bool = False) -> None:
-    """Tell the study what came of a trial, on the first process.
+    """Report the result of a trial to the study, on the first process.
 
     Args:
         study: The study on the first process.
         trial: The trial.
         value: The objective; None for a trial that failed, or for a pruned one.
-        pruned: Whether the training was ended early.
+        pruned: Whether the training was stopped early.
     """
     if study is None or trial.trial is None:
         return
@@ -122,7 +122,7 @@ def finish_trial(study: "Study | None", trial: SharedTrial, value: float | None,
 
 def _ask(study: "Study | None") -> "optuna.trial.Trial | None":
     asked: list[optuna.trial.Trial] = []
-    _shared(lambda: asked.append(study.ask()) if study is not None else None)  # an error is raised on all processes
+    _shared(lambda: asked.append(study.ask()) if study is not None else None)  # errors are raised on all processes
     return asked[0] if asked else None
 
 

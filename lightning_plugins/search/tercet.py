@@ -1,4 +1,4 @@
-"""The rule that ends hopeless trainings early: two looks at a learning curve, each against the curves before it."""
+"""An early termination rule that compares a learning curve with earlier curves at two checkpoints."""
 
 import math
 from collections.abc import Sequence
@@ -13,20 +13,21 @@ from lightning_plugins._checks import check_choice, check_fraction, check_positi
 
 @dataclass(frozen=True)
 class TercetRule:
-    """End a training whose learning curve is below a quantile of the curves before it.
+    """Stop a training run whose learning curve is below a quantile of the earlier curves.
 
-    At each of the ``fractions`` of a training the mean of its curve since the one before is compared with the same mean
-    of the other curves; it goes on if it is no worse than their quantile. With the defaults the worst tenth ends at
-    half of the training, and at 90 % all but the best tenth, whose value so far is their result.
+    At each of the ``fractions`` of a run the mean of its curve since the previous fraction is compared with the same
+    mean of the other curves; it continues if it is not worse than their quantile. With the defaults the worst tenth
+    stops at half of the training, and all but the best tenth at 90 %, with their value so far as result.
 
     Args:
-        fractions: Where to look, ascending, in (0, 1).
-        quantiles: Of goodness, one for each look, in [0, 1): 0.1 ends the worst tenth, 0.9 all but the best tenth.
-        min_curves: At least so many other curves must have come as far; nothing ends before.
-        mode: Whether large values (``"max"``) or small ones (``"min"``) are good.
+        fractions: Checkpoints, ascending, in (0, 1).
+        quantiles: Quantiles of quality, one per checkpoint, in [0, 1): 0.1 stops the worst tenth, 0.9 all but the best
+            tenth.
+        min_curves: Minimum number of other curves that have reached a checkpoint; with fewer nothing is stopped.
+        mode: Whether large values (``"max"``) or small ones (``"min"``) are better.
 
     Raises:
-        ValueError: If the fractions do not ascend, or there are not as many quantiles, or a number is out of range.
+        ValueError: If the fractions do not ascend, the number of quantiles differs, or a number is out of range.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -62,15 +63,15 @@ class TercetRule:
         check_choice("mode", self.mode, ("min", "max"))
 
     def ends(self, curve: Sequence[float], others: Sequence[Sequence[float]], total: int) -> bool:
-        """Tell whether a training is to end here.
+        """Tell whether to stop a training run at this point.
 
         Args:
-            curve: Its values so far, one an epoch; a NaN is as bad as can be.
-            others: The curves of other trainings, as long as they got.
-            total: The number of values of a whole training.
+            curve: Its values so far, one per epoch; NaN counts as the worst value.
+            others: The curves of other runs, complete or not.
+            total: The number of values of a complete run.
 
         Returns:
-            True if this is a place to look at and the curve is below the quantile.
+            True if this is a checkpoint and the curve is below the quantile.
         """
         check_arguments(TercetRule.ends, locals())
         curve = [float(value) for value in curve]
@@ -92,7 +93,7 @@ class TercetRule:
 
 
 def _quantile(values: Sequence[float], quantile: float) -> float:
-    """The linearly interpolated quantile, where infinite values are no numbers to interpolate between."""
+    """The linearly interpolated quantile, without interpolating between infinite values."""
     ordered = np.sort(np.asarray(values))
     below = ordered[math.floor(quantile * (len(ordered) - 1))]
     return float(np.quantile(ordered, quantile)) if np.isfinite(below) else float(below)

@@ -1,4 +1,4 @@
-"""Trainings as trials: the folder and the seed of each, and what is kept."""
+"""Training runs as trials: their folders and seeds, and the results to keep."""
 
 import multiprocessing
 import shutil
@@ -26,7 +26,7 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclass(frozen=True)
 class Search:
-    """Settings that every worker of a search needs."""
+    """Settings needed by every worker of a search."""
 
     objective: Objective
     home: Path
@@ -37,7 +37,7 @@ class Search:
     seed: int
 
     def study(self, direction: Literal["minimize", "maximize"] | None = None) -> "optuna.Study":
-        """Open the study, and make it first where a direction is given."""
+        """Open the study; create it first if a direction is given."""
         storage: Any = self.storage
         if storage is None:
             from optuna.storages import JournalStorage
@@ -56,13 +56,13 @@ class Search:
         )
 
     def run_trial(self, study: "optuna.Study") -> None:
-        """Run one trial to its end, and keep its folder only if it is the best so far."""
+        """Run one trial, and keep its folder only if it is the best so far."""
         study.optimize(self._train, n_trials=1)
         best = best_trial(study)
         for folder in self.home.glob("trial-*"):
             number = int(folder.name.removeprefix("trial-"))
             if number != best and study.trials[number].state.is_finished():
-                shutil.rmtree(folder, ignore_errors=True)  # another worker may be at it, too
+                shutil.rmtree(folder, ignore_errors=True)  # another worker may be doing the same
 
     def folder(self, number: int) -> Path:
         """Return the folder of a trial."""

@@ -1,4 +1,4 @@
-"""Trainings as the trials of a search: seeds, folders, worker processes, and the best one kept."""
+"""Training runs as the trials of a search: seeds, folders, worker processes, and the best result kept."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ class TuneResult:
 
     Attributes:
         study: Optuna's study, with all trials.
-        folder: The folder of the best trial, with what its training left there; None if none came to its end.
+        folder: The folder of the best trial, with the files of its training; None if no trial finished.
     """
 
     study: "optuna.Study"
@@ -48,7 +48,7 @@ class TuneResult:
         """Return the best trials as a table, the best first.
 
         Args:
-            most: The number of rows at most.
+            most: Maximum number of rows.
 
         Raises:
             ImportError: If rich is missing.
@@ -91,28 +91,28 @@ def tune(
     retries: int = 1,
     seed: int = 0,
 ) -> TuneResult:
-    """Search with trainings as trials.
+    """Run a search with training runs as trials.
 
-    ``objective(trial, folder)`` asks the trial for parameters, trains, writes what is worth keeping to the folder (say
-    ``Trainer(default_root_dir=folder, ...)``) and returns a number. Chance is seeded for each trial by ``seed`` and its
-    number. Only the best trial's folder is kept. Called again with the same directory, the search goes on where it
-    stopped, until ``n_trials`` have come to an end.
+    ``objective(trial, folder)`` asks the trial for parameters, trains, writes results to the folder (for example with
+    ``Trainer(default_root_dir=folder, ...)``) and returns a number. Random generators are seeded for each trial by
+    ``seed`` and its number. Only the best trial's folder is kept. Called again with the same directory, the search
+    continues until ``n_trials`` have finished.
 
-    With several workers each is a process of its own, and they share one storage. The trial of a worker that is killed
-    (out of memory, say) is marked as failed and tried again with the same parameters by another; an exception in the
-    objective ends the search.
+    With several workers each is a separate process, and they share one storage. The trial of a killed worker (for
+    example out of memory) is marked as failed and retried with the same parameters by another; an exception in the
+    objective stops the search.
 
     Args:
-        objective: The training; with several workers a function that can be pickled, at the top of a module.
-        n_trials: The number of trials that come to an end, pruned ones among them.
-        directory: Where the folders of trials, and the storage, are.
-        direction: Whether the objective is to be small or large.
+        objective: The training; with several workers it must be picklable, a top-level function of a module.
+        n_trials: The number of finished trials, including pruned ones.
+        directory: Directory of trial folders and storage.
+        direction: Whether to minimise or maximise the objective.
         sampler: `B2EASampler` by default.
-        pruner: None by default: nothing is pruned.
+        pruner: Pruner; by default nothing is pruned.
         storage: Optuna's storage URL; by default a journal file in the directory, for any number of workers.
         workers: The number of processes; 1 runs in this one.
-        retries: How often a killed trial is tried again.
-        seed: Chooses the trials and seeds the trainings.
+        retries: Number of retries of a killed trial.
+        seed: Seed of the trials and of the training runs.
 
     Returns:
         The study and the best trial's folder.

@@ -1,4 +1,4 @@
-"""Worker processes of a search: each takes trials until none is left, and a killed one is replaced."""
+"""Worker processes of a search: each runs trials until none is left, and killed workers are replaced."""
 
 import multiprocessing
 from multiprocessing.connection import wait
@@ -15,17 +15,17 @@ _RETRIED = "retried"
 
 
 def run_workers(search: "Search", study: "optuna.Study", n_trials: int, *, workers: int, retries: int) -> None:
-    """Run trials in several processes until so many have come to an end.
+    """Run trials in several processes until a given number has finished.
 
     Args:
-        search: What a worker needs.
+        search: Settings for the workers.
         study: The study.
         n_trials: The number of trials.
         workers: The number of processes.
-        retries: How often the trial of a killed worker is tried again.
+        retries: Number of retries of the trial of a killed worker.
 
     Raises:
-        RuntimeError: If a worker ended with an exception of its own.
+        RuntimeError: If a worker ended with an exception.
     """
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
     left = context.Value("i", max(n_trials, 0))
@@ -46,8 +46,8 @@ def run_workers(search: "Search", study: "optuna.Study", n_trials: int, *, worke
                 running.remove(process)
                 process.join()
                 if process.exitcode and process.exitcode > 0:
-                    raise RuntimeError(f"{process.name} ended with an exception, which stands above")
-                if process.exitcode:  # by a signal
+                    raise RuntimeError(f"{process.name} failed with the exception above")
+                if process.exitcode:  # killed by a signal
                     _give_back(study, process.name, left, retries)
                     if left.value:
                         running.append(start())
@@ -73,7 +73,7 @@ def _take(left: Any) -> bool:
 
 
 def _give_back(study: "optuna.Study", worker: str, left: Any, retries: int) -> None:
-    """Mark a killed worker's trial as failed, and put its parameters in the queue again."""
+    """Mark a killed worker's trial as failed, and enqueue its parameters again."""
     lost = [t for t in study.get_trials(states=(TrialState.RUNNING,)) if t.user_attrs.get("worker", worker) == worker]
     for trial in lost:
         study.tell(trial.number, state=TrialState.FAIL)
@@ -85,6 +85,6 @@ def _give_back(study: "optuna.Study", worker: str, left: Any, retries: int) -> N
 
 
 def _close(study: "optuna.Study") -> None:
-    """No trial stays running when no worker is."""
+    """Fail trials still marked as running when no worker is left."""
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)

@@ -1,4 +1,4 @@
-"""Whole-body augmentation of padded batches, on any device and without waiting for it."""
+"""Whole-body augmentation of padded batches, on any device and without synchronising it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def collate_frames(frames: Sequence[Mapping[str, Any]], classes: Sequence[str]) 
 
     Args:
         frames: Dictionaries of ``points``, ``boxes`` and ``labels``, and ``index`` if all have one.
-        classes: Names of the classes; a label becomes its place among them. Boxes of others are left out.
+        classes: Names of the classes; a label becomes its index in them. Boxes of other classes are dropped.
 
     Returns:
         ``points`` (B, N, C), ``mask`` (B, N) true for points, ``boxes`` (B, M, 7), ``labels`` (B, M), -1 for padding,
@@ -63,22 +63,22 @@ def collate_frames(frames: Sequence[Mapping[str, Any]], classes: Sequence[str]) 
 
 
 class BatchAugmentation:
-    """Insert whole objects into padded batches by range images.
+    """Insert whole objects into padded batches with range images.
 
-    As `WholeBodyAugmentation` with its range image, with these differences: objects are completed once, when this is
-    made, and thinned at random to ``max_points``; eight places are tried; of an object's points the nearest on each
-    beam is kept, none is moved onto it; gaps of all objects are closed together, up to a beam high and two wide. Random
-    numbers are made on the device from the seed, the step and the sample's ``index`` (or its points), so that they are
-    the same in any batch and on any process.
+    As `WholeBodyAugmentation` with its range image, with these differences: objects are completed once, at
+    construction, and thinned at random to ``max_points``; eight places are tried; of an object's points the nearest on
+    each beam is kept without moving it onto the beam; gaps of all objects are closed together, up to one beam high and
+    two wide. Random numbers are generated on the device from the seed, the step and the sample's ``index`` (or its
+    points), so that they are the same in any batch and on any process.
 
     Args:
         bank: The objects.
         targets: How many objects of each class a frame is filled up to.
         grid: The sensor's cells; by default about those of 64 beams and 2,048 azimuths.
         area: Ranges of x and of y for new places, metres.
-        pool_size: Largest number of completed objects per class.
-        max_points: Largest number of points of an object.
-        seed: Of all random numbers.
+        pool_size: Maximum number of completed objects per class.
+        max_points: Maximum number of points of an object.
+        seed: Seed of all random numbers.
 
     Raises:
         ValueError: If an argument is out of range, or a class is not in the bank.
@@ -134,9 +134,9 @@ class BatchAugmentation:
         """Augment a batch.
 
         Args:
-            batch: As `collate_frames` makes it, with labels in the order of the bank's classes.
-            share: Of the targets, in [0, 1].
-            step: Another step has other random numbers.
+            batch: As returned by `collate_frames`, with labels in the order of the bank's classes.
+            share: Fraction of the targets, in [0, 1].
+            step: Step, which changes the random numbers.
 
         Returns:
             A new dictionary with longer ``points``, ``mask``, ``boxes`` and ``labels``, and ``source`` (B, N): the
@@ -173,7 +173,7 @@ class BatchAugmentation:
         return result
 
     def _choose(self, batch: Mapping[str, Tensor], slots: list[tuple[str, int]], step: int) -> dict[str, Tensor]:
-        """Objects at free places, one for each slot, and which of them are used."""
+        """Objects at free places, one per slot, and which of them are used."""
         points, mask, labels = batch["points"], batch["mask"], batch["labels"]
         keys = sample_keys(batch, self.seed, step)
         taken, used = batch["boxes"], labels >= 0
@@ -209,13 +209,13 @@ class BatchAugmentation:
         return torch.cat([x[..., None], y[..., None], fixed[..., 2:6], yaw[..., None]], dim=-1)
 
     def _occlude(self, points: Tensor, mask: Tensor, chosen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return which of the frames' points, and of the objects', are left."""
+        """Return masks of the remaining points of the frames and of the objects."""
         valid = chosen["valid"]
         cells, ranges = self.grid.cells(chosen["points"].flatten(1, 2))
         cells = torch.where(valid.flatten(1), cells, -1)
         image = self._image(chosen["points"].flatten(1, 2), valid.flatten(1))
         visible = (cells >= 0) & (ranges <= image.gather(1, cells.clamp_min(0)) + TOLERANCE)
-        visible &= image.gather(1, cells.clamp_min(0)) < math.inf  # else no beam meets the object there
+        visible &= image.gather(1, cells.clamp_min(0)) < math.inf  # otherwise no beam hits the object there
         first = nearest_ranges(torch.where(visible, cells, -1), ranges, self.grid)
         visible &= ranges <= first.gather(1, cells.clamp_min(0))
         boxes = torch.where(
@@ -230,7 +230,7 @@ class BatchAugmentation:
         return scene, visible.reshape(valid.shape)
 
     def _image(self, points: Tensor, valid: Tensor) -> Tensor:
-        """Nearest range of an object on each beam, from a closed grid three times as fine."""
+        """Nearest range of an object on each beam, from a three times finer grid with gaps closed."""
         grid = self.grid
         fine = RangeGrid(3 * grid.rows, 3 * grid.columns, grid.lowest, grid.highest)
         cells, ranges = fine.cells(points)
@@ -238,7 +238,7 @@ class BatchAugmentation:
         return closed.reshape(-1, fine.rows, fine.columns)[:, 1::3, 1::3].flatten(1)
 
     def _on_device(self, label: str, like: Tensor) -> dict[str, Tensor]:
-        """The pool of a class, moved once; padded to ``max_points``."""
+        """The pool of a class, moved to the device once; padded to ``max_points``."""
         pool = self._pools[label]
         if pool["points"].device != like.device or pool["points"].dtype != like.dtype:
             pool["points"], pool["boxes"] = pool["points"].to(like), pool["boxes"].to(like)
@@ -250,7 +250,7 @@ class BatchAugmentation:
 
 
 def _emptied(batch: Mapping[str, Tensor], left: Tensor) -> Tensor:
-    """Return which boxes lost points and keep too few."""
+    """Return which boxes lost points and have too few left."""
     inside = points_in_boxes(batch["points"], batch["boxes"])
     before = (inside & batch["mask"][..., None]).sum(1)
     after = (inside & left[..., None]).sum(1)

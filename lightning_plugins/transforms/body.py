@@ -1,4 +1,4 @@
-"""Objects to insert: as they were cut out, or completed by their mirror images and by others like them."""
+"""Objects to insert: as cut out, or completed by their mirror images and by similar objects."""
 
 from dataclasses import dataclass
 
@@ -23,14 +23,14 @@ class Body:
     source: Tensor
 
     def placed(self) -> Tensor:
-        """The points at the place of the box."""
+        """The points placed at the box."""
         points = rotate_z(self.points, self.box[6])
         points[:, :3] += self.box[:3]
         return points
 
 
 def cut_out(bank: ObjectBank, number: int) -> Body:
-    """Take an object of the bank as it was seen."""
+    """Take an object of the bank unchanged."""
     one = bank[number]
     points = torch.from_numpy(one.points.copy())
     return Body(points, torch.from_numpy(one.box.copy()), one.label, torch.full((len(points),), number))
@@ -41,9 +41,9 @@ def completed(bank: ObjectBank, number: int, fill: float, rng: np.random.Generat
 
     Args:
         bank: The objects.
-        number: Of the object.
-        fill: Candidates are added until this share of the parts is above the object's mean occupancy.
-        rng: For their choice.
+        number: Number of the object.
+        fill: Candidates are added until this fraction of the parts is above the object's mean occupancy.
+        rng: For choosing candidates.
 
     Returns:
         The object, whose box grows to hold all points.

@@ -1,4 +1,4 @@
-"""A random flip, turn and scale of a whole frame."""
+"""A random flip, rotation and scale of a whole frame."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from lightning_plugins.transforms.frame import Frame, FrameTransform
 
 
 class FlipRotateScale(FrameTransform):
-    """Flip a frame in y with probability one half, turn it about z, and scale it.
+    """Flip a frame in y with probability one half, rotate it about z, and scale it.
 
-    Put it behind what hides points: that needs the sensor where it was.
+    Apply it after transforms with occlusion, which need the sensor at its original position.
 
     Args:
-        turn: Largest angle either way, radians.
+        turn: Maximum angle in either direction, radians.
         scale: Smallest and largest factor.
         seed: As for `WholeBodyAugmentation`.
 

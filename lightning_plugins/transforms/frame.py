@@ -1,4 +1,4 @@
-"""Frames as the transforms see them, and random numbers that depend on the sample and not on the worker."""
+"""Frames of the transforms, and random numbers that depend on the sample rather than on the worker."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -32,13 +32,13 @@ class Frame:
 
     @classmethod
     def read(cls, sample: Mapping[str, Any], name: str = "sample") -> "Frame":
-        """Check a sample and take it apart.
+        """Check a sample and extract its frame.
 
         Returns:
             The frame.
 
         Raises:
-            TypeError: If it is no mapping, or its labels are no names.
+            TypeError: If it is not a mapping, or its labels are no names.
             ValueError: If a key is missing, a shape is wrong, or the numbers of boxes and labels differ.
         """
         if not isinstance(sample, Mapping):
@@ -71,13 +71,13 @@ class Frame:
         return cls(points, boxes, [str(label) for label in labels], own)
 
     def without(self, points: Tensor, *, min_points: int) -> "Frame":
-        """Leave out points, and boxes that thereby keep fewer than ``min_points``."""
+        """Remove points, and boxes left with fewer than ``min_points``."""
         if not points.any():
             return self
         gone = points_in_boxes(self.points[points], self.boxes).any(dim=0)
         kept = torch.ones(len(self.boxes), dtype=torch.bool)
         numbers = (~points).nonzero().flatten()
-        left = self.points.index_select(0, numbers)  # twice as fast as by a mask
+        left = self.points.index_select(0, numbers)  # twice as fast as a mask
         for number in gone.nonzero().flatten().tolist():
             kept[number] = int(points_in_boxes(left, self.boxes[number : number + 1]).sum()) >= min_points
         labels = [label for label, stays in zip(self.labels, kept.tolist(), strict=True) if stays]
@@ -86,7 +86,7 @@ class Frame:
         )
 
     def write(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """The sample with this frame in it, as NumPy where it was NumPy; other keys are kept."""
+        """The sample with this frame, as NumPy if it was NumPy; other keys are kept."""
         result = {**sample, "points": self.points, "boxes": self.boxes, "source": self.source, "labels": self.labels}
         for key in ("points", "boxes"):
             if not isinstance(sample[key], Tensor):
@@ -101,16 +101,16 @@ class Frame:
 class FrameTransform(ABC):
     """A callable on frames whose random numbers depend on ``seed``, the epoch and the sample.
 
-    The sample is told by its ``index``, or by its points where it has none: the same frame is augmented in the same way
-    in any worker, and whatever the number of workers.
+    The sample is identified by its ``index``, or by its points if it has none: the same frame is augmented in the same
+    way in any worker, whatever the number of workers.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = check_non_negative_int("seed", seed)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that persistent workers see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that persistent workers see changes
 
     def set_epoch(self, epoch: int) -> None:
-        """Let another epoch have other random numbers; call it before the loader is iterated.
+        """Set the epoch, which changes the random numbers; call it before iterating over the loader.
 
         Args:
             epoch: Its number.
@@ -128,7 +128,8 @@ class FrameTransform(ABC):
             A new dictionary with the same kinds of arrays and a ``source`` for each point: -1 for the frame's own.
 
         Raises:
-            TypeError: If the sample is no mapping, its labels are no names, or its points have a type that NumPy lacks.
+            TypeError: If the sample is not a mapping, its labels are no names, or its points have a type that NumPy
+                lacks.
             ValueError: If a key is missing, a shape or the ``index`` is wrong, or the points are on another device or
                 carry gradients.
         """
@@ -155,14 +156,14 @@ class FrameTransform(ABC):
 
 
 def _tensor(values: Any) -> Tensor:
-    """The values as a tensor, without a copy unless they are read-only, as arrays that are mapped into memory are."""
+    """The values as a tensor, copied only if they are read-only, like memory-mapped arrays."""
     if isinstance(values, np.ndarray) and not values.flags.writeable:
         values = values.copy()
     return torch.as_tensor(values)
 
 
 def _check_plain(points: Tensor) -> None:
-    """Refuse points that NumPy cannot share.
+    """Raise an error for points that NumPy cannot share.
 
     Raises:
         TypeError: If NumPy lacks their type.

@@ -1,4 +1,4 @@
-"""Occlusion by inserted objects and of them, by range images or by convex hulls."""
+"""Occlusion by and of inserted objects, with range images or convex hulls."""
 
 import math
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from torch import Tensor
 from lightning_plugins.functional.hidden_points import hidden_points
 from lightning_plugins.functional.range_image import RangeGrid, nearest_ranges
 
-TOLERANCE = 0.3  # metres behind a return within which another is still seen
-_FAR = 1e3  # radius of inversion, as a ratio to the range, of what stands at different distances
+TOLERANCE = 0.3  # metres behind a return within which another point is still visible
+_FAR = 1e3  # inversion radius relative to the range, for points at different distances
 
 
 def hidden_in_range_image(
     scene: Tensor, objects: Sequence[Tensor], shadows: Sequence[Tensor], grid: RangeGrid
 ) -> tuple[Tensor, list[Tensor]]:
-    """Tell which points are hidden behind objects, and which of the objects' behind others or the scene.
+    """Find the points hidden behind objects, and the objects' points hidden behind others or the scene.
 
     Args:
         scene: The frame's own points, shape ``(n, C)``.
         objects: Points of each object.
-        shadows: What hides others of each object: its returns, one on each beam.
+        shadows: The occluding points of each object: its returns, one per beam.
         grid: The sensor's cells.
 
     Returns:
-        Boolean tensors for the scene and for each object. Scene points outside of the objects' cells are never hidden.
+        Boolean tensors for the scene and for each object. Scene points outside the objects' cells are never hidden.
     """
     image = nearest_ranges(*grid.cells(torch.cat(list(shadows))), grid)
     cells, ranges = grid.cells(scene)
@@ -38,7 +38,7 @@ def hidden_in_range_image(
 
 
 def hidden_by_hull(scene: Tensor, objects: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """As `hidden_in_range_image`, by a convex hull of what lies in the window of azimuth and elevation of each object.
+    """Like `hidden_in_range_image`, with a convex hull of the points in each object's azimuth and elevation window.
 
     Args:
         scene: The frame's own points, shape ``(n, C)``.
@@ -65,10 +65,10 @@ def hidden_by_hull(scene: Tensor, objects: Sequence[Tensor]) -> tuple[Tensor, li
 
 
 def visible_by_hull(points: Tensor) -> Tensor:
-    """Tell which points of one object it does not hide itself, with the paper's radius, 200 times its length in plan.
+    """Find the points of an object not occluded by itself, with the paper's radius, 200 times its horizontal extent.
 
     Args:
-        points: Shape ``(n, C)``, at their place.
+        points: Placed points, shape ``(n, C)``.
 
     Returns:
         Boolean tensor of shape ``(n,)``; farther objects are thinned.

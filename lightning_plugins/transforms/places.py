@@ -1,4 +1,4 @@
-"""Free places, the ground under them, and the points in boxes, without a look at the whole frame for each object."""
+"""Free places, the ground under them, and the points in boxes, without scanning the whole frame per object."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lightning_plugins.functional.boxes import bev_overlap
 
-_CELL, _CELLS = 3.0, 128  # metres and cells along x and along y; what is farther out counts in the outermost
+_CELL, _CELLS = 3.0, 128  # metres and cells along x and along y; points beyond are assigned to the outermost cells
 
 
 class BirdsEye:
-    """A cloud sorted into square cells in bird's-eye view, for the points near many places.
+    """A point cloud sorted into square cells in bird's-eye view, for neighbour queries at many places.
 
     Args:
         points: Shape ``(n, 3 or more)``, on the CPU.
@@ -33,7 +33,7 @@ class BirdsEye:
             reach: Half the side of a square around each place, metres.
 
         Returns:
-            Numbers of all points in the squares, with others that are not far, and the number of the place of each.
+            Indices of all points in the squares, possibly with other nearby points, and the index of the place of each.
         """
         wide = np.reshape(1.0001 * np.asarray(reach, dtype=np.float64) + 1e-3, (-1, 1))  # none is lost to rounding
         low, high = _cell(places - wide).tolist(), _cell(places + wide).tolist()
@@ -69,7 +69,7 @@ class BirdsEye:
         return torch.from_numpy(result)
 
     def ground(self, places: np.ndarray, radius: float = 3.0) -> np.ndarray:
-        """Find the height of the ground under places, as `lightning_plugins.functional.ground_height` does.
+        """Find the ground height under places, like `lightning_plugins.functional.ground_height`.
 
         Args:
             places: x and y, shape ``(s, 2)``.
@@ -92,12 +92,12 @@ class BirdsEye:
 
 
 def _cell(values: np.ndarray) -> np.ndarray:
-    """Cells along an axis, with the sensor in the middle; those that are not finite count in the first."""
+    """Cell indices along an axis, with the sensor in the middle; non-finite values are assigned to the first."""
     return np.clip(np.nan_to_num(values / _CELL, nan=-np.inf) + _CELLS / 2, 0, _CELLS - 1).astype(np.int16)
 
 
 def _plane_heights(x: np.ndarray, y: np.ndarray, z: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Heights of planes at x = y = 0 through the low points of some groups, which lie one behind the other."""
+    """Heights at x = y = 0 of planes through the low points of groups, which are stored consecutively."""
     starts, group = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
     one = np.ones_like(x)
     products = np.stack([x * x, x * y, x, y * y, y, one, x * z, y * z, z])
@@ -105,7 +105,7 @@ def _plane_heights(x: np.ndarray, y: np.ndarray, z: np.ndarray, counts: np.ndarr
     for step in range(7):
         sums = np.add.reduceat(products * kept, starts, axis=1)
         gram, right = sums[[0, 1, 2, 1, 3, 4, 2, 4, 5]].T.reshape(-1, 3, 3).copy(), sums[6:].T[..., None]
-        for axis in range(2):  # a slope that the points do not tell is none
+        for axis in range(2):  # a slope that the points do not determine is set to zero
             gram[:, axis, axis] += 1e-3 * np.maximum(sums[5], 1.0)
         gram[:, 2, 2] = np.maximum(gram[:, 2, 2], 1e-6)
         plane = np.linalg.solve(gram, right)[..., 0]
@@ -116,14 +116,14 @@ def _plane_heights(x: np.ndarray, y: np.ndarray, z: np.ndarray, counts: np.ndarr
 
 
 def first_free(boxes: Tensor, taken: Sequence[Tensor]) -> int | None:
-    """Find the first of some boxes that overlaps none that stands already, in bird's-eye view.
+    """Find the first box that overlaps none of the taken boxes in bird's-eye view.
 
     Args:
         boxes: Shape ``(t, 7)``.
         taken: Boxes of shape ``(7,)``.
 
     Returns:
-        Its number, or None.
+        Its index, or None.
     """
     if not taken:
         return 0
@@ -131,7 +131,7 @@ def first_free(boxes: Tensor, taken: Sequence[Tensor]) -> int | None:
     ours, theirs = boxes.numpy(), others.numpy()
     reach = np.hypot(ours[:, 3], ours[:, 4])[:, None] / 2 + np.hypot(theirs[:, 3], theirs[:, 4]) / 2
     apart = np.hypot(*(ours[:, None, axis] - theirs[:, axis] for axis in range(2)))
-    close = apart <= 1.001 * reach + 1e-3  # of the circles around them; for all others there is no need of the axes
+    close = apart <= 1.001 * reach + 1e-3  # circumscribed circles overlap; the others need no exact test
     alone = np.flatnonzero(~close.any(axis=1))
     before = int(alone[0]) if len(alone) else len(boxes)
     if before:

@@ -1,4 +1,4 @@
-"""PolarMix: a sector of one scan in another, and objects of one around the other."""
+"""PolarMix: swaps sectors between scans and pastes rotated objects."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ from lightning_plugins.transforms.frame import Frame, FrameTransform
 
 
 class PolarMix(FrameTransform):
-    """Exchange a half turn of azimuth with another frame, or paste its objects turned about the sensor.
+    """Exchange half of the azimuth range with another frame, or paste its objects rotated about the sensor.
 
-    Points are exchanged with the boxes whose centres are in the sector. Objects of the other frame are pasted three
-    times, turned by random angles in the three thirds of a circle. Nothing is hidden, and objects may overlap, as
-    in the published method.
+    Points are exchanged together with the boxes whose centres are in the sector. Objects of the other frame are pasted
+    three times, rotated by random angles in the three thirds of a circle. There is no occlusion, and objects may
+    overlap, as in the published method.
 
     Args:
         frames: The other frames, such as the data set.
-        swap: Probability of the exchange.
-        paste: Probability of the pasting.
+        swap: Probability of exchanging sectors.
+        paste: Probability of pasting objects.
         seed: As for `WholeBodyAugmentation`.
 
     Raises:
@@ -51,7 +51,7 @@ class PolarMix(FrameTransform):
 
         Args:
             frame: The frame.
-            rng: For the choice of the other frame, the sector and the angles.
+            rng: For choosing the other frame, the sector and the angles.
 
         Returns:
             The mixed frame.
@@ -81,7 +81,7 @@ class PolarMix(FrameTransform):
 
 
 def _sector(frame: Frame, start: float, *, inside: bool) -> Frame:
-    """Return the points within half a turn from an azimuth on, or those outside of it."""
+    """Return the points within half a turn from an azimuth, or those outside it."""
 
     def chosen(places: torch.Tensor) -> torch.Tensor:
         turn = (torch.atan2(places[:, 1], places[:, 0]) - start) % (2 * math.pi)

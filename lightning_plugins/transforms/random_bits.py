@@ -16,11 +16,11 @@ def mix(bits: Tensor) -> Tensor:
 
 
 def _shift(bits: Tensor, by: int) -> Tensor:
-    return torch.bitwise_and(bits >> by, 2 ** (64 - by) - 1)  # of unsigned numbers: no copies of the sign come in
+    return torch.bitwise_and(bits >> by, 2 ** (64 - by) - 1)  # logical shift: no sign extension
 
 
 def sample_keys(batch: Mapping[str, Tensor], seed: int, step: int) -> Tensor:
-    """Make a key for each sample of a batch: of its ``index``, or of its points, padding left out."""
+    """Compute a key for each sample of a batch from its ``index``, or from its points without padding."""
     if "index" in batch:
         own = batch["index"].long()
     else:
@@ -31,10 +31,10 @@ def sample_keys(batch: Mapping[str, Tensor], seed: int, step: int) -> Tensor:
 
 
 def _wrapped(number: int) -> int:
-    return (number + 2**63) % 2**64 - 2**63  # as int64 arithmetic does it; a longer int does not fit into a tensor
+    return (number + 2**63) % 2**64 - 2**63  # wraps like int64 arithmetic; a longer int does not fit into a tensor
 
 
 def uniform(keys: Tensor, stream: int, count: int) -> Tensor:
-    """Return ``count`` numbers in [0, 1) for each key, float32 of shape ``(B, count)``."""
+    """Return ``count`` numbers in [0, 1) per key, float32 of shape ``(B, count)``."""
     counters = torch.arange(count, device=keys.device) + (stream + 1) * 2**20
     return _shift(mix(keys[:, None] + counters * _GOLDEN), 40).float() / 2**24

@@ -1,4 +1,4 @@
-"""Returns of objects to a sensor: one on each beam that meets one."""
+"""Returns of objects to a sensor: one per beam that hits an object."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,25 +9,26 @@ from torch import Tensor
 
 from lightning_plugins.functional.range_image import RangeGrid
 
-# A point fills its cell, so the outline grows by half a cell on every side. With so many fine cells across the object
-# that is less than a hundredth of it, however few beams meet it: at 60 m a car is four rows high.
+# A point fills its cell, so the outline grows by half a cell on every side. With this many cells across the object that
+# is less than a hundredth of its size, however few beams hit it: at 60 m a car is four rows high.
 _ACROSS = 128
 
 
 def object_returns(clouds: Sequence[Tensor], grid: RangeGrid) -> list[tuple[Tensor, Tensor]]:
-    """Take the returns of objects, each as if it were alone: one on each beam that meets it, at its nearest surface.
+    """Compute the returns of each object on its own: one per beam that hits it, from its nearest surface.
 
-    The points of an object are laid on a finer grid, with at least 128 cells along and across it, whose gaps are closed
-    as far as the points are apart; a beam meets the object if the cell in its middle is covered. So an object keeps its
-    outline, one that stands nearer than it was seen gets its points, and no surface shines through another in front.
+    The points of an object are projected onto a finer grid, with at least 128 cells along and across it, whose gaps are
+    closed according to the point spacing; a beam hits the object if its central cell is covered. An object thus keeps
+    its outline, gets enough points when moved closer than it was seen, and no surface is visible through another one in
+    front.
 
     Args:
-        clouds: The points of each object, of shape ``(n, C)``, at their place; the sensor is the origin.
+        clouds: The placed points of each object, of shape ``(n, C)``; the sensor is the origin.
         grid: The sensor's cells.
 
     Returns:
-        Of each object the returns, shape ``(k, C)``, with the features of a point nearby in the beam's row; and the
-        numbers of those points, shape ``(k,)``.
+        The returns of each object, shape ``(k, C)``, with the features of a nearby point in the beam's row; and the
+        indices of those points, shape ``(k,)``.
     """
     sizes = [len(cloud) for cloud in clouds]
     if not sum(sizes):
@@ -51,14 +52,14 @@ def object_returns(clouds: Sequence[Tensor], grid: RangeGrid) -> list[tuple[Tens
 
 
 def _meet(up: np.ndarray, around: np.ndarray, ranges: np.ndarray, grid: RangeGrid) -> tuple[np.ndarray, ...]:
-    """Row, column, range and number of a point nearby, of each beam that meets an object."""
+    """Row, column, range and index of a nearby point, for each beam that hits an object."""
     row = np.floor(up * grid.rows)
     inside = np.flatnonzero((row >= 0) & (row < grid.rows) & (ranges > 0))
     if not len(inside):
         return inside, inside, ranges[:0], inside
     up, around, rows = up[inside], around[inside], row[inside].astype(np.int64)
     columns = (around * grid.columns).astype(np.int64) % grid.columns
-    first, half = int(columns[0]), grid.columns // 2  # columns are counted from one of the object: it is never torn
+    first, half = int(columns[0]), grid.columns // 2  # relative to a column of the object, which never wraps around
     across = (columns - first + half) % grid.columns
     finer = _fineness(rows), _fineness(across)
     fine_rows = np.minimum((up * (grid.rows * finer[0])).astype(np.int64), grid.rows * finer[0] - 1)
@@ -78,13 +79,13 @@ def _meet(up: np.ndarray, around: np.ndarray, ranges: np.ndarray, grid: RangeGri
 
 
 def _fineness(numbers: np.ndarray) -> int:
-    """Fine cells to a beam's own: an odd number of at least three, so that one is in the middle."""
+    """Fine cells per beam cell: an odd number of at least three, so that one is central."""
     count = int(numbers.max() - numbers.min()) + 1
     return max(3, 2 * math.ceil((_ACROSS / count - 1) / 2) + 1)
 
 
 def _window(count: int, shape: tuple[int, ...], grid: RangeGrid, finer: tuple[int, int]) -> tuple[int, int]:
-    """Return the widest gap between points of one surface: three times their mean distance, were half in front."""
+    """Return the largest gap to close: three times the mean point distance if half of the points face the sensor."""
     tall = (grid.highest - grid.lowest) / (grid.rows * finer[0])
     wide = 2 * math.pi / (grid.columns * finer[1])
     spacing = math.sqrt(shape[0] * tall * shape[1] * wide / max(count / 2, 1))
@@ -94,7 +95,7 @@ def _window(count: int, shape: tuple[int, ...], grid: RangeGrid, finer: tuple[in
 
 
 def _closed(image: np.ndarray, window: tuple[int, int], begin: tuple[int, int], every: tuple[int, int]) -> np.ndarray:
-    """The grey-scale closing of an image, as `close_gaps` has it, but only where the beams are."""
+    """Grey-scale closing of an image as in `close_gaps`, but only at the beams."""
     image = np.pad(image, [(0, 0), (window[1] - 1, window[1] - 1)])
     image = _running(image, window[1], 1, np.maximum)
     image = np.pad(image, [(window[0] - 1, window[0] - 1), (0, 0)])
@@ -106,7 +107,7 @@ def _closed(image: np.ndarray, window: tuple[int, int], begin: tuple[int, int], 
 def _running(
     image: np.ndarray, window: int, axis: int, extreme: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """The extreme of each window along an axis, from windows half as wide, a quarter, and so on."""
+    """The extremum of each window along an axis, from windows half as wide, a quarter, and so on."""
     done = 1
     while done < window:
         step = min(done, window - done)
@@ -116,7 +117,7 @@ def _running(
 
 
 def _nearest_number(numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The place among ``numbers`` of the one nearest to each wanted; of equal ones the first."""
+    """The index in ``numbers`` of the closest value to each wanted one; the first among ties."""
     order = np.argsort(numbers, kind="stable")
     ordered = numbers[order]
     after = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)

@@ -1,4 +1,4 @@
-"""Whole-body augmentation (DR.CPO), and ground-truth sampling, which it is compared with."""
+"""Whole-body augmentation (DR.CPO), and ground-truth sampling as a baseline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,31 +19,32 @@ from lightning_plugins.transforms.returns import object_returns
 STAGES = ("construction", "placement", "self_occlusion", "external_occlusion")
 OCCLUDERS = ("range_image", "hull")
 MIN_POINTS = 5
-GRID = RangeGrid(rows=64, columns=2048, lowest=-0.4346, highest=0.0436)  # about that of KITTI's sensor
-_TRIES = 20  # places drawn for an object before it is given up
+GRID = RangeGrid(rows=64, columns=2048, lowest=-0.4346, highest=0.0436)  # about that of the KITTI sensor
+_TRIES = 20  # number of random places tried per object
 
 
 class WholeBodyAugmentation(FrameTransform):
-    """Insert whole objects anywhere in a frame, and hide what they hide and what hides them.
+    """Insert whole objects anywhere in a frame, with occlusion in both directions.
 
-    An object is completed by its mirror image and by points of others like it (*construction*), put at a free place on
-    the ground (*placement*), loses the points that it hides itself (*self_occlusion*), and then it and the frame lose
-    those that stand behind one another, in the beams of inserted objects only (*external_occlusion*). Each stage can be
-    had without the others. Without construction the object is as it was seen, without placement it stands where it was
-    seen. The frame's points inside of inserted boxes are removed in any case.
+    An object is completed by its mirror image and by points of similar objects (*construction*), put at a free place on
+    the ground (*placement*), loses the points that it occludes itself (*self_occlusion*), and then object and frame
+    lose the points that are behind one another, only in the beams of inserted objects (*external_occlusion*). Each
+    stage can be used without the others. Without construction the object is used as seen, without placement it stays
+    where it was seen. The frame's points inside inserted boxes are always removed.
 
-    Objects and boxes that keep fewer than five points are dropped; a box of the frame that loses none is not touched.
+    Objects and boxes that keep fewer than five points are dropped; a box of the frame that loses none is unchanged.
 
     Args:
         bank: The objects.
         targets: How many objects of each class a frame is filled up to.
-        occluder: ``"range_image"`` (the beams of ``grid``, with one return of an object on each beam that meets it) or
+        occluder: ``"range_image"`` (the beams of ``grid``, with one return of an object on each beam that hits it) or
             ``"hull"`` (the paper's hidden point removal, which needs SciPy).
         grid: The sensor's cells; by default about those of 64 beams and 2,048 azimuths.
-        stages: The stages to take, out of those named above.
+        stages: The stages to apply, among those named above.
         area: Ranges of x and of y for new places, metres.
-        fill: Candidates are added until this share of the parts is above the object's mean occupancy; 1 adds all ten.
-        seed: Of all random numbers, together with the epoch (`set_epoch`) and the sample.
+        fill: Candidates are added until this fraction of the parts is above the object's mean occupancy; 1 adds all
+            ten.
+        seed: Seed of all random numbers, together with the epoch (`set_epoch`) and the sample.
 
     Raises:
         ValueError: If an argument is out of range, or a class is not in the bank.
@@ -58,8 +59,8 @@ class WholeBodyAugmentation(FrameTransform):
         (['boxes', 'index', 'labels', 'points', 'source'], True)
 
     Source:
-        Shin et al., AAAI 2023, https://arxiv.org/abs/2303.12743. Unlike the paper, an object stands on the ground of
-        its new place, and the frame's own points are looked at only where an object can hide them.
+        Shin et al., AAAI 2023, https://arxiv.org/abs/2303.12743. Unlike in the paper, an object stands on the ground of
+        its new place, and the frame's own points are checked only where an object can occlude them.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class WholeBodyAugmentation(FrameTransform):
 
         Args:
             frame: The frame.
-            rng: All random numbers come from it.
+            rng: Source of all random numbers.
 
         Returns:
             The augmented frame.
@@ -109,7 +110,7 @@ class WholeBodyAugmentation(FrameTransform):
         return self._insert(frame, self._on_ground(bodies, around), around)
 
     def construct(self, number: int, rng: np.random.Generator) -> Body:
-        """Complete an object of the bank, unless the stage is left out.
+        """Complete an object of the bank, unless the stage is disabled.
 
         Args:
             number: Of the object.
@@ -123,22 +124,22 @@ class WholeBodyAugmentation(FrameTransform):
         return completed(self.bank, number, self.fill, rng)
 
     def place(self, body: Body, frame: Frame, others: Sequence[Body], rng: np.random.Generator) -> Body | None:
-        """Find a place for an object: a new one, or the one where it was seen if the stage is left out.
+        """Find a place for an object: a new one, or the original one if the stage is disabled.
 
         Args:
             body: The object.
-            frame: The frame, whose boxes are in the way and whose points tell the ground.
-            others: Objects that are in the way too.
+            frame: The frame, whose boxes are obstacles and whose points define the ground.
+            others: Objects that are obstacles too.
             rng: For the place.
 
         Returns:
-            The object at its place, or None if there is none without an overlap in bird's-eye view.
+            The placed object, or None if there is no place without an overlap in bird's-eye view.
         """
         free = self._free(body, [*frame.boxes, *(other.box for other in others)], rng)
         return None if free is None else self._on_ground([free], BirdsEye(frame.points))[0]
 
     def _free(self, body: Body, taken: Sequence[Tensor], rng: np.random.Generator) -> Body | None:
-        """The object at a free place, at its old height."""
+        """The object at a free place, at its original height."""
         boxes = body.box[None].repeat(_TRIES if "placement" in self.stages else 1, 1)
         if "placement" in self.stages:
             low, high = (
@@ -149,7 +150,7 @@ class WholeBodyAugmentation(FrameTransform):
         return None if first is None else replace(body, box=boxes[first])
 
     def _on_ground(self, bodies: Sequence[Body], around: BirdsEye) -> list[Body]:
-        """The objects on the ground of the frame, where they have a new place and there are points enough."""
+        """The objects moved to the ground of the frame, if they have a new place and there are enough points."""
         if "placement" not in self.stages or not bodies:
             return list(bodies)
         boxes = torch.stack([body.box for body in bodies])
@@ -158,7 +159,7 @@ class WholeBodyAugmentation(FrameTransform):
         return [replace(body, box=box) for body, box in zip(bodies, boxes, strict=True)]
 
     def insert(self, frame: Frame, bodies: Sequence[Body]) -> Frame:
-        """Put placed objects into a frame, with the stages of occlusion that are taken.
+        """Insert placed objects into a frame, with the selected occlusion stages.
 
         Args:
             frame: The frame.
@@ -168,7 +169,7 @@ class WholeBodyAugmentation(FrameTransform):
             The frame with them.
 
         Raises:
-            ValueError: If the objects' points have not as many columns as the frame's.
+            ValueError: If the objects' points and the frame's differ in their number of columns.
         """
         return self._insert(frame, bodies, BirdsEye(frame.points))
 
@@ -195,7 +196,7 @@ class WholeBodyAugmentation(FrameTransform):
         return _merged(frame, bodies, clouds, hidden)
 
     def _returns(self, clouds: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return each object's returns alone, and the numbers of their points; all points, without the stage."""
+        """Return each object's own returns and the indices of their points; all points if the stage is disabled."""
         if "self_occlusion" not in self.stages:
             return [(cloud, torch.arange(len(cloud))) for cloud in clouds]
         if self.occluder == "range_image":
@@ -204,17 +205,17 @@ class WholeBodyAugmentation(FrameTransform):
         return [(cloud[numbers], numbers) for cloud, numbers in zip(clouds, kept, strict=True)]
 
     def _occlude(self, frame: Frame, clouds: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Mark the hidden points of the frame, and of each object."""
+        """Mark the hidden points of the frame and of each object."""
         if self.occluder == "hull":
             return occlusion.hidden_by_hull(frame.points, clouds)
         shadows = clouds
-        if "self_occlusion" not in self.stages:  # all points are there, which are not what a sensor gets back
+        if "self_occlusion" not in self.stages:  # all points are present, unlike in a scan
             shadows = [cloud for cloud, _ in object_returns(clouds, self.grid)]
         return occlusion.hidden_in_range_image(frame.points, clouds, shadows, self.grid)
 
 
 class GroundTruthSampling(WholeBodyAugmentation):
-    """Paste objects of a bank where they were seen, with all their points, as detection frameworks do.
+    """Paste objects of a bank at their original place, with all their points, as detection frameworks do.
 
     Args:
         bank: The objects.
@@ -237,7 +238,7 @@ def check_bank(bank: ObjectBank) -> ObjectBank:
     """Return the bank.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not an `ObjectBank`.
     """
     if not isinstance(bank, ObjectBank):
         raise TypeError(
@@ -250,7 +251,7 @@ def check_targets(bank: ObjectBank, targets: Mapping[str, int]) -> dict[str, int
     """Return the targets as a dictionary.
 
     Raises:
-        TypeError: If they are no mapping from names to ints.
+        TypeError: If they are not a mapping from names to ints.
         ValueError: If one is negative, or its class is not in the bank.
     """
     if not isinstance(targets, Mapping):
@@ -265,7 +266,7 @@ def check_targets(bank: ObjectBank, targets: Mapping[str, int]) -> dict[str, int
 
 
 def _merged(frame: Frame, bodies: Sequence[Body], clouds: Sequence[Tensor], hidden: Sequence[Tensor]) -> Frame:
-    """The frame with the objects that still have points enough."""
+    """The frame with the objects that still have enough points."""
     parts = [frame.points], [frame.boxes], [*frame.labels], [frame.source]
     for body, cloud, gone in zip(bodies, clouds, hidden, strict=True):
         if int((~gone).sum()) >= MIN_POINTS:

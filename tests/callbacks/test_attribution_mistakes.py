@@ -64,14 +64,14 @@ def with_sigmoid():
 
 # name: (network, arguments, what the message says)
 IN_TEST = {
-    "shared ReLU": (Shared, {"methods": ["guided_backprop"]}, r"a ReLU of its own at every place, got \['net.2'\]"),
-    "shared under DeepLIFT": (Shared, {"methods": ["deeplift"]}, "deeplift needs a ReLU of its own"),
+    "shared ReLU": (Shared, {"methods": ["guided_backprop"]}, r"a separate ReLU at every place, got \['net.2'\]"),
+    "shared under DeepLIFT": (Shared, {"methods": ["deeplift"]}, "deeplift needs a separate ReLU"),
     "in-place ReLU": (InPlace, {"methods": ["guided_backprop"]}, r"\['net.2'\]; set `inplace = False` on each"),
     "ReLU as a function": (Functional, {"methods": ["guided_backprop"]}, r"1 ReLU\(s\) called as functions"),
     "no ReLU": (Smooth, {"methods": {"guided_gradcam": "net.3"}}, "changes the gradient of ReLUs, and Smooth has none"),
     "no rule": (with_sigmoid, {"methods": ["lrp"]}, "lrp has no rule for this network: .*Sigmoid"),
-    "no such layer": (Net, {"methods": {"gradcam": "net.33"}}, "is no module of Net; did you mean 'net.3'"),
-    "no such network": (Net, {"network": "nett"}, "`network='nett'` is no module of Net; did you mean 'net'"),
+    "no such layer": (Net, {"methods": {"gradcam": "net.33"}}, "is not a module of Net; did you mean 'net.3'"),
+    "no such network": (Net, {"network": "nett"}, "`network='nett'` is not a module of Net; did you mean 'net'"),
     "no mask in the batch": (Net, {"mask": 5}, "`mask=5` is not in the batch, a tuple of 3 parts"),
     "a key for a tuple": (Net, {"mask": "mask"}, "`mask='mask'` is not in the batch"),
     "no tensor": (Net, {"inputs": lambda batch: 3}, "`inputs` must give a tensor of the batch, got int"),

@@ -55,7 +55,7 @@ def test_what_the_training_step_reads_stays_whole_and_is_named(kind, model, grou
 
 def test_ranks_of_what_the_forward_pass_does_not_call_are_not_counted():
     callback = in_steps(RankScheduling, budget=0.8, cost="flops")
-    with pytest.warns(UserWarning, match=r"'auxiliary' \(Linear\) stay whole"):
+    with pytest.warns(UserWarning, match=r"'auxiliary' \(Linear\) are kept whole"):
         fit(seeded(Auxiliary), BATCHES, [callback], max_epochs=3)
     assert "auxiliary" not in callback.report.ranks
     with pytest.raises(ValueError, match="'auxiliary' must be called in a forward pass"):
@@ -73,7 +73,7 @@ class Volumes(Model):
     [lambda: in_steps(RankScheduling, budget=0.97), lambda: LowRankCompression("*", budget=0.7, search="energy")],
 )
 def test_layers_that_cannot_be_touched_are_named_at_the_start(make):
-    with pytest.warns(UserWarning, match=r"'volumes' \(Conv3d\) stay whole and hold 9\d% of the network's parameters"):
+    with pytest.warns(UserWarning, match=r"'volumes' \(Conv3d\) are kept whole and hold 9\d% of the network's"):
         fit(seeded(Volumes), BATCHES, [make()], max_epochs=1, limit_train_batches=1, fast_dev_run=True)
 
 
@@ -85,7 +85,7 @@ def test_a_resumed_training_with_other_rates_and_figures_is_not_compressed_again
     fit(other, BATCHES, [callback], ckpt_path=tmp_path / "step=14.ckpt", max_epochs=3, default_root_dir=tmp_path)
     assert params(other) == params(model)
     third, callback = seeded(), in_steps(kind, layers=["backbone.*"], budget=0.5)
-    with pytest.warns(UserWarning, match="holds a network that is small already"):
+    with pytest.warns(UserWarning, match="holds an already compressed network"):
         fit(third, BATCHES, [callback], ckpt_path=tmp_path / "step=14.ckpt", max_epochs=3)
     assert params(third) == params(model)
     assert callback.finished
@@ -252,7 +252,7 @@ def test_a_picture_that_cannot_be_written_ends_no_training(kind, tmp_path):
         if kind is LowRankCompression
         else in_steps(kind, figures=True)
     )
-    with pytest.warns(UserWarning, match="could not be written, and the training goes on"):
+    with pytest.warns(UserWarning, match="could not be written, and training continues"):
         fit(seeded(), BATCHES, [callback], max_epochs=3, default_root_dir=tmp_path)
     assert callback.finished
     assert not list(tmp_path.glob("*.part"))

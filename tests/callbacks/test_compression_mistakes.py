@@ -21,7 +21,7 @@ from tests.models import fit
     ("kind", "arguments", "error", "message"),
     [
         (HybridCompression, {"layers": []}, ValueError, "`layers` must be a module name"),
-        (HybridCompression, {"layers": "head:input"}, ValueError, "no side of it"),
+        (HybridCompression, {"layers": "head:input"}, ValueError, "not its input or output"),
         (HybridCompression, {"keep": 3}, TypeError, "`keep` must be"),
         (HybridCompression, {"budget": 0}, ValueError, "`budget`, .* must be more than 0 and less than 1, got 0"),
         (HybridCompression, {"budget": 40}, ValueError, "did you mean 0.4?"),
@@ -134,7 +134,7 @@ def test_sharded_parameters_are_refused():
         (HybridCompression, {"min_channels": 12, "budget": 0.2}, "`budget` must be at least"),
         (HybridCompression, {"layers": "bakbone.0"}, "nearest: 'backbone'|did you mean|'bakbone.0'"),
         (HybridCompression, {"keep": "haed"}, "`keep`: no module is called 'haed'; did you mean 'head'"),
-        (MaskScheduling, {"keep": "*"}, "'backbone.0': it is to stay whole"),
+        (MaskScheduling, {"keep": "*"}, "'backbone.0': it is excluded by `layers` or `keep`"),
         (MaskScheduling, {"min_channels": 100}, "that is left when all groups and ranks are at their minimum"),
         (RankScheduling, {"layers": "backbone.*", "keep": "backbone.*"}, "that `keep` does not name"),
         (MaskScheduling, {"layers": "head"}, "must match a layer that can lose channels"),

@@ -74,7 +74,7 @@ def test_half_a_line_of_the_file_is_passed_over_with_a_warning(tmp_path):
     write(path, GOOD)
     path.write_text(path.read_text() + '[1.0, 0.9\n{"a": 1}\n')
     callback = EarlyTermination("val", history=path)
-    with pytest.warns(UserWarning, match="line 6 of .* is no array of numbers"):
+    with pytest.warns(UserWarning, match="line 6 of .* is not an array of numbers"):
         train([5.0] * 8, callback)
     assert callback.ended
 
@@ -109,7 +109,7 @@ def test_with_a_trial_the_study_decides_and_the_trial_is_pruned_behind_fit():
     trial = study.ask()
     callback = EarlyTermination("val", trial=trial)
     assert train([5.0] * 8, callback).current_epoch == 4
-    with pytest.raises(optuna.TrialPruned, match=r"ended behind validation 4 with val = 5\.0"):
+    with pytest.raises(optuna.TrialPruned, match=r"stopped after validation 4 with val = 5\.0"):
         callback.raise_if_ended()
     assert study.trials[3].intermediate_values == dict.fromkeys(range(4), 5.0)
 

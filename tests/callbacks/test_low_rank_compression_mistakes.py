@@ -26,7 +26,7 @@ BATCHES = make_batches(6)
     ("arguments", "error", "message"),
     [
         ({"layers": []}, ValueError, "`layers` must be a module name"),
-        ({"layers": "head:input"}, ValueError, "no side of it"),
+        ({"layers": "head:input"}, ValueError, "not its input or output"),
         ({"budget": 0}, ValueError, "`budget`, the share left, must be more than 0 and less than 1, got 0"),
         ({"budget": 60}, ValueError, "did you mean 0.6?"),
         ({"budget": "0.6"}, TypeError, "`budget` must be a number"),
@@ -227,6 +227,6 @@ def test_yaml_with_the_older_name_of_the_budget(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path)])
-    with pytest.warns(FutureWarning, match=r"`ratio` has another name: pass `budget=0\.7`"):
+    with pytest.warns(FutureWarning, match=r"`ratio` was renamed: pass `budget=0\.7`"):
         cli = LightningCLI(FromYaml, save_config_callback=None, run=False)
     assert cli.trainer.callbacks[0].budget == 0.7

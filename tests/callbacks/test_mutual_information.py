@@ -194,7 +194,7 @@ def test_bad_arguments_are_named(case: str):
 @pytest.mark.parametrize(
     ("arguments", "kind", "error", "message"),
     [
-        ({"labels": 7}, Contrastive, MisconfigurationException, "`labels=7` is nothing in a validation batch"),
+        ({"labels": 7}, Contrastive, MisconfigurationException, "`labels=7` is not in a validation batch"),
         ({"labels": 0}, Contrastive, MisconfigurationException, "`labels=0` must be a tensor of integers"),
         ({}, OneCall, ValueError, "`pairs='calls'` needs two calls of layer 'encoder'.*`pairs='halves'`"),
     ],

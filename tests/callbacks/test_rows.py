@@ -129,7 +129,7 @@ def test_what_is_not_known_is_asked_for(model: nn.Module, layer: str, given: Any
         model, inputs = Wrapped(nn.ModuleDict({"lstm": nn.LSTM(C, C), "mid": nn.Linear(C, 3)})), (TOKENS,)
         model.forward = lambda x: model.layer["mid"](model.layer["lstm"](x)[0])
         layer = "layer.mid"
-    with pytest.raises(ValueError, match=rf"'{layer}': what the dimensions of its tensor .* say it with `layout`"):
+    with pytest.raises(ValueError, match=rf"'{layer}': the dimensions of its tensor .* name them with `layout`"):
         only(model, layer, *inputs, **settings)
     assert only(model, layer, *inputs, layout="NLC", **settings).ndim == 2
 

@@ -114,5 +114,5 @@ def test_steps_name_it(kind: Any, inputs: Any, settings: dict[str, Any], error: 
 @pytest.mark.parametrize("pool", ["mean", "max", "cls", "first", "last", "tokens"])
 def test_functions_and_the_mixin_ask_for_the_layout(pool: str, shape: tuple[int, ...]):
     for fn in (pool_embeddings, lambda x, pool: VNEMixin().vne_penalty(x, 0.1, pool=pool)):
-        with pytest.raises(ValueError, match=rf"`layout` must say what the {len(shape)} dimensions"):
+        with pytest.raises(ValueError, match=rf"`layout` must name the {len(shape)} dimensions"):
             fn(torch.ones(shape), pool)

@@ -335,7 +335,7 @@ def test_decomposes_at_looks_alone(monkeypatch):
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no layer": ({"layers": []}, ValueError, r"`layers` must be .*, got an empty list; '\*' takes every layer"),
     "a number as layer": ({"layers": 3}, TypeError, "`layers` must be a module name, .*, got int"),
-    "a side": ({"layers": "head:input"}, ValueError, "`layers` takes the weights of a layer here, so no side of it"),
+    "a side": ({"layers": "head:input"}, ValueError, "`layers` takes the weights of a layer here, not its input"),
     "no step": ({"every_n_steps": 0}, ValueError, "`every_n_steps` must be at least 1, got 0"),
     "half a step": ({"every_n_steps": 10.0}, TypeError, "`every_n_steps` must be an int .* did you mean 10?"),
     "scheme": ({"scheme": 3}, ValueError, "`scheme` must be 1 or 2, got 3"),

@@ -566,7 +566,7 @@ def test_same_arguments_same_key_and_others_another():
     ("arguments", "error", "message"),
     [
         ({"layers": []}, ValueError, "`layers` must be a module name"),
-        ({"layers": "head:input"}, ValueError, "no side of it"),
+        ({"layers": "head:input"}, ValueError, "not its input or output"),
         ({"layers": 3}, TypeError, "`layers` must be a module name"),
         ({"weight": math.nan}, ValueError, "`weight` must be finite"),
         ({"weight": "0.1"}, TypeError, "`weight` must be a number"),

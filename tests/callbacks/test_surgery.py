@@ -231,7 +231,7 @@ def test_state_of_another_shape_begins_afresh_with_a_warning():
         return torch.optim.Adafactor(model.parameters())
 
     swap = Swap()
-    with pytest.warns(UserWarning, match="Adafactor begins afresh for .* 1 others"):
+    with pytest.warns(UserWarning, match="Adafactor starts afresh for .* 1 others"):
         fit(seeded(configure=configure), BATCHES, [swap])
     assert "backbone.2.0.weight" not in swap.after
     assert "backbone.0.weight" in swap.after
@@ -279,7 +279,7 @@ def test_parameters_that_go_for_good_must_be_told(told):
         (optimizer,) = fit(model, BATCHES, [dropped]).optimizers
         assert set(optimizer.state) == set(model.parameters())
     else:
-        with pytest.raises(RuntimeError, match=r"without saying what took their place: \['head.bias'\]"):
+        with pytest.raises(RuntimeError, match=r"without naming their replacements: \['head.bias'\]"):
             fit(model, BATCHES, [dropped])
 
 

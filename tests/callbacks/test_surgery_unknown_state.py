@@ -77,7 +77,7 @@ KINDS = [Remembering, Eager, OfGradients, Boolean, Listing, Lookahead]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_of_unknown_meaning_begins_afresh_with_a_warning(kind):
     swap = Swap()
-    with pytest.warns(UserWarning, match=f"{kind.__name__} begins afresh for .* others.*{kind.key}"):
+    with pytest.warns(UserWarning, match=f"{kind.__name__} starts afresh for .* others.*{kind.key}"):
         fit(seeded_for_swap(configure=lambda model: kind(model.parameters(), lr=0.01)), BATCHES, [swap])
     for name in ("backbone.2.0.weight", "backbone.2.1.weight"):
         left = swap.after.get(name, {})
@@ -89,7 +89,7 @@ def test_a_state_of_unknown_meaning_begins_afresh_with_a_warning(kind):
 def test_entries_that_are_picked_keep_their_state_whatever_it_means(kind):
     cut = Cut()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*begins afresh.*")
+        warnings.filterwarnings("error", message=".*starts afresh.*")
         fit(seeded_for_swap(configure=lambda model: kind(model.parameters(), lr=0.01)), BATCHES, [cut])
     torch.testing.assert_close(
         cut.after["backbone.0.weight"][kind.key], cut.before["backbone.0.weight"][kind.key][cut.kept]

@@ -141,7 +141,7 @@ def test_calibrates_and_quantises(saved: Path, capsys: Any):
 def test_the_older_name_of_the_budget(saved: Path):
     new, old = saved.with_name("new.pt"), saved.with_name("old.pt")
     assert main(["compress", str(saved), *OPTIONS, "--budget", "0.3", "--output", str(new)]) == 0
-    with pytest.warns(FutureWarning, match=r"`ratio` has another name: pass `budget=0\.3`"):
+    with pytest.warns(FutureWarning, match=r"`ratio` was renamed: pass `budget=0\.3`"):
         assert main(["compress", str(saved), *OPTIONS, "--ratio", "0.7", "--output", str(old)]) == 0
     torch.testing.assert_close(torch.load(old), torch.load(new), rtol=0, atol=0)
 

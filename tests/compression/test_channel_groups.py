@@ -72,7 +72,7 @@ def test_keep_and_layers_choose():
     net, x = build("residual")
     assert [group.name for group in channel_groups(net, x, "blocks.*", keep="blocks.1.*")] == ["blocks.0.0"]
     refused = find_channel_groups(net, x, keep="blocks.1.6").refused
-    assert refused["stem.0"] == "its channels are also those of 'blocks.1.6', which stays whole"
+    assert refused["stem.0"] == "its channels are also those of 'blocks.1.6', which is kept whole"
 
 
 class Rolled(nn.Module):

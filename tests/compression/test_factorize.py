@@ -108,8 +108,8 @@ REFUSED = {
     "reader.sized": "`Reader.scale` reads its `out_features`",
     "reader.below.deep": "`Reader.dtype` reads its `weight`",
     "small": "is a Sequential; name a layer in it",
-    "small.0": "half of a low-rank layer already",
-    "small.1": "half of a low-rank layer already",
+    "small.0": "already a factor of a low-rank layer",
+    "small.1": "already a factor of a low-rank layer",
     "patched": "may compute in its own way",
     "compiled": "compiled on its own",
     "whole_numbers": "int8.*before quantising",
@@ -224,7 +224,7 @@ def test_layers_that_would_not_become_smaller_stay():
 def test_a_second_time_changes_nothing():
     net = factorize(nn.Sequential(nn.Linear(12, 12), nn.Conv2d(3, 9, 3)), 2)
     modules = [id(module) for module in net.modules()]
-    with pytest.raises(ValueError, match="half of a low-rank layer already"):
+    with pytest.raises(ValueError, match="already a factor of a low-rank layer"):
         factorize(net, 1)
     assert [id(module) for module in net.modules()] == modules
 
@@ -314,7 +314,7 @@ BAD = [
     ((2, "1*"), {}, ValueError, "must match linear layers or convolutions.*'1' is a ReLU"),
     ((2, "3"), {}, ValueError, "no module is called '3'"),
     ((2, []), {}, ValueError, "`layers` must be"),
-    ((2, "0:input"), {}, ValueError, "no side"),
+    ((2, "0:input"), {}, ValueError, "not its input"),
     ((2, "2"), {"scheme": 3}, ValueError, "`scheme` must be 1 or 2, got 3"),
 ]
 

@@ -142,8 +142,8 @@ def bad_calls():
         (lambda: masks.set_kept([keep.float() for keep in kept]), "`kept` must hold a boolean tensor"),
         (lambda: shrink(net, groups, [kept[0] & False, *kept[1:]]), "`kept` must leave at least one unit"),
         (lambda: shrink(build("branches")[0], groups, kept), "`groups` must be those of this model"),
-        (lambda: remove_masks(net), "`model` must have masks to take off"),
-        (lambda: bake_masks(net), "`model` must have masks to take off"),
+        (lambda: remove_masks(net), "`model` must have masks to remove"),
+        (lambda: bake_masks(net), "`model` must have masks to remove"),
     ]
 
 

@@ -298,7 +298,7 @@ def test_heads_that_are_not_whole_are_refused():
     model = timm.create_model("test_vit", img_size=32, num_heads=4, num_classes=3)
     state = dict(model.state_dict())
     state["blocks.0.attn.qkv.weight"] = torch.zeros(3 * 20, 64)
-    with pytest.raises(ValueError, match=r"'blocks\.0\.attn\.qkv' has 60 outputs, which is no whole number of heads"):
+    with pytest.raises(ValueError, match=r"has 60 outputs, which is not a whole number of heads"):
         restore_structure(model, state)
 
 

@@ -335,7 +335,7 @@ def test_bad_inputs_are_named():
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
             apply_thresholds(net, **settings)
-    with pytest.raises(ValueError, match="`model` must have thresholds to take off"):
+    with pytest.raises(ValueError, match="`model` must have thresholds to remove"):
         remove_thresholds(net)
     thresholds = apply_thresholds(net)
     with pytest.raises(ValueError, match="`model` must have no thresholds yet"):

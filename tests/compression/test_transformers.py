@@ -81,7 +81,7 @@ def test_keep_leaves_an_attention_whole():
     groups = channel_groups(model, inputs, keep="model.layers.0.self_attn.k_proj")
     assert [g.attention for g in groups if g.attention] == ["model.layers.1.self_attn"]
     refused = find_channel_groups(model, inputs, keep="model.layers.0.self_attn.k_proj").refused
-    assert "which stays whole" in refused["model.layers.0.self_attn.q_proj"]
+    assert "which is kept whole" in refused["model.layers.0.self_attn.q_proj"]
 
 
 def test_the_configuration_says_what_it_can(tmp_path):

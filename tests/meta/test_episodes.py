@@ -218,7 +218,7 @@ MISTAKES = {
     "state": (
         lambda: EpisodeLoader(TASKS, 4).load_state_dict({"epoch": 0, "batch": 3}),
         ValueError,
-        "loader with as many batches, 1, got one behind 3 of them; keep `episodes` and `tasks_per_batch`",
+        "loader with as many batches, 1, got one after 3 of them; keep `episodes` and `tasks_per_batch`",
     ),
 }
 

@@ -133,7 +133,7 @@ def test_rows_that_are_not_finite_are_seen(metric: Any):
         (lambda: LiDAR(4, delta=0), ValueError, "`delta` must be above 0, got 0"),
         (lambda: LiDAR(4)(draw(5, 4)), ValueError, "with two views or more of each sample"),
         (lambda: LiDAR(4)(torch.ones(5, 2, 4).long()), TypeError, "`views` must be a floating tensor"),
-        (lambda: AlphaReQ(20, first=9, last=5), ValueError, "`last` must be behind `first`=9"),
+        (lambda: AlphaReQ(20, first=9, last=5), ValueError, "`last` must be after `first`=9"),
         (lambda: AlphaReQ(20, last=30), ValueError, "at most `num_features`=20, got 30"),
     ],
 )

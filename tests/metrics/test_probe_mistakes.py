@@ -144,7 +144,7 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "`targets`: the batch, a dict, has no 'y'; its keys are",
     ),
     "no such place": ((X, Y), {"targets": 2}, ValueError, "`targets`: the batch, a tuple, has no 2; it has 2 entries"),
-    "a key of a tuple": ((X, Y), {"targets": "y"}, ValueError, "`targets`: .* it is no mapping: give a position"),
+    "a key of a tuple": ((X, Y), {"targets": "y"}, ValueError, "`targets`: .* it is not a mapping: give a position"),
     "tokens of a matrix": ((X, Y), {"positions": "tokens"}, ValueError, "`positions='tokens'` takes .* choose 'mean'"),
     "a mask of one dimension": ((X, Y, Y), {"mask": 2}, ValueError, r"`mask` must have shape \(N, L\)"),
     "floating groups": ((X, Y, Y), {"groups": 2}, ValueError, "`groups` must be integers, got torch.float32"),

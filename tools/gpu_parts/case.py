@@ -1,4 +1,4 @@
-"""A function with inputs, for `numerics`, and the inputs that several take."""
+"""A function with inputs, for `numerics`, and shared inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class Case:
 
 
 def rows(n: int, d: int) -> Callable[[], tuple[Tensor]]:
-    """Embeddings whose spectrum falls off tenfold."""
+    """Embeddings whose spectrum decays by a factor of ten."""
     return lambda: (torch.randn(n, d, dtype=torch.float64) * torch.linspace(1, 0.1, d, dtype=torch.float64),)
 
 
 def matrix(m: int, n: int) -> Callable[[], tuple[Tensor]]:
-    """Singular values that are apart, from 1 down to a hundredth."""
+    """Separated singular values, from 1 down to a hundredth."""
 
     def make() -> tuple[Tensor]:
         u, _, v = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64), full_matrices=False)

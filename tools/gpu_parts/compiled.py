@@ -1,4 +1,4 @@
-"""`torch.compile`, also with CUDA graphs, and a graph captured by hand."""
+"""`torch.compile`, with and without CUDA graphs, and a manually captured graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "reduce-overhead": {"mode": "reduce-overhead"},
 }
 ON_CPU: dict[str, dict[str, Any]] = {"aot_eager": {"backend": "aot_eager"}}
-# A compression puts masks on the module when training begins: after the compiler has seen it.
+# A compression attaches masks when training begins, after the compiler has seen the module.
 NAMES = ("vne", "vne, queue", "stable rank, p=2", "stable rank, p=1", "representation monitor", "masks", "hybrid")
 
 
@@ -30,7 +30,7 @@ def train(name: str, device: str, form: dict[str, Any] | None, steps: int) -> di
 
 
 def graphed(make: Callable[[Tensor], Tensor]) -> float:
-    """Distance of value and gradient of a replayed graph from those computed eagerly."""
+    """Distance between value and gradient of a replayed graph and those computed eagerly."""
     fixed = torch.randn(256, 128, device="cuda", requires_grad=True)
     replayed = torch.cuda.make_graphed_callables(make, (fixed,))
     errors = []

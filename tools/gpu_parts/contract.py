@@ -1,4 +1,4 @@
-"""The tables of the callbacks' contract on `accelerator="gpu"`: one process, two that share it, NCCL on one rank."""
+"""The tables of the callbacks' contract on `accelerator="gpu"`: one process, two sharing the GPU, NCCL on one rank."""
 
 import os
 import sys
@@ -38,7 +38,7 @@ def train(name: str, device: str, data: Any = None, **settings: Any) -> dict[str
 
 
 def train_compression(name: str, device: str) -> tuple[int, dict[str, Tensor]]:
-    """Parameters and weights of the network that a compression delivers."""
+    """Parameters and weights of the network delivered by a compression."""
     from tests.callbacks.budgets import BATCHES, params, seeded
     from tests.contract_compression import COMPRESSIONS
     from tests.models import fit
@@ -53,9 +53,9 @@ def train_compression(name: str, device: str) -> tuple[int, dict[str, Tensor]]:
 
 
 def act_as_node(rank: int, ranks: int) -> None:
-    """Make Lightning take this process for the only one of its node, so that several share one GPU."""
+    """Make Lightning treat this process as the only one of its node, so that several share one GPU."""
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(ranks), NODE_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # unused: the group is there already
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # unused: the group already exists
 
 
 def on_ranks(rank: int, ranks: int, device: str, backend: str, names: tuple[str, ...] | None) -> dict[str, Outcome]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gpu_parts.case import Case, at_least_float, matrix, rows
 from lightning_plugins import functional
 
-# From numbers to a number, in Python: there is nothing of them on a device.
+# Pure Python functions of numbers, which do not run on a device.
 ON_THE_HOST = (
     "RangeGrid",
     "binary_symmetric_channel_crossover",
@@ -38,7 +38,7 @@ def of_embeddings() -> dict[str, Case]:
 
 
 def of_distillation() -> dict[str, Case]:
-    """Errors of a student that is near its teacher."""
+    """Errors of a student close to its teacher."""
 
     def pair() -> tuple[Tensor, Tensor]:
         (teacher,) = rows(96, 16)()
@@ -49,7 +49,7 @@ def of_distillation() -> dict[str, Case]:
 
 
 def of_information() -> dict[str, Case]:
-    """Bounds from scores, and what class probabilities tell."""
+    """Bounds from scores, and information from class probabilities."""
     f = functional
 
     def scores() -> tuple[Tensor]:
@@ -134,5 +134,5 @@ def _epps_pulley(z: Tensor) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Cells that no point falls into hold infinity, of which no difference can be taken."""
+    """Empty cells hold infinity, which cannot be subtracted."""
     return x.nan_to_num(posinf=0.0)

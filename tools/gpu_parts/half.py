@@ -1,4 +1,4 @@
-"""bfloat16 and float16 with the fused AdamW: what a callback adds to the gradient, and that nothing overflows."""
+"""bfloat16 and float16 with the fused AdamW: the gradient added by a callback, and the absence of overflow."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from gpu_parts.networks import CALLBACKS, TERMS, batches, fit, names_for, weight
 from gpu_parts.recorder import Recorder
 
 PART = "half"
-BOUNDS = {"bf16-mixed": 0.05, "16-mixed": 0.02}  # relative, of what a term adds to the gradient
+BOUNDS = {"bf16-mixed": 0.05, "16-mixed": 0.02}  # relative error of the gradient added by a term
 
 
 class Gradients(Callback):
-    """Keeps the first gradients, freed of the scale; it stands behind the callback that adds to them."""
+    """Stores the first unscaled gradients; comes after the callback that adds to them."""
 
     def __init__(self, scaler: Any) -> None:
         self.scaler, self.first = scaler, dict[str, Tensor]()
@@ -28,7 +28,7 @@ class Gradients(Callback):
 
 
 def train(name: str | None, precision: str, device: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The first gradients, and what else is to be said of the training."""
+    """The first gradients, and other results of the training."""
     settings: dict[str, Any] = {"precision": precision}
     scaler = None
     if precision != "32-true":

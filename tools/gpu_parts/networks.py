@@ -1,4 +1,4 @@
-"""A network wide enough for the roads that are taken on a GPU, and callbacks with settings that take them."""
+"""A network wide enough for the code paths used on a GPU, and callbacks with settings that use them."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ LATER = {
     "begin": 1,
     "end": 10_000,
     "figures": False,
-}  # the choice is under way in every step
+}  # the selection phase is active in every step
 RANKS = {"backbone.0": 16, "backbone.2": 16}
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
@@ -62,7 +62,7 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "hybrid": lambda: HybridCompression("*", 0.5, **LATER),
     "hybrid, every fourth": lambda: HybridCompression("*", 0.5, refresh_every=4, **LATER),
 }
-# Those that have no part in a training step, by what they do instead.
+# Callbacks without a part in a training step, with the reason.
 NOT_IN_A_STEP = {
     "AttributionEvaluation": "explains batches of a validation or test, outside of training steps",
     "EarlyTermination": "decides on the CPU, once an epoch, from a metric that is logged",
@@ -72,13 +72,13 @@ NOT_IN_A_STEP = {
     "RepresentationCollapseError": "an error",
     "probe_layers": "a loop of its own over batches, with what `LayerProbe` does to each",
 }
-# These choose among steps; that a step of theirs differs from that of a bare training is not the gradient of a term.
+# Callbacks that differ from bare training in ways other than the gradient of a term.
 TERMS = ("vne", "stable rank", "stable rank, p=2", "stable rank, p=1", "coding rate", "soft orthogonality")
 FEW = ("vne, queue", "stable rank, p=2", "representation monitor", "hybrid")  # enough for a test of the check itself
 
 
 def names_for(tiny: bool) -> tuple[str, ...]:
-    """The callbacks that a part goes through."""
+    """The callbacks tested by a part."""
     return FEW if tiny else tuple(CALLBACKS)
 
 
@@ -105,7 +105,7 @@ class Wide(LightningModule):
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    """The first ones are the same, however many they are."""
+    """Batches, the first of which do not depend on their number."""
     found = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
@@ -120,14 +120,14 @@ def wide(optimizer: str = "sgd") -> Wide:
 
 
 def fit(model: Any, data: Sequence[Any], callbacks: Sequence[Callback], device: str, **settings: Any) -> Trainer:
-    """Train once through the batches, with nothing written or shown."""
+    """Train once through the batches, without output."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     accelerator = "gpu" if device == "cuda" else "cpu"
     trainer = Trainer(
         **{"accelerator": accelerator, "devices": 1, "max_epochs": 1, **quiet, **settings}, callbacks=list(callbacks)
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "nothing was removed": the trainings end before the choice is made
+        warnings.simplefilter("ignore")  # "nothing was removed": training ends before the selection
         trainer.fit(model, torch.utils.data.DataLoader(list(data), batch_size=None))
     return trainer
 
@@ -138,7 +138,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest absolute difference of any weight; raises where names or shapes differ."""
+    """The largest absolute difference of any weight; raises an error if names or shapes differ."""
     if found.keys() != wanted.keys():
         raise LookupError(f"other weights: {sorted(found.keys() ^ wanted.keys())}")
     return max(float((found[name].double() - wanted[name].double()).abs().max()) for name in wanted)

@@ -24,7 +24,7 @@ def gram() -> tuple[Tensor]:
 
 
 def cases() -> dict[str, Case]:
-    """All of them, by a name that says the settings."""
+    """All cases, by a name with the settings."""
     f = functional
     found: dict[str, Case] = {}
     for name, shape in {"": (96, 64), ", few rows": (48, 80), ", large": (512, 384)}.items():
@@ -51,7 +51,7 @@ def cases() -> dict[str, Case]:
 
 
 def _without_rows() -> dict[str, Case]:
-    """Those that take something else than one matrix of rows or weights."""
+    """Functions of anything but a single matrix of rows or weights."""
     found = _of_masks() | _of_probes() | _of_integers()
     return found | further_cases.of_distillation() | further_cases.of_information() | further_cases.of_clouds()
 
@@ -140,7 +140,7 @@ def _of_integers() -> dict[str, Case]:
     return {name: Case(name, device, call, smooth=False) for name, call in calls.items()}
 
 
-# Named tuples, in which the functions of `_of_probes` take and give their tensors.
+# Named tuples used as inputs and outputs by the functions of `_of_probes`.
 CONTAINERS = ("Evidence", "HeldOutSums", "ProbeScores")
 
 DEGENERATE: dict[str, Callable[[], Tensor]] = {
@@ -167,7 +167,7 @@ def away(found: Tensor, wanted: Tensor) -> float:
 
 
 def check(case: Case, device: str, bounds: dict[str, tuple[float, float]] = BOUNDS) -> dict[str, Any]:
-    """The errors of each precision; raises where one is too large."""
+    """The errors of each precision; raises an error if one is too large."""
     torch.manual_seed(0)
     inputs, data, problems = case.inputs(), {}, []
     for name, (of_value, of_slope) in bounds.items():

@@ -1,4 +1,4 @@
-"""Findings of a check, item by item, in one JSON file that is written after each of them."""
+"""Results of a check, item by item, in a JSON file written after each item."""
 
 import json
 import os
@@ -21,7 +21,7 @@ class OutOfTimeError(Exception):
 
 @dataclass
 class Item:
-    """One entry of the file; inside its block an exception is written down and goes no further."""
+    """One entry of the file; exceptions in its block are recorded and suppressed."""
 
     recorder: "Recorder"
     part: str
@@ -50,13 +50,13 @@ class Item:
 
 @dataclass
 class Recorder:
-    """The file, the device, and how much time is left.
+    """The file, the device, and the remaining time.
 
     Attributes:
-        path: Where the JSON goes.
+        path: Path of the JSON file.
         device: ``"cpu"`` or ``"cuda"``.
-        tiny: Whether sizes are those of a test.
-        ends: When the whole check must be over, on the monotonic clock.
+        tiny: Whether to use test sizes.
+        ends: End of the whole check, on the monotonic clock.
         about: Machine, versions and date.
     """
 
@@ -73,7 +73,7 @@ class Recorder:
         return self.device == "cuda"
 
     def left(self) -> float:
-        """Seconds that the running part still has."""
+        """Remaining seconds of the running part."""
         return min(self.ends, self.part_ends) - time.monotonic()
 
     def item(self, part: str, name: str) -> Item:
@@ -85,7 +85,7 @@ class Recorder:
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Give a part so many seconds."""
+        """Set the time limit of a part, in seconds."""
         self.part_ends = time.monotonic() + seconds
         yield
         self.part_ends = float("inf")

@@ -1,6 +1,6 @@
-"""No step waits for the device: `torch.cuda.set_sync_debug_mode("error")` from a batch's start to its end.
+"""Check that no step synchronises the device: `torch.cuda.set_sync_debug_mode("error")` during batches.
 
-On a CPU, where nothing waits, the operations are looked for that would: those that read a value, and decompositions.
+On a CPU, operations that would synchronise are detected instead: those that read a value, and decompositions.
 """
 
 import traceback
@@ -19,13 +19,13 @@ from gpu_parts.recorder import Recorder
 PART = "syncs"
 STEPS, WARM_UP = 9, 4
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "_linalg_eigh", "_linalg_svd", "linalg_eigh", "linalg_svd")
-# The others do on a CPU, where a look costs nothing, what they leave out on a GPU: there all of them must pass.
+# The others do checks on a CPU, where they are free, that they skip on a GPU: there all of them must pass.
 ON_CPU = (None, "vne", "vne, queue", "representation monitor", "spectrum monitor")
 PACKAGE = "lightning_plugins"
 
 
 class Reads(TorchDispatchMode):
-    """Notes the operations that read values."""
+    """Records operations that read values."""
 
     def __init__(self, found: list[str]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Reads(TorchDispatchMode):
 
 
 def place() -> str:
-    """The innermost line of the package under way, and what it was called by."""
+    """The innermost active line of the package, and its callers."""
     frames = [frame for frame in traceback.extract_stack() if f"/{PACKAGE}/" in frame.filename]
     if not frames:
         frames = [frame for frame in traceback.extract_stack() if "lightning" in frame.filename][-1:]
@@ -47,11 +47,11 @@ def place() -> str:
 
 
 class Watch:
-    """Watch for waits on the device between `begin` and `end`.
+    """Watch for synchronisations between `begin` and `end`.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        mode: Of a GPU: ``"error"`` raises at the first operation that waits, ``"warn"`` notes them all.
+        mode: On a GPU: ``"error"`` raises at the first synchronising operation, ``"warn"`` records them all.
     """
 
     def __init__(self, device: str, mode: str) -> None:
@@ -79,7 +79,7 @@ class Watch:
 
 
 class Opens(Callback):
-    """Stands first."""
+    """The first callback."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -89,11 +89,11 @@ class Opens(Callback):
             self.watch.begin()
 
     def on_exception(self, *_: Any) -> None:
-        self.watch.end()  # before the others take leave, which may wait
+        self.watch.end()  # before the others finish, which may synchronise
 
 
 class Closes(Callback):
-    """Stands last."""
+    """The last callback."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -103,7 +103,7 @@ class Closes(Callback):
 
 
 def watched(name: str | None, device: str, mode: str, **settings: Any) -> Watch:
-    """Train with a callback, or without any, under a watch."""
+    """Train with a callback, or without any, while watching."""
     watch = Watch(device, mode)
     callbacks = [] if name is None else [CALLBACKS[name]()]
     optimizer = settings.pop("optimizer", "sgd")
@@ -114,7 +114,7 @@ def watched(name: str | None, device: str, mode: str, **settings: Any) -> Watch:
 
 
 def check(name: str | None, device: str, data: dict[str, Any], **settings: Any) -> None:
-    """Raise where something waits; what does is listed in ``data``."""
+    """Raise an error for synchronisations; they are listed in ``data``."""
     try:
         watch = watched(name, device, "error", **settings)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Costs of the package on the device, against the published formulas and as shares of a step of a ResNet-50."""
+"""Costs of the package on the device, compared with published formulas and relative to a step of a ResNet-50."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ GOALS = {"vne_ratio": 10.0, "vne_share": 0.01, "penalty_share": 0.02, "choice_sh
 
 
 def clock(device: str) -> float:
-    """Seconds: of the clock once a GPU has done everything, else of the processor."""
+    """Seconds: wall-clock time after synchronisation on a GPU, otherwise CPU time."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -30,7 +30,7 @@ def clock(device: str) -> float:
 
 
 def entropy_row(n: int, d: int, device: str, seconds: float) -> dict[str, Any]:
-    """The published formula against ours, forward and backward, in turns."""
+    """The published formula compared with ours, forward and backward, interleaved."""
     from von_neumann import peak_bytes, published, step
 
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 class Small(nn.Module):
-    """Stands for the ResNet in a test."""
+    """Replaces the ResNet in a test."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Classifier(LightningModule):
 
 
 class InTurns(Callback):
-    """Gives every step to one of several callbacks, or to none, and times whole steps from start to start."""
+    """Assigns every step to one of several callbacks, or to none, and times whole steps from start to start."""
 
     def __init__(self, forms: dict[str, Callback | None], device: str) -> None:
         self.forms, self.device = forms, device
@@ -148,7 +148,7 @@ class InTurns(Callback):
         self._all("teardown", *arguments, stage)
 
     def milliseconds(self, leave_out: int) -> dict[str, list[float]]:
-        """Of each form, without the first rounds."""
+        """Times of each form, without the first rounds."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         found: dict[str, list[float]] = {name: [] for name in self.forms}
@@ -159,7 +159,7 @@ class InTurns(Callback):
 
 
 class Repeats:
-    """A loader of the same batch, many times, which is on the device already."""
+    """A loader that repeats the same batch, already on the device."""
 
     def __init__(self, batch: tuple[Tensor, Tensor], times: int) -> None:
         self.batch, self.times = batch, times
@@ -172,7 +172,7 @@ class Repeats:
 
 
 def shares(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median and quartiles of each form, and how much more than the bare step it takes."""
+    """Median and quartiles of each form, and its overhead over the bare step."""
     bare = statistics.median(found["bare"])
     rows = {}
     for name, values in found.items():
@@ -182,10 +182,10 @@ def shares(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def penalties(recorder: Recorder) -> dict[str, Any]:
-    """The entropy's and the stable rank's terms in one training, each at its own steps."""
+    """The entropy and stable rank terms in one run, each in its own steps."""
     weight = 1e-4
     forms: dict[str, Callback | None] = {
-        "entropy of the last features": None,  # a callback of its own, below
+        "entropy of the last features": None,  # a separate callback, below
         "bare": None,
         "stable rank": StableRankRegularization("*", weight),
         "p=2, a tenth of the rank": StableRankRegularization("*", weight, rank=0.1, p=2),
@@ -228,13 +228,13 @@ def choices(recorder: Recorder) -> dict[str, Any]:
             form.step(pixels, labels, lambda: clock(recorder.device))
     rows = shares({name: [1e3 * x for x in form.seconds[leave_out:]] for name, form in forms.items()})
     bare = statistics.mean(forms["bare"].seconds[leave_out:])
-    for name, form in forms.items():  # every fourth step takes longer: of these the mean counts
+    for name, form in forms.items():  # every fourth step takes longer, so means are used
         rows[name]["share"] = statistics.mean(form.seconds[leave_out:]) / bare - 1
     return rows
 
 
 def adaptation(recorder: Recorder) -> dict[str, Any]:
-    """GAP, five steps on four tasks of 84 x 84, against the plain loop."""
+    """GAP, five steps on four tasks of 84 x 84, compared with the plain loop."""
     from inner_loop import conv4, loop_form, measure, new_gains, plain_form
     from inner_loop import images as tasks_of
 
@@ -267,7 +267,7 @@ def entropies(recorder: Recorder, shapes: list[tuple[int, int]]) -> None:
 
 
 def run(recorder: Recorder) -> None:
-    """Small matrices first, and the largest last: there the published formula takes seconds a call."""
+    """Small matrices first and the largest last, where the published formula takes seconds per call."""
     sides = (16, 32) if recorder.tiny else SIDES
     shapes = sorted(itertools.product(sides, sides), key=lambda shape: (min(shape), shape))
     small = [shape for shape in shapes if min(shape) < 2048]

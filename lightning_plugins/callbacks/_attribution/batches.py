@@ -59,7 +59,7 @@ def take(name: str, key: Key, batch: Any) -> Tensor:
         The tensor.
 
     Raises:
-        MisconfigurationException: If the batch does not have it, or it is no tensor.
+        MisconfigurationException: If the batch does not have it, or it is not a tensor.
     """
     if callable(key):
         found = key(batch)

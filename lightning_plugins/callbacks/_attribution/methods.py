@@ -80,7 +80,7 @@ def build_method(name: str, call: Call) -> Explain:
 
 
 def known_options(name: str) -> set[str]:
-    """The options of a method: those of Captum's ``attribute``, and what is decided here.
+    """The options of a method: those of Captum's ``attribute``, and our own.
 
     Args:
         name: One of `METHODS`.

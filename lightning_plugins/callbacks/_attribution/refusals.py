@@ -13,7 +13,7 @@ HOOKED = (*GUIDED, "deeplift", "deeplift_shap", "lrp")  # which see the modules 
 
 
 def check_logits(network: nn.Module, inputs: Tensor) -> None:
-    """Refuse a network that does not answer with logits.
+    """Raise an error for a network that does not return logits.
 
     Args:
         network: The network.
@@ -33,7 +33,7 @@ def check_logits(network: nn.Module, inputs: Tensor) -> None:
 
 
 def check_network(name: str, network: nn.Module, inputs: Tensor) -> None:
-    """Refuse networks that a method would explain wrongly without a word.
+    """Raise an error for networks that a method would silently explain wrongly.
 
     Guided backpropagation, DeepLIFT and LRP put hooks on modules. They do not see a function such as ``F.relu``, and a
     module that is called twice, or writes over its input, mixes up what they store.
@@ -69,20 +69,20 @@ def check_network(name: str, network: nn.Module, inputs: Tensor) -> None:
             handle.remove()
     if shared := [names[module] for module, times in calls.items() if times > 1]:
         raise MisconfigurationException(
-            f"{name} needs a ReLU of its own at every place, got {_some(shared)} called several times in a forward"
+            f"{name} needs a separate ReLU at every place, got {_some(shared)} called several times in a forward"
             " pass; build one `nn.ReLU()` for each"
         )
     if seen.count > sum(calls.values()):
         raise MisconfigurationException(
-            f"{name} sees modules alone, got {seen.count - sum(calls.values())} ReLU(s) called as functions, such as "
-            "`F.relu(x)`; build `nn.ReLU()` modules"
+            f"{name} only sees ReLU modules, got {seen.count - sum(calls.values())} ReLU(s) called as functions, "
+            "such as `F.relu(x)`; build `nn.ReLU()` modules"
         )
     if name in GUIDED and not calls:
         raise MisconfigurationException(f"{name} changes the gradient of ReLUs, and {type(network).__name__} has none")
 
 
 def check_layer(name: str, network: nn.Module, layer: nn.Module, inputs: Tensor) -> None:
-    """Refuse a layer whose output has no positions, such as one behind the pooling.
+    """Raise an error for a layer whose output has no positions, such as one after pooling.
 
     Args:
         name: What the method is called by the user.

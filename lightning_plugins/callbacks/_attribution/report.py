@@ -16,8 +16,8 @@ class AttributionReport:
     Attributes:
         scores: By method (``"gradcam"``, or ``"gradcam/abs"`` for absolute values) and metric: ``score``, ``random``,
             ``skill``, and ``samples``, the number of samples with a score. Random maps have a row of their own.
-        samples: Number of samples that were chosen.
-        seen: Number of samples they were chosen from.
+        samples: Number of selected samples.
+        seen: Number of samples they were selected from.
         curves: By method, the scaled mean degradation curves, ``least`` and ``most`` relevant first, of each class.
     """
 

@@ -60,7 +60,7 @@ class Scoreboard:
         self.forms = tuple(forms)
 
     def to(self, device: torch.device) -> None:
-        """Move all sums to a device and begin anew."""
+        """Move all sums to a device and reset them."""
         for row in self.metrics.values():
             for metric in row.values():
                 metric.to(device)
@@ -124,7 +124,7 @@ def checked_metrics(metrics: Sequence[str] | Mapping[str, Metric], limit: int) -
     """Return the prototypes by name.
 
     Args:
-        metrics: Names out of `METRICS`, or metrics of `lightning_plugins.metrics` under names of one's own.
+        metrics: Names from `METRICS`, or metrics of `lightning_plugins.metrics` by custom name.
         limit: The largest number of inputs in one forward pass, for those by name.
 
     Returns:

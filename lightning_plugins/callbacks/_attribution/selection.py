@@ -14,9 +14,9 @@ class Selection:
     """Chooses samples, and counts them.
 
     Args:
-        select: The least probability of the true class, or a callable from these to bools, or its import path.
+        select: Minimum probability of the true class, or a callable from these to bools, or its import path.
         classes: The classes whose samples are taken.
-        max_samples: At most so many.
+        max_samples: Maximum number of samples.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -48,11 +48,11 @@ class Selection:
         self.begin()
 
     def begin(self) -> None:
-        """Count anew."""
+        """Reset the count."""
         self.chosen = self.seen = 0
 
     def choose(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        """The numbers of the chosen samples of a batch.
+        """The indices of the selected samples of a batch.
 
         Args:
             probabilities: Of the true class, shape ``(B,)``.

@@ -85,14 +85,14 @@ def method_calls(
 
 
 def named(name: str, explain: Explain) -> Explain:
-    """The method of a user's own, whose maps are checked where they come from.
+    """A user-defined method, with checks of its maps.
 
     Args:
         name: Its name.
         explain: Maps inputs and classes to attributions.
 
     Returns:
-        The same, raising a `MisconfigurationException` for what is no map of its inputs.
+        The method, raising a `MisconfigurationException` for results that are not maps of its inputs.
     """
 
     def checked(inputs: Tensor, target: Tensor) -> Tensor:
@@ -150,6 +150,6 @@ def _find(root: nn.Module, argument: str, name: str) -> nn.Module:
     if name not in known or not name:
         near = nearest(name, filter(None, known), limit=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise MisconfigurationException(f"`{argument}={name!r}` is no module of {type(root).__name__}{hint}")
+        raise MisconfigurationException(f"`{argument}={name!r}` is not a module of {type(root).__name__}{hint}")
     found: nn.Module = known[name]
     return found

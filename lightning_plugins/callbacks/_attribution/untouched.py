@@ -45,7 +45,7 @@ def untouched(network: nn.Module) -> Iterator[None]:
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Hooks, parameters and children stand in dictionaries: these are copied, what is in them is not."""
+    """Hooks, parameters and children are in dictionaries, which are copied shallowly."""
     return {
         name: type(value)(value) if isinstance(value, dict | OrderedDict) and name.startswith("_") else value
         for name, value in attributes.items()

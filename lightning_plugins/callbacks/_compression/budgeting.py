@@ -1,4 +1,4 @@
-"""A network in training whose channels and ranks are chosen: planned at the start, tried with the training's steps."""
+"""A network whose channels and ranks are selected during training: planned at the start, verified with real steps."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +24,7 @@ def plan_network(
     inputs: Any,
     groups: Iterable[dict[str, Any]] | None,
 ) -> BudgetedNetwork:
-    """Find what can be chosen, and say what cannot; the module is not changed.
+    """Find what can be compressed, and report what cannot; the module is not changed.
 
     Args:
         name: Of the callback.
@@ -37,7 +37,7 @@ def plan_network(
         The network, without masks and thresholds.
 
     Raises:
-        ValueError: If nothing can be chosen, or the budget cannot be met.
+        ValueError: If nothing can be compressed, or the budget cannot be met.
     """
     network = BudgetedNetwork(pl_module, settings, inputs=inputs, groups=groups, attach=False)
     network.followed = not settings.masks or groups is not None
@@ -67,7 +67,7 @@ def require_fitting_steps(
         refused = trainer.strategy.broadcast(trial.refused(network.groups))
     if refused:
         few = "; ".join(f"{group!r} {reason}" for group, reason in list(refused.items())[:3])
-        rank_zero_warn(f"{name}: {len(refused)} groups of channels stay whole, for {few}")
+        rank_zero_warn(f"{name}: {len(refused)} groups of channels are kept whole: {few}")
         network.leave_out(refused)
     beyond = [] if trial.steps else _beyond_forward(trainer, pl_module)
     if beyond:
@@ -85,15 +85,15 @@ def budget_report(
     choice: Projection,
     settings: CompressionSettings,
 ) -> CompressionReport:
-    """Count the small network anew, and say what was chosen.
+    """Count the small network's cost independently, and report the selection.
 
     Args:
         before: What the dense network cost.
         model: The network, small by now.
         inputs: What it takes; without, operations are not counted.
-        network: What was chosen in.
+        network: The network.
         choice: What stayed.
-        settings: What the callback was told.
+        settings: The settings of the callback.
 
     Returns:
         The report.

@@ -23,7 +23,7 @@ from lightning_plugins.compression.reports.report import CompressionReport
 class CompressingCallback(Callback, ABC):
     """A training that ends in a smaller network.
 
-    A subclass writes what it requires (`_require`), how it begins (`_begin`) and what it does between two epochs
+    A subclass implements its requirements (`_require`), its start (`_begin`) and its work between two epochs
     (`_advance`, which calls `_deliver` at the end), and says why a training ended too early (`_missed`).
 
     Args:
@@ -55,7 +55,7 @@ class CompressingCallback(Callback, ABC):
 
     @abstractmethod
     def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
-        """Do what is due between two epochs."""
+        """Do pending work between two epochs."""
 
     @abstractmethod
     def _missed(self) -> str | None:
@@ -63,7 +63,7 @@ class CompressingCallback(Callback, ABC):
 
     @abstractmethod
     def _arguments(self) -> str:
-        """Return what every process must have been given alike, in words."""
+        """Return a description of the settings that must agree on all processes."""
 
     @property
     def finished(self) -> bool:
@@ -105,24 +105,24 @@ class CompressingCallback(Callback, ABC):
         self._begin(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is due."""
+        """Do pending work."""
         if not in_epoch(trainer):
             self._advance(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last epoch finish what is left to do, before checkpoints of this epoch are written."""
+        """Finish pending work after the last epoch, before its checkpoints are written."""
         if is_last_epoch(trainer):
             self._advance(trainer, pl_module, last=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish what is left to do if the training was stopped early."""
+        """Finish pending work if the training was stopped early."""
         self._advance(trainer, pl_module, last=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the network is not the small one, or was not saved."""
         name = type(self).__name__
         if not self.finished and (missed := self._missed()) is not None:
-            rank_zero_warn(f"{name}: the training ended before {missed}")
+            rank_zero_warn(f"{name}: training ended before {missed}")
         elif self.report is not None:
             warn_if_unsaved(name, trainer)
 

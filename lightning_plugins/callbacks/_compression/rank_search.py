@@ -243,7 +243,7 @@ def without_log(pl_module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def kept_metrics(pl_module: LightningModule) -> Iterator[None]:
-    """Put the module's metrics back to what they had seen: a step that is scored may update them."""
+    """Restore the module's metrics, which scoring a step may have updated."""
     metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
     states = [copy.deepcopy(metric.metric_state) for metric in metrics]
     try:

@@ -1,4 +1,4 @@
-"""Where the ranks of a compression come from: the user, or a search in the middle of the training."""
+"""Source of the ranks of a compression: the user, or a search during training."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class RankSource:
         return self.scores or self.calibration is not False
 
     def require(self, name: str, pl_module: LightningModule) -> None:
-        """Check what a module offers; for ``setup``.
+        """Check the module's methods; for ``setup``.
 
         Raises:
             MisconfigurationException: If there is nothing to score, or to count operations with.

@@ -1,4 +1,4 @@
-"""Statistics of norms computed anew on training data, where no training follows that would update them."""
+"""Norm statistics recomputed on training data, if no training follows that would update them."""
 
 from collections.abc import Iterator
 from itertools import islice

@@ -18,7 +18,7 @@ _MOST = 200  # rows; beyond, every second one is dropped and half as many are ad
 class ChoiceRecord:
     """Rows of a step, the share of the cost, the kept share of every group of channels, and the rank of every layer.
 
-    What is added stays on the device until the rows are asked for: a training step must not wait for it.
+    Added values stay on the device until the rows are requested, so that training steps need no synchronisation.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class ChoiceRecord:
 
         Args:
             step: Optimizer steps done.
-            share: The share of the cost that is left.
+            share: The fraction of the cost that is left.
             kept: The share of units that stay, by group.
             ranks: The ranks, by layer.
             last: Whether to add it in any case.

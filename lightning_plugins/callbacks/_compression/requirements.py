@@ -8,7 +8,7 @@ from lightning_plugins.callbacks._trainer.requirements import require_known_tota
 
 
 def require_compression(name: str, settings: CompressionSettings, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse what a compression under a budget does not work with.
+    """Raise an error for anything a compression under a budget does not support.
 
     Args:
         name: That of the callback.
@@ -38,7 +38,7 @@ def require_compression(name: str, settings: CompressionSettings, trainer: Train
 
 
 def require_alone(callback: Callback, trainer: Trainer, kinds: tuple[type[Callback], ...]) -> None:
-    """Refuse a second compression in one training.
+    """Raise an error for a second compression in the same training.
 
     Args:
         callback: The callback.

@@ -53,6 +53,6 @@ def warn_of_lost_state(name: str) -> None:
         name: Of the callback.
     """
     rank_zero_warn(
-        f"{name}: the checkpoint holds a network that is small already, and no state of a {name} with these `layers`; "
-        "it is trained on as it is. To make it smaller still, load its weights first and call `fit` without `ckpt_path`"
+        f"{name}: the checkpoint holds an already compressed network, and no state of a {name} with these `layers`; "
+        "it is not compressed further. To do so, load its weights first and call `fit` without `ckpt_path`"
     )

@@ -89,7 +89,7 @@ class ScheduledCompression(CompressingCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set masks and thresholds for this step."""
-        if batch_idx == 0:  # resumed from behind an epoch's last batch, Lightning leaves out `on_train_epoch_start`
+        if batch_idx == 0:  # when resuming after an epoch's last batch, Lightning skips `on_train_epoch_start`
             self._advance(trainer, pl_module)
         if self._network is not None:
             self._let_act(trainer, pl_module, self._network, batch)
@@ -97,7 +97,7 @@ class ScheduledCompression(CompressingCallback):
             self._norms.before_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Step the optimizer of scores and thresholds beside the user's."""
+        """Step the optimizer of scores and thresholds along with the user's."""
         if self._network is None or not self.settings.learned:
             return
         if self._mode == _WHOLE:
@@ -108,7 +108,7 @@ class ScheduledCompression(CompressingCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the budget, and what is kept of every layer."""
+        """Log the budget, and the fraction kept of every layer."""
         self._rest_norms()
         network = self._network
         log_value(pl_module, f"budget/{self.settings.cost}", self._share, prog_bar=True)

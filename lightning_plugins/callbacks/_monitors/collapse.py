@@ -78,7 +78,7 @@ class CollapseMeasure:
             own.count += len(rows)
 
     def values(self, labels: Sequence[str], device: torch.device) -> tuple[dict[str, float], dict[str, int]]:
-        """Measure, and begin anew; all processes must ask at the same time, and get the same.
+        """Measure and reset; a collective call with the same result on all processes.
 
         Args:
             labels: All layers, in the same order on every process.

@@ -32,7 +32,7 @@ class PendingFigures(Generic[Key]):
     """Figures that have changed since they were drawn; drawing takes at most a twentieth of the time.
 
     Args:
-        build: Makes the figure of a key, and the tag to show it under; None if nothing is to be drawn.
+        build: Makes the figure for a key, and its tag; None if there is nothing to draw.
     """
 
     def __init__(self, build: "Callable[[Key], tuple[str, Figure]] | None") -> None:
@@ -50,7 +50,7 @@ class PendingFigures(Generic[Key]):
             self.draw(trainer)
 
     def draw(self, trainer: Trainer) -> None:
-        """Draw what is new, on rank zero, and hand it to the loggers."""
+        """Draw new data on rank zero, and pass the figures to the loggers."""
         started = time.monotonic()
         if self._build is not None and trainer.is_global_zero:
             for key in self._keys:
@@ -64,7 +64,7 @@ def check_figures(figures: bool) -> bool:
     """Return ``figures``.
 
     Raises:
-        TypeError: If it is no bool.
+        TypeError: If it is not a bool.
     """
     if not isinstance(figures, bool):
         raise TypeError(f"`figures` must be True or False, got {figures!r} ({type(figures).__name__})")
@@ -75,7 +75,7 @@ def require_figures(figures: bool) -> bool:
     """Return ``figures``, for a callback that has little to do without them.
 
     Raises:
-        TypeError: If it is no bool.
+        TypeError: If it is not a bool.
         ImportError: If it is True and matplotlib is missing.
     """
     if check_figures(figures):
@@ -102,7 +102,7 @@ def hand_to_loggers(trainer: Trainer, tag: str, figure: "Figure") -> None:
     except OSError as error:  # a full disk, a folder that cannot be written: a figure must not end a training
         if trainer not in _WARNED:
             _WARNED.add(trainer)
-            rank_zero_warn(f"the figure {tag!r} could not be written, and the training goes on without: {error}")
+            rank_zero_warn(f"the figure {tag!r} could not be written, and training continues without it: {error}")
 
 
 def _hand_over(trainer: Trainer, tag: str, figure: "Figure") -> None:

@@ -1,4 +1,4 @@
-"""Running statistics of the layers that a monitor watches, and what is read from them."""
+"""Running statistics of monitored layers, and metrics computed from them."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
@@ -59,7 +59,7 @@ class LayerStatistics:
         self._layers: dict[str, dict[str, Metric]] = {}
 
     def update(self, label: str, embeddings: Tensor) -> None:
-        """Add rows of one layer, a ``(N, d)`` tensor; nothing is read back from the device.
+        """Add rows of one layer, a ``(N, d)`` tensor; without synchronising the device.
 
         Raises:
             ValueError: If the layer's earlier rows had another ``d``.

@@ -65,7 +65,7 @@ def read_entry(name: str, entry: Entry, batch: Any) -> Tensor:
 
     Raises:
         ValueError: If the batch has no such entry.
-        TypeError: If it is no tensor.
+        TypeError: If it is not a tensor.
     """
     if isinstance(entry, str | int):
         held: Any
@@ -74,11 +74,11 @@ def read_entry(name: str, entry: Entry, batch: Any) -> Tensor:
             choices = f"its keys are {', '.join(map(repr, batch))}"
         elif isinstance(entry, str):
             held = getattr(batch, entry, None)
-            choices = "it is no mapping: give a position in it, such as 1, or a callable"
+            choices = "it is not a mapping: give a position in it, such as 1, or a callable"
         else:
             inside = isinstance(batch, Sequence) and -len(batch) <= entry < len(batch)
             held = batch[entry] if inside else None
-            choices = f"it has {len(batch)} entries" if isinstance(batch, Sequence) else "it is no sequence"
+            choices = f"it has {len(batch)} entries" if isinstance(batch, Sequence) else "it is not a sequence"
         if held is None:
             raise ValueError(f"`{name}`: the batch, a {type(batch).__name__}, has no {entry!r}; {choices}")
     else:

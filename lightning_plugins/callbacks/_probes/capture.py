@@ -25,7 +25,7 @@ class CopyingCapture(LayerRows):
         return [reference.name for reference in self._references.values()]
 
     def take(self) -> dict[str, list[Tensor]]:
-        """Hand over what was recorded.
+        """Return the recorded tensors.
 
         Returns:
             One tensor for each call, of the layers that were called.

@@ -28,7 +28,7 @@ def check_controls(controls: Sequence[str]) -> tuple[str, ...]:
 
 
 def require_whole_network(controls: Sequence[str], trainer: Trainer) -> None:
-    """Refuse a copy of a network that is split over processes.
+    """Raise an error for copying a network that is sharded over processes.
 
     Raises:
         MisconfigurationException: If one is wanted.

@@ -17,7 +17,7 @@ class LayerProbes:
     """One probe per layer.
 
     Args:
-        options: Arguments of `LinearProbe` beside the number of features.
+        options: Arguments of `LinearProbe` other than the number of features.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:

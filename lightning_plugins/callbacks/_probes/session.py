@@ -32,7 +32,7 @@ def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in options):
         raise TypeError(f"`probe` must map names of arguments of LinearProbe to values, got {shown(probe)}")
     if "num_features" in options:
-        raise ValueError("`probe` must leave out 'num_features', which the layers tell")
+        raise ValueError("`probe` must leave out 'num_features', which the layers determine")
     try:
         LinearProbe(1, **options)
     except TypeError as error:
@@ -44,7 +44,7 @@ def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """Controls that run beside the probes.
+    """Controls that run along with the probes.
 
     Attributes:
         names: Out of ``"initial"`` and ``"projection"``.
@@ -56,7 +56,7 @@ class ControlSettings:
 
 
 class ProbeSession:
-    """Hooks on a module, and probes of what they capture.
+    """Hooks on a module, and probes of the captured tensors.
 
     Args:
         module: The module.

@@ -86,7 +86,7 @@ class LayerRows:
         return [(label, f"{r.name}.{r.side}") for label, r in self._references.items()]
 
     def attach(self) -> None:
-        """Get ready; nothing is remembered before `recording` begins.
+        """Register hooks; nothing is stored before `recording` begins.
 
         Hooks are on the modules while a step is recorded and at no other time, so that between steps the model can be
         copied, pickled and scripted. Compiled code must have seen them when it is made: there they stay.
@@ -96,7 +96,7 @@ class LayerRows:
             self._hook()
 
     def detach(self) -> None:
-        """Remove the hooks and drop what was remembered."""
+        """Remove the hooks and drop the stored tensors."""
         self._stays = False
         self._unhook()
         self._clear()
@@ -124,7 +124,7 @@ class LayerRows:
                 self._unhook()
 
     def take(self) -> dict[str, list[Tensor]]:
-        """Hand over what was recorded since the last `recording`.
+        """Return the tensors recorded since the last `recording`.
 
         Returns:
             By layer, the embeddings, of shape ``(N, d)``, of each of its calls.
@@ -189,11 +189,11 @@ class LayerRows:
         self._parameters.setdefault(module, Parameters(module))
         enter, leave = Hook(module, _Enter(self, module)), Hook(module, _Leave(self, module))
         self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        # compiled code can't be left by an error and go on
+        # compiled code cannot be left by an error and resumed
         self._handles.append(module.register_forward_hook(leave, always_call=not self._stays))
 
     def _follow(self) -> None:
-        """Look at what stands in the place of a layer that was replaced, as by its factors."""
+        """Handle the replacement of a layer, such as by its factors."""
         changed = False
         for label, reference in self._references.items():
             module = module_at(self._model, self._places[label])
@@ -256,7 +256,7 @@ class _Act:
 
 
 class _Enter:
-    """Notes what a module around a layer receives."""
+    """Records the arguments of an enclosing module."""
 
     def __init__(self, capture: LayerRows, module: nn.Module) -> None:
         self._capture, self._module = capture, module

@@ -11,7 +11,7 @@ class Hook:
     """A hook that answers for one module only, and leaves nothing where that module is copied or pickled.
 
     Args:
-        own: The module it stands on. A shallow copy of it shares its hooks; they do not answer there.
+        own: The module it is registered on. A shallow copy shares the hooks, which are inactive there.
         act: Called with what torch hands to the hook, less the module.
     """
 

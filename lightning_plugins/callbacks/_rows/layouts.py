@@ -28,7 +28,7 @@ _WIDTHS = (
 
 
 class UnknownLayoutError(ValueError):
-    """Neither the module nor what is around it tells what the dimensions of its tensor are."""
+    """The layout of a tensor cannot be inferred from the module or its surroundings."""
 
 
 class LayerLayout:

@@ -77,7 +77,7 @@ def find_mask(call: LayerCall, mask: Mask, label: str) -> Tensor | None:
 
     Raises:
         ValueError: If nothing has the name.
-        TypeError: If what has it is no tensor.
+        TypeError: If what has it is not a tensor.
     """
     if mask is None:
         return None

@@ -1,4 +1,4 @@
-"""The calls of a network while a step runs: what it received and returned, and what layers in it returned."""
+"""The calls of a network during a step: its inputs and outputs, and the outputs of its layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -32,7 +32,7 @@ class ObservedRows(LayerRows):
         self.left_out: dict[str, str] = {}  # layers that could not be read, and why
 
     def take(self) -> dict[str, list[Tensor]]:
-        """Hand over what was recorded.
+        """Return the recorded tensors.
 
         Returns:
             One tensor of shape ``(N, d)`` for each call, of the layers that were called and can be read.

@@ -1,4 +1,4 @@
-"""The rows of a layer: which tensor of what it gives, which dimensions it has, which positions count, how to pool."""
+"""The rows of a layer: selection of the tensor, its layout, valid positions, and pooling."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Rows:
     Args:
         pool: A name out of `lightning_plugins.functional.pooling.POOLS`, a callable, its import path, or a mapping with
             ``class_path`` and ``init_args``.
-        select: Where in what the layer gives the tensor is: an index, a key, an attribute, or a list of them.
+        select: Location of the tensor in the layer's output: an index, a key, an attribute, or a list of them.
         mask: The name of an argument or entry of the batch, the position of an entry, or a callable or its import path.
         layout: As for `pool_embeddings`; None takes it from the module.
 
@@ -77,7 +77,7 @@ class Rows:
 
         Raises:
             ValueError: If the layout is not known, or anything does not fit; naming the layer.
-            TypeError: If something is no tensor.
+            TypeError: If something is not a tensor.
         """
         try:
             features, layout = call.features, self.layout
@@ -89,7 +89,7 @@ class Rows:
                 mask = None  # such sequences hold no padding
             return pool_embeddings(features, self._pool, layout=layout, mask=mask)
         except (TypeError, ValueError) as error:
-            text = str(error).removeprefix("`features`: ")  # the layer is what the user named
+            text = str(error).removeprefix("`features`: ")  # the layer named by the user
             raise type(error)(f"`layers`: {label!r}: {text}") from error
 
     def _known_layout(self, features: Tensor | PackedSequence, known: LayerLayout) -> str | None:
@@ -99,7 +99,7 @@ class Rows:
             return None
         if layout is None and (self._pool not in {"mean_last", "flatten"} or not known.samples_first):
             raise UnknownLayoutError(
-                f"what the dimensions of its tensor of shape {shape} are is not known from the module; say it with "
+                f"the dimensions of its tensor of shape {shape} cannot be inferred from the module; name them with "
                 "`layout`, such as 'NLC' (tokens), 'NCL', 'LNC' (tokens before samples), 'NCHW' or 'NHWC'"
             )
         return layout

@@ -1,4 +1,4 @@
-"""Pick one tensor out of what a layer received or returned."""
+"""Select one tensor from a layer's inputs or outputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +62,7 @@ def selected(value: Any, path: tuple[Step, ...] | None, label: str) -> Tensor | 
 
 
 def first_tensor(value: Any, label: str) -> Tensor | PackedSequence:
-    """The tensor in what a layer received or returned.
+    """Return the selected tensor of a layer's inputs or outputs.
 
     Args:
         value: A tensor, a tuple or list or dictionary of keyword arguments whose first entry is one, or a transformers

@@ -14,7 +14,7 @@ def averages_of(trainer: Trainer) -> list[Any]:
 
 
 def renew_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Let every average of a network with other shapes begin anew, as a copy of the one that the module is now.
+    """Restart every weight average of a network with other shapes from a copy of the current module.
 
     There is no average of the small network's weights from before it was there, and none follows from that of the dense
     ones: the factors of a product are determined only up to a matrix between them.

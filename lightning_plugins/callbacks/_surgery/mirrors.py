@@ -21,8 +21,8 @@ def warn_of_mirrors(name: str, pl_module: LightningModule) -> None:
     if found:
         rank_zero_warn(
             f"{name}: {', '.join(map(repr, found[:3]))} of {type(pl_module).__name__} mirror parameters (an average of "
-            "weights, a teacher?), and the network will have others after the surgery: copy them anew there (compare "
-            "shapes in a hook, or begin the average behind it), or code that pairs them will fail"
+            "weights, a teacher?), which the surgery will replace: copy them again after it (compare "
+            "shapes in a hook, or start the average after it), or code that pairs them will fail"
         )
 
 
@@ -49,7 +49,7 @@ def _pairs(found: list[tuple[int, ...]], shapes: list[tuple[int, ...]]) -> bool:
 def _tensors(value: Any) -> Iterator[tuple[int, ...]]:
     if isinstance(value, Tensor):
         yield tuple(value.shape)
-    elif isinstance(value, nn.Module):  # one that stands in a list, so that it is no submodule
+    elif isinstance(value, nn.Module):  # one that stands in a list, so that it is not a submodule
         yield from (tuple(parameter.shape) for parameter in value.parameters())
     elif isinstance(value, dict):
         for part in value.values():

@@ -8,9 +8,9 @@ from lightning_plugins._lightning import Trainer, callbacks, rank_zero_warn
 
 
 def forget_best(name: str, trainer: Trainer) -> None:
-    """Let checkpoints and early stopping begin anew: the best so far is that of the dense network.
+    """Reset the best score of checkpoints and early stopping, which is that of the dense network.
 
-    Without it the small network, which seldom is better at once, would never be saved. Files that are there stay.
+    Otherwise the small network, which is seldom better immediately, would never be saved. Existing files are kept.
 
     Args:
         name: Of the callback that changed the network.
@@ -47,6 +47,6 @@ def warn_if_unsaved(name: str, trainer: Trainer) -> None:
     monitoring = [callback for callback in saving if callback.monitor is not None and callback.save_top_k != 0]
     if saving and len(monitoring) == len(saving) and not any(callback.best_k_models for callback in saving):
         rank_zero_warn(
-            f"{name}: no checkpoint of the small network was written, for the metric was not evaluated after the "
+            f"{name}: no checkpoint of the small network was written, because the metric was not evaluated after the "
             "surgery; call `trainer.save_checkpoint(...)`, or let the surgery come before the last epoch"
         )

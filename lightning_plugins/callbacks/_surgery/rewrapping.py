@@ -9,7 +9,7 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule, ignored: tuple[str, ...]) -> None:
-    """Let DDP wrap a module anew: a parametrization takes off the hooks by which it learns of gradients.
+    """Wrap a module in DDP again: a parametrization removes the hooks through which DDP receives gradients.
 
     Args:
         trainer: The Trainer inside of its `fit`.

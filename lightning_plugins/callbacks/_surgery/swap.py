@@ -1,7 +1,7 @@
 """The one place that swaps parameters of a module while a Trainer trains them.
 
 Optimizers keep their groups, and each group its settings and its identity, to which schedulers refer. The state of a
-parameter is carried over to its replacements, and DDP is wrapped anew. An optimizer's state is saved by position, so
+parameter is carried over to its replacements, and DDP is wrapped again. An optimizer's state is saved by position, so
 the parameters are put into the order of a fresh ``configure_optimizers``: otherwise a resumed training, whose module
 has the new structure from the start, would give moments to the wrong parameters.
 """
@@ -52,13 +52,13 @@ _Groups = list[list[nn.Parameter]]
 
 
 def require_operable(name: str, trainer: Trainer, *, parametrizes: bool) -> None:
-    """Refuse strategies and callbacks that hold references to parameters; for ``setup``.
+    """Raise an error for strategies and callbacks that hold references to parameters; for ``setup``.
 
     Args:
         name: Of the callback that replaces parameters.
         trainer: The Trainer.
-        parametrizes: Whether it also computes weights from others before, in which an average of weights would mix
-            up parameters and put other names into checkpoints. Otherwise averages begin anew at the surgery.
+        parametrizes: Whether it also computes weights from others before, in which an average of weights would mix up
+            parameters and put other names into checkpoints. Otherwise averages restart at the surgery.
 
     Raises:
         MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
@@ -87,7 +87,7 @@ def require_operable(name: str, trainer: Trainer, *, parametrizes: bool) -> None
 
 
 def require_operable_optimizers(name: str, trainer: Trainer) -> None:
-    """Refuse optimizers whose state belongs to no single parameter as it stands; for ``on_fit_start``.
+    """Raise an error for optimizers whose state is not per parameter; for ``on_fit_start``.
 
     Raises:
         MisconfigurationException: For LBFGS, ASGD and optimizers that shard their state over processes.
@@ -119,7 +119,7 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
         name for name, parameter in before.items() if id(parameter) not in present and parameter not in replacements
     ]
     if lost:
-        raise RuntimeError(f"parameters were removed without saying what took their place: {lost[:5]}")
+        raise RuntimeError(f"parameters were removed without naming their replacements: {lost[:5]}")
     wrap_anew(trainer, pl_module)  # before states are carried: DDP sends the parameters of the first process to all
     fresh = _fresh_optimizers(pl_module)
     if fresh is not None and len(fresh) != len(trainer.optimizers):
@@ -178,7 +178,7 @@ def _optimizers_in(configured: Any) -> list[Optimizer]:
 
 def _replace(optimizer: Optimizer, replacements: Replacements, fresh: Optimizer | None) -> bool:
     """Put the replacements into the groups; tells whether the groups are those of a fresh optimizer."""
-    # Groups that a callback added to those of `configure_optimizers` stand behind them and keep their order.
+    # Groups added by a callback come after those of `configure_optimizers` and keep their order.
     live = optimizer.param_groups
     groups: _Groups = [[new for old in group["params"] for new in _successors(old, replacements)] for group in live]
     names = [
@@ -232,13 +232,13 @@ def _carry(optimizer: Optimizer, replacements: Replacements, fresh: Optimizer | 
             }
     if afresh:
         rank_zero_warn(
-            f"{type(optimizer).__name__} begins afresh for the parameters that took the place of {afresh} others: it "
-            f"is not known how its {', '.join(sorted(names))} would be carried over to parameters of other shapes"
+            f"{type(optimizer).__name__} starts afresh for the parameters that replaced {afresh} others: it "
+            f"is not known how to transfer its {', '.join(sorted(names))} to parameters of other shapes"
         )
 
 
 def _unknown(optimizer: Optimizer, state: Mapping[str, Any], old: nn.Parameter, *, picked: bool) -> set[str]:
-    """Names of what an optimizer remembers of a parameter and nothing is known of, such as Adafactor's sums."""
+    """Names of unknown entries of an optimizer's state, such as Adafactor's sums."""
     known = _LINEAR | _SQUARES | _MAGNITUDES | _VALUES.get(type(optimizer).__name__, set())
     return {
         key
@@ -256,7 +256,7 @@ def _carried(key: str, value: Any, replacement: Replacement, *, is_value: bool) 
         return value
     if (
         is_value and not replacement.entrywise
-    ):  # no factors are known whose product it would be: it goes on from the parameter itself
+    ):  # no factors with this product are known: continue from the parameter itself
         return replacement.parameter.detach().clone()
     if value.ndim == 0:  # a count of steps, of which each parameter has its own
         return value.clone()

@@ -1,1 +1,1 @@
-"""Terms of a training step: the wrapped step, what it logs and guards, teachers, and gradients of terms of weights."""
+"""Terms of a training step: the wrapped step, what it logs and guards, teachers, and gradients of weight terms."""

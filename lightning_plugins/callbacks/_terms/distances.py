@@ -52,7 +52,7 @@ class Distance:
 
         Raises:
             ValueError: If the layout or the mask does not fit.
-            TypeError: If it is no floating tensor.
+            TypeError: If it is not a floating tensor.
         """
         check_floating(name, tensor)
         if mask is not None:

@@ -16,7 +16,7 @@ _sums: WeakKeyDictionary[Any, dict[str, tuple[Any, Any, int]]] = WeakKeyDictiona
 def log_value(pl_module: LightningModule, name: str, value: Any, **arguments: Any) -> None:
     """Log as `LightningModule.log` does, also where the step fetches its batches itself.
 
-    Lightning then can't know the size of the batch and wants to be told; what is logged here is no mean over samples.
+    Lightning then cannot infer the batch size and asks for it; the values logged here are not means over samples.
     """
     training = pl_module.trainer.training
     if training and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):

@@ -41,7 +41,7 @@ class NonfiniteGuard:
         self._on_nonfinite = on_nonfinite
         self._skipped: Tensor | int = 0  # a tensor on the device while training: adding to it does not synchronise
         self._warned = False
-        self._entered: Tensor | None = None  # what a message names
+        self._entered: Tensor | None = None  # names for messages
 
     def enter(self, embeddings: Tensor) -> Tensor:
         """Pass embeddings into the term, in float32 at least, with a gradient free of undefined entries.
@@ -62,7 +62,7 @@ class NonfiniteGuard:
             The value, or zero (without a gradient) in place of one that is not finite.
 
         Raises:
-            FloatingPointError: If the value is not finite and the guard was told to raise.
+            FloatingPointError: If the value is not finite and the guard is set to raise.
         """
         finite = torch.isfinite(value.detach())
         if self._on_nonfinite == "raise":

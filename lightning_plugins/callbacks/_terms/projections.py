@@ -1,4 +1,4 @@
-"""Linear maps from a student's features to a teacher's, learnt beside the module and not in it."""
+"""Linear maps from a student's features to a teacher's, trained outside the module."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ class Projections:
         self._optimizer: torch.optim.Adam | None = None
 
     def __call__(self, label: str, features: Tensor, width: int) -> Tensor:
-        """Map features to a width; the map is made at the first call, and anew where their own width has changed.
+        """Map features to a width; the map is created at the first call, and again if their width changes.
 
         Args:
             label: The layer.
@@ -40,7 +40,7 @@ class Projections:
         shape = width, features.shape[-1]
         if weight is None or tuple(weight.shape) != shape:
             kind = torch.promote_types(features.dtype, torch.float32)
-            start = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5  # alike everywhere
+            start = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5  # same everywhere
             weight = self._add(label, start.to(features.device, kind))
         elif weight.device != features.device:
             weight = self._moved(features.device, label)

@@ -1,4 +1,4 @@
-"""Where the teacher of a distillation comes from: a copy of the network, a checkpoint, or a function."""
+"""Source of the teacher of a distillation: a copy of the network, a checkpoint, or a function."""
 
 import copy
 import pickle

@@ -35,7 +35,7 @@ class ExchangingListener(Protocol):
     """A listener whose `StepListener.penalty` waits for other processes."""
 
     def abandon(self, pl_module: LightningModule) -> bool:
-        """Tell the other processes that the step has failed here; return whether they wait for it in this step."""
+        """Tell the other processes that the step failed here; return whether they wait for it in this step."""
 
 
 class WrappedStep:
@@ -101,7 +101,7 @@ class WrappedStep:
         return output
 
     def _abandon(self) -> None:
-        """Keep the other processes from waiting: the first listener they wait for makes them all raise."""
+        """Release waiting processes: the first listener they wait for makes them all raise an error."""
         exchanging = (listener for listener in self.listeners if isinstance(listener, ExchangingListener))
         any(listener.abandon(self._pl_module) for listener in exchanging)
 
@@ -133,4 +133,4 @@ def _add_to_loss(output: Any, penalty: Tensor) -> Any:
         return output + penalty
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
         return {**output, "loss": output["loss"] + penalty}
-    return output  # no loss in it: Lightning's own message names what it wants
+    return output  # no loss in it: Lightning's own message explains the requirement

@@ -22,7 +22,7 @@ def shared_out(
     """Compute something for each of several weights, each on one process, and send all results to all processes.
 
     Args:
-        weights: The weights; one that is sharded over processes is assembled as long as it is looked at.
+        weights: The weights; sharded ones are temporarily assembled.
         compute: From the index of a weight and its matrix to the results.
         empty: From the index of a weight and its matrix to empty tensors of the shapes and dtypes of the results.
 
@@ -64,7 +64,7 @@ def add_gradient(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, s
     parameter = weight.tensor
     if parameter.grad is None or (wanted.is_cpu and not wanted):
         return
-    if not wanted.is_cpu:  # nothing that waits for the device
+    if not wanted.is_cpu:  # no synchronisation
         parts = [torch.where(wanted, part, 0) for part in parts]
     if len(parts) == 3 and scaler is None and _add_in_place(weight, parts, factor, wanted):
         return
@@ -175,7 +175,7 @@ def _local(sharded: Any) -> Tensor:
 
 
 def _sharded_like(parameter: Any, whole: Tensor) -> Tensor:
-    """Shard a tensor that all processes hold as a parameter is sharded; nothing is sent."""
+    """Shard a tensor that all processes hold like a parameter, without communication."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = parameter.device_mesh

@@ -13,7 +13,7 @@ Found = TypeVar("Found")
 
 
 class WeightsInUse(Generic[Found]):
-    """Weights found in a module; they are found anew once their layers have been replaced.
+    """Weights found in a module; the search is repeated once their layers have been replaced.
 
     Args:
         name: The callback's name, for messages.
@@ -52,8 +52,8 @@ class WeightsInUse(Generic[Found]):
     def now(self, pl_module: nn.Module) -> list[Found]:
         """Return the weights in the layers that the module has now.
 
-        A layer that became a sequence, as a factorised one, is looked for in it. Where nothing is left, a warning says
-        so once.
+        For a layer that became a sequence, such as a factorised one, the layers in it are used. Where nothing is left,
+        a warning says so once.
 
         Returns:
             What is there, possibly nothing.

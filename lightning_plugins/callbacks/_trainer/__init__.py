@@ -1,1 +1,1 @@
-"""A Trainer in the terms of this package: what it must offer, how far it has come, and phases of its training."""
+"""Trainer support: requirements, training progress, and phases of training."""

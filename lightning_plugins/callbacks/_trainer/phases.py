@@ -1,4 +1,4 @@
-"""Phases of a training: positions in steps, epochs or fractions, and whether a training has come to one."""
+"""Phases of training: positions in steps, epochs or fractions, and whether they have been reached."""
 
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ def check_phases(unit: Unit, **positions: float) -> None:
         **positions: The positions by the names of their arguments, in the order of the phases.
 
     Raises:
-        TypeError: If a position is no number.
+        TypeError: If a position is not a number.
         ValueError: If a position is out of its range, or before the one of an earlier phase.
     """
     check_choice("unit", unit, UNITS)
@@ -31,7 +31,7 @@ def check_phases(unit: Unit, **positions: float) -> None:
 
 
 def require_end(name: str, trainer: Trainer, unit: Unit) -> None:
-    """Refuse fractions of a training that has no end; for ``setup``.
+    """Raise an error for fractions of training without a known end; for ``setup``.
 
     Raises:
         MisconfigurationException: If there is none.
@@ -68,7 +68,7 @@ def is_last_epoch(trainer: Trainer) -> bool:
 
 
 def reached(trainer: Trainer, at: float, unit: Unit, *, between_epochs: bool = False) -> bool:
-    """Tell whether a training has come to a position.
+    """Tell whether training has reached a position.
 
     Args:
         trainer: A Trainer inside `fit`.

@@ -25,7 +25,7 @@ from lightning_plugins.schedules import Schedule
 
 
 def require_lightning_module(name: str, pl_module: object) -> None:
-    """Refuse a module of another package than the one that this process uses.
+    """Raise an error for a module of another package than the one this process uses.
 
     Raises:
         MisconfigurationException: For example for a module that subclasses `pytorch_lightning.LightningModule` where
@@ -41,7 +41,7 @@ def require_lightning_module(name: str, pl_module: object) -> None:
 
 
 def require_same_on_ranks(name: str, labels: Sequence[str], arguments: str) -> None:
-    """Refuse layers and arguments that differ between ranks; on all ranks alike, which must call together.
+    """Raise an error, on all ranks, for layers and arguments that differ between ranks; a collective call.
 
     Tensors of other layers would be taken for each other's. Other numbers, such as a weight of the term, would give an
     average that nobody asked for, or ranks whose parameters drift apart.
@@ -80,7 +80,7 @@ def agreed_widths(labels: Sequence[str], widths: Sequence[int]) -> list[int]:
         The number of each layer, 0 where no rank has seen rows.
 
     Raises:
-        ValueError: If ranks have seen different numbers; on all ranks alike.
+        ValueError: If ranks have seen different numbers; raised on all ranks.
     """
     found = gather_integers(widths)
     agreed = [max(column) for column in zip(*found, strict=True)]
@@ -92,7 +92,7 @@ def agreed_widths(labels: Sequence[str], widths: Sequence[int]) -> list[int]:
 
 
 def require_supported_strategy(name: str, trainer: Trainer) -> None:
-    """Refuse strategies under which terms of activations have not been shown to be right.
+    """Raise an error for strategies with which terms of activations have not been verified.
 
     Raises:
         MisconfigurationException: For any but single-device, DDP and data-parallel FSDP2 training.
@@ -113,7 +113,7 @@ def require_supported_strategy(name: str, trainer: Trainer) -> None:
 
 
 def require_supported(callback: Callback, trainer: Trainer, pl_module: object, further: str = "") -> None:
-    """Refuse modules, strategies and, between ranks, arguments that a callback does not work with; for ``setup``.
+    """Check module and strategy, and arguments that must agree between ranks; for ``setup``.
 
     Args:
         callback: The callback, whose state key tells its arguments.
@@ -132,7 +132,7 @@ def require_supported(callback: Callback, trainer: Trainer, pl_module: object, f
 
 
 def require_automatic_optimization(name: str, pl_module: LightningModule, mixin: str) -> None:
-    """Refuse manual optimization, where ``training_step`` returns no loss.
+    """Raise an error for manual optimization, where ``training_step`` returns no loss.
 
     Raises:
         MisconfigurationException: Naming the mixin that is the way to go there.
@@ -145,7 +145,7 @@ def require_automatic_optimization(name: str, pl_module: LightningModule, mixin:
 
 
 def require_known_total(name: str, schedule: Schedule | None, trainer: Trainer) -> None:
-    """Refuse schedules in fractions of a training that has no end.
+    """Raise an error for schedules in fractions of training without a known end.
 
     Raises:
         MisconfigurationException: If ``schedule`` needs a total and the Trainer has none.

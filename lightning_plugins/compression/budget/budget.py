@@ -13,7 +13,7 @@ from lightning_plugins.compression.costs.layer_costs import COSTS, Cost
 
 
 class Budget:
-    """The cost of a whole network as a function of its masks and ranks, beside the cost it may have.
+    """The cost of a whole network as a function of its masks and ranks, and the allowed cost.
 
     With ``n`` the sums of masks on both sides of a layer, its weight costs ``min(r * (n_in * k * k + n_out), n_in *
     k * k * n_out)`` parameters, and that times twice the places at which it is applied in operations. Biases, norms
@@ -41,7 +41,7 @@ class Budget:
         (58, 29, 23)
 
     Source:
-        Eo et al., https://arxiv.org/abs/2309.13077: our reading.
+        Eo et al., https://arxiv.org/abs/2309.13077: our interpretation.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Budget:
         return int((terms.factor * entries).sum() + (terms.per_unit * units.long()).sum()) + self._constant
 
     def sides(self, kept: Sequence[Tensor] | None = None) -> dict[str, tuple[int, int]]:
-        """The rows and columns that are left of the weights of the layers with ranks.
+        """The remaining rows and columns of the weights of the layers with ranks.
 
         Args:
             kept: As for `cost`.
@@ -247,7 +247,7 @@ class Multiplier:
         return self.value * gap + self.damping / 2 * gap.clamp_min(0).square()
 
     def update(self, share: float, target: float) -> float:
-        """Take the share that is left into account; once per optimizer step.
+        """Update with the remaining cost fraction; once per optimizer step.
 
         Args:
             share: The share that is left.
@@ -278,7 +278,7 @@ class Projection(NamedTuple):
     Attributes:
         kept: For every group a boolean tensor: which units stay.
         ranks: The ranks of the layers to factorise; the others stay dense.
-        cost: The exact cost of the network that is left.
+        cost: The exact cost of the remaining network.
     """
 
     kept: list[Tensor]

@@ -1,4 +1,4 @@
-"""A network whose channels and ranks are chosen under one budget while it trains, and which is then made smaller."""
+"""A network whose channels and ranks are selected under a budget during training, and which is then shrunk."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ from lightning_plugins.selection import select_kept
 
 
 class BudgetedNetwork:
-    """A model with masks on its channels, thresholds on its singular values, or both, and what it costs with them.
+    """A model with masks on its channels, thresholds on its singular values, or both, and its cost.
 
     Args:
         model: The model, dense. It keeps its parameters as objects until `shrink`.
@@ -38,7 +38,7 @@ class BudgetedNetwork:
         untouched: Which weights stay whole although ``layers`` matches them, as a sentence; empty where they are few.
 
     Raises:
-        ValueError: If nothing can be chosen, or the budget cannot be met.
+        ValueError: If nothing can be compressed, or the budget cannot be met.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class BudgetedNetwork:
         self.masks: ChannelMasks | None = None
         self.thresholds: RankThresholds | None = None
         self.masks_are_final = False
-        self.followed = True  # whether what is done with the channels beyond the forward pass is known
+        self.followed = True  # whether uses of the channels outside the forward pass are known
         if attach:
             self.attach()
 
@@ -90,7 +90,7 @@ class BudgetedNetwork:
         self._count()
 
     def attach(self) -> None:
-        """Put masks and thresholds on; the model computes what it did."""
+        """Attach masks and thresholds, without changing the model's outputs."""
         before = computed_names(self.model)
         self.masks = apply_masks(self.model, self.groups) if self.groups else None
         ranked, every = self._ranked, self.settings.refresh_every
@@ -101,7 +101,7 @@ class BudgetedNetwork:
         self.be_whole()
 
     def be_whole(self) -> None:
-        """Let the model compute exactly what it does without masks and thresholds."""
+        """Make the model compute exactly the same as without masks and thresholds."""
         if self.masks is not None:
             self.masks.set_hard()
         self.bypass()
@@ -258,7 +258,7 @@ class BudgetedNetwork:
         bake(self.model)
 
     def shrink(self, choice: Projection) -> Replacements:
-        """Remove the units and singular values that were not chosen from the baked model.
+        """Remove the closed units and singular values from the baked model.
 
         Args:
             choice: What stays.

@@ -82,7 +82,7 @@ def sliced_replacement(parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> R
 
     Args:
         parameter: The new, smaller parameter.
-        kept: For each dimension that was cut the indices that are left, in the new order.
+        kept: For each sliced dimension the kept indices, in the new order.
 
     Returns:
         The replacement.

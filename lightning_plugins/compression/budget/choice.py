@@ -1,4 +1,4 @@
-"""The choice of channels and ranks over a training: what acts at which time, and what a step of it is."""
+"""The selection of channels and ranks over training: its phases and its steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Choice:
             unscale: What the gradients of scores and thresholds are multiplied by.
 
         Returns:
-            The share of the cost that is left, a scalar, and the ranks by layer.
+            The fraction of the cost that is left, a scalar, and the ranks by layer.
         """
         network, rates = self.network, self.rates
         spectra = network.spectra()  # taken before the scores move, which would make them outdated

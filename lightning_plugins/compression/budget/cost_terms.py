@@ -24,7 +24,7 @@ class Terms(NamedTuple):
     """``sum(factor * rows[first] * rows[second] * inner)``, where ``rows = least + counts @ units``.
 
     Attributes:
-        counts: How often every unit stands in every row, ``(rows, units)``.
+        counts: Number of occurrences of every unit in every row, ``(rows, units)``.
         least: The part of a row that belongs to no unit, ``(rows,)``.
         first: The row of a term's first dimension, ``(terms,)``.
         second: The row of its second dimension.

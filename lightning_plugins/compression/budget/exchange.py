@@ -12,7 +12,7 @@ from lightning_plugins.compression.budget.shift import BudgetShift
 
 _POINTS = 129
 _HIGHEST = 0.9  # of a threshold, as a share of the largest singular value
-_BOUNDS = (0.1, 10.0)  # of what the loss changes: an estimate to second order is not trusted further
+_BOUNDS = (0.1, 10.0)  # of the change of the loss, beyond which a second-order estimate is not trusted
 
 
 class Exchange:

@@ -26,7 +26,7 @@ class ChoiceSettings:
         masks: Whether channels are chosen.
         ranks: Whether ranks are.
         keep: Layers that stay as they are, or None.
-        min_channels: The least number of units of a group, and the least rank.
+        min_channels: Minimum number of units of a group, and minimum rank.
         multiple_of: Numbers of units and ranks are multiples of this.
         refresh_every: In how many steps weights are decomposed once.
 

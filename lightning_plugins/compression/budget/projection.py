@@ -72,7 +72,7 @@ def project(
 
 
 def check_kept_shapes(budget: Budget, kept: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
-    """Refuse masks and scores that do not fit the budget's groups.
+    """Raise an error for masks and scores that do not match the budget's groups.
 
     Args:
         budget: The budget.
@@ -89,7 +89,7 @@ def check_kept_shapes(budget: Budget, kept: Sequence[Tensor], scores: Sequence[T
 
 
 class _State:
-    """Numbers of units and singular values that are left, and the next to leave."""
+    """Numbers of remaining units and singular values, and the next to remove."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class _State:
         multiple: int,
     ) -> None:
         self.budget, self.minimum, self.multiple, self.margins = budget, minimum, multiple, margins
-        # What was to be removed anyway comes last in the order, so that rounding up restores the best of it.
+        # Units removed anyway come last in the order, so that rounding up restores the best of them.
         self.orders, self.values, self.counts = [], [], []
         for group, keep, score in zip(budget.groups, kept, scores, strict=True):
             score = score.detach().double().cpu()

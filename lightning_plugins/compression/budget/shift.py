@@ -57,7 +57,7 @@ class BudgetShift:
             done: The part of the reduction that is to be reached, in [0, 1].
 
         Returns:
-            The share of the cost that is left, a scalar, and the ranks by layer.
+            The fraction of the cost that is left, a scalar, and the ranks by layer.
         """
         wanted = self.whole + (self.budget.target - self.whole) * done
         low = -self.total.double().clamp(0, _FURTHEST).reshape(1)

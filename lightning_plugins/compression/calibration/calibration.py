@@ -112,7 +112,7 @@ class Calibration:
                 another shape than the rows, or a layer received NaN or infinite values.
         """
         if self._open is not None:
-            raise ValueError("`record` must follow `gather()` after batches were recorded in a loop of your own")
+            raise ValueError("`record` must follow `gather()` after batches were recorded in your own loop")
         check_forward(batches, forward, passes=len(self._parts))
         with ExitStack() as stack:
             for context in (evaluation(self._model), layer_by_layer(), uncompiled()):
@@ -127,9 +127,9 @@ class Calibration:
 
     @contextmanager
     def recording(self, batch: Any) -> Iterator[None]:
-        """Add what the layers receive while the model runs in the context, for loops of your own.
+        """Context that records the layers' inputs while the model runs, for your own loops.
 
-        In a process group `gather` adds up what the processes have recorded.
+        In a process group `gather` sums the records of all processes.
 
         Args:
             batch: The batch that the model runs on, for the mask.
@@ -151,7 +151,7 @@ class Calibration:
         """
         if len(self._parts) > 1:
             raise ValueError(
-                f"`memory` must hold the moments of all layers at a time in a loop of your own, "
+                f"`memory` must hold the moments of all layers at a time in your own loop, "
                 f"{sum(self._sizes.values())} bytes, or pass fewer `layers`; `record` makes several passes"
             )
         if self._open is None:
@@ -188,7 +188,7 @@ class Calibration:
             ValueError: If there is none.
         """
         if self._open is not None:
-            raise ValueError("`calibration` must be gathered before it is used; call `gather()` behind the last batch")
+            raise ValueError("`calibration` must be gathered before it is used; call `gather()` after the last batch")
         if self.batches == 0:
             raise ValueError("`calibration` must have recorded batches; call `record(batches)` first")
         if name not in self._found:
@@ -237,7 +237,7 @@ class Calibration:
         return self._close(part, sums, count)
 
     def _sums(self, part: Sequence[str]) -> MomentSums:
-        """The sums to go on with. What is known already is with the first process."""
+        """The sums to continue with. Previous sums are kept on the first process."""
         sums = MomentSums({name: self._layers[name] for name in part}, self.effort)
         first = not is_distributed() or dist.get_rank() == 0
         for name in part if first else ():

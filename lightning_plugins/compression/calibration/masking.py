@@ -137,9 +137,9 @@ class RowIndex:
             return mask.flatten().nonzero()[:, 0]
         if mask.ndim == 1 and places and places[0] == len(mask):  # of whole samples
             return mask.reshape(-1, *(1 for _ in places[1:])).expand(places).flatten().nonzero()[:, 0]
-        if mask.ndim > 1 and places == shape[:1]:  # one row a sample: what was pooled has no padding
+        if mask.ndim > 1 and places == shape[:1]:  # one row per sample: pooled rows have no padding
             return None
         raise ValueError(
             f"`mask` must have the shape {places} of the rows that {name!r} receives, or {places[:1]} for whole "
-            f"samples, got {shape}; calibrate layers that see other sequences apart, with a mask of their own"
+            f"samples, got {shape}; calibrate layers that see other sequences separately, with their own mask"
         )

@@ -74,7 +74,7 @@ class MomentSums:
         self._sums[name] = _Sum(total, rows, [name])
 
     def add(self, name: str, given: Tensor, index: RowIndex) -> None:
-        """Add what a layer has received.
+        """Add the inputs of a layer.
 
         Args:
             name: The layer's name.
@@ -109,7 +109,7 @@ class MomentSums:
         self._event = _Event(given, _version(given), fraction, matrices, weight, count, [name])
 
     def flush(self) -> None:
-        """Add what is still kept."""
+        """Add pending rows."""
         event, self._event = self._event, None
         if event is None:
             return

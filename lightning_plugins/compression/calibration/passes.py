@@ -10,7 +10,7 @@ Forward = Callable[[Any, Any], Any]
 
 
 def check_forward(batches: Iterable[Any], forward: Forward | None, *, passes: int) -> None:
-    """Check what a model is to be run over, and how.
+    """Check the batches and the forward function of a pass.
 
     Args:
         batches: The batches.

@@ -39,7 +39,7 @@ def output_sensitivity(
 
     Raises:
         TypeError: If ``loss`` cannot be called or gives no tensor.
-        ValueError: If there are no batches, the loss is no scalar with a gradient, or a derivative is not finite.
+        ValueError: If there are no batches, the loss is not a scalar with a gradient, or a derivative is not finite.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 2))

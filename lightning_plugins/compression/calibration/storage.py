@@ -53,7 +53,7 @@ def check_options(damping: float, effort: float | None) -> None:
         >>> check_options(0.01, None)
     """
     if check_fraction("damping", damping) == 0:
-        raise ValueError("`damping` must be more than 0, got 0; 1e-6 is next to none")
+        raise ValueError("`damping` must be more than 0, got 0; 1e-6 is almost none")
     if effort is not None and check_finite_number("effort", effort) <= 0:
         raise ValueError(f"`effort` must be more than 0, or None to use all rows, got {effort!r}")
 

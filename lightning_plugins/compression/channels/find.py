@@ -205,7 +205,7 @@ def _group(model: nn.Module, family: Sequence[Bundle], turned: set[str]) -> Chan
     for (owner, side), units in sides.items():
         for name, dim, role in parameters_of(model, owner, side):
             stored = 1 - dim if owner in turned and name.endswith("weight") else dim
-            size = tensors[name].shape[dim]  # for a grouped convolution's inputs one group's: the others are alike
+            size = tensors[name].shape[dim]  # for grouped inputs one group: the others are equal
             members.append(Member(name, stored, role, tuple(units.get(index, -1) for index in range(size))))
     members.sort(key=_order(model))
     first = next((member for member in members if member.side == "out"), None)
@@ -220,7 +220,7 @@ def _order(model: nn.Module) -> Any:
 
 
 def _shared(model: nn.Module) -> set[str]:
-    """Names of parameters that stand at several places: no slice of one fits all of them."""
+    """Names of parameters used at several places, where no slice fits all of them."""
     places: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places[id(parameter)].append(name)
@@ -235,9 +235,10 @@ def _is_computed(module: nn.Module) -> bool:
 def _why_not(group: ChannelGroup, chosen: set[str], shared: set[str]) -> str:
     outside = [name for name in group.layers if name not in chosen]
     if outside:
-        alone = len(group.layers) == 1
-        return "it is to stay whole" if alone else f"its channels are also those of {outside[0]!r}, which stays whole"
+        if len(group.layers) == 1:
+            return "it is excluded by `layers` or `keep`"
+        return f"its channels are also those of {outside[0]!r}, which is kept whole"
     tied = [member.parameter for member in group.members if member.parameter in shared]
     if tied:
         return f"{tied[0]!r} is a parameter of several layers"
-    return "there is only one of it" if group.size < 2 else ""
+    return "it has a single unit" if group.size < 2 else ""

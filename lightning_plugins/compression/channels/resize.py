@@ -110,7 +110,7 @@ def resize_heads(attention: nn.Module, heads: int) -> None:
     Args:
         attention: An attention as those of timm and transformers, with a number of heads as attribute. Changed in
             place: its attributes only, not its projections.
-        heads: The number of heads that are left.
+        heads: The number of remaining heads.
 
     Raises:
         ValueError: If it has no such attribute.
@@ -175,7 +175,7 @@ def set_head_attributes(module: nn.Module, values: Mapping[str, int]) -> None:
         values: As `head_attributes` gives them.
 
     Raises:
-        ValueError: If the module has no such attributes, or a value is no positive int.
+        ValueError: If the module has no such attributes, or a value is not a positive int.
     """
     own = head_attributes(module)
     for name, value in values.items():

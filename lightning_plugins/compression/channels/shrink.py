@@ -16,7 +16,7 @@ Slices = dict[str, list[tuple[int, Tensor]]]
 def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> Slices:
     """Remove channels from all tensors that have them.
 
-    The result computes what the model computes with these channels masked. Masks must be off by then (`bake_masks`).
+    The result computes the same as the model with these channels masked. Masks must be off by then (`bake_masks`).
     Parameters that change become new objects, contiguous in memory; all others stay the objects they are.
 
     Args:
@@ -76,7 +76,7 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
 
 
 def check_kept(groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
-    """Refuse masks that do not fit the groups.
+    """Raise an error for masks that do not match the groups.
 
     Args:
         groups: The groups.

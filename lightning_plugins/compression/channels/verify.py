@@ -1,4 +1,4 @@
-"""Try on a copy with random weights whether groups of channels can be removed, and what it takes to mask them."""
+"""Verify on a copy with random weights that groups of channels can be removed, and how to mask them."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,7 @@ def _first_trial(model: nn.Module, inputs: Any, run: Run) -> tuple[_Trial | None
             if not found:
                 return trial, ""
             reason = reason or found
-    return None, f"the network itself cannot be tried: {reason}"
+    return None, f"the network itself cannot be run: {reason}"
 
 
 def _largest(
@@ -119,7 +119,7 @@ def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
             return "its outputs are not finite with random weights"
         if one.numel() and (one - other).abs().max() > trial.tolerance * one.abs().max():
             return (
-                "removing its channels is not the same as masking them: other operations go over channels"
+                "removing its channels is not the same as masking them: other operations act across channels"
                 if groups
                 else "its outputs differ from run to run"
             )
@@ -193,7 +193,7 @@ def _randomized(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    """The inputs with all floating tensors in a type, whatever they stand in."""
+    """The inputs with all floating tensors converted to a dtype, in any container."""
     if isinstance(inputs, Tensor):
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
     if isinstance(inputs, Mapping):

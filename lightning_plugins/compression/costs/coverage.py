@@ -38,4 +38,4 @@ def untouched(model: nn.Module, layers: str | Sequence[str], touched: Iterable[s
     largest = sorted(found, key=lambda name: -found[name])
     few = ", ".join(f"{name!r} ({type(modules[name]).__name__})" for name in largest[:3])
     more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
-    return f"{few}{more} stay whole and hold {sum(found.values()) / total:.0%} of the network's parameters"
+    return f"{few}{more} are kept whole and hold {sum(found.values()) / total:.0%} of the network's parameters"

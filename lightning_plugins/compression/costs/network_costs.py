@@ -116,7 +116,7 @@ def measure_network(
 
 
 def check_inputs(inputs: Inputs | None) -> Inputs:
-    """Return what a forward pass can be timed with.
+    """Return the inputs for timing a forward pass.
 
     Raises:
         ValueError: If there is nothing.
@@ -153,10 +153,10 @@ def measure_latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int)
 
 
 def check_model(name: str, model: object) -> None:
-    """Refuse what is no module, or one whose parameters have no shape yet.
+    """Raise an error unless it is a module with initialised parameters.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
         ValueError: If a parameter is lazy.
     """
     if not isinstance(model, nn.Module):
@@ -224,7 +224,7 @@ def _flops_by_module(model: nn.Module, inputs: Inputs) -> dict[nn.Module, int]:
 
     handles = []
     for module in model.modules():
-        # The first hook before a call and the last one behind it: other hooks' operations are the module's.
+        # The first pre-hook and the last hook: operations of other hooks are attributed to the module.
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave))
     try:

@@ -1,4 +1,4 @@
-"""Base of what is attached to a model to change its weights: parameters with an inverse temperature."""
+"""Base class of gates attached to a model to modify its weights: parameters with an inverse temperature."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lightning_plugins._checks import check_finite_number
 
 
 class Annealed(nn.Module):
-    """Parameters that stand in a model as a submodule and act on its weights, with an inverse temperature.
+    """Parameters in a submodule of a model that act on its weights, with an inverse temperature.
 
     Attributes:
         beta: The inverse temperature, a buffer.

@@ -96,7 +96,7 @@ class ChannelMasks(Annealed):
         """Draw the noise of hard concrete masks; it stays for all forward passes until the next call.
 
         Args:
-            generator: Where the numbers come from, on the CPU; torch's own if None.
+            generator: Random generator, on the CPU; by default torch's.
         """
         self._noise = [torch.rand(s.shape, generator=generator, dtype=s.dtype).to(s.device) for s in self.scores]
 
@@ -143,7 +143,7 @@ def apply_masks(
         ['channel_masks.scores.0']
 
     Source:
-        Eo et al., https://arxiv.org/abs/2309.13077: our reading.
+        Eo et al., https://arxiv.org/abs/2309.13077: our interpretation.
     """
     check_choice("gate", gate, get_args(Gate))
     if check_finite_number("beta", beta) <= 0:
@@ -152,7 +152,7 @@ def apply_masks(
     if not groups:
         raise ValueError("`groups` must hold at least one group, got none")
     if masks_of(model) is not None:
-        raise ValueError("`model` must have no masks yet; take the old ones off with `remove_masks`")
+        raise ValueError("`model` must have no masks yet; remove the old ones with `remove_masks`")
     modules = clean_modules(model)
     if "rank_thresholds" in model._modules:
         raise ValueError("`model` must get its masks before its thresholds: the thresholds act on masked weights")
@@ -187,7 +187,7 @@ def masks_of(model: nn.Module) -> ChannelMasks | None:
 
 
 def remove_masks(model: nn.Module) -> None:
-    """Take the masks off: the model is what it was, with the same parameters in the same order.
+    """Remove the masks and restore the model, with the same parameters in the same order.
 
     Args:
         model: The model.
@@ -215,7 +215,7 @@ def bake_masks(model: nn.Module) -> None:
 
 def _take_off(model: nn.Module, *, bake: bool) -> None:
     if masks_of(model) is None:
-        raise ValueError("`model` must have masks to take off, got none; `apply_masks` puts them on")
+        raise ValueError("`model` must have masks to remove, got none; `apply_masks` adds them")
     scale_at_once(model)
     for module in list(model.modules()):
         take_off(module, Masked, bake=bake)

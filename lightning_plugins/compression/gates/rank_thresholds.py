@@ -90,7 +90,7 @@ class RankThresholds(Annealed):
         return {name: max(1, int((margin > 0).sum())) for name, margin in self.margins().items()}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The decompositions in use and their ages, so that a resumed run goes on with them."""
+        """The decompositions in use and their ages, for resuming."""
         return {str(i): step.state() for i, step in enumerate(self._steps)} if self.refresh_every > 1 else {}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class Thresholded(nn.Module):
         self._tau_key: Any = None
         self._lowering: Lowering | None = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is kept between calls cannot be traced
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # state kept between calls cannot be traced
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with its singular values lowered by the threshold."""
         (thresholds,) = self._thresholds

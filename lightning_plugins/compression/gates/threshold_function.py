@@ -74,7 +74,7 @@ class Lowering(NamedTuple):
 
 
 def lowering(basis: Basis, tau: Tensor) -> Lowering:
-    """The matrix that lowers the singular values of what was decomposed.
+    """The matrix that lowers the singular values of the decomposed weight.
 
     Args:
         basis: The decomposition.
@@ -194,7 +194,7 @@ def _slopes(values: Tensor, tau: Tensor, kept: Tensor) -> Tensor:
     # With c = max(s, tau) it is tau / (c_i c_j (s_i + s_j)) times (c_i - c_j) / (s_i - s_j). The latter is 1 where both
     # values are kept, 0 where neither is, and at most 1 where one is: there the divisor is not zero.
     raised = torch.where(kept, values, tau)
-    lowest = torch.where(kept, values, torch.minimum(values, tau))  # what is below tau stays so where it was made safe
+    lowest = torch.where(kept, values, torch.minimum(values, tau))  # values below tau stay below after clamping
     differences = lowest[:, None] - lowest
     quotient = (raised[:, None] - raised).div_(differences.masked_fill_(differences == 0, 1))
     quotient = torch.where(kept[:, None] & kept, 1, quotient)

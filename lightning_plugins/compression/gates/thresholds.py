@@ -62,7 +62,7 @@ def apply_thresholds(
                 [0., 0., 0.]]), {'0': 1})
 
     Source:
-        Eo et al., https://arxiv.org/abs/2309.13077: our reading. The form of the gradient is ours.
+        Eo et al., https://arxiv.org/abs/2309.13077: our interpretation. The form of the gradient is ours.
     """
     if check_finite_number("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")
@@ -70,7 +70,7 @@ def apply_thresholds(
         raise ValueError(f"`init` must be at least 0, got {init!r}")
     check_positive_int("refresh_every", refresh_every)
     if thresholds_of(model) is not None:
-        raise ValueError("`model` must have no thresholds yet; take the old ones off with `remove_thresholds`")
+        raise ValueError("`model` must have no thresholds yet; remove the old ones with `remove_thresholds`")
     plain = model
     if masks_of(model) is not None:
         plain = copy.deepcopy(model)
@@ -106,7 +106,7 @@ def thresholds_of(model: nn.Module) -> RankThresholds | None:
 
 
 def remove_thresholds(model: nn.Module) -> None:
-    """Take the thresholds off: the model is what it was, with the same parameters in the same order.
+    """Remove the thresholds and restore the model, with the same parameters in the same order.
 
     Args:
         model: The model.
@@ -115,7 +115,7 @@ def remove_thresholds(model: nn.Module) -> None:
         ValueError: If it has no thresholds.
     """
     if thresholds_of(model) is None:
-        raise ValueError("`model` must have thresholds to take off, got none; `apply_thresholds` puts them on")
+        raise ValueError("`model` must have thresholds to remove, got none; `apply_thresholds` adds them")
     scale_at_once(model)
     for module in list(model.modules()):
         take_off(module, Thresholded, bake=False)

@@ -1,4 +1,4 @@
-"""A weight's matrix as a product of two, best for every rank: in its own entries, or in what the layer puts out."""
+"""A weight matrix as a product of two, optimal for every rank: in its entries, or in the layer's outputs."""
 
 from typing import NamedTuple, Protocol
 
@@ -9,7 +9,7 @@ from lightning_plugins.weights import Scheme, weight_to_matrix
 
 
 class InputMoment(NamedTuple):
-    """The second moment of what a layer receives.
+    """The second moment of a layer's inputs.
 
     Attributes:
         total: Sum of ``x xᵀ`` over the rows ``x``, shape ``(d, d)``: inputs of a linear layer; patches of a
@@ -64,7 +64,7 @@ class Decomposition:
 
     Source:
         Truncation in the metric of the inputs: Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025,
-        https://arxiv.org/abs/2403.07378. Our reading: damping and scheme 2.
+        https://arxiv.org/abs/2403.07378. Our interpretation: damping and scheme 2.
     """
 
     def __init__(self, weight: Tensor, moment: InputMoment | None = None, *, scheme: Scheme = 1) -> None:
@@ -120,7 +120,7 @@ class Decomposition:
             return ((left[:, :rank] * lengths[:rank]) @ right[:rank]).to(self._matrix.dtype)
 
     def _refit(self, right: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best second kernel for a first one, by least squares on the outputs, and the error that is left."""
+        """The optimal second kernel for a given first one, by least squares on the outputs, and the remaining error."""
         kernel, first = self._kernels(right)
         products = first @ metric
         second = kernel @ products.T @ torch.linalg.pinv(products @ first.T, hermitian=True)

@@ -28,11 +28,11 @@ def factorize(
 ) -> M:
     """Replace layers by low-rank forms of themselves, in place: plain sequences of two layers.
 
-    A layer keeps its name: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. A layer that stands at several places of
-    the model is split once and still stands at all of them. Either all layers are replaced, or, if something is wrong
-    with one, none.
+    A layer keeps its name: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. A layer used at several places of the
+    model is split once and replaced at all of them. Either all layers are replaced, or, if something is wrong with one,
+    none.
 
-    Globs pass over what cannot be split: embeddings, grouped and transposed convolutions, subclasses with a forward
+    Globs skip layers that cannot be split: embeddings, grouped and transposed convolutions, subclasses with a forward
     pass of their own, lazy layers, weights that are computed (parametrizations, weight norm) or shared with another
     module, layers with hooks, layers that are low-rank pairs already, and layers whose weight other code reads (the
     projections of `nn.MultiheadAttention`). A layer that is named exactly and cannot be split is an error.

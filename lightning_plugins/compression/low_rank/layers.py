@@ -32,8 +32,8 @@ def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: Input
         rank: The rank, from 1 to the smaller side of the weight's matrix (see `full_rank`).
         scheme: How a kernel becomes a matrix: 1 for ``out x (in * k * k)``, 2 for ``(out * k) x (in * k)``, which needs
             two dimensions.
-        moment: The second moment of what the layer receives: the best approximation is then that of its outputs and
-            not of its weight.
+        moment: The second moment of the layer's inputs: the optimal approximation is then that of its outputs and not
+            of its weight.
 
     Returns:
         A sequence of two layers on the layer's device, in its dtype, mode and ``requires_grad``, with parameters of
@@ -52,8 +52,8 @@ def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: Input
         )
 
     Source:
-        Schemes: Idelbayev and Carreira-Perpinan, CVPR 2020. The even split is the usual one; our reading for BSR (Eo et
-        al., 2023, https://arxiv.org/abs/2111.15179).
+        Schemes: Idelbayev and Carreira-Perpinan, CVPR 2020. The even split is the usual one; our interpretation for BSR
+        (Eo et al., 2023, https://arxiv.org/abs/2111.15179).
     """
     values = [*factors(layer, rank, scheme=scheme, moment=moment), *([] if layer.bias is None else [layer.bias])]
     sequence = empty_low_rank_layer(layer, rank, scheme=scheme)
@@ -94,7 +94,7 @@ def factors(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment 
 
 
 def dense_weight(first: nn.Module, second: nn.Module) -> Tensor:
-    """The weight of the one layer that computes what a pair of `low_rank_layer` computes.
+    """The weight of the single layer equivalent to a pair from `low_rank_layer`.
 
     Args:
         first: The pair's first layer.
@@ -125,7 +125,7 @@ def dense_weight(first: nn.Module, second: nn.Module) -> Tensor:
 
 
 def truncated(layer: Layer, rank: int, scheme: Scheme = 1) -> Tensor:
-    """The layer's weight, truncated to a rank: what the layer's low-rank form computes with.
+    """The layer's weight truncated to a rank, as in its low-rank form.
 
     Args:
         layer: As for `low_rank_layer`.
@@ -193,7 +193,7 @@ def empty_low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, bias: b
         layer: As for `low_rank_layer`; only its shape and settings count.
         rank: As for `low_rank_layer`.
         scheme: As for `low_rank_layer`.
-        bias: Whether the second layer has a bias; None for what the layer has.
+        bias: Whether the second layer has a bias; by default as in the layer.
 
     Returns:
         A sequence of two layers.

@@ -29,7 +29,7 @@ def select_layers(
 
     Args:
         model: The model.
-        layers: A dotted name, a glob over dotted names, or a sequence of them. Globs pass over what cannot be split.
+        layers: A dotted name, a glob over dotted names, or a sequence of them. Globs skip layers that cannot be split.
         scheme: How a kernel becomes a matrix; scheme 2 needs convolutions in two dimensions.
         transposed: Whether the ``Conv1D`` of transformers counts as a linear layer.
 
@@ -135,7 +135,7 @@ def _overrides(module: Layer, own: type[nn.Module]) -> bool:
 
 
 def _reasons_in(model: nn.Module) -> dict[nn.Module, str]:
-    """Why layers cannot be split where they stand in this model."""
+    """The reasons why layers of this model cannot be split."""
     reasons = {
         layer: f"has a weight that is also read elsewhere ({what}); leave it dense"
         for layer, what in readers(model).items()
@@ -147,11 +147,11 @@ def _reasons_in(model: nn.Module) -> dict[nn.Module, str]:
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             reasons[module] = "has hooks, which would be lost; remove them first, or leave it dense"
         if isinstance(module, nn.MultiheadAttention):
-            reasons[module.out_proj] = "is called by nothing: its MultiheadAttention reads the weight; leave it dense"
+            reasons[module.out_proj] = "is never called: its MultiheadAttention reads the weight; leave it dense"
         if isinstance(module, torch._dynamo.OptimizedModule):
             reasons[module._orig_mod] = "is compiled on its own; compile the model as a whole, or after this"
         for first, second in _pairs(module):
-            reasons[first] = reasons[second] = "is a half of a low-rank layer already; leave it as it is"
+            reasons[first] = reasons[second] = "is already a factor of a low-rank layer; leave it unchanged"
     return reasons
 
 

@@ -54,7 +54,7 @@ def readers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _walk(module: nn.Module, chain: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
-    """Follow a chain of attributes through submodules, and return what is left of it at the last one."""
+    """Follow a chain of attributes through submodules, and return the rest of it at the last one."""
     for index, segment in enumerate(chain):
         child = module._modules.get(segment)
         if child is None:

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and torch's generators are what they were."""
+    """Evaluation mode without gradients; restores every module's mode and torch's generators on exit."""
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     model.eval()

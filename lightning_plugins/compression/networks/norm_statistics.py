@@ -64,7 +64,7 @@ def norms_with_statistics(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, run: Callable[[Any], Any], batches: Iterable[Any]) -> None:
-    """Take the running statistics of all batch norms anew, as means over batches; nothing else is changed.
+    """Recompute the running statistics of all batch norms as means over batches, without other changes.
 
     Args:
         model: The network. Norms that are in evaluation mode, as frozen ones are, keep theirs.

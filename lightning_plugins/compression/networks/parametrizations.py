@@ -15,7 +15,7 @@ def clean_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules, the model itself included, by names without the segments of compilation and checkpointing."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        found[clean_name(name)] = module  # a wrapper comes before what it wraps, which holds the parameters
+        found[clean_name(name)] = module  # a wrapper comes before the wrapped module, which holds the parameters
     return found
 
 

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 def computed_names(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are computed by parametrizations, with those of what they are computed from.
+    """Names of parameters computed by parametrizations, with those of their originals.
 
     Args:
         model: The model.
@@ -51,6 +51,6 @@ def plain_names(
                 state[prefix + own] = state.pop(prefix + plain)
         for name, part in parts.items():
             for key, value in ({} if part is None else part.state_dict()).items():
-                state.setdefault(f"{prefix}{name}.{key}", value)  # what is chosen stays
+                state.setdefault(f"{prefix}{name}.{key}", value)  # keep the selection
 
     return save, load

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers: whether their configuration still says what they are."""
+"""Hugging Face transformers models: whether their configuration still matches their structure."""
 
 import copy
 import warnings
@@ -43,7 +43,7 @@ def configuration_tells(model: nn.Module) -> bool:
 
 
 def warn_when_saved(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of a compressed model of transformers say what it writes.
+    """Make ``save_pretrained`` of a compressed transformers model warn about its files.
 
     ``from_pretrained`` builds the network of the configuration and leaves at random values whatever has other names
     there, with no error. The method is replaced on the model alone, and on those of transformers inside it; copies and

@@ -42,7 +42,7 @@ def trace(model: nn.Module, inputs: Any) -> Any:
         return [leaf * 1.0 for leaf in tensors_in(output) if leaf.grad_fn is not None]
 
     with torch.enable_grad():
-        if not forward(model, inputs):  # what the model itself raises is raised here
+        if not forward(model, inputs):  # errors of the model itself are raised here
             raise ValueError(
                 f"`model`: this {type(model).__name__} returns no tensor that depends on its weights in evaluation "
                 "mode (as a detector that finds nothing on the example, or a network that only computes a loss in "
@@ -60,7 +60,7 @@ def trace(model: nn.Module, inputs: Any) -> Any:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """All floating tensors in what a model returns.
+    """All floating tensors in a model's output.
 
     Args:
         output: A tensor, or tuples, lists and mappings of them.

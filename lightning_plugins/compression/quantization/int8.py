@@ -80,7 +80,7 @@ def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
 
     Raises:
         ImportError: If torchao is not installed.
-        TypeError: If ``state_dict`` is no mapping.
+        TypeError: If ``state_dict`` is not a mapping.
         ValueError: If it is not one of this network.
 
     Example:

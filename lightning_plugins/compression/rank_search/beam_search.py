@@ -50,9 +50,9 @@ def beam_search(
     discards the least energy of the weights wins. ``width=1`` is the greedy search.
 
     It costs much less than scoring every child from the first batch to the last, with the same result: each weight is
-    decomposed once; a network runs from the first layer on in which it differs from the one before; and with
-    ``bounds`` a child is given up as soon as it cannot be among the best any more. The weights, the mode of the
-    modules and the state of torch's random generators are afterwards what they were, also after an error.
+    decomposed once; a network runs from the first layer on in which it differs from the one before; and with ``bounds``
+    a child is given up as soon as it cannot be among the best any more. The weights, the mode of the modules and the
+    state of torch's random generators are restored afterwards, even after an error.
 
     In a process group every process scores its share of the children, on all of its ``batches``, which must be the same
     everywhere; the result is that of one process.
@@ -74,12 +74,12 @@ def beam_search(
         width: How many rank vectors a level starts from, at least 1.
         step: An int lowers any layer's rank by that much. A float in (0, 1) is the fraction of the selected layers'
             cost that a step removes, rounded to at least one rank, so that steps in small and large layers compare.
-        bounds: The least and the largest score of a sample, such as ``(0, 1)`` for accuracy. Given them, children that
-            can no longer win are not scored to the end.
+        bounds: Minimum and maximum score of a sample, such as ``(0, 1)`` for accuracy. Given them, children that can no
+            longer win are not scored to the end.
         reuse_activations: Whether outputs of modules before the first changed layer are kept, those of one batch at a
             time. False for models that keep a state of their own in the forward pass, or to save memory.
         state_file: A JSON file that is replaced after every level. If it exists, and belongs to the same search of the
-            same weights, the search goes on from it.
+            same weights, the search resumes from it.
         calibration: What the layers receive, such as a `Calibration`: weights are then truncated as `factorize` with it
             truncates them.
         progress: Called with every new `SearchLevel`, on every process; see `rich_progress`.
@@ -114,8 +114,8 @@ def beam_search(
         (True, ['body', 'head'])
 
     Source:
-        Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our reading: where the search starts, what a
-        child is and how the last step ends.
+        Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our interpretation: where the search starts,
+        what a child is and how the last step ends.
     """
     _check_arguments(score, width, step, bounds, progress)
     check_batches(batches)

@@ -44,11 +44,11 @@ def cheapest_choices(options: Sequence[Sequence[Choice]], limit: int) -> list[Ch
     hulls = [_hull(one) for one in layers]
     price, fits = _at_price(hulls, limit)
     fits = _filled(layers, fits, limit)
-    # What each layer pays at least, at this price; the gap is what a choice may pay above it.
+    # The minimum each layer pays at this price; the gap bounds what a choice may pay above it.
     least = [min(choice.error + price * choice.cost for choice in one) for one in layers]
     best = sum(choice.error for choice in fits)
     gap = best + price * limit - sum(least)
-    gap += 1e-9 * (best + price * limit)  # rounding must not exclude what is as good
+    gap += 1e-9 * (best + price * limit)  # rounding must not exclude ties
     kept = [
         [choice for choice in one if choice.error + price * choice.cost - low <= gap]
         for one, low in zip(layers, least, strict=True)
@@ -105,7 +105,7 @@ def _at_price(hulls: Sequence[Sequence[Choice]], limit: int) -> tuple[float, lis
 
 
 def _filled(layers: Sequence[Sequence[Choice]], fits: Sequence[Choice], limit: int) -> list[Choice]:
-    """Spend what is left of the budget, each time on what saves most error per cost of all that fits."""
+    """Spend the rest of the budget greedily on the affordable choice that saves most error per cost."""
     found = list(fits)
     left = limit - sum(choice.cost for choice in found)
     while True:

@@ -1,4 +1,4 @@
-"""The levels of a beam search: children, which of them go on, and what is within the budget."""
+"""The levels of a beam search: children, the survivors, and those within the budget."""
 
 import math
 from collections.abc import Iterator, Sequence

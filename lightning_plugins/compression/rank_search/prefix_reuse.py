@@ -22,7 +22,7 @@ _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.
 
 
 class PrefixReuse:
-    """While entered, records the calls of a model's modules and replays what the last run has in common with the next.
+    """Records the calls of a model's modules while active, and replays the common prefix in the next run.
 
     Args:
         model: The network, in evaluation mode and run without gradients.
@@ -130,7 +130,7 @@ class PrefixReuse:
 
 
 class _Call:
-    """One call of a module: where its own calls end in the record, and what it gave."""
+    """One call of a module: the end of its own calls in the record, and its output."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -37,7 +37,7 @@ class SearchLevel(NamedTuple):
             is empty.
         budget: The share that may be left, at which the search ends.
         score: Score of that best one.
-        candidates: Distinct rank vectors that the level looked at.
+        candidates: Number of distinct rank vectors considered at the level.
         scored: Of these, how many had not been scored before, and were.
         abandoned: Of those scored, how many were given up before the last batch, since they could not win any more.
         beam: What the next level starts from, best first; empty at the end.
@@ -69,7 +69,7 @@ class RankSearch(NamedTuple):
     Attributes:
         ranks: Rank of every layer that was selected, as `factorize` takes them; the full rank for one that stays dense.
         score: Score of the network truncated to ``ranks``, without fine-tuning; None for selections that do not score.
-        share: Share of the cost of the selected layers that is left; at most the budget.
+        share: Remaining fraction of the cost of the selected layers; at most the budget.
         evaluations: How many rank vectors were scored.
         trace: One entry per level of the search, the start included; empty for selections that do not search.
     """
@@ -88,7 +88,7 @@ class RankSearch(NamedTuple):
 
 def removed_for(share: float, old: str, new: str) -> float:
     """Return the removed fraction for a share, and warn of the older name that was asked for."""
-    text = f"`{old}`, the removed fraction, has another name: `{new}` is the share that is left, `1 - {old}`"
+    text = f"`{old}`, the removed fraction, was renamed: `{new}` is the share that is left, `1 - {old}`"
     warnings.warn(f"{text}. The older name works up to the next minor version", FutureWarning, stacklevel=3)
     return float(share_left(share))
 

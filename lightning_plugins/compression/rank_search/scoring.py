@@ -44,7 +44,7 @@ class CandidateScores:
         score: Gives the score of a batch.
         weights: Sets the layers' ranks.
         reuse: Keeps what consecutive runs have in common.
-        bounds: The least and the largest score there can be; None if it has no bounds, and nothing is abandoned.
+        bounds: Minimum and maximum possible score; None if unbounded, and nothing is abandoned.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class CandidateScores:
             self._reuse.start(None if previous is None else self._changed(previous, ranks))
             previous = ranks
             values.append(_sum_and_count(self._score(self._model, batch)))
-        table = torch.stack([part for pair in values for part in pair]).tolist()  # the one wait for the device
+        table = torch.stack([part for pair in values for part in pair]).tolist()  # the only synchronisation
         counts = table[1::2]
         for ranks, total, count in zip(members, table[::2], counts, strict=True):
             self._check_bounds(total, count, number)
@@ -239,7 +239,7 @@ class CandidateScores:
 
 
 def check_batches(batches: Iterable[Any]) -> None:
-    """Refuse what cannot be iterated repeatedly with the same batches.
+    """Raise an error unless it can be iterated repeatedly with the same batches.
 
     Raises:
         TypeError: If ``batches`` is not iterable.
@@ -249,7 +249,7 @@ def check_batches(batches: Iterable[Any]) -> None:
         raise TypeError(f"`batches` must be a DataLoader or another iterable of batches, got {type(batches).__name__}")
     if isinstance(batches, Iterator):
         raise ValueError(
-            f"`batches` must be iterable again and again, got a {type(batches).__name__}, which is exhausted after one "
+            f"`batches` must be iterable repeatedly, got a {type(batches).__name__}, which is exhausted after one "
             "pass; pass a list of it"
         )
     if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):

@@ -1,4 +1,4 @@
-"""A search on disk: everything that it needs to go on after a level, replaced in one piece."""
+"""A search state on disk: everything needed to resume after a level, replaced atomically."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ class SearchState:
             part.replace(path)  # a process that is killed leaves the old state or the new one
         except OSError as error:  # the search itself needs no file
             warnings.warn(
-                f"`state_file`: {str(path)!r} could not be written ({error}); a search that is killed begins anew",
+                f"`state_file`: {str(path)!r} could not be written ({error}); a search that is killed starts over",
                 stacklevel=2,
             )
             with contextlib.suppress(OSError):

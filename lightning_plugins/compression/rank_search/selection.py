@@ -46,7 +46,7 @@ def equal_ratio(
     dense. The ratio is not the budget, which is a share of the cost.
 
     Args:
-        model: The network; only its weights are looked at.
+        model: The network; only its weights are used.
         budget: The share of the selected layers' cost that may be left, in (0, 1).
         layers: The layers: dotted name, glob over dotted names, or a sequence of them.
         cost: ``"params"`` or ``"flops"``.

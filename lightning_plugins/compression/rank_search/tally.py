@@ -32,7 +32,7 @@ class Tally:
         self.counts[ranks] += count
 
     def exchange(self, members: Sequence[Ranks], mine: set[Ranks], device: torch.device) -> None:
-        """Share what the owners of candidates know; all processes call.
+        """Exchange the results of the owners of candidates; a collective call.
 
         Args:
             members: The candidates.

@@ -63,7 +63,7 @@ class CompressionReport:
 
     @property
     def layers(self) -> dict[str, LayerChange]:
-        """Every layer of the one or the other by dotted name, in the order before; new names come last."""
+        """All layers of both networks by dotted name, in the original order; new names come last."""
         names = [*self.before.layers, *(name for name in self.after.layers if name not in self.before.layers)]
         nothing = LayerSize(0, 0 if self.counts_flops else None)
         return {
@@ -78,7 +78,7 @@ class CompressionReport:
 
     @property
     def share(self) -> float | None:
-        """The share that is left of the cost that there was a budget of; None without a budget."""
+        """The remaining fraction of the budgeted cost; None without a budget."""
         if self.cost is None:
             return None
         before, after = getattr(self.before, self.cost), getattr(self.after, self.cost)
@@ -91,7 +91,7 @@ class CompressionReport:
 
     @property
     def params_ratio(self) -> float:
-        """Removed fraction of the parameters, the compression ratio of papers; `share` is what is left."""
+        """Removed fraction of the parameters, the compression ratio of papers; `share` is the fraction left."""
         return removed(self.before.params, self.after.params)
 
     @property
@@ -147,7 +147,7 @@ class CompressionReport:
         return {name: ", ".join(part[name] for part in (units, ranks) if name in part) for name in names}
 
     def within(self) -> str | None:
-        """The budget and what is left, in words; None without a budget."""
+        """Text with the budget and the remaining cost; None without a budget."""
         if self.budget is None or self.share is None:
             return None
         return (
@@ -165,7 +165,7 @@ class CompressionReport:
         )
 
     def to_json(self) -> str:
-        """Write the report as JSON, with the ratios beside the numbers they come from.
+        """Write the report as JSON, including ratios.
 
         Returns:
             The text; `from_json` reads it.

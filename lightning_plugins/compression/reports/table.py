@@ -23,7 +23,7 @@ def build_table(
     Args:
         layers: The cost of each layer before and after.
         totals: The costs of the network before and after.
-        notes: By layer, what was kept of it.
+        notes: Kept units and ranks by layer.
         caption: The line below the table.
         counts_flops: Whether floating-point operations were counted.
         all_layers: Whether layers that stayed as they were have rows.

@@ -46,7 +46,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
         folder: The folder; it is made if it is not there. Files of an earlier call are replaced.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``folder`` no path.
+        TypeError: If ``model`` is not a module, or ``folder`` no path.
         ValueError: If the model has integers for weights, tensors without values, or sharded ones; or state that is
             no tensor.
         ImportError: If safetensors is not installed.
@@ -72,7 +72,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
     update_configuration(model)
     file = PLAIN_FILE if pretrained and configuration_tells(model) else OWN_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (STRUCTURE, PLAIN_FILE, OWN_FILE):  # the structure comes last: without it the folder is not complete
+    for old in (STRUCTURE, PLAIN_FILE, OWN_FILE):  # written last: without the structure file the folder is incomplete
         (folder / old).unlink(missing_ok=True)
     write_tensors(folder / file, tensors)
     if pretrained:
@@ -102,7 +102,7 @@ def load_compressed(model: Callable[..., M], folder: str | Path) -> M:
         The network, in evaluation mode, on the CPU, with the very tensors that were saved, types included.
 
     Raises:
-        TypeError: If ``model`` cannot be called or returns no module, or ``folder`` is no path.
+        TypeError: If ``model`` cannot be called or returns no module, or ``folder`` is not a path.
         ValueError: If the folder holds no compressed network, a file of it is missing or was changed, or it is of
             another network than ``model`` builds.
         ImportError: If safetensors is not installed.
@@ -110,8 +110,8 @@ def load_compressed(model: Callable[..., M], folder: str | Path) -> M:
     folder = _path(folder)
     if isinstance(model, nn.Module) or not callable(model):
         raise TypeError(
-            f"`model` must be a class or function that builds the network, got {type(model).__name__}; for a network "
-            "that is there already call `restore_structure` and `load_state_dict`"
+            f"`model` must be a class or function that builds the network, got {type(model).__name__}; for an "
+            "existing network call `restore_structure` and `load_state_dict`"
         )
     stored = read_structure(folder, files=(PLAIN_FILE, OWN_FILE))
     tensors = read_tensors(folder, stored["weights"]["file"], stored["weights"]["sha256"])

@@ -1,4 +1,4 @@
-"""The configuration of a model of transformers, brought up to date with what was removed from the model."""
+"""The configuration of a transformers model, updated after compression."""
 
 import copy
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _Sizes = dict[str, tuple[int, ...]]
 
 
 def update_configuration(model: nn.Module) -> list[str]:
-    """Set in the configuration of a compressed model of transformers what it can express.
+    """Update the configuration of a compressed transformers model as far as it can express the structure.
 
     Numbers of heads and widths of perceptrons that are alike in all layers are set one by one; each is kept only if a
     model built from the new configuration is nearer to this one and nowhere smaller. What cannot be expressed, such as

@@ -48,7 +48,7 @@ def restore_structure(model: M, state_dict: Mapping[str, Any], *, strict: bool =
         ``model``.
 
     Raises:
-        TypeError: If ``state_dict`` is no mapping.
+        TypeError: If ``state_dict`` is not a mapping.
         ValueError: If a name or shape cannot be explained.
 
     Example:
@@ -99,7 +99,7 @@ class _Plan:
         self._look_for_strangers(strict=strict)
 
     def _is_pair(self, name: str) -> bool:
-        """Return whether the state has a layer as two: nothing is left of the dense layer's weight."""
+        """Return whether the state has a layer as two, without the dense layer's weight."""
         halves = (f"{name}.0.weight", f"{name}.1.weight")
         return f"{name}.weight" in self.known and f"{name}.weight" not in self.incoming and halves[0] in self.incoming
 
@@ -154,7 +154,7 @@ class _Plan:
                 continue
             if (heads * new) % old:
                 self.problems.append(
-                    f"'{name}.{child}' has {new} outputs, which is no whole number of heads: {heads} have {old}"
+                    f"'{name}.{child}' has {new} outputs, which is not a whole number of heads: {heads} have {old}"
                 )
             self.heads.setdefault(module, heads * new // old)
 

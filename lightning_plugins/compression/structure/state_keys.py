@@ -1,4 +1,4 @@
-"""A state dict's keys beside those of a model: prefixes, wrappers, and shapes by clean name."""
+"""A state dict's keys compared with those of a model: prefixes, wrappers, and shapes by clean name."""
 
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
@@ -21,7 +21,7 @@ def shapes_in(state_dict: Mapping[str, Any]) -> dict[str, Shape]:
         Shapes by name, without the segments that wrappers put into names.
 
     Raises:
-        TypeError: If it is no mapping.
+        TypeError: If it is not a mapping.
         ValueError: If it holds no tensors.
 
     Example:
@@ -63,7 +63,7 @@ def shapes_of(model: nn.Module) -> dict[str, Shape]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by clean name; a module with several names under each, and what is wrapped under its wrapper's.
+    """All modules by clean name; shared modules under each name, wrapped modules under their wrapper's.
 
     Args:
         model: The model.

@@ -1,6 +1,7 @@
-"""Scores of feature attributions: where they point, and what the model does without the positions they name.
+"""Scores of feature attributions: localization, and the model's response to removing the attributed positions.
 
-Maps are tensors ``(B, [C,] *spatial)`` of signals, images or volumes. Models come as functions from inputs to logits.
+Maps are tensors ``(B, [C,] *spatial)`` of signals, images or volumes. Models are passed as functions from inputs to
+logits.
 """
 
 from lightning_plugins.functional.attribution.curves import (

@@ -1,22 +1,22 @@
-"""Order of positions, of which several may be equal in the map, and correlations of rows.
+"""Ordering of positions with ties, and correlations of rows.
 
-Of tied positions the expectation is taken, were they drawn at random.
+Ties are broken in expectation, as if tied positions were drawn at random.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CACHED = 2**17  # numbers whose copies stay in the caches of a CPU
+_CACHED = 2**17  # block size for which copies stay in the CPU caches
 
 
 def expected_hits(maps: Tensor, truth: Tensor, size: Tensor) -> Tensor:
-    """Count positions of the truth among the largest of each map.
+    """Count true positions among the largest of each map.
 
     Args:
         maps: Shape ``(B, L)``.
         truth: Bools of shape ``(B, L)``.
-        size: How many positions are taken of each map, shape ``(B,)``.
+        size: Number of positions selected from each map, shape ``(B,)``.
 
     Returns:
         Shape ``(B,)``, in the dtype of ``maps``.
@@ -25,28 +25,28 @@ def expected_hits(maps: Tensor, truth: Tensor, size: Tensor) -> Tensor:
 
 
 def hits_above(maps: Tensor, truth: Tensor, least: Tensor, size: Tensor | int) -> Tensor:
-    """Count positions of the truth among the ``size`` largest, of which ``least`` of shape ``(B, 1)`` is the last."""
+    """Count true positions among the ``size`` largest; ``least`` of shape ``(B, 1)`` is the smallest of these."""
     above, tied = maps > least, maps == least
-    wanted = size - count(above, maps)  # of the tied ones
+    wanted = size - count(above, maps)  # of the tied positions
     return count(above & truth, maps) + count(tied & truth, maps) * wanted / count(tied, maps).clamp_min(1)
 
 
 def count(chosen: Tensor, maps: Tensor) -> Tensor:
-    """Count the positions in each row, in the dtype of ``maps``: quotients of integers would take the default dtype."""
+    """Count the positions in each row, in the dtype of ``maps``: integer division would give the default dtype."""
     return chosen.sum(1, dtype=maps.dtype)
 
 
 def pairs_in_order(maps: Tensor, truth: Tensor) -> Tensor:
-    """Take one position of the truth and one beside it: how often the former is larger, less how often it is smaller.
+    """Count pairs of a true and another position in which the former is larger, minus those in which it is smaller.
 
     Args:
         maps: Shape ``(B, L)``.
         truth: Bools of shape ``(B, L)``.
 
     Returns:
-        Integers of shape ``(B,)``, out of all pairs; equal positions count as neither.
+        Integers of shape ``(B,)``; ties count as neither.
     """
-    # In pieces on a CPU, where new memory for large temporaries takes as long as the sort.
+    # In blocks on a CPU, where allocating large temporaries takes as long as the sort.
     rows = max(1, _CACHED // maps.shape[1]) if maps.device.type == "cpu" else max(1, len(maps))
     return torch.cat([_pairs(*piece) for piece in zip(maps.split(rows), truth.split(rows), strict=True)])
 
@@ -55,14 +55,14 @@ def _pairs(maps: Tensor, truth: Tensor) -> Tensor:
     ordered, order = maps.sort(1)
     hit = truth.gather(1, order)
     begins = torch.arange(1, maps.shape[1], device=maps.device) * (ordered[:, 1:] != ordered[:, :-1])
-    first = F.pad(begins, (1, 0)).cummax(1).values  # how many positions are smaller than each
-    smaller = F.pad(hit.cumsum(1), (1, 0)).gather(1, first)  # and how many of them are of the truth
+    first = F.pad(begins, (1, 0)).cummax(1).values  # number of positions smaller than each
+    smaller = F.pad(hit.cumsum(1), (1, 0)).gather(1, first)  # and number of true ones among them
     # A hit is larger than `first - smaller` others; each of the others is larger than `smaller` hits.
     return (hit * first).sum(1) - smaller.sum(1)
 
 
 def _nth_largest(maps: Tensor, size: Tensor) -> Tensor:
-    if maps.device.type == "cpu":  # selecting takes a third of the time of sorting, and nothing waits for the sizes
+    if maps.device.type == "cpu":  # selecting takes a third of the time of sorting, without synchronising for the sizes
         found = [row.kthvalue(len(row) - n + 1).values for row, n in zip(maps, size.tolist(), strict=True)]
         return torch.stack(found)[:, None] if found else maps[:, :1]
     return maps.sort(1, descending=True).values.gather(1, size[:, None] - 1)

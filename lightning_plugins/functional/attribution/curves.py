@@ -1,4 +1,4 @@
-"""Curves of a model's answer while the most, or least, relevant positions of a map are removed."""
+"""Curves of a model's score while the most, or least, relevant positions of a map are removed."""
 
 from typing import Literal
 
@@ -43,32 +43,30 @@ def perturbation_curve(
     output: Output = "probability",
     max_forward_batch: int = MAX_FORWARD_BATCH,
 ) -> Tensor:
-    """Score inputs of which more and more patches are replaced, in the order of their summed attribution.
+    """Score inputs while patches are replaced one by one, in the order of their summed attribution.
 
-    All copies of all samples go through the model in as few passes as ``max_forward_batch`` allows; how they are cut
-    into passes, or samples into batches, changes nothing but rounding. Patches of equal sums follow each other in an
-    order drawn for each sample, the same for both orders.
+    All copies of all samples are evaluated in as few passes as ``max_forward_batch`` allows; the split into passes or
+    batches only affects rounding. Tied patches are ordered at random per sample, identically for both orders.
 
     Args:
         forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
         inputs: Shape ``(B, [C,] *spatial)``; two dimensions are ``(B, L)``.
         attributions: The same shape, with any number of channels or without that dimension.
         target: Class of each sample, integers of shape ``(B,)``.
-        perturbation: How patches are replaced; `Perturbation`'s defaults if None.
-        order: ``"most"`` takes the most relevant patches first (MoRF), ``"least"`` the least relevant (LeRF).
-        steps: Number of points after the first, one patch each; as many as there are patches if None. Of more steps
-            than patches, the last ones have all replaced.
+        perturbation: How patches are replaced; by default `Perturbation()`.
+        order: ``"most"`` replaces the most relevant patches first (MoRF), ``"least"`` the least relevant (LeRF).
+        steps: Number of points after the first, one patch each; by default the number of patches. With more steps than
+            patches the last points have all patches replaced.
         spread: Whether the steps are spread evenly, so that the last one replaces all patches.
         output: ``"probability"`` of the class, or its ``"logit"``.
-        max_forward_batch: The largest number of inputs in one forward pass.
+        max_forward_batch: Maximum number of inputs in one forward pass.
 
     Returns:
-        Scores of shape ``(B, steps + 1)``, beginning with the unchanged inputs; NaN for a sample whose map is not
-        finite.
+        Scores of shape ``(B, steps + 1)``, starting with the unchanged inputs; NaN for a sample with a non-finite map.
 
     Raises:
         TypeError: If a tensor is of the wrong kind.
-        ValueError: If shapes do not go together or an argument is out of its range.
+        ValueError: If shapes do not match or an argument is out of its range.
 
     Example:
         >>> def forward(x):  # the sum of the first half against that of the second
@@ -91,7 +89,7 @@ def perturbation_curve(
     target = checked_target(target, len(x)).to(x.device)
     patches, keys = Patches(tuple(x.shape[2:]), how.patch, x.device), sample_keys(x)
     places = patch_places(patches.sums(maps), keys, order=order, seed=how.seed)
-    counts, point = steps_of(patches.count, steps, spread=spread).unique(return_inverse=True)  # none is scored twice
+    counts, point = steps_of(patches.count, steps, spread=spread).unique(return_inverse=True)  # avoid duplicates
 
     def as_given(copies: Tensor) -> Tensor:
         return copies[:, 0] if inputs.ndim == 2 else copies
@@ -114,16 +112,16 @@ def perturbation_curve(
 
 
 def patch_places(sums: Tensor, keys: Tensor, *, order: Order = "most", seed: int = 0) -> Tensor:
-    """Number the patches of each sample in the order in which they are taken away.
+    """Number the patches of each sample in the order of their removal.
 
     Args:
         sums: Attribution of each patch, shape ``(B, patches)``.
-        keys: int64 tensor of shape ``(B,)``, from which the order of equal patches is drawn.
+        keys: int64 tensor of shape ``(B,)``, which determines the order of tied patches.
         order: ``"most"`` or ``"least"`` relevant first.
-        seed: Of that draw.
+        seed: Seed of that order.
 
     Returns:
-        Integers of shape ``(B, patches)``: 0 for the patch that goes first.
+        Integers of shape ``(B, patches)``: 0 for the patch removed first.
 
     Example:
         >>> patch_places(torch.tensor([[1.0, 5.0, 3.0]]), torch.tensor([0]))
@@ -138,15 +136,15 @@ def steps_of(patches: int, steps: int | None, *, spread: bool) -> Tensor:
     """The number of patches that are replaced at each point of a curve.
 
     Args:
-        patches: How many there are.
-        steps: Points after the first; as many as patches if None.
+        patches: Number of patches.
+        steps: Points after the first; by default the number of patches.
         spread: Whether they are spread over all patches.
 
     Returns:
-        Integers of shape ``(steps + 1,)``, rising from 0.
+        Integers of shape ``(steps + 1,)``, increasing from 0.
 
     Raises:
-        TypeError: If ``steps`` is no int.
+        TypeError: If ``steps`` is not an int.
         ValueError: If it is less than 1.
 
     Example:
@@ -159,10 +157,10 @@ def steps_of(patches: int, steps: int | None, *, spread: bool) -> Tensor:
 
 
 def check_curves(name: str, curves: Tensor) -> None:
-    """Refuse what has not two points along its last dimension.
+    """Raise an error unless there are at least two points along the last dimension.
 
     Raises:
-        TypeError: If it is no floating tensor.
+        TypeError: If it is not a floating tensor.
         ValueError: If there are less than two points.
     """
     check_floating(name, curves)
@@ -171,7 +169,7 @@ def check_curves(name: str, curves: Tensor) -> None:
 
 
 def curve_area(curves: Tensor) -> Tensor:
-    """Mean height of a curve by the trapezoid rule: its area, the way from its first to its last point being 1.
+    """Area under a curve by the trapezoidal rule, with a unit interval from its first to its last point.
 
     Args:
         curves: Shape ``(..., steps + 1)``, at least two points.
@@ -191,12 +189,12 @@ def degradation_score(least: Tensor, most: Tensor, *, reduction: Literal["sum", 
     """Area between the mean curves of a class, each scaled to fall from 1 to 0.
 
     Args:
-        least: Mean probabilities as the least relevant patches go first (LeRF), shape ``(..., steps + 1)``.
+        least: Mean probabilities with the least relevant patches removed first (LeRF), shape ``(..., steps + 1)``.
         most: The same with the most relevant ones first (MoRF).
         reduction: ``"sum"`` over the points, as published, or their ``"mean"``.
 
     Returns:
-        Shape ``(...)``; NaN where a curve ends as high as it began, since it cannot be scaled.
+        Shape ``(...)``; NaN if a curve ends at its initial value, since it cannot be scaled.
 
     Raises:
         ValueError: If the shapes differ or ``reduction`` is not known.
@@ -218,7 +216,7 @@ def degradation_score(least: Tensor, most: Tensor, *, reduction: Literal["sum", 
 
 
 def scaled_curve(curve: Tensor) -> Tensor:
-    """Scale a curve so that it begins at 1 and ends at 0.
+    """Scale a curve so that it starts at 1 and ends at 0.
 
     Args:
         curve: Shape ``(..., points)``.
@@ -247,7 +245,7 @@ def _sequential(
     limit: int,
     output: Output,
 ) -> Tensor:
-    """Replace one patch after the other by lines between what then stands beside it."""
+    """Replace patches one after the other by lines between their current neighbours."""
     columns: list[Tensor] = []
     for samples in torch.arange(len(x), device=x.device).split(limit):
         state, done = x[samples], 0

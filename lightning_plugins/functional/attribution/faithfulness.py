@@ -1,4 +1,4 @@
-"""Correlation of a model's drop in score with the attribution of removed positions, over random sets of them."""
+"""Correlation of score drops with the attribution of removed positions, over random sets of positions."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def faithfulness_correlation(
     output: Output = "logit",
     max_forward_batch: int = MAX_FORWARD_BATCH,
 ) -> Tensor:
-    """Correlate the attribution of random sets of positions with the drop of the score when they are replaced.
+    """Correlate the attribution of random sets of positions with the score drop when they are replaced.
 
     The sets of a sample are drawn from the seed and its contents, so the result does not depend on batches or ranks.
 
@@ -44,20 +44,20 @@ def faithfulness_correlation(
         inputs: Shape ``(B, [C,] *spatial)``.
         attributions: The same shape, with any number of channels or without that dimension.
         target: Class of each sample, integers of shape ``(B,)``.
-        draws: Number of sets of each sample.
-        share: Share of the positions in a set, at least one of them.
+        draws: Number of sets per sample.
+        share: Fraction of the positions in a set, at least one position.
         perturbation: How they are replaced and the seed of the sets; zeros if None. A ``"mean"`` is that of its whole
             ``patch``, which should be larger than a position.
         output: ``"logit"`` of the class, or its ``"probability"``.
-        max_forward_batch: The largest number of inputs in one forward pass.
+        max_forward_batch: Maximum number of inputs in one forward pass.
 
     Returns:
-        Pearson correlations in ``[-1, 1]`` of shape ``(B,)``; NaN where the map or the score does not change from set
-        to set. Of a random map the expectation is 0.
+        Pearson correlations in ``[-1, 1]`` of shape ``(B,)``; NaN if the map or the score is constant over the sets.
+        The expectation for a random map is 0.
 
     Raises:
         TypeError: If a tensor is of the wrong kind.
-        ValueError: If shapes do not go together, an argument is out of its range, or lines are wanted.
+        ValueError: If shapes do not match, an argument is out of its range, or the replacement is ``"linear"``.
 
     Example:
         >>> x = torch.arange(1.0, 9.0).reshape(1, 8)
@@ -98,7 +98,7 @@ def faithfulness_correlation(
 
 
 def _sets(keys: Tensor, samples: Tensor, points: Tensor, count: int, size: int, seed: int) -> Tensor:
-    """Sets of ``size`` of ``count`` positions as bools; draw 0 stands for the unchanged input and is empty."""
+    """Sets of ``size`` of ``count`` positions as bools; draw 0 is the unchanged input and is empty."""
     bits = random_bits(split_keys(keys[samples], points), count, seed=seed)
     chosen = torch.zeros(len(samples), count, dtype=torch.bool, device=keys.device)
     chosen.scatter_(1, bits.topk(size, dim=1).indices, True)

@@ -39,30 +39,30 @@ def infidelity(
     output: Output = "logit",
     max_forward_batch: int = MAX_FORWARD_BATCH,
 ) -> Tensor:
-    """Mean squared difference between what attributions predict of noise on the inputs and what the model does.
+    """Mean squared error of attributions as predictions of the effect of input noise on the score.
 
-    With noise ``I`` it is the mean of ``(a . I - (f(x) - f(x - I)))**2``, in squared units of the score; the smaller,
-    the better.
+    With noise ``I`` it is the mean of ``(a . I - (f(x) - f(x - I)))**2``, in squared units of the score; lower is
+    better.
 
     Args:
         forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
         inputs: Shape ``(B, ...)``.
-        attributions: The same shape; a single channel is shared out evenly over several of ``inputs``.
+        attributions: The same shape; a single channel is distributed evenly over the channels of ``inputs``.
         target: Class of each sample, integers of shape ``(B,)``.
-        draws: How often noise is drawn for each sample.
-        std: Its standard deviation.
-        normalize: Whether each map is first scaled by the factor that fits best: most attributions have no scale of
-            their own, and without this the result is ruled by it.
-        seed: Of the noise, which is a function of it and of the sample.
+        draws: Number of noise draws per sample.
+        std: Standard deviation of the noise.
+        normalize: Whether to scale each map by the best-fitting factor first: the scale of most attributions is
+            arbitrary and would dominate the result.
+        seed: Seed of the noise, which depends on it and on the sample.
         output: ``"logit"`` of the class, or its ``"probability"``.
-        max_forward_batch: The largest number of inputs in one forward pass.
+        max_forward_batch: Maximum number of inputs in one forward pass.
 
     Returns:
         Shape ``(B,)``, at least 0.
 
     Raises:
         TypeError: If a tensor is of the wrong kind.
-        ValueError: If shapes do not go together or an argument is out of its range.
+        ValueError: If shapes do not match or an argument is out of its range.
 
     Example:
         >>> forward = lambda x: torch.stack([3 * x.sum(1), x.sum(1)], 1)
@@ -109,10 +109,10 @@ def noise_of(inputs: Tensor, keys: Tensor, samples: Tensor, draws: Tensor, std: 
     Args:
         inputs: Shape ``(B, ...)``.
         keys: Keys of the samples, shape ``(B,)``.
-        samples: Which of them, shape ``(n,)``.
-        draws: Which draw of each, shape ``(n,)``.
+        samples: Indices of samples, shape ``(n,)``.
+        draws: Index of the draw for each, shape ``(n,)``.
         std: Standard deviation.
-        seed: Of the stream.
+        seed: Seed of the stream.
 
     Returns:
         Shape ``(n, ...)``, float32.

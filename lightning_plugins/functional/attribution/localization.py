@@ -1,9 +1,8 @@
-"""Scores of attribution maps against the positions known to matter, sample by sample.
+"""Scores of attribution maps against ground-truth positions, per sample.
 
 All functions take maps ``(B, [C,] *spatial)`` and masks ``(B, *spatial)`` or ``(B, 1, *spatial)`` with any number of
-dimensions of space; channels are summed first. Ties are broken by expectation: of positions that are equal in the map,
-each is taken in part, so no score depends on the order in which they stand. A sample whose mask is empty or whose map
-has a NaN or an infinity gives NaN.
+spatial dimensions; channels are summed first. Ties are broken in expectation: tied positions are counted fractionally,
+so no score depends on their order. A sample whose mask is empty or whose map has a NaN or an infinity gives NaN.
 """
 
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from lightning_plugins.functional.attribution.positions import flat_positions
 
 
 class LocalizationScores(NamedTuple):
-    """Scores of samples, and what a random map is expected to reach on the same masks.
+    """Scores of samples, and the expected scores of a random map on the same masks.
 
     Attributes:
         score: Shape ``(B,)``; NaN where it is not defined.
@@ -32,9 +31,9 @@ class LocalizationScores(NamedTuple):
 def localization_iou(attributions: Tensor, masks: Tensor) -> LocalizationScores:
     """Intersection over union of the mask and the ``N`` largest positions of the map, ``N`` the size of the mask.
 
-    With ``h`` hits among them it is ``h / (2 N - h)``. Ties enter through the expected number of hits; a constant map
-    has ``N**2 / L`` of them and gives ``q / (2 - q)``, the base rate ``q = N / L`` as an IoU, which is also the random
-    baseline.
+    With ``h`` hits among them it is ``h / (2 N - h)``. Ties are included through the expected number of hits; a
+    constant map has ``N**2 / L`` and gives ``q / (2 - q)``, the base rate ``q = N / L`` as an IoU, which is also the
+    random baseline.
 
     Args:
         attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
@@ -45,15 +44,15 @@ def localization_iou(attributions: Tensor, masks: Tensor) -> LocalizationScores:
 
     Raises:
         TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
-        ValueError: If the shapes do not go together.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> localization_iou(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[1, 0, 1, 0]])).score
         tensor([0.3333])
 
     Source:
-        Suh et al., arXiv 2211.12702. Our reading: the IoU of the expected hits, not the expected IoU, which differs by
-        the small variance of the hits among ties.
+        Suh et al., arXiv 2211.12702. Our interpretation: the IoU of the expected hits, not the expected IoU, which
+        differs by the small variance of the hits among ties.
     """
     maps, truth = flat_positions(attributions, masks)
     size = count(truth, maps)
@@ -62,7 +61,7 @@ def localization_iou(attributions: Tensor, masks: Tensor) -> LocalizationScores:
 
 
 def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> LocalizationScores:
-    """Share of the ``N`` largest positions of the map that lie in the mask, ``N`` the size of the mask.
+    """Fraction of the ``N`` largest positions of the map that lie in the mask, ``N`` the size of the mask.
 
     Args:
         attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
@@ -73,7 +72,7 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Localization
 
     Raises:
         TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
-        ValueError: If the shapes do not go together.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> relevance_rank_accuracy(torch.zeros(1, 4), torch.tensor([[1, 0, 0, 0]]))  # all tied
@@ -88,19 +87,19 @@ def relevance_rank_accuracy(attributions: Tensor, masks: Tensor) -> Localization
 
 
 def top_k_intersection(attributions: Tensor, masks: Tensor, k: int) -> LocalizationScores:
-    """Share of the ``k`` largest positions of the map that lie in the mask.
+    """Fraction of the ``k`` largest positions of the map that lie in the mask.
 
     Args:
         attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
         masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
-        k: How many positions, at most as many as there are.
+        k: Number of positions, at most their total number.
 
     Returns:
         Scores in ``[0, 1]``; a constant map gives the base rate ``N / L``, the random baseline.
 
     Raises:
         TypeError: If ``attributions`` is not a floating tensor, ``masks`` no tensor or ``k`` no int.
-        ValueError: If the shapes do not go together, or ``k`` is out of its range.
+        ValueError: If the shapes do not match, or ``k`` is out of its range.
 
     Example:
         >>> top_k_intersection(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[1, 0, 1, 0]]), k=1).score
@@ -117,23 +116,23 @@ def top_k_intersection(attributions: Tensor, masks: Tensor, k: int) -> Localizat
 
 
 def attribution_localization(attributions: Tensor, masks: Tensor, *, weighted: bool = False) -> LocalizationScores:
-    """Share of the positive attribution that lies in the mask.
+    """Fraction of the positive attribution that lies in the mask.
 
-    Only positive parts count, so the share stays within ``[0, 1]`` for signed maps. A map without any is as good as a
-    constant one: it gives the base rate.
+    Only positive values count, so the fraction is within ``[0, 1]`` for signed maps. A map without positive values is
+    treated like a constant one and scores the base rate.
 
     Args:
         attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
         masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
-        weighted: Whether to divide by the base rate ``N / L``: then 1 is what a constant map gives, whatever the size
-            of the mask, and the score is in ``[0, L / N]``.
+        weighted: Whether to divide by the base rate ``N / L``: a constant map then scores 1, whatever the size of the
+            mask, and the score is in ``[0, L / N]``.
 
     Returns:
         Scores; the random baseline is ``N / L``, or 1 if weighted.
 
     Raises:
         TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
-        ValueError: If the shapes do not go together.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> attribution_localization(torch.tensor([[3.0, 1.0, -4.0, 0.0]]), torch.tensor([[1, 0, 1, 0]])).score
@@ -145,28 +144,28 @@ def attribution_localization(attributions: Tensor, masks: Tensor, *, weighted: b
     check_bool("weighted", weighted)
     maps, truth = flat_positions(attributions, masks)
     positive = maps.clamp_min(0)
-    positive = positive / positive.amax(1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # sums stay finite
+    positive = positive / positive.amax(1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # keeps sums finite
     total, rate = positive.sum(1), count(truth, maps) / maps.shape[1]
     share = torch.where(total > 0, (positive * truth).sum(1) / total, rate)
-    share = share.clamp_max(1.0)  # the two sums round apart
+    share = share.clamp_max(1.0)  # the two sums round differently
     return _defined(share / rate if weighted else share, rate / rate if weighted else rate, maps, truth)
 
 
 def pointing_game(attributions: Tensor, masks: Tensor, *, tolerance: int = 0) -> LocalizationScores:
-    """Tell whether the largest position of the map lies in the mask, or no further from it than the tolerance.
+    """Tell whether the maximum of the map lies in the mask, within a tolerance.
 
     Args:
         attributions: Floating tensor of shape ``(B, [C,] *spatial)``.
         masks: Shape ``(B, *spatial)`` or ``(B, 1, *spatial)``.
-        tolerance: By how many positions the mask is widened to all sides, along every dimension of space.
+        tolerance: Number of positions by which the mask is dilated along every spatial dimension.
 
     Returns:
-        0 or 1, or the share of the mask among positions that are largest together; the random baseline is the share of
-        the widened mask.
+        0 or 1, or the fraction of tied maxima in the mask; the random baseline is the size of the dilated mask relative
+        to all positions.
 
     Raises:
         TypeError: If ``attributions`` is not a floating tensor, ``masks`` no tensor or ``tolerance`` no int.
-        ValueError: If the shapes do not go together, or ``tolerance`` is negative.
+        ValueError: If the shapes do not match, or ``tolerance`` is negative.
 
     Example:
         >>> pointing_game(torch.tensor([[1.0, 3.0, 0.0, 0.0]]), torch.tensor([[1, 0, 0, 0]]), tolerance=1)
@@ -180,7 +179,7 @@ def pointing_game(attributions: Tensor, masks: Tensor, *, tolerance: int = 0) ->
     wide = truth
     if tolerance:
         tolerance = min(tolerance, max(masks.shape))
-        wide = _dilated(truth.reshape(masks.shape), tolerance).reshape(truth.shape)  # a channel of one stays one
+        wide = _dilated(truth.reshape(masks.shape), tolerance).reshape(truth.shape)  # keeps a channel dimension of one
     largest = maps == maps.amax(1, keepdim=True)
     score = count(largest & wide, maps) / count(largest, maps)
     return _defined(score, count(wide, maps) / maps.shape[1], maps, truth)
@@ -198,7 +197,7 @@ def attribution_auroc(attributions: Tensor, masks: Tensor) -> LocalizationScores
 
     Raises:
         TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
-        ValueError: If the shapes do not go together.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> attribution_auroc(torch.tensor([[3.0, 2.0, 2.0, 0.0]]), torch.tensor([[1, 0, 1, 0]])).score
@@ -215,13 +214,13 @@ def attribution_auroc(attributions: Tensor, masks: Tensor) -> LocalizationScores
 
 
 def _defined(score: Tensor, random: Tensor, maps: Tensor, truth: Tensor) -> LocalizationScores:
-    usable = torch.isfinite(maps.amax(1)) & torch.isfinite(maps.amin(1)) & truth.any(1)  # both pass on a NaN
+    usable = torch.isfinite(maps.amax(1)) & torch.isfinite(maps.amin(1)) & truth.any(1)  # both propagate NaN
     kept = (torch.where(usable, part.to(maps.dtype), torch.nan) for part in (score, random))
     return LocalizationScores(*kept)
 
 
 def _dilated(masks: Tensor, radius: int) -> Tensor:
-    """Widen masks by ``radius`` along each dimension of space, one after the other."""
+    """Dilate masks by ``radius`` along each spatial dimension in turn."""
     wide = masks.to(torch.float32)
     for dim in range(1, masks.ndim):
         rows = wide.movedim(dim, -1)

@@ -1,4 +1,4 @@
-"""Maps and masks as rows of positions: channels summed, dimensions of space flattened."""
+"""Maps and masks as rows of positions: channels summed, spatial dimensions flattened."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,18 @@ from lightning_plugins.functional.tensors import check_floating, check_real
 
 
 def flat_positions(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Check maps and masks against each other and flatten both.
+    """Check that maps and masks match, and flatten both.
 
     Args:
         attributions: ``(B, *spatial)``, or ``(B, C, *spatial)``, whose channels are summed.
-        masks: ``(B, *spatial)`` or ``(B, 1, *spatial)``; what is not zero belongs to the truth.
+        masks: ``(B, *spatial)`` or ``(B, 1, *spatial)``; non-zero values mark true positions.
 
     Returns:
         The maps, at least in float32, and the masks as bools, of shape ``(B, L)`` each.
 
     Raises:
         TypeError: If ``attributions`` is not a floating tensor or ``masks`` no tensor.
-        ValueError: If the shapes do not go together, or there is no position.
+        ValueError: If the shapes do not match, or there is no position.
     """
     maps = checked_maps(attributions)
     if not isinstance(masks, Tensor):
@@ -44,7 +44,7 @@ def checked_maps(attributions: Tensor, name: str = "attributions") -> Tensor:
 
     Raises:
         TypeError: If it is not a floating tensor.
-        ValueError: If it has no dimension beside the samples.
+        ValueError: If it has only the sample dimension.
     """
     check_floating(name, attributions)
     if attributions.ndim < 2:
@@ -54,13 +54,13 @@ def checked_maps(attributions: Tensor, name: str = "attributions") -> Tensor:
 
 
 def with_channels(inputs: Tensor) -> Tensor:
-    """``(B, L)`` as ``(B, 1, L)``; inputs of more dimensions have their channels already."""
+    """``(B, L)`` as ``(B, 1, L)``; inputs with more dimensions already have channels."""
     check_inputs(inputs)
     return inputs.unsqueeze(1) if inputs.ndim == 2 else inputs
 
 
 def maps_of_inputs(attributions: Tensor, inputs: Tensor) -> Tensor:
-    """Sum the channels of maps that belong to inputs ``(B, [C,] *spatial)``.
+    """Sum the channels of maps of inputs ``(B, [C,] *spatial)``.
 
     Args:
         attributions: The shape of ``inputs``, with any number of channels or without that dimension.
@@ -70,7 +70,7 @@ def maps_of_inputs(attributions: Tensor, inputs: Tensor) -> Tensor:
         Maps of shape ``(B, *spatial)``.
 
     Raises:
-        ValueError: If the shapes do not go together.
+        ValueError: If the shapes do not match.
     """
     maps, wide = checked_maps(attributions), with_channels(inputs)
     wanted = (wide.shape[0], *wide.shape[2:])

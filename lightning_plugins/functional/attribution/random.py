@@ -1,7 +1,7 @@
-"""Random numbers that belong to a sample, not to a batch, a rank or a device.
+"""Random numbers tied to a sample, independent of batch, rank and device.
 
-Every number is a function of a seed, of the sample's key and of its own position (a counter run through SplitMix64), so
-it is the same however samples are batched, in whatever order, on a CPU or an accelerator.
+Every number is a function of a seed, the sample's key and its own position (a counter passed through SplitMix64), so it
+does not depend on batching, order or device.
 """
 
 import math
@@ -12,16 +12,16 @@ from torch import Tensor
 from lightning_plugins._checks import check_int
 from lightning_plugins.functional.tensors import check_dims, check_real
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed integers: torch's int64 wraps around like an unsigned one
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed integers: torch's int64 wraps around like an unsigned type
 _FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _SHIFTS = (30, 27, 31)
 
 
 def sample_keys(inputs: Tensor) -> Tensor:
-    """Give each sample a key made from its contents.
+    """Compute a key for each sample from its contents.
 
     Args:
-        inputs: Tensor of shape ``(B, ...)``; floating numbers are read in float32.
+        inputs: Tensor of shape ``(B, ...)``; floating numbers are converted to float32.
 
     Returns:
         int64 tensor of shape ``(B,)``; equal samples have equal keys.
@@ -31,18 +31,18 @@ def sample_keys(inputs: Tensor) -> Tensor:
         >>> bool(keys[0] == keys[2]), bool(keys[0] == keys[1])
         (True, False)
     """
-    flat = inputs.detach().unsqueeze(-1).flatten(1)  # a row of numbers for each sample, of which there may be none
+    flat = inputs.detach().unsqueeze(-1).flatten(1)  # a row of numbers per sample, possibly without samples
     bits = flat.float().contiguous().view(torch.int32).long() if flat.is_floating_point() else flat.long()
     weights = _mix(torch.arange(1, bits.shape[1] + 1, device=bits.device) * _GOLDEN) | 1
     return _mix((bits * weights).sum(1))
 
 
 def split_keys(keys: Tensor, number: Tensor | int) -> Tensor:
-    """Give a key of its own to each of several draws of a sample.
+    """Derive separate keys for several draws of a sample.
 
     Args:
         keys: int64 tensor of shape ``(n,)``.
-        number: Which draw: an int, or integers of shape ``(n,)``.
+        number: Index of the draw: an int, or integers of shape ``(n,)``.
 
     Returns:
         int64 tensor of shape ``(n,)``.
@@ -60,9 +60,9 @@ def random_bits(keys: Tensor, count: int, *, seed: int, offset: int = 0) -> Tens
 
     Args:
         keys: int64 tensor of shape ``(B,)``.
-        count: How many to draw for each sample.
+        count: Number of draws per sample.
         seed: Number of the stream.
-        offset: Number of the first draw: draws ``offset`` to ``offset + count - 1`` of an endless row.
+        offset: Index of the first draw: draws ``offset`` to ``offset + count - 1`` of an infinite sequence.
 
     Returns:
         int64 tensor of shape ``(B, count)``.
@@ -81,9 +81,9 @@ def random_uniform(keys: Tensor, count: int, *, seed: int, offset: int = 0) -> T
 
     Args:
         keys: int64 tensor of shape ``(B,)``.
-        count: How many to draw for each sample.
+        count: Number of draws per sample.
         seed: Number of the stream.
-        offset: Number of the first draw.
+        offset: Index of the first draw.
 
     Returns:
         float32 tensor of shape ``(B, count)``, within ``(0, 1)``.
@@ -97,13 +97,13 @@ def random_uniform(keys: Tensor, count: int, *, seed: int, offset: int = 0) -> T
 
 
 def random_normal(keys: Tensor, count: int, *, seed: int, offset: int = 0) -> Tensor:
-    """Draw from a normal distribution, by Box and Muller's transform.
+    """Draw from a normal distribution with the Box-Muller transform.
 
     Args:
         keys: int64 tensor of shape ``(B,)``.
-        count: How many to draw for each sample.
+        count: Number of draws per sample.
         seed: Number of the stream.
-        offset: Number of the first draw.
+        offset: Index of the first draw.
 
     Returns:
         float32 tensor of shape ``(B, count)``, of mean 0 and standard deviation 1.
@@ -118,11 +118,11 @@ def random_normal(keys: Tensor, count: int, *, seed: int, offset: int = 0) -> Te
 
 
 def random_attributions(inputs: Tensor, *, seed: int = 0) -> Tensor:
-    """Draw a map that knows nothing of its sample but where it is: the baseline of every score.
+    """Draw a random map, which is independent of the model: the baseline of every score.
 
     Args:
         inputs: Tensor of shape ``(B, [C,] *spatial)``.
-        seed: Chooses among the maps of a sample.
+        seed: Seed of the map.
 
     Returns:
         Standard normal numbers of shape ``(B, *spatial)`` (``(B, L)`` for inputs without channels), the same for the
@@ -144,7 +144,7 @@ def _wrapped(number: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finalizer of SplitMix64; a shift of a negative int64 brings in ones, which are masked away."""
+    """The finalizer of SplitMix64; arithmetic shifts of negative int64 insert ones, which are masked out."""
     for shift, factor in zip(_SHIFTS, (*_FACTORS, 1), strict=True):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x

@@ -1,4 +1,4 @@
-"""Dependence of a map on the learned weights: layers are made random, one after the other."""
+"""Dependence of a map on the learned weights: layers are randomised one after the other."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,28 +23,28 @@ def parameter_randomization(
     absolute: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Compare maps of a model with those of copies whose layers have lost what they learned.
+    """Compare maps of a model with those after randomising the parameters of layers.
 
-    Each parameter of a layer is replaced by normal numbers of its own mean and standard deviation. A method whose maps
-    stay the same (a rank correlation near 1) explains the inputs, not the model. The model has its weights back
-    afterwards, also after an error.
+    Each parameter of a layer is replaced by normal numbers with the same mean and standard deviation. A method whose
+    maps do not change (a rank correlation near 1) explains the inputs, not the model. The weights are restored
+    afterwards, even after an error.
 
     Args:
         model: The network that ``explain`` explains, in evaluation mode.
         explain: Maps inputs and their classes to attributions ``(B, ...)``.
         inputs: Shape ``(B, ...)``.
         target: Class of each sample, integers of shape ``(B,)``.
-        order: ``"cascade"`` makes the layers random from the last to the first and leaves them so, ``"independent"``
-            one at a time.
+        order: ``"cascade"`` randomises the layers cumulatively from the last to the first, ``"independent"`` one at a
+            time.
         absolute: Whether absolute values of the maps are compared.
-        seed: Of the random parameters.
+        seed: Seed of the random parameters.
 
     Returns:
-        By the name of each layer that has parameters of its own, in the order in which they became random, Spearman's
-        correlation of the two maps of each sample, shape ``(B,)``; NaN where one of them is constant.
+        For each layer with its own parameters, by name and in order of randomisation, Spearman's correlation of the two
+        maps of each sample, shape ``(B,)``; NaN if one of them is constant.
 
     Raises:
-        TypeError: If ``model`` is no module.
+        TypeError: If ``model`` is not a module.
         ValueError: If it has no parameters, or ``order`` is not known.
 
     Example:
@@ -85,7 +85,7 @@ def parameter_randomization(
 
 
 def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Drawn on the CPU, so that devices agree; a constant parameter, such as a new bias, gets a little noise."""
+    """Drawn on the CPU, so that devices agree; constant parameters, such as initial biases, get a little noise."""
     spread = value.float().std(correction=0).cpu()
     scale = torch.where(spread > 0, spread, 0.01)
     return torch.randn(value.shape, generator=generator, dtype=torch.float32) * scale + value.float().mean().cpu()

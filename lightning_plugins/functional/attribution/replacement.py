@@ -1,4 +1,4 @@
-"""Positions of inputs, grouped into patches, and what stands in their place once they are taken away."""
+"""Patches of input positions, and their replacements."""
 
 import math
 from collections.abc import Callable
@@ -23,23 +23,23 @@ REPLACEMENTS = ("zero", "mean", "linear", "constant", "min", "gaussian", "unifor
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Removal of positions, group by group.
+    """Removal of positions in patches.
 
     Args:
         patch: Length of a window of a signal, side of a square of an image; the last ones may be smaller.
-        replacement: What takes the place of a patch: ``"zero"``; ``"mean"``, that of the patch and channel;
-            ``"linear"``, a line from the last sample before the window to the first behind it (signals only; at an end
-            of the signal the one there is); ``"constant"``, the ``value``; ``"min"``, the smallest number of the
-            sample; ``"gaussian"``, the mean of the patch plus noise of standard deviation ``value`` (1 where 0);
-            ``"uniform"``, noise between the sample's smallest and largest number; ``"blur"``, the sample smoothed by a
-            Gaussian of half a patch; or a callable that maps inputs to their replacements, of the same shape.
-        sequential: Whether ``"linear"`` reads neighbours that were replaced before, as the code of the ECG study does.
+        replacement: Replacement of a patch: ``"zero"``; ``"mean"``, that of the patch and channel; ``"linear"``, a line
+            from the last sample before the window to the first after it (signals only; constant at an end of the
+            signal); ``"constant"``, the ``value``; ``"min"``, the smallest number of the sample; ``"gaussian"``, the
+            mean of the patch plus noise of standard deviation ``value`` (1 where 0); ``"uniform"``, noise between the
+            sample's smallest and largest number; ``"blur"``, the sample smoothed by a Gaussian of half a patch; or a
+            callable that maps inputs to their replacements, of the same shape.
+        sequential: Whether ``"linear"`` reads neighbours that were already replaced, as in the code of the ECG study.
         value: See ``replacement``.
-        seed: Of the noise, and of the order of patches that are equal in the map.
+        seed: Seed of the noise, and of the order of tied patches.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If one is out of its range, or ``sequential`` is given for another replacement.
+        ValueError: If one is out of its range, or ``sequential`` is used with another replacement.
 
     Example:
         >>> Perturbation(patch=8, replacement="zero").patch
@@ -77,12 +77,12 @@ def checked_perturbation(perturbation: Perturbation | None, default: Perturbatio
 
 
 class Patches:
-    """The patches of a space: which patch each position belongs to.
+    """Partition of the spatial positions into patches.
 
     Args:
-        spatial: The size of the space along each dimension.
+        spatial: Size of each spatial dimension.
         patch: Length of a patch along each dimension.
-        device: Where the numbers of the patches are kept.
+        device: Device of the patch indices.
 
     Example:
         >>> Patches((2, 4), 2, torch.device("cpu")).ids
@@ -108,25 +108,25 @@ class Patches:
         return out.index_add_(-1, self.ids.flatten(), flat)
 
     def means(self, maps: Tensor) -> Tensor:
-        """The mean of each patch at each of its positions, of the shape of ``maps``."""
+        """The mean of each patch at each of its positions, with the shape of ``maps``."""
         sizes = self.ids.flatten().bincount(minlength=self.count)
         return (self.sums(maps) / sizes)[..., self.ids]
 
 
 def replacements(inputs: Tensor, perturbation: Perturbation, patches: Patches, keys: Tensor) -> Tensor:
-    """Return the value of each position if its patch were replaced and the others were not.
+    """Return the value of each position if only its patch were replaced.
 
     Args:
         inputs: Tensor of shape ``(B, C, *spatial)``.
         perturbation: How to replace.
         patches: The patches of the space.
-        keys: int64 tensor of shape ``(B,)``, from which noise is drawn.
+        keys: int64 tensor of shape ``(B,)``, which determines the noise.
 
     Returns:
         Tensor of the shape and dtype of ``inputs``.
 
     Raises:
-        ValueError: If lines are wanted in a space of more than one dimension, or a callable changes the shape.
+        ValueError: If ``"linear"`` is used with more than one spatial dimension, or a callable changes the shape.
 
     Example:
         >>> signal = torch.arange(4.0).reshape(1, 1, 4)
@@ -176,7 +176,7 @@ def lines(inputs: Tensor, patches: Patches, neighbours: Tensor) -> Tensor:
         Tensor of the shape of ``inputs``.
 
     Raises:
-        ValueError: If there is more than one dimension of space, or no second window to draw a line from.
+        ValueError: If there is more than one spatial dimension, or only one window.
 
     Example:
         >>> lines(torch.tensor([[[0.0, 9.0, 9.0, 3.0]]]), Patches((4,), 1, torch.device("cpu")), torch.ones(1, 1, 4))
@@ -198,7 +198,7 @@ def lines(inputs: Tensor, patches: Patches, neighbours: Tensor) -> Tensor:
 
 
 def blurred(inputs: Tensor, sigma: float) -> Tensor:
-    """Smooth along each dimension of space by a Gaussian; the ends are repeated beyond the ends.
+    """Smooth along each spatial dimension with a Gaussian; boundary values are repeated.
 
     Args:
         inputs: Tensor of shape ``(B, C, *spatial)``.

@@ -1,4 +1,4 @@
-"""The number that a model gives to a class, of many copies of inputs and few at a time."""
+"""A model's score of a class, for many perturbed copies of inputs in batches."""
 
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -13,14 +13,14 @@ Forward = Callable[[Tensor], Tensor]
 Explain = Callable[[Tensor, Tensor], Tensor]  # from inputs and their classes to maps
 Output = Literal["probability", "logit"]
 OUTPUTS: tuple[Output, ...] = ("probability", "logit")
-MAX_FORWARD_BATCH = 256  # copies of a sample in one forward pass, unless a caller says otherwise
+MAX_FORWARD_BATCH = 256  # default number of copies in one forward pass
 
 
 def check_inputs(inputs: Tensor) -> None:
-    """Refuse what are no samples with positions.
+    """Raise an error unless these are samples with positions.
 
     Raises:
-        TypeError: If it is no tensor of real numbers.
+        TypeError: If it is not a tensor of real numbers.
         ValueError: If it has less than two dimensions.
     """
     check_real("inputs", inputs)
@@ -28,7 +28,7 @@ def check_inputs(inputs: Tensor) -> None:
 
 
 def class_scores(forward: Forward, inputs: Tensor, target: Tensor, *, output: Output = "logit") -> Tensor:
-    """Run a model without gradients and pick one class for each row.
+    """Run a model without gradients and select one class per row.
 
     Args:
         forward: Maps inputs to logits of shape ``(n, classes)``.
@@ -41,8 +41,8 @@ def class_scores(forward: Forward, inputs: Tensor, target: Tensor, *, output: Ou
 
     Raises:
         TypeError: If the model returns no tensor, or ``target`` is not of integers.
-        ValueError: If the logits have another shape, there are no two classes to give probabilities for, or a class is
-            none of them.
+        ValueError: If the logits have another shape, probabilities are requested of a single class, or a class is out
+            of range.
 
     Example:
         >>> class_scores(lambda x: x, torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 1]))
@@ -58,19 +58,19 @@ def class_scores(forward: Forward, inputs: Tensor, target: Tensor, *, output: Ou
 
 
 def checked_logits(logits: object, rows: int, output: Output) -> Tensor:
-    """Return ``logits`` at least in float32 if a class can be picked from them.
+    """Return ``logits`` in at least float32 if they are valid.
 
     Args:
-        logits: What a model has returned.
-        rows: The number of rows it was given.
-        output: What is to be made of them.
+        logits: Output of a model.
+        rows: Number of input rows.
+        output: ``"logit"`` or ``"probability"``.
 
     Returns:
         The logits, of shape ``(rows, classes)``.
 
     Raises:
-        TypeError: If it is no floating tensor.
-        ValueError: If it has another shape, or probabilities are wanted of a single class.
+        TypeError: If it is not a floating tensor.
+        ValueError: If it has another shape, or probabilities are requested of a single class.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"`forward` must return a floating tensor of logits, got {type(logits).__name__}")
@@ -86,10 +86,10 @@ def checked_logits(logits: object, rows: int, output: Output) -> Tensor:
 
 
 def checked_target(target: object, rows: int) -> Tensor:
-    """Return ``target`` if it names one class for each row.
+    """Return ``target`` if it has one class per row.
 
     Raises:
-        TypeError: If it is no tensor of integers.
+        TypeError: If it is not a tensor of integers.
         ValueError: If it has another shape.
     """
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
@@ -102,7 +102,7 @@ def checked_target(target: object, rows: int) -> Tensor:
 
 
 def pick(logits: Tensor, target: Tensor, output: Output) -> Tensor:
-    """The target's number in each row; a class that is not there raises on a CPU, and stops the kernel elsewhere."""
+    """The target's score in each row; an invalid class raises on a CPU, and makes the kernel fail elsewhere."""
     if (
         target.device.type == "cpu"
         and target.numel()
@@ -119,14 +119,14 @@ def pick(logits: Tensor, target: Tensor, output: Output) -> Tensor:
 def score_copies(
     forward: Forward, make: Callable[[Tensor, Tensor], Tensor], target: Tensor, copies: int, limit: int, output: Output
 ) -> Tensor:
-    """Score ``copies`` copies of each sample, at most ``limit`` of all together in a forward pass.
+    """Score ``copies`` copies of each sample, at most ``limit`` in total per forward pass.
 
     Args:
         forward: Maps inputs to logits.
-        make: Builds, from the numbers of samples and of copies, both of shape ``(n,)``, ``n`` perturbed inputs.
+        make: Builds ``n`` perturbed inputs from the indices of samples and of copies, both of shape ``(n,)``.
         target: Class of each sample, shape ``(B,)``.
-        copies: How many of each sample.
-        limit: The memory bound.
+        copies: Number of copies per sample.
+        limit: Maximum number of inputs in a forward pass.
         output: See `class_scores`.
 
     Returns:

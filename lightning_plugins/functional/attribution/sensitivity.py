@@ -21,23 +21,23 @@ def sensitivity(
     seed: int = 0,
     max_forward_batch: int = MAX_FORWARD_BATCH,
 ) -> Tensor:
-    """Largest relative change of a map when the input is moved a little: ``max |a(x + d) - a(x)| / |a(x)|``.
+    """Largest relative change of a map under small changes of the input: ``max |a(x + d) - a(x)| / |a(x)|``.
 
     Args:
         explain: Maps inputs and their classes, of shape ``(n,)``, to attributions of shape ``(n, ...)``.
         inputs: Shape ``(B, ...)``.
         target: Class of each sample, integers of shape ``(B,)``.
-        draws: How often each input is moved.
-        radius: Each of its numbers moves by at most so much, evenly distributed.
-        seed: Of the moves, which are a function of it and of the sample.
-        max_forward_batch: The largest number of inputs that are explained at once.
+        draws: Number of perturbations per input.
+        radius: Maximum change of each value, uniformly distributed.
+        seed: Seed of the perturbations, which depend on it and on the sample.
+        max_forward_batch: Maximum number of inputs that are explained at once.
 
     Returns:
-        Shape ``(B,)``, at least 0, the smaller the steadier; NaN for a map of zeros.
+        Shape ``(B,)``, at least 0, lower is more stable; NaN for a map of zeros.
 
     Raises:
         TypeError: If a tensor is of the wrong kind.
-        ValueError: If shapes do not go together or an argument is out of its range.
+        ValueError: If shapes do not match or an argument is out of its range.
 
     Example:
         >>> sensitivity(lambda x, target: 0 * x + 1, torch.ones(2, 4), torch.tensor([0, 1]))
@@ -58,7 +58,7 @@ def sensitivity(
     pairs = torch.arange(len(x) * (draws + 1), device=x.device)
     original: Tensor | None = None
     found = []
-    # The unmoved copies come first, so that every later part finds its original.
+    # The unchanged copies come first, so that every later chunk can use its original.
     for part in pairs.split(limit) if len(pairs) else ():
         samples, points = part % len(x), part // len(x)
         noise = (2 * random_uniform(split_keys(keys[samples], points), math.prod(x.shape[1:]), seed=seed) - 1) * radius

@@ -1,4 +1,4 @@
-"""Truth as spans of a signal or boxes of an image, made into masks."""
+"""Masks from spans of a signal or boxes of an image."""
 
 import math
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ def beat_spans(r_peaks: Tensor, labels: Tensor, length: int) -> dict[int, Tensor
     """Bound each beat of a signal by the midpoints between its R peak and the neighbours'.
 
     Args:
-        r_peaks: Rising sample numbers of shape ``(n,)``, within the signal.
+        r_peaks: Increasing sample indices of shape ``(n,)``, within the signal.
         labels: Integers of shape ``(n,)``: the class of each beat.
         length: Number of samples of the signal.
 
     Returns:
-        For each label that occurs, in rising order, the spans of its beats, an integer tensor of shape ``(m, 2)``: the
-        first sample, and one beyond the last. The first span begins at 0 and the last ends at ``length``.
+        For each label that occurs, in increasing order, the spans of its beats, an integer tensor of shape ``(m, 2)``:
+        the first sample, and one beyond the last. The first span begins at 0 and the last ends at ``length``.
 
     Raises:
         TypeError: If a tensor is not of integers or ``length`` no int.
-        ValueError: If the shapes differ, the peaks do not rise or lie outside of the signal.
+        ValueError: If the shapes differ, or the peaks do not increase or lie outside the signal.
 
     Example:
         >>> beat_spans(torch.tensor([10, 31, 50]), torch.tensor([0, 1, 0]), length=60)
@@ -32,7 +32,7 @@ def beat_spans(r_peaks: Tensor, labels: Tensor, length: int) -> dict[int, Tensor
                 [40, 60]]), 1: tensor([[20, 40]])}
 
     Source:
-        Suh et al., arXiv 2211.12702, whose code takes the integer midpoints.
+        Suh et al., arXiv 2211.12702, whose code uses integer midpoints.
     """
     check_positive_int("length", length)
     for name, value in (("r_peaks", r_peaks), ("labels", labels)):
@@ -65,8 +65,8 @@ def spans_to_mask(spans: Tensor | Sequence[Sequence[int]], length: int) -> Tenso
         Bool tensor of shape ``(length,)``.
 
     Raises:
-        TypeError: If ``length`` is no int, or a bound none.
-        ValueError: If a span is empty, lies outside of the signal, or has no two bounds.
+        TypeError: If ``length`` is not an int, or a bound none.
+        ValueError: If a span is empty, lies outside the signal, or does not have two bounds.
 
     Example:
         >>> spans_to_mask([(0, 2), (3, 4)], length=5)
@@ -81,13 +81,13 @@ def boxes_to_mask(boxes: Tensor | Sequence[Sequence[int]], shape: Sequence[int])
     Args:
         boxes: Integers of shape ``(m, 2 * len(shape))``: the first position along each dimension, then, along each, one
             beyond the last; for an image ``(top, left, bottom, right)``.
-        shape: Size of the space, ``(length,)`` or ``(height, width)``, say.
+        shape: Spatial size, such as ``(length,)`` or ``(height, width)``.
 
     Returns:
         Bool tensor of the given shape.
 
     Raises:
-        TypeError: If a size is no int, or a bound none.
+        TypeError: If a size is not an int, or a bound none.
         ValueError: If a box is empty, lies outside, or has another number of bounds.
 
     Example:

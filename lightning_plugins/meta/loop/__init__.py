@@ -1,1 +1,1 @@
-"""The inner loop taken apart: one episode, its measurements, norms, batches of tasks and checks."""
+"""Parts of the inner loop: one episode, its evaluation, norms, batches of tasks and checks."""

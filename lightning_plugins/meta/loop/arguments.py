@@ -1,4 +1,4 @@
-"""Checked arguments of an inner loop: the parameters that adapt, the preconditioner, the steps that count."""
+"""Argument checks of an inner loop: adapted parameters, preconditioner, step weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,12 +11,12 @@ from lightning_plugins.selection import TensorRef, select_modules, select_tensor
 
 
 def check_first_order(value: bool) -> bool:
-    """Return ``value`` if it is a bool: a text such as "False" would be true."""
+    """Return ``value`` if it is a bool: a string such as "False" would be truthy."""
     return check_bool("first_order", value)
 
 
 def adapted_parameters(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, Tensor]:
-    """The parameters that require a gradient, of the chosen layers or of all, by dotted name."""
+    """The parameters that require a gradient, of the selected layers or of all, by dotted name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, got {type(model).__name__}")
     modules = [model] if layers is None else list(select_modules(model, layers).values())
@@ -33,7 +33,7 @@ def adapted_parameters(model: nn.Module, layers: str | Sequence[str] | None) -> 
 
 
 def initialised(preconditioner: Preconditioner | None, parameters: dict[str, Tensor], steps: int) -> Preconditioner:
-    """The preconditioner with its parameters, unless another loop has given it some already."""
+    """Initialise the preconditioner's parameters, unless another loop already has."""
     if preconditioner is None:
         return Identity()
     if not isinstance(preconditioner, Preconditioner):
@@ -49,7 +49,7 @@ def initialised(preconditioner: Preconditioner | None, parameters: dict[str, Ten
 
 
 def learned_rates(adapted: dict[str, Tensor], rates: str, steps: int, initial: float) -> nn.ParameterDict:
-    """A rate for every adapted tensor, or one for each step, or none if they are fixed."""
+    """A learned rate per adapted tensor, or per tensor and step, or none if they are fixed."""
     learned = nn.ParameterDict()
     for name, parameter in adapted.items() if rates != "fixed" else ():
         shape = (steps,) if rates == "learned_per_step" else ()
@@ -58,7 +58,7 @@ def learned_rates(adapted: dict[str, Tensor], rates: str, steps: int, initial: f
 
 
 def weights_of_steps(weights: Sequence[float] | None, steps: int) -> list[float]:
-    """A weight for the query loss after every step; without steps, one for the model as it is."""
+    """A weight for the query loss after every step; without steps, one for the unadapted model."""
     if weights is None:
         return [0.0] * (steps - 1) + [1.0]
     if isinstance(weights, str | bytes) or not isinstance(weights, Sequence):
@@ -72,7 +72,7 @@ def weights_of_steps(weights: Sequence[float] | None, steps: int) -> list[float]
 
 
 def check_layer(model: nn.Module, layer: str, name: str = "layer") -> TensorRef:
-    """The one tensor that a name of a layer stands for."""
+    """The single tensor selected by a layer name."""
     if not isinstance(layer, str):
         raise TypeError(f"`{name}` must be the name of a module, got {type(layer).__name__}")
     references = select_tensors(model, layer)
@@ -82,7 +82,7 @@ def check_layer(model: nn.Module, layer: str, name: str = "layer") -> TensorRef:
 
 
 def check_adapted(adapted: Mapping[str, Tensor], names: Sequence[str], inputs: object) -> None:
-    """Refuse parameters that are not of these names and of the inputs' tasks."""
+    """Raise an error for parameters with other names or another number of tasks than the inputs."""
     if missing := [name for name in names if name not in adapted]:
         raise ValueError(f"`adapted` must be what `adapt` returned, got no {few(missing)}")
     tasks = len(adapted[names[0]])
@@ -92,7 +92,7 @@ def check_adapted(adapted: Mapping[str, Tensor], names: Sequence[str], inputs: o
 
 
 def check_updates(updates: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Refuse updates that are not those of the gradients."""
+    """Raise an error for updates that do not match the gradients."""
     for name, gradient in gradients.items():
         if name not in updates:
             raise ValueError(f"`preconditioner` must return an update for {name!r}, got {few(updates) or 'none'}")

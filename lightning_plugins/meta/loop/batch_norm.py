@@ -1,4 +1,4 @@
-"""Batch norm by the batch at hand, with a second derivative that passes over the values a few times only."""
+"""Batch norm with batch statistics, whose second derivative needs only a few passes over the values."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from lightning_plugins.functional.spectrum import full_precision
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise the channels of ``(samples, channels, ...)``; twice differentiable, under ``vmap`` too."""
-    # The second derivative of torch's own is a long chain of elementary operations on all values, which took a third of
-    # the time of a second-order inner loop with four convolutions; and under ``vmap(grad(...))`` it is wrong.
+    """Normalise the channels of ``(samples, channels, ...)``; twice differentiable, including under ``vmap``."""
+    # The second derivative of torch's batch norm is a long chain of elementary operations on all values, which took a
+    # third of the time of a second-order inner loop with four convolutions; and under ``vmap(grad(...))`` it is wrong.
     wide = x if x.dtype == torch.float64 else x.float()
     weight = wide.new_ones(x.shape[1]) if weight is None else weight.to(wide.dtype)
     bias = wide.new_zeros(x.shape[1]) if bias is None else bias.to(wide.dtype)
@@ -23,7 +23,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return result.reshape(x.shape).to(x.dtype)
 
 
-# Below, x is (..., samples, channels, places), and what belongs to channels (..., channels), all of the same leading
+# Below, x is (..., samples, channels, positions), and per-channel quantities are (..., channels), with the same leading
 # dimensions. With z = r (x - mean) the value is w z + b.
 
 
@@ -82,7 +82,7 @@ class _Backward(Function):
             d = rate * (_dots(v, x) / count - mean * c)
             e = _dots(v, grad) / count
             scale = weight * rate
-            # Each result is a combination of grad, v and z; that of z is split into one of x and a constant.
+            # Each result is a combination of grad, v and z; the z part is split into an x part and a constant.
             by_z = for_weight - scale * d
             for_grad = _combined(v, scale, x, by_z * rate, for_bias - scale * c - by_z * rate * mean)
             by_grad, by_v = rate * by_z, -rate * scale * b
@@ -100,7 +100,7 @@ class _Backward(Function):
 
 
 def _combined(first: Tensor, factor: Tensor, second: Tensor, other: Tensor, constant: Tensor) -> Tensor:
-    # No more than one operand without a stride along the places: torch would not use vector instructions.
+    # At most one operand without a stride along the positions: otherwise torch does not use vector instructions.
     return (second * _spread(other)).add_(_spread(constant)).addcmul_(first, _spread(factor))
 
 
@@ -113,12 +113,12 @@ def _count(x: Tensor) -> int:
 
 
 def _sums(x: Tensor) -> Tensor:
-    """Sums over samples and places."""
+    """Sums over samples and positions."""
     return x.sum(-1).sum(-2)
 
 
 def _dots(first: Tensor, second: Tensor) -> Tensor:
-    """Sums of products over samples and places."""
+    """Sums of products over samples and positions."""
     products: Tensor = torch.linalg.vecdot(first, second)
     return products.sum(-2)
 

@@ -1,4 +1,4 @@
-"""Embeddings whose gradient is that of torch under ``vmap``, too."""
+"""Embeddings with torch's gradient under ``vmap`` too."""
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Look rows up; ``padding_idx`` and ``scale_grad_by_freq`` hold for the gradient, once and twice.
+    """Look up rows; ``padding_idx`` and ``scale_grad_by_freq`` apply to first and second derivatives.
 
-    ``vmap`` passes over both, and torch's second derivative over ``scale_grad_by_freq``. Gradients are dense. Rows
-    longer than ``max_norm`` are shortened when they are looked up, with torch's gradient, but not in the weight itself,
-    which belongs to the model.
+    ``vmap`` ignores both, and torch's second derivative ignores ``scale_grad_by_freq``. Gradients are dense. Rows
+    longer than ``max_norm`` are rescaled on lookup, with torch's gradient, but not in the weight itself, which belongs
+    to the model.
 
     Returns:
         The rows, shape ``(*input.shape, columns)``.
@@ -26,7 +26,7 @@ def embedding(
     rows = F.embedding(input, weight)
     if max_norm is not None:
         lengths = torch.linalg.vector_norm(rows.detach(), norm_type, dim=-1, keepdim=True)
-        factors = torch.where(lengths > max_norm, max_norm / (lengths + 1e-7), 1.0)  # as torch has it
+        factors = torch.where(lengths > max_norm, max_norm / (lengths + 1e-7), 1.0)  # as in torch
         rows = rows + (rows * (factors - 1)).detach()
     if padding_idx is not None:
         padding = padding_idx % weight.shape[0]

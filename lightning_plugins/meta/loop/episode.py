@@ -18,11 +18,11 @@ from lightning_plugins.selection import TensorRef
 class Episodes(NamedTuple):
     """Results of a batch of tasks.
 
-    All carry their gradient for what is learned over tasks, unless the loop has a ``chunk_size``: then only the loss
-    does. Detach what is kept for longer than a step.
+    All have gradients with respect to the quantities learned across tasks, unless the loop has a ``chunk_size``: then
+    only the loss does. Detach results that are kept for longer than a step.
 
     Attributes:
-        loss: Mean over tasks of the query loss, with the weights of the steps: a scalar.
+        loss: Mean query loss over tasks, weighted over steps: a scalar.
         losses: Query loss of every task after the last inner step: shape ``(tasks,)``.
         outputs: The adapted models' outputs on the query inputs: shape ``(tasks, samples, ...)``, or a list of tensors
             of shape ``(samples, ...)`` if tasks differ in their number of query samples.
@@ -34,7 +34,7 @@ class Episodes(NamedTuple):
 
 
 class Loop(Protocol):
-    """Settings of an inner loop that its steps read."""
+    """Settings of an inner loop used in its steps."""
 
     model: nn.Module
     loss: Loss
@@ -47,7 +47,7 @@ class Loop(Protocol):
 
 
 class Episode:
-    """One task's parameters, step after step, and what the norms saw on the way."""
+    """One task's parameters over the steps, and the statistics of the norms."""
 
     def __init__(self, loop: Loop, support: Sequence[Any], statistics: Statistics, vectorize: bool) -> None:
         self.loop, self.support, self.statistics, self.vectorize = loop, support, statistics, vectorize
@@ -59,9 +59,9 @@ class Episode:
         statistics.begin_task()
 
     def step(self) -> None:
-        """Follow the gradient of the support loss once."""
+        """Take one gradient step on the support loss."""
         loop, rest, followed, initial = self.loop, Parameters(), self.parameters, self.initial
-        if loop.first_order:  # nothing then asks for the graph of the inner gradient
+        if loop.first_order:  # the graph of the inner gradient is not needed then
             rest = {name: parameter.detach() for name, parameter in loop.model.named_parameters()}
             followed, initial = _detached(followed), _detached(initial)
 
@@ -85,7 +85,7 @@ class Episode:
     def run(
         self, query: Sequence[Any], steps: int, weights: Sequence[float], layer: TensorRef | None
     ) -> tuple[Tensor, ...]:
-        """The weighted query loss, that after the last step, the outputs, and the features if a layer is given."""
+        """The weighted query loss, the loss after the last step, the outputs, and the features if a layer is given."""
         earlier: Tensor | float = 0.0
         for step in range(steps):
             self.step()
@@ -101,7 +101,7 @@ class Episode:
         return self
 
     def measure(self, batch: Sequence[Any], layer: TensorRef | None = None) -> tuple[Tensor, ...]:
-        """The loss, the outputs and perhaps the features with the present parameters."""
+        """The loss, the outputs and, if requested, the features with the current parameters."""
         given = Given(self.parameters, self.initial, None)._asdict()
 
         def measured() -> tuple[tuple[Tensor, ...], ...]:
@@ -142,7 +142,7 @@ def start(loop: Loop) -> Parameters:
 
 @contextmanager
 def kept_features(reference: TensorRef | None) -> Iterator[list[Tensor]]:
-    """Give what a layer returns, or receives, in this context, if there is one: the last tensor stays."""
+    """Capture the last output, or input, of a layer in this context, if one is given."""
     kept: list[Tensor] = []
     if reference is None:
         yield kept

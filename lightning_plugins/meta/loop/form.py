@@ -1,4 +1,4 @@
-"""Order in which the tasks of a batch are computed: all at once, one by one, or chunk by chunk."""
+"""Order in which the tasks of a batch are computed: all at once, one by one, or in chunks."""
 
 import warnings
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from lightning_plugins.meta.loop.tasks import Draws, chunk_by_chunk, over_tasks
 
 Vectorize = bool | Literal["auto"]
 
-_PIXELS = 64 * 64  # from which vectorised convolutions are slower on a CPU than those of one task after the other
+_PIXELS = 64 * 64  # image size from which vectorised convolutions are slower on a CPU than a loop over tasks
 
 
 def check_vectorize(vectorize: object) -> Any:
-    """Refuse all but True, False and "auto"."""
+    """Raise an error for anything but True, False and "auto"."""
     if not isinstance(vectorize, bool) and not (isinstance(vectorize, str) and vectorize == "auto"):
         kind = ValueError if isinstance(vectorize, str) else TypeError
         raise kind(f'`vectorize` must be True, False or "auto", got {vectorize!r}')
@@ -27,10 +27,10 @@ class Plan(NamedTuple):
     """The settings of a call.
 
     Attributes:
-        vectorize: ``"auto"`` vectorises where that is no slower.
+        vectorize: ``"auto"`` vectorises where that is not slower.
         chunk_size: Number of tasks whose graph is in memory at a time.
         same_draws: Whether dropout draws the same masks for all tasks.
-        chunked: Whether a gradient is taken after every chunk.
+        chunked: Whether the gradient is computed after every chunk.
     """
 
     vectorize: Vectorize
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 class Form:
-    """Computes tasks by a plan, and one after the other where ``"auto"`` has met a model that `vmap` cannot run."""
+    """Computes tasks by a plan; in a loop if ``"auto"`` found that `vmap` does not support the model."""
 
     def __init__(self) -> None:
         self._failed = False
@@ -48,7 +48,7 @@ class Form:
     def run(
         self, task: Callable[..., tuple[Tensor, ...]], model: nn.Module, batch: TaskBatch, plan: Plan
     ) -> tuple[Any, ...]:
-        """Call ``task`` with whether it is vectorised, and a task's parts."""
+        """Call ``task`` with a flag for vectorisation and a task's parts."""
 
         def call(vectorize: bool) -> tuple[Any, ...]:
             return _computed(task, batch, plan._replace(vectorize=vectorize))
@@ -100,7 +100,7 @@ def _computed(task: Callable[..., tuple[Tensor, ...]], batch: TaskBatch, plan: P
 
 
 def looped_is_faster(model: nn.Module, batch: TaskBatch) -> bool:
-    """Return whether to compute task by task: for convolutions on a CPU, from images of some size on."""
+    """Tell whether to compute task by task: for convolutions of large images on a CPU."""
     if batch.first.device.type != "cpu" or not any(parameter.ndim >= 4 for parameter in model.parameters()):
         return False
     return any(tensor.ndim >= 5 and tensor.shape[-1] * tensor.shape[-2] >= _PIXELS for tensor in batch.groups[0])

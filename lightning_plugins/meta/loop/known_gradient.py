@@ -1,4 +1,4 @@
-"""A scalar whose gradient was taken already, for all that it depends on."""
+"""A scalar whose gradient is already computed for everything it depends on."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from lightning_plugins.functional.spectrum import full_precision
 
 
 class Sources:
-    """Finds the leaves that values depend on in the graph itself, and adds up their gradients.
+    """Finds the leaves that values depend on from the autograd graph, and accumulates their gradients.
 
-    A list of parameters kept by hand would miss what the model, the loss or a preconditioner closes over.
+    An explicit list of parameters would miss tensors that the model, the loss or a preconditioner closes over.
     """
 
     def __init__(self) -> None:
@@ -22,17 +22,17 @@ class Sources:
         self._begin = _sequence_number()
 
     def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The inputs of a chunk, as leaves: what they were made of is passed over here and gets its gradient later."""
+        """The inputs of a chunk as leaves: tensors they were computed from get their gradient later."""
         copies = tuple(tensor.detach().requires_grad_() if tensor.requires_grad else tensor for tensor in tensors)
         self._copies = [pair for pair in zip(copies, tensors, strict=True) if pair[1].requires_grad]
         return copies
 
     def add(self, value: Tensor) -> None:
-        """Add the gradient of ``value``, whose graph is then free."""
+        """Add the gradient of ``value`` and free its graph."""
         if not value.requires_grad:
             return
         found, shared = _leaves_of(value, self._begin)
-        # A graph made before the call, such as that of `scale.exp()` in a loss, is there for every chunk.
+        # A graph created before the call, such as that of `scale.exp()` in a loss, is shared by all chunks.
         with full_precision(value):
             gradients = torch.autograd.grad(value, found, allow_unused=True, retain_graph=shared)
         originals = {id(copy): original for copy, original in self._copies}
@@ -49,14 +49,14 @@ class Sources:
 
 
 def with_known_gradient(value: Tensor, sources: Sources) -> Tensor:
-    """Attach gradients that are known already to a scalar."""
+    """Attach known gradients to a scalar."""
     tensors, gradients = sources.known()
     result: Tensor = _KnownGradient.apply(value, tuple(gradients), *tensors)
     return result
 
 
 def _leaves_of(value: Tensor, begin: int) -> tuple[list[Tensor], bool]:
-    """The leaves in the graph of a value, and whether nodes older than ``begin`` are among the others."""
+    """The leaves in the graph of a value, and whether it has other nodes older than ``begin``."""
     if value.grad_fn is None:
         return [value], False
     found, shared = [], False
@@ -75,7 +75,7 @@ def _leaves_of(value: Tensor, begin: int) -> tuple[list[Tensor], bool]:
 
 
 def _sequence_number() -> int:
-    """That of a node made now: nodes made before in this thread have smaller ones."""
+    """The sequence number of a new node: older nodes of this thread have smaller ones."""
     with torch.enable_grad():
         made = torch.zeros((), requires_grad=True) + 0
     return int(made.grad_fn._sequence_nr())  # type: ignore[union-attr]  # an addition with gradients enabled

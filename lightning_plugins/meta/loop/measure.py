@@ -1,4 +1,4 @@
-"""The model and the loss on one task's batch, with given parameters."""
+"""Evaluation of the model and the loss on one task's batch, with given parameters."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ class Measure:
 
     Args:
         model: The model.
-        loss: The loss; it also gets, by name, the ``parameters``, the ``initial`` ones and the ``step`` that it names.
+        loss: The loss; it also receives ``parameters``, ``initial`` and ``step`` if it has arguments of these names.
     """
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -28,8 +28,8 @@ class Measure:
         self.wanted = named_arguments(loss, ("parameters", "initial", "step"))
 
     def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
-        """The model's outputs; parameters that are not given are its own, and so are buffers, as copies."""
-        # The model is not changed: what a forward pass writes into buffers, such as a counter, goes to copies.
+        """The model's outputs; parameters that are not given are its own, and buffers are copies of its own."""
+        # The model is not changed: buffers written in a forward pass, such as counters, are copies.
         copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else None
@@ -43,7 +43,7 @@ class Measure:
         return outputs
 
     def __call__(self, parameters: Parameters, batch: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss and the outputs; ``given`` has what a loss may ask for."""
+        """The loss and the outputs; ``given`` has the optional arguments of a loss."""
         outputs = self.outputs(parameters, batch[0])
         try:
             value = self.loss(outputs, batch[1], **{name: given[name] for name in self.wanted})
@@ -61,16 +61,16 @@ class Measure:
 
 
 def named_arguments(function: Callable[..., Any], names: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the names that are parameters of a function or of a module's forward pass."""
+    """Return the names that are arguments of a function or of a module's forward pass."""
     try:
         signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):  # some built-in functions have none
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return ()
     return tuple(name for name in names if name in signature.parameters)
 
 
 class Given(NamedTuple):
-    """Values that a loss or a preconditioner may ask for by name."""
+    """Optional arguments of a loss or a preconditioner, passed by name."""
 
     parameters: Parameters
     initial: Parameters
@@ -80,7 +80,7 @@ class Given(NamedTuple):
 def plain_gradient(
     value: Callable[[Parameters], tuple[Tensor, tuple[Tensor, ...]]], parameters: Parameters, *, differentiable: bool
 ) -> tuple[Parameters, tuple[Tensor, ...]]:
-    """Do as ``torch.func.grad(value, has_aux=True)``, without the time it takes to trace small operations."""
+    """Like ``torch.func.grad(value, has_aux=True)``, without its overhead for small operations."""
     differentiable = differentiable and torch.is_grad_enabled()
     with torch.enable_grad():
         free = {
@@ -95,7 +95,7 @@ def plain_gradient(
 
 
 def check_used(measure: Measure, parameters: Parameters, support: Sequence[Any]) -> None:
-    """Refuse adapted parameters without part in a task's loss: they never adapt, and nothing else says so."""
+    """Raise an error for adapted parameters that the loss does not depend on: they would silently never adapt."""
     device = leaves(support[0])[0].device
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         free = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}

@@ -1,8 +1,8 @@
-"""Norms whose second derivative is right under ``vmap``, or fast.
+"""Norms whose second derivative is correct under ``vmap``, or fast.
 
-Under ``vmap(grad(...))`` torch writes the backward of these norms in the mean and the deviation that the forward
-saved, as if they did not depend on the input: the value and the first derivative are right, the second is silently
-wrong. Group norm is not affected. Batch norm by the batch at hand is replaced for its speed, too.
+Under ``vmap(grad(...))`` torch expresses the backward pass of these norms with the saved mean and deviation, as if they
+did not depend on the input: the value and the first derivative are correct, the second is silently wrong. Group norm is
+not affected. Batch norm with batch statistics is also replaced for speed.
 """
 
 from collections.abc import Callable, Sequence

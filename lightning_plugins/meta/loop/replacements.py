@@ -1,4 +1,4 @@
-"""Functions of torch that an inner loop computes in another way, for derivatives that are right or exist."""
+"""Replacements of torch functions in an inner loop whose derivatives are missing or wrong."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,10 +19,10 @@ _Result = TypeVar("_Result")
 
 
 class Replaced(TorchFunctionMode):
-    """Calls other functions in place of torch's while it is entered.
+    """Calls replacements of torch functions while active.
 
     Args:
-        replacements: By the function that is replaced.
+        replacements: The replacements by original function.
     """
 
     def __init__(self, replacements: Mapping[_Function, _Function]) -> None:
@@ -36,15 +36,15 @@ class Replaced(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the replacement, if there is one."""
+        """Call the replacement, if any."""
         return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Keep transformers from their fused inference, which has no derivative.
+    """Disable the fused inference path of transformers, which has no derivative.
 
-    In evaluation mode `nn.TransformerEncoderLayer` takes it where nothing seems to require a gradient, as under
+    In evaluation mode `nn.TransformerEncoderLayer` uses it if nothing seems to require a gradient, as under
     `torch.func.grad`.
     """
     before = torch.backends.mha.get_fastpath_enabled()
@@ -57,18 +57,18 @@ def without_fast_path() -> Iterator[None]:
 
 @contextmanager
 def replaced(vectorize: bool, device: torch.device, *, twice: bool = False) -> Iterator[None]:
-    """For a forward pass whose gradient is right, or ``twice`` differentiable.
+    """Context for a forward pass that is correctly differentiable once, or ``twice``.
 
-    The second derivative needs other norms, and attention in elementary operations, whatever the user or the model
-    chose: its fused kernels have none. Under `vmap` that of the CPU has no first one either that is fast. What holds
-    outside of this context is as before behind it.
+    The second derivative needs replaced norms, and attention in elementary operations, whatever the user or the model
+    selected: fused kernels have none. Under `vmap` the CPU kernel has no fast first derivative either. Settings are
+    restored on exit.
     """
     table: dict[_Function, _Function] = {F.embedding: embedding}
     with ExitStack() as contexts:
         if twice or (vectorize and device.type == "cpu"):
             table |= _ATTENTION
             contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if vectorize and (twice or _autocast()):  # the backward of torch's norms mixes dtypes under `vmap` and autocast
+        if vectorize and (twice or _autocast()):  # backward of torch's norms mixes dtypes under `vmap` and autocast
             table |= norms.VECTORIZED
         elif twice:
             table |= norms.LOOPED
@@ -77,7 +77,7 @@ def replaced(vectorize: bool, device: torch.device, *, twice: bool = False) -> I
 
 
 def with_autocast(call: Callable[[], _Result]) -> _Result:
-    """Call under `vmap`, where torch heeds autocast inside of a `grad` transform alone."""
+    """Call under `vmap`, where torch applies autocast only inside a `grad` transform."""
     if not _autocast():
         return call()
     results: _Result = vjp(lambda _: call(), torch.zeros(()))[0]

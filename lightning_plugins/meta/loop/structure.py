@@ -1,4 +1,4 @@
-"""Batches of tasks: inputs and targets of one or several tensors, of tasks of the same size or of different ones."""
+"""Batches of tasks: inputs and targets of one or several tensors, for tasks of equal or different sizes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -11,7 +11,7 @@ Nested = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def leaves(value: object) -> list[Tensor]:
-    """The tensors of a tensor, or of tuples and mappings of them, in their order."""
+    """The tensors in a tensor, tuple or mapping, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, tuple) and value:
@@ -22,7 +22,7 @@ def leaves(value: object) -> list[Tensor]:
 
 
 def rebuilt(like: object, tensors: Iterator[Tensor]) -> Any:
-    """The structure of ``like``, of other tensors."""
+    """Other tensors in the structure of ``like``."""
     if isinstance(like, tuple):
         return tuple(rebuilt(part, tensors) for part in like)
     if isinstance(like, Mapping):
@@ -31,11 +31,11 @@ def rebuilt(like: object, tensors: Iterator[Tensor]) -> Any:
 
 
 class TaskBatch(NamedTuple):
-    """Tasks in groups: of consecutive ones whose tensors have the same shapes.
+    """Tasks in groups of consecutive ones whose tensors have the same shapes.
 
     Attributes:
-        groups: The tensors of each group, of all parts in turn, with a first dimension for the tasks.
-        structures: A task's parts: what the tensors of a task are put together to.
+        groups: The tensors of each group, over all parts, with a first dimension for the tasks.
+        structures: The structures of a task's parts.
     """
 
     groups: tuple[tuple[Tensor, ...], ...]
@@ -52,7 +52,7 @@ class TaskBatch(NamedTuple):
         return self.groups[0][0]
 
     def unpacked(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """The parts of a task, from its tensors."""
+        """Assemble the parts of a task from its tensors."""
         remaining = iter(tensors)
         return [rebuilt(structure, remaining) for structure in self.structures]
 
@@ -66,7 +66,7 @@ class TaskBatch(NamedTuple):
 
 
 def batch_of(*parts: object) -> TaskBatch:
-    """Put parts together: each has a first dimension for the tasks, or is a list with an entry for every task."""
+    """Combine parts, each with a first dimension for the tasks or a list with one entry per task."""
     structures = tuple(part[0] if isinstance(part, list) else part for part in parts)
     if not any(isinstance(part, list) for part in parts):
         return TaskBatch((tuple(leaf for part in parts for leaf in leaves(part)),), structures)
@@ -77,7 +77,7 @@ def batch_of(*parts: object) -> TaskBatch:
 
 
 def tasks_together(parts: Sequence[Any]) -> Any:
-    """Parts of one task each, with a first dimension of 1, as one part; as a list if they differ in size."""
+    """Combine parts of single tasks, with a first dimension of 1; as a list if they differ in size."""
     rows = [leaves(part) for part in parts]
     if any([leaf.shape for leaf in row] != [leaf.shape for leaf in rows[0]] for row in rows):
         return [rebuilt(part, iter([leaf[0] for leaf in row])) for part, row in zip(parts, rows, strict=True)]
@@ -85,7 +85,7 @@ def tasks_together(parts: Sequence[Any]) -> Any:
 
 
 def joined(pieces: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-    """Results of groups or chunks, with one dimension for all tasks; a list of tasks if they differ in size."""
+    """Concatenate results of groups or chunks over tasks; a list of tasks if they differ in size."""
     if len(pieces) == 1:
         return tuple(pieces[0])
     results = []

@@ -1,4 +1,4 @@
-"""A function of one task for all tasks: vectorised, one after the other, or chunk by chunk."""
+"""Applies a function of one task to all tasks: vectorised, one after the other, or in chunks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from lightning_plugins.meta.loop.structure import TaskBatch, joined
 Task = Callable[..., tuple[Tensor, ...]]
 
 # Keeps a function out of `torch.compile`, which cannot trace every nesting of `vmap`, `grad` and custom functions.
-# `torch.compiler.disable` does the same, but takes seconds when this module is imported.
+# `torch.compiler.disable` does the same, but takes seconds to import.
 eagerly = _disable_dynamo
 
 
 def over_tasks(
     task: Task, batch: TaskBatch, vectorize: bool, chunk_size: int | None, same_draws: bool
 ) -> tuple[Any, ...]:
-    """Call ``task`` for every task, on tensors whose first dimension counts them, and stack what it returns."""
+    """Call ``task`` for every task along the first dimension, and stack the results."""
     draws = Draws(batch.first.device) if same_draws else None
     pieces = []
     for piece in chunks(batch, chunk_size if vectorize else 1):
@@ -37,12 +37,12 @@ def over_tasks(
 def chunk_by_chunk(
     measure: Callable[[TaskBatch], tuple[Tensor, ...]], batch: TaskBatch, size: int, draws: "Draws | None"
 ) -> tuple[Any, ...]:
-    """Take the gradient of each chunk before the next one, so that one graph is in memory at a time."""
+    """Compute the gradient of each chunk before the next one, so that only one graph is in memory."""
     sources = Sources()
 
-    # `measure` gives a value per task first: the mean gets its gradient. The rest is put together.
+    # `measure` returns a value per task first, whose mean is differentiated. The rest is concatenated.
     def measured(piece: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """In a function, at whose end nothing holds the graph any more."""
+        """A separate function, so that the graph is released on return."""
         if draws is not None:
             draws.restore()
         values, *rest = measure(batch.with_tensors([sources.inputs(piece)]))
@@ -55,13 +55,13 @@ def chunk_by_chunk(
 
 
 def chunks(batch: TaskBatch, size: int | None) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces of up to ``size`` tasks of one size."""
+    """Chunks of up to ``size`` tasks of equal size."""
     for group in batch.groups:
         yield from zip(*(tensor.split(size or len(tensor)) for tensor in group), strict=True)
 
 
 class Draws:
-    """The state of the random generators, to return to."""
+    """The state of the random generators, for restoring."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device if device.type == "cuda" else None
@@ -69,12 +69,12 @@ class Draws:
         self.cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
 
     def restore(self) -> None:
-        """Set the generators back to the state they were in."""
+        """Restore the state of the generators."""
         torch.set_rng_state(self.cpu)
         if self.device is not None and self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 def cat_tasks(value: Tensor | Sequence[Tensor]) -> Tensor:
-    """All tasks' samples in one dimension."""
+    """Merge all tasks' samples into one dimension."""
     return value.flatten(0, 1) if isinstance(value, Tensor) else torch.cat(list(value))

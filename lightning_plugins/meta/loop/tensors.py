@@ -1,4 +1,4 @@
-"""Tensors with which an inner loop is called, checked and made fit for derivatives."""
+"""Input tensors of an inner loop: checks and preparation for differentiation."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ _KINDS = "a tensor, or a tuple or mapping of tensors, or a list of one of these 
 
 
 def check_pair(name: str, batch: object) -> tuple[object, object]:
-    """Refuse what is not a pair of inputs and targets with a task and a sample dimension."""
+    """Raise an error unless it is a pair of inputs and targets with a task and a sample dimension."""
     rule = f"`{name}` must be a pair (inputs, targets) of tensors with shapes (tasks, samples, ...)"
     if not isinstance(batch, Sequence) or len(batch) != 2:
         shown = f"{len(batch)} things" if isinstance(batch, Sequence) else type(batch).__name__
@@ -30,7 +30,7 @@ def check_batch(support: object) -> TaskBatch:
 
 
 def check_batches(support: object, query: object) -> TaskBatch:
-    """Refuse support and query batches that are not of the same tasks."""
+    """Raise an error for support and query batches with different numbers of tasks."""
     parts = (*check_pair("support", support), *check_pair("query", query))
     counts = [_tasks(part) for part in parts]
     if counts[0] != counts[2]:
@@ -40,9 +40,9 @@ def check_batches(support: object, query: object) -> TaskBatch:
 
 @contextmanager
 def ordinary_tensors(batch: TaskBatch) -> Iterator[TaskBatch]:
-    """Leave the modes in which nothing can be differentiated, or not rightly."""
-    # Nothing scales the inner loss, so small entries of a float16 gradient would become zero. The range of bfloat16 is
-    # that of float32, so its autocast stays. What was made in inference mode is copied.
+    """Leave modes in which differentiation is impossible or inaccurate."""
+    # The inner loss is not scaled, so small entries of a float16 gradient would underflow to zero. bfloat16 has the
+    # range of float32, so its autocast is kept. Inference tensors are copied.
     inference, device = torch.is_inference_mode_enabled(), batch.first.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
@@ -62,7 +62,7 @@ def ordinary_tensors(batch: TaskBatch) -> Iterator[TaskBatch]:
 def _check_tensors(rule: str, inputs: object, targets: object) -> None:
     tensors = [*_leaves(rule, inputs), *_leaves(rule, targets)]
     shapes = f"got {' and '.join(str(tuple(tensor.shape)) for tensor in tensors)}"
-    # Floating inputs of two dimensions would be one task's samples, each of which a linear layer takes for a task.
+    # Two-dimensional floating inputs are likely the samples of one task, each of which would be treated as a task.
     least = 3 if isinstance(inputs, Tensor) and inputs.is_floating_point() else 2
     if tensors[0].ndim < least or any(tensor.ndim < 2 for tensor in tensors):
         raise ValueError(f"{rule}, {shapes}; a single task is `inputs.unsqueeze(0), targets.unsqueeze(0)`")

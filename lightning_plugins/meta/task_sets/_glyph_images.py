@@ -1,4 +1,4 @@
-"""Pictures of characters, drawn once a process with the fonts that matplotlib brings along."""
+"""Images of characters, rendered once per process with the fonts shipped with matplotlib."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -16,18 +16,18 @@ _FACES = tuple(
     for family, slanted in (("Sans", "Oblique"), ("Serif", "Italic"), ("SansMono", "Oblique"))
     for style in ("-Bold", f"-Bold{slanted}", f"-{slanted}", "")
 )
-_POINTS = 24  # of the fonts: of the characters left, no more than some wide letters do not fit into the picture
-_LEAST, _LEAST_DIFFERENT = 8, 4  # faces that a character needs: those of two families; and so many unlike shapes
+_POINTS = 24  # font size: only a few wide letters do not fit into the image
+_LEAST, _LEAST_DIFFERENT = 8, 4  # minimum number of faces of a character, from two families; and of distinct shapes
 
 
 class Glyphs(NamedTuple):
-    """Characters that look different, in their faces.
+    """Visually distinct characters in their font faces.
 
     Attributes:
         characters: One of every kind.
-        images: Ink from 0 to 255 in every face that looks different: shape ``(all faces, 32, 32)``, uint8.
-        first: Where each character's images begin: shape ``(characters,)``.
-        faces: How many each has: shape ``(characters,)``.
+        images: Ink from 0 to 255 in every distinct face: shape ``(all faces, 32, 32)``, uint8.
+        first: Index of each character's first image: shape ``(characters,)``.
+        faces: Number of images of each character: shape ``(characters,)``.
     """
 
     characters: tuple[str, ...]
@@ -38,13 +38,13 @@ class Glyphs(NamedTuple):
 
 @cache
 def glyphs(wanted: str | None = None) -> Glyphs:
-    """Draw all characters that have enough faces.
+    """Render all characters with enough faces.
 
-    Of characters with one picture in common, such as A and the Greek alpha, all but one are left out: they are one
-    class for whoever looks at them, and must not be on both sides of a split, or two classes of one task.
+    Of characters that share an image, such as A and the Greek alpha, all but one are dropped: they are visually one
+    class, and must not be on both sides of a split or be two classes of a task.
 
     Args:
-        wanted: Draw these only; None for all.
+        wanted: The characters to render; None for all.
 
     Returns:
         The characters in the order of their codes, and their images.
@@ -59,12 +59,12 @@ def glyphs(wanted: str | None = None) -> Glyphs:
 
 
 def _drawn(wanted: str | None) -> dict[str, dict[bytes, None]]:
-    """The different pictures of every character that has enough faces."""
+    """The distinct images of every character with enough faces."""
     fonts = _fonts()
     charmaps = [font.get_charmap() for font in fonts]
     counts: dict[int, int] = {}
     for code, glyph in (item for charmap in charmaps for item in charmap.items()):
-        counts[code] = counts.get(code, 0) + (glyph != 0)  # 0 is the box that stands for what is missing
+        counts[code] = counts.get(code, 0) + (glyph != 0)  # 0 is the box for missing glyphs
     codes = [code for code, count in counts.items() if count >= _LEAST and _is_character(chr(code), wanted)]
     drawn: dict[str, dict[bytes, None]] = {}
     for font, charmap in zip(fonts, charmaps, strict=True):
@@ -75,7 +75,7 @@ def _drawn(wanted: str | None) -> dict[str, dict[bytes, None]]:
 
 
 def _is_character(character: str, wanted: str | None) -> bool:
-    """Letters, numbers, punctuation and symbols, but no styled double of another, such as a mathematical bold A."""
+    """Letters, numbers, punctuation and symbols, without styled variants such as a mathematical bold A."""
     styled = unicodedata.decomposition(character).startswith("<font>")
     return unicodedata.category(character)[0] in "LNPS" and not styled and (wanted is None or character in wanted)
 
@@ -93,11 +93,11 @@ def _fonts() -> list[Any]:
 
 
 def _picture(font: Any, character: str) -> bytes | None:
-    """The character in the middle of a picture, whose bytes tell whether two look alike; None if blank or too wide."""
+    """The centred image of a character, as bytes for comparison; None if blank or too wide."""
     from matplotlib import ft2font
 
     constants: Any = getattr(ft2font, "LoadFlags", ft2font)
-    flags = getattr(constants, "NO_HINTING", None) or constants.LOAD_NO_HINTING  # its name before matplotlib 3.10
+    flags = getattr(constants, "NO_HINTING", None) or constants.LOAD_NO_HINTING  # the name before matplotlib 3.10
     font.set_text(character, flags=flags)
     font.draw_glyphs_to_bitmap(antialiased=True)
     ink = torch.from_numpy(font.get_image().copy())
@@ -115,14 +115,14 @@ def _picture(font: Any, character: str) -> bytes | None:
 
 
 def _lookalikes(drawn: dict[str, dict[bytes, None]]) -> Iterable[list[str]]:
-    """Groups of characters that have pictures in common, directly or over others."""
+    """Groups of characters that share images, directly or transitively."""
     group_of: dict[bytes, list[str]] = {}
     groups: dict[int, list[str]] = {}
     for character, pictures in drawn.items():
         group = [character]
         for picture in pictures:
             other = group_of.get(picture, group)
-            if other is not group:  # join the two: all pictures of the other group now belong to this one
+            if other is not group:  # merge the two: all images of the other group now belong to this one
                 group += other
                 groups.pop(id(other))
                 group_of.update({theirs: group for one in other for theirs in drawn[one]})

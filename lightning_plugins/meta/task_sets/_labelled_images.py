@@ -1,4 +1,4 @@
-"""Images with labels, from files or from memory, and what loaders of them share."""
+"""Images with labels, from files or memory, and shared parts of their loaders."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from lightning_plugins.meta.task_sets.base import Split
 
 SIZE = 84  # pixels, as in most published few-shot results
-# What numpy's arrays are rebuilt with, under its old names and its new ones.
+# Functions that reconstruct NumPy arrays, under old and new names.
 _ARRAYS = {
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
@@ -25,7 +25,7 @@ _ARRAYS = {
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Base class: images with labels, of which `FewShot` makes tasks.
+    """Base class of labelled images, from which `FewShot` makes tasks.
 
     Attributes:
         targets: The label of every image, from 0.
@@ -61,13 +61,13 @@ def numbered(names: Iterable[str]) -> tuple[list[int], list[str]]:
 
 
 def of_split(names: Sequence[str], split: Split) -> list[str]:
-    """Of classes in their order every second for training, and of the others in turn one for validation and test."""
+    """Every second class for training, the others alternately for validation and test."""
     first, step = {"train": (0, 2), "val": (1, 4), "test": (3, 4)}[split]
     return list(names)[first::step]
 
 
 def check_files(root: Path, files: Iterable[Path]) -> list[Path]:
-    """Refuse files that are not there."""
+    """Raise an error for missing files."""
     listed = list(files)
     missing = [file for file in listed if not file.is_file()]
     if missing:
@@ -79,7 +79,7 @@ def check_files(root: Path, files: Iterable[Path]) -> list[Path]:
 
 
 def wrong_layout(root: Path, *layouts: str) -> FileNotFoundError:
-    """Say what a folder should hold, and what it does."""
+    """Error that lists the expected and the actual contents of a folder."""
     if not root.is_dir():
         return FileNotFoundError(f"`root` must be a folder, got {str(root)!r}")
     found = sorted(path.name for path in root.iterdir())
@@ -88,7 +88,7 @@ def wrong_layout(root: Path, *layouts: str) -> FileNotFoundError:
 
 
 def load_pickle(file: Path) -> Any:
-    """Load a pickle of arrays in dictionaries and lists; others, which could run any code, are refused."""
+    """Load a pickle of arrays in dictionaries and lists; others, which could run any code, raise an error."""
     with file.open("rb") as stream:
         try:
             return _ArraysOnly(stream, encoding="latin1").load()  # some were written by Python 2

@@ -11,7 +11,7 @@ NAMES = ("targets", "labels", "_labels", "y")
 
 
 def labels_of(dataset: Any) -> list[Any]:
-    """One label per sample: an attribute of the dataset, or what its samples say."""
+    """One label per sample, from an attribute of the dataset or from its samples."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"`dataset` must have `__len__` and `__getitem__`, got {type(dataset).__name__}")
     if isinstance(dataset, Mapping | str | bytes):

@@ -1,4 +1,4 @@
-"""Sources of few-shot tasks: the interface, and checks that its implementations share."""
+"""Sources of few-shot tasks: the interface and shared checks."""
 
 from typing import Literal
 
@@ -15,8 +15,8 @@ Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 class TaskSet:
     """Base class: a distribution over tasks, from which `EpisodeLoader` draws.
 
-    An implementation defines `sample`; all chance in it comes from the generator that it is given, so that the same
-    seed gives the same tasks in every process.
+    An implementation defines `sample`, whose randomness must come only from the given generator, so that the same seed
+    gives the same tasks in every process.
 
     Example:
         >>> class Lines(TaskSet):
@@ -35,19 +35,19 @@ class TaskSet:
 
         Args:
             tasks: How many.
-            generator: The one source of chance.
+            generator: The random generator.
 
         Returns:
             ``((support_x, support_y), (query_x, query_y))``, tensors of shapes ``(tasks, samples, ...)``.
 
         Raises:
-            NotImplementedError: By this base class.
+            NotImplementedError: In this base class.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `sample(tasks, generator)`")
 
 
 def check_draw(tasks: int, generator: Generator) -> None:
-    """Refuse what no tasks can be drawn with.
+    """Raise an error for arguments with which no tasks can be drawn.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -59,7 +59,7 @@ def check_draw(tasks: int, generator: Generator) -> None:
 
 
 def check_ways(ways: int) -> int:
-    """Refuse tasks with fewer than two classes."""
+    """Raise an error for tasks with fewer than two classes."""
     check_arguments(check_ways, locals())
     if check_positive_int("ways", ways) < 2:
         raise ValueError("`ways` must be at least 2, got 1: with one class there is nothing to tell apart")

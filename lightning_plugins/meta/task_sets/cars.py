@@ -1,4 +1,4 @@
-"""Stanford Cars, in the forms in which it goes around."""
+"""Stanford Cars, in the layouts in which it is distributed."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -23,17 +23,17 @@ Images = list[tuple[Path, str]]
 class Cars(LabelledImages):
     """Images of cars (Stanford Cars): 98 classes for training, 49 for validation, 49 for test.
 
-    Three layouts are read, whose own division into training and test images is of no concern here: ``cars_annos.mat``
-    beside the folder ``car_ims``; the folder ``devkit`` with ``cars_meta.mat``, ``cars_train_annos.mat`` and
-    ``cars_test_annos_withlabels.mat`` beside ``cars_train`` and ``cars_test``; and folders ``train/<class>`` and
-    ``test/<class>`` of images. Of the classes in alphabetical order, letters and digits alone, every second one is of
-    the training, and the others are in turn of validation and test. The layouts then have the same split, although
-    they number and spell classes differently; it is not that of splits by the devkit's numbers.
+    Three layouts are supported, whose own training and test split is ignored: ``cars_annos.mat`` with the folder
+    ``car_ims``; the folder ``devkit`` with ``cars_meta.mat``, ``cars_train_annos.mat`` and
+    ``cars_test_annos_withlabels.mat`` next to ``cars_train`` and ``cars_test``; and image folders ``train/<class>`` and
+    ``test/<class>``. With classes in alphabetical order (letters and digits only), every second one is for training,
+    and the others alternately for validation and test. All layouts thus have the same split, although they number and
+    spell classes differently; it differs from splits by the devkit's numbers.
 
     Args:
         root: The folder.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        transform: Makes a tensor of a PIL image; by default one of shape ``(3, 84, 84)`` with values from 0 to 1.
+        transform: Converts a PIL image to a tensor; by default of shape ``(3, 84, 84)`` with values from 0 to 1.
 
     Raises:
         FileNotFoundError: If the folder has none of these layouts, or images are missing.
@@ -47,7 +47,7 @@ class Cars(LabelledImages):
         FileNotFoundError: `root` must be a folder, got 'elsewhere'
 
     Source:
-        Krause et al., 3dRR workshop, 2013; the split as that of the birds of Chen et al., ICLR 2019,
+        Krause et al., 3dRR workshop, 2013; split as for the birds of Chen et al., ICLR 2019,
         https://arxiv.org/abs/1904.04232.
     """
 
@@ -70,7 +70,7 @@ class Cars(LabelledImages):
 
 
 def _letters(name: str) -> str:
-    """A class in a spelling that all layouts share: folders cannot have the slash of 'C/V', and may lack blanks."""
+    """Normalised class name, equal in all layouts: folders lack the slash of 'C/V' and perhaps spaces."""
     return "".join(filter(str.isalnum, name.lower()))
 
 

@@ -21,14 +21,14 @@ _TABLES = ("images.txt", "image_class_labels.txt", "classes.txt")
 class CUB(LabelledImages):
     """Images of birds (CUB-200-2011): 100 classes for training, 50 for validation, 50 for test.
 
-    Read are ``images.txt``, ``image_class_labels.txt``, ``classes.txt`` and the folder ``images``, in ``root`` or in
-    its folder ``CUB_200_2011``. Every second class is of the training, and the others are in turn of validation and
-    test: our reading of the usual split, whose lists do not come with the images.
+    Reads ``images.txt``, ``image_class_labels.txt``, ``classes.txt`` and the folder ``images``, in ``root`` or in its
+    folder ``CUB_200_2011``. Every second class is for training, and the others alternately for validation and test: our
+    interpretation of the usual split, whose lists are not distributed with the images.
 
     Args:
         root: The folder.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        transform: Makes a tensor of a PIL image; by default one of shape ``(3, 84, 84)`` with values from 0 to 1.
+        transform: Converts a PIL image to a tensor; by default of shape ``(3, 84, 84)`` with values from 0 to 1.
 
     Raises:
         FileNotFoundError: If the folder does not have this layout, or images are missing.

@@ -1,4 +1,4 @@
-"""N-way K-shot tasks out of any labelled dataset."""
+"""N-way K-shot tasks from any labelled dataset."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from lightning_plugins.meta.task_sets.base import Batch, TaskSet, check_draw, ch
 
 
 class LabelledDataset(Protocol):
-    """Gives pairs ``(input, label)``: any map-style dataset."""
+    """Any map-style dataset of pairs ``(input, label)``."""
 
     def __len__(self) -> int: ...
 
@@ -20,22 +20,22 @@ class LabelledDataset(Protocol):
 
 
 class FewShot(TaskSet):
-    """N-way K-shot classification: every task is about ``ways`` classes drawn from those of a labelled dataset.
+    """N-way K-shot classification: every task has ``ways`` classes drawn from a labelled dataset.
 
-    The labels are read from ``targets``, ``labels`` or ``tensors`` of the dataset, also through `Subset` and
+    The labels are read from ``targets``, ``labels`` or ``tensors`` of the dataset, including through `Subset` and
     `ConcatDataset`; failing that, all samples are loaded once. Within a task the classes have the labels 0 to
-    ``ways - 1`` in an order drawn by chance; samples stand by class, support and query samples are distinct.
+    ``ways - 1`` in random order; samples are ordered by class, and support and query samples are distinct.
 
     Args:
-        dataset: Gives pairs ``(input, label)``: inputs are tensors of one shape, arrays or numbers; labels anything
-            that can be a key of a dictionary.
+        dataset: Pairs ``(input, label)``: inputs are tensors of one shape, arrays or numbers; labels any hashable
+            values.
         ways: Number of classes in a task.
         shots: Number of support samples of each class.
         queries: Number of query samples of each class.
         classes: Labels of the classes to draw from, such as those for validation; all by default.
 
     Raises:
-        TypeError: If the dataset does not give pairs, or a number is no int.
+        TypeError: If the dataset does not return pairs, or a number is not an int.
         ValueError: If a number is out of range, a class unknown or too small, or there are fewer than ``ways``.
 
     Example:
@@ -77,7 +77,7 @@ class FewShot(TaskSet):
 
         Args:
             tasks: How many.
-            generator: The one source of chance.
+            generator: The random generator.
 
         Returns:
             ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, ways * shots, ...)`` and
@@ -128,7 +128,7 @@ def _by_class(labels: Iterable[Any], classes: Sequence[Any] | None) -> dict[Any,
     for index, label in enumerate(labels):
         members.setdefault(label, []).append(index)
     if classes is None:
-        # Not in the order of appearance, so that a shuffled dataset has the same tasks.
+        # Not in order of appearance, so that a shuffled dataset has the same tasks.
         return dict(sorted(members.items(), key=lambda item: (str(type(item[0])), item[0])))
     if isinstance(classes, str | bytes) or not isinstance(classes, Sequence):
         raise TypeError(f"`classes` must be a sequence of labels, got {type(classes).__name__}")

@@ -17,22 +17,22 @@ _ROTATION, _SCALE, _SHEAR, _SHIFT = 0.35, 0.2, 0.2, 0.15  # radians, logarithm, 
 
 
 class GlyphFewShot(TaskSet):
-    """Tells characters of many scripts apart: N-way K-shot tasks of grey images of 28 x 28 pixels.
+    """Classification of characters of many scripts: N-way K-shot tasks of 28 x 28 grey images.
 
-    The classes are letters, digits and symbols, the samples their shapes in four to twelve faces of the fonts that come
-    with matplotlib (DejaVu), rotated, scaled, sheared and shifted by chance. Within a task a class shows every face
-    once before one comes again. Of characters with a picture in common, such as the Latin A and the Greek alpha, one is
-    kept. Training, validation and test have different characters, some 64, 16 and 20 of 100, chosen by a hash of their
-    code. All are drawn once a process, which takes a few seconds.
+    The classes are letters, digits and symbols, the samples their shapes in four to twelve faces of the fonts shipped
+    with matplotlib (DejaVu), rotated, scaled, sheared and shifted at random. Within a task a class uses every face once
+    before repeating one. Of characters that share an image, such as the Latin A and the Greek alpha, one is kept.
+    Training, validation and test have different characters, about 64, 16 and 20 of 100, chosen by a hash of their code.
+    All are rendered once per process, which takes a few seconds.
 
     Args:
         split: Which characters: ``"train"``, ``"val"`` or ``"test"``.
         ways: Number of classes in a task.
         shots: Number of support samples of each class.
         queries: Number of query samples of each class.
-        jitter: Strength of the random changes: at 1 up to 20 degrees, 22 % in size, a slope of 0.2, and 2 pixels; at 0
-            none.
-        characters: Draw from these only; None for all.
+        jitter: Strength of the random distortions: at 1 up to 20 degrees, 22 % in size, a slope of 0.2, and 2 pixels;
+            at 0 none.
+        characters: The characters to draw from; None for all.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -78,15 +78,15 @@ class GlyphFewShot(TaskSet):
         self._images, self._first, self._faces = everything.images, everything.first[kept], everything.faces[kept]
 
     def sample(self, tasks: int, generator: Generator) -> Batch:
-        """Draw tasks; their images are changed all at once.
+        """Draw tasks; their images are distorted all at once.
 
         Args:
             tasks: How many.
-            generator: The one source of chance.
+            generator: The random generator.
 
         Returns:
             ``((support_x, support_y), (query_x, query_y))``, of shapes ``(tasks, ways * shots, 1, 28, 28)`` and
-            ``(tasks, ways * queries, 1, 28, 28)`` with ink from 0 to 1; samples stand by class.
+            ``(tasks, ways * queries, 1, 28, 28)`` with ink from 0 to 1; samples are ordered by class.
         """
         check_draw(tasks, generator)
         chosen = torch.stack([self._draw(generator) for _ in range(tasks)])
@@ -102,7 +102,7 @@ class GlyphFewShot(TaskSet):
         return (support_x, support_y), (query_x, query_y)
 
     def _draw(self, generator: Generator) -> Tensor:
-        """Numbers of a task's images: shape ``(ways, shots + queries)``."""
+        """Indices of a task's images: shape ``(ways, shots + queries)``."""
         drawn = []
         count = torch.arange(self.shots + self.queries)
         for number in torch.randperm(len(self.characters), generator=generator)[: self.ways].tolist():
@@ -111,7 +111,7 @@ class GlyphFewShot(TaskSet):
         return torch.stack(drawn)
 
     def _changes(self, count: int, generator: Generator) -> Tensor:
-        """Affine maps from places in the result to places in the picture: shape ``(count, 2, 3)``."""
+        """Affine maps from positions in the result to positions in the image: shape ``(count, 2, 3)``."""
         chance = self.jitter * (2 * torch.rand(5, count, generator=generator) - 1)
         angle, scale, shear = _ROTATION * chance[0], (_SCALE * chance[1]).exp(), _SHEAR * chance[2]
         cos, sin = scale * angle.cos(), scale * angle.sin()
@@ -120,5 +120,5 @@ class GlyphFewShot(TaskSet):
 
 
 def _hash(character: str) -> float:
-    """Where in [0, 1) a character stands: the same whatever other characters there are."""
+    """Hash of a character to [0, 1), independent of the other characters."""
     return float(zlib.crc32(ord(character).to_bytes(4, "big")) / 2**32)

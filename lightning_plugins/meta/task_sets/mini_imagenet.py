@@ -1,4 +1,4 @@
-"""mini-ImageNet, in the two forms in which it goes around."""
+"""mini-ImageNet, in the two layouts in which it is distributed."""
 
 import csv
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from lightning_plugins.meta.task_sets.base import Split
 class MiniImageNet(LabelledImages):
     """Images of mini-ImageNet: 64 classes for training, 16 for validation, 20 for test.
 
-    Two layouts are read: ``train.csv``, ``val.csv`` and ``test.csv`` with the columns ``filename`` and ``label`` beside
-    a folder ``images``; and ``mini-imagenet-cache-train.pkl`` and so on, each a pickled dictionary of ``image_data``
-    and ``class_dict``. Of a pickle nothing is loaded but arrays in dictionaries and lists.
+    Two layouts are supported: ``train.csv``, ``val.csv`` and ``test.csv`` with the columns ``filename`` and ``label``
+    next to a folder ``images``; and ``mini-imagenet-cache-train.pkl`` and so on, each a pickled dictionary of
+    ``image_data`` and ``class_dict``. From pickles only arrays in dictionaries and lists are loaded.
 
     Args:
         root: The folder.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        transform: Makes a tensor of a PIL image; by default one of shape ``(3, 84, 84)`` with values from 0 to 1.
+        transform: Converts a PIL image to a tensor; by default of shape ``(3, 84, 84)`` with values from 0 to 1.
 
     Raises:
         FileNotFoundError: If the folder has neither layout, or images are missing.

@@ -1,4 +1,4 @@
-"""Regression of sinusoids, the classical test of few-shot regression."""
+"""Sinusoid regression, the classic few-shot regression test."""
 
 import math
 
@@ -23,7 +23,7 @@ class Sinusoid(TaskSet):
         queries: Number of query samples of a task.
 
     Raises:
-        TypeError: If a number is no int.
+        TypeError: If a number is not an int.
         ValueError: If one is less than 1.
 
     Example:
@@ -44,7 +44,7 @@ class Sinusoid(TaskSet):
 
         Args:
             tasks: How many.
-            generator: The one source of chance.
+            generator: The random generator.
 
         Returns:
             ``((support_x, support_y), (query_x, query_y))``, of shape ``(tasks, shots, 1)`` each and

@@ -13,14 +13,14 @@ from lightning_plugins.meta.task_sets.base import Split
 class TieredImageNet(LabelledImages):
     """Images of tiered-ImageNet: 351 classes for training, 97 for validation, 160 for test, of different categories.
 
-    Read are ``train_labels.pkl`` and so on beside ``train_images_png.pkl``, a list of encoded images, or
-    ``train_images.npz``, an array ``images``. All images are held in memory: 448,695 of training take 12 GB decoded, so
-    the encoded ones are preferred. Of a pickle nothing is loaded but arrays in dictionaries and lists.
+    Reads ``train_labels.pkl`` and so on with ``train_images_png.pkl``, a list of encoded images, or
+    ``train_images.npz``, an array ``images``. All images are kept in memory: the 448,695 training images take 12 GB
+    decoded, so the encoded ones are preferred. From pickles only arrays in dictionaries and lists are loaded.
 
     Args:
         root: The folder.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        transform: Makes a tensor of a PIL image; by default one of shape ``(3, 84, 84)`` with values from 0 to 1.
+        transform: Converts a PIL image to a tensor; by default of shape ``(3, 84, 84)`` with values from 0 to 1.
 
     Raises:
         FileNotFoundError: If the folder does not have this layout.
@@ -70,5 +70,5 @@ def _names(file: Path) -> list[str]:
         raise ValueError(f"{file.name!r} must be a dictionary with 'label_specific', got {got}")
     numbers = [int(number) for number in content["label_specific"]]
     names = list(map(str, content.get("label_specific_str", [])))
-    width = len(str(max(numbers, default=0)))  # numbers in front, so that the labels keep their order
+    width = len(str(max(numbers, default=0)))  # numeric prefix, so that the labels keep their order
     return [f"{number:0{width}} {names[number]}" if number < len(names) else f"{number:0{width}}" for number in numbers]

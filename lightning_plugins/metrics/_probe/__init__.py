@@ -1,1 +1,1 @@
-"""Probes from sums: moments by fold, rows that are kept, and the fits that both allow."""
+"""Probes from sums: moments by fold, stored rows, and fits to both."""

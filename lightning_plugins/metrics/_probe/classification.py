@@ -1,4 +1,4 @@
-"""Linear classifiers from sums, and softmax regression on kept rows, judged on kept rows of held-out folds."""
+"""Linear classifiers from sums, and softmax regression on stored rows, evaluated on stored held-out rows."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,12 +14,12 @@ _STEPS = 100
 
 
 class KeptRows(NamedTuple):
-    """Rows on which classifiers are judged.
+    """Rows on which classifiers are evaluated.
 
     Attributes:
-        features: Shape ``(R, d)``, as the sums saw them, shift included.
+        features: Shape ``(R, d)``, shifted as in the sums.
         classes: Integers of shape ``(R,)``.
-        folds: Number of the fold of each row, shape ``(R,)``.
+        folds: Fold of each row, shape ``(R,)``.
     """
 
     features: Tensor
@@ -30,13 +30,13 @@ class KeptRows(NamedTuple):
 def correct_predictions(
     probe: CrossValidation, rows: KeptRows, columns: slice, shift: Tensor, *, classifier: str
 ) -> Tensor:
-    """Return which of the kept rows are classified correctly by a classifier that has not seen their fold.
+    """Return which stored rows are classified correctly by a classifier fitted without their fold.
 
     Args:
-        probe: The sums of all rows, those that are kept among them.
-        rows: The kept rows, with the classes that stand in ``columns``.
-        columns: Which of the targets are the indicators of these classes.
-        shift: What was taken from these indicators, shape ``(C,)``.
+        probe: The sums of all rows, including the stored ones.
+        rows: The stored rows, with the classes encoded in ``columns``.
+        columns: The target columns with the indicators of these classes.
+        shift: The shift subtracted from these indicators, shape ``(C,)``.
         classifier: ``"ridge"``, ``"lda"`` or ``"softmax"``.
 
     Returns:
@@ -61,14 +61,14 @@ def correct_predictions(
 def _ridge(
     probe: CrossValidation, training: Training, fold: int, columns: slice, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One penalty for all classes, that of the smallest error of all: scores must be comparable."""
+    """One penalty for all classes, with the smallest total error, so that scores are comparable."""
     choice = probe.inner_errors[fold][:, :, columns].sum(dim=(0, 2)).argmin()
     weights, intercept = probe.weights(training, choice.expand(training.system.projections.shape[1]))
     return weights[:, columns], intercept[columns] + shift
 
 
 def _lda(probe: CrossValidation, training: Training, fold: int, columns: slice, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Class means and pooled covariance from the sums; the ridge's penalty per row is added to the covariance."""
+    """Class means and pooled covariance from the sums; the ridge penalty per row is added to the covariance."""
     d, n = probe.num_features, training.sums[0, 0]
     share = training.mean[d:][columns] + shift  # of the rows, by class
     cross = training.sums[1 : 1 + d, 1 + d :][:, columns] / n  # centred features with centred indicators
@@ -84,7 +84,7 @@ def _lda(probe: CrossValidation, training: Training, fold: int, columns: slice, 
 
 
 def _softmax_scores(rows: KeptRows, fold: int, training: Training, features: Tensor) -> Tensor:
-    """Softmax regression on the kept rows of other folds, its weight decay chosen on one of them."""
+    """Softmax regression on the stored rows of other folds, with the weight decay chosen on one of them."""
     d = features.shape[1]
     mean, scale = training.mean[:d], training.scale[:d]
     kept = rows.folds != fold

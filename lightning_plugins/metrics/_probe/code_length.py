@@ -1,4 +1,4 @@
-"""Lengths of codes of the targets, from the moments of folds that arrive one after the other."""
+"""Code lengths of the targets, from the moments of folds transmitted one after the other."""
 
 import math
 
@@ -9,22 +9,22 @@ from lightning_plugins.functional.evidence import evidence_at, log_evidence
 from lightning_plugins.functional.ridge import RidgeSystem, ridge_system
 from lightning_plugins.metrics._probe.moments import mean_and_scale, standardised
 
-_NULL = 0.5 * math.log(2 * math.pi * math.e)  # nats of a standardised target under its own Gaussian
+_NULL = 0.5 * math.log(2 * math.pi * math.e)  # nats per standardised target under its own Gaussian
 
 
 def description_length(folds: Tensor, num_features: int) -> Tensor:
     """Length of a prequential code of the targets, in nats per row.
 
-    Targets are scaled to mean 0 and variance 1, so that a code that knows nothing else takes 1.419 nats per row. The
-    first fold is sent with that; each later one with the predictive distribution of a Bayesian linear regression whose
-    precisions have the largest evidence on the folds before it.
+    Targets are scaled to mean 0 and variance 1, so that a code without other information takes 1.419 nats per row. The
+    first fold is coded that way; each later one with the predictive distribution of a Bayesian linear regression whose
+    precisions maximise the evidence on the preceding folds.
 
     Args:
-        folds: Moments of the folds that have rows, shape ``(F, p, p)``.
+        folds: Moments of the folds with rows, shape ``(F, p, p)``.
         num_features: ``d``.
 
     Returns:
-        Tensor of shape ``(k,)``; negative where the features say nearly everything, since densities are coded.
+        Tensor of shape ``(k,)``; negative for almost fully informative features, since densities are coded.
     """
     total = folds.sum(dim=0)
     mean, scale = mean_and_scale(total, folds.shape[-1] - 1)
@@ -47,7 +47,7 @@ def description_length(folds: Tensor, num_features: int) -> Tensor:
 
 
 def null_length() -> float:
-    """Nats per row of a standardised target whose features are not used."""
+    """Nats per row of a standardised target without features."""
     return _NULL
 
 

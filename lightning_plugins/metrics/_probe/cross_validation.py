@@ -1,4 +1,4 @@
-"""Ridge regression over folds, nested, from the folds' moments alone."""
+"""Nested cross-validation of ridge regression from the folds' moments alone."""
 
 from functools import cached_property
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from lightning_plugins.metrics._probe.moments import mean_and_scale, standardise
 
 
 class Training(NamedTuple):
-    """A system of training rows, and how its rows were centred and scaled.
+    """The normal equations of training rows, with their centring and scaling.
 
     Attributes:
-        system: In the eigenbasis.
+        system: The system in the eigenbasis.
         mean: Of features and targets, shape ``(d + k,)``.
         scale: Of the same; targets are not scaled.
         sums: The rows' moments after that.
@@ -34,12 +34,12 @@ class Training(NamedTuple):
 
 
 class CrossValidation:
-    """Every fold predicted by the others, the penalty chosen by folds among those others.
+    """Predict every fold from the others, with the penalty chosen by inner folds among those others.
 
-    Features are centred and scaled by the moments of the rows that train, never by those that are predicted.
+    Features are centred and scaled with the moments of the training rows, never with those of the predicted ones.
 
     Args:
-        folds: Moments of the folds that have rows, shape ``(F, p, p)``, under one shift.
+        folds: Moments of the folds with rows, shape ``(F, p, p)``, with a common shift.
         num_features: ``d``; the other columns are targets.
         lambdas: Penalties, shape ``(L,)``.
     """
@@ -61,10 +61,10 @@ class CrossValidation:
 
     @cached_property
     def inner_errors(self) -> Tensor:
-        """Mean squared errors of one fold under a training without it and another one, shape ``(F, F, L, k)``.
+        """Mean squared errors on one fold after training without it and another one, shape ``(F, F, L, k)``.
 
-        The first index is the fold that is left out for good, the second the fold that is predicted; the errors of a
-        fold under itself, which choose nothing, are zero.
+        The first index is the outer held-out fold, the second the predicted fold; the diagonal, which is not used for
+        the choice, is zero.
         """
         count = len(self.folds)
         errors = self.folds.new_zeros(count, count, len(self.lambdas), self.folds.shape[-1] - 1 - self.num_features)
@@ -77,17 +77,17 @@ class CrossValidation:
 
     @cached_property
     def chosen(self) -> Tensor:
-        """Number of the penalty with the smallest mean error over the inner folds, shape ``(F, k)``."""
+        """Index of the penalty with the smallest mean error over the inner folds, shape ``(F, k)``."""
         return self.inner_errors.sum(dim=1).argmin(dim=1)
 
     @cached_property
     def outer_sums(self) -> list[HeldOutSums]:
-        """For each fold the sums of its predictions by the others, under every penalty."""
+        """For each fold the sums of its predictions from the others, for every penalty."""
         return [self._predict(training, fold) for fold, training in enumerate(self.outer)]
 
     @cached_property
     def chosen_sums(self) -> list[HeldOutSums]:
-        """For each fold the sums of its predictions under the penalty that the other folds chose, each ``(1, k)``."""
+        """For each fold the sums of its predictions with the penalty chosen by the other folds, each ``(1, k)``."""
         return [
             HeldOutSums(*(v if v.ndim < 2 else v.gather(0, row[None]) for v in sums))
             for sums, row in zip(self.outer_sums, self.chosen, strict=True)
@@ -105,7 +105,7 @@ class CrossValidation:
         d = self.num_features
         pooled = [own.moved(training.mean[d:]) for own, training in zip(self.chosen_sums, self.outer, strict=True)]
         within = [own.moved(-own.target / own.rows) for own in self.chosen_sums]
-        # predictions about their own mean in each fold: means of folds are no part of a correlation within folds
+        # predictions centred within each fold: fold means do not contribute to a correlation within folds
         within = [own._replace(prediction=own.prediction * 0, prediction_squares=_about_mean(own)) for own in within]
         total = HeldOutSums(*(sum(values[1:], values[0]) for values in zip(*pooled, strict=True)))
         inside = HeldOutSums(*(sum(values[1:], values[0]) for values in zip(*within, strict=True)))
@@ -114,12 +114,12 @@ class CrossValidation:
 
     @cached_property
     def final_choice(self) -> Tensor:
-        """Number of the penalty with the smallest mean error over all folds, shape ``(k,)``: for the refit on all."""
+        """Index of the penalty with the smallest mean error over all folds, shape ``(k,)``, for the final refit."""
         errors = [sums.squared_error / sums.rows for sums in self.outer_sums]
         return torch.stack(errors).mean(dim=0).argmin(dim=0)
 
     def weights(self, training: Training, choice: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights ``(d, k)`` and intercepts ``(k,)`` for features as the sums saw them, shift included."""
+        """Weights ``(d, k)`` and intercepts ``(k,)`` for features shifted as in the sums."""
         d = self.num_features
         coefficients = training.system.coefficients(self.lambdas[choice][None])[0]
         weights = training.system.eigenvectors @ coefficients / training.scale[:d, None]

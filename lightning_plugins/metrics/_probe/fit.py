@@ -1,4 +1,4 @@
-"""Fit a probe to its sums, and say what keeps it from one."""
+"""Fit a probe to its sums, with errors that explain why a fit is impossible."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ from lightning_plugins.metrics._probe.settings import MIN_FOLDS, ProbeSettings
 
 
 def fit_probe(moments: Tensor, sample: Tensor, settings: ProbeSettings) -> ProbeResult:
-    """Fit and judge a probe.
+    """Fit and evaluate a probe.
 
     Args:
-        moments: Of all rows, by fold, with their shift.
-        sample: Rows ``[fold, features, targets]``, of which a classification is judged.
-        settings: What was asked for.
+        moments: Moments of all rows by fold, with their shift.
+        sample: Rows ``[fold, features, targets]`` for evaluating a classification.
+        settings: The settings.
 
     Returns:
-        What was found.
+        The results.
 
     Raises:
         ValueError: If the rows allow no fit.
@@ -33,7 +33,7 @@ def fit_probe(moments: Tensor, sample: Tensor, settings: ProbeSettings) -> Probe
     r2 = scores.r2
     control = r2[k:].mean() if settings.controls else r2.new_tensor(torch.nan)
     weights, intercept = probe.weights(total, probe.final_choice)
-    offset = shift[d:] - shift[:d] @ weights  # features and targets come with their means
+    offset = shift[d:] - shift[:d] @ weights  # features and targets include their means
     correct, control_correct = _judge(probe, sample, settings, has_rows, shift)
     accuracy, control_accuracy = correct.double().mean(), control_correct.double().mean()
     gained = (r2[:k], control) if settings.task == "regression" else (accuracy, control_accuracy)
@@ -60,10 +60,10 @@ def fit_probe(moments: Tensor, sample: Tensor, settings: ProbeSettings) -> Probe
 
 
 def check_sums(sums: Tensor, shift: Tensor, settings: ProbeSettings) -> None:
-    """Refuse sums that allow no fit.
+    """Raise an error for sums that allow no fit.
 
     Raises:
-        ValueError: Naming what is wrong with the rows.
+        ValueError: With the problem.
     """
     d, k = settings.num_features, settings.num_targets
     count = int(sums[:, 0, 0].sum())
@@ -100,7 +100,7 @@ def check_sums(sums: Tensor, shift: Tensor, settings: ProbeSettings) -> None:
 def _judge(
     probe: CrossValidation, sample: Tensor, settings: ProbeSettings, has_rows: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return which kept rows are classified correctly, and which by the first control; none for a regression."""
+    """Return which stored rows are classified correctly, and which for the first control; none for a regression."""
     d, k = settings.num_features, settings.num_targets
     nothing = torch.zeros(0, dtype=torch.bool)
     if settings.task != "classification":
@@ -110,7 +110,7 @@ def _judge(
     features, targets = sample[:, 1 : 1 + d] - shift[:d], sample[:, 1 + d :]
 
     def judged(columns: slice) -> Tensor:
-        # the indicators were shifted like all columns: the intercept of a class lacks the shift of its indicator
+        # indicators were shifted like all columns, so the intercept of a class lacks the shift of its indicator
         rows = KeptRows(features, targets[:, columns].argmax(dim=1), folds)
         return correct_predictions(probe, rows, columns, shift[d:][columns], classifier=settings.classifier)
 

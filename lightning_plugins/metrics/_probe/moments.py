@@ -1,8 +1,8 @@
 """Sums of products of features and targets, by fold.
 
 The state is one tensor of shape ``(folds + 1, p, p)``. Slab ``f`` is ``Z.T @ Z`` over the rows ``Z = [1, x, y]`` of
-fold ``f``, with a shift taken from all columns but the first. The last slab holds that shift in its first row and,
-in its first place, whether there is one: all in one tensor, so that a reduction over processes sees the shift together
+fold ``f``, with a shift subtracted from all columns but the first. The last slab holds that shift in its first row and,
+in its first entry, whether there is one: a single tensor, so that a reduction over processes has the shift together
 with the sums that depend on it.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def empty_moments(folds: int, columns: int) -> Tensor:
-    """Moments of no rows, shape ``(folds + 1, 1 + columns, 1 + columns)``, float64."""
+    """Empty moments, shape ``(folds + 1, 1 + columns, 1 + columns)``, float64."""
     return torch.zeros(folds + 1, 1 + columns, 1 + columns, dtype=torch.float64)
 
 
@@ -35,13 +35,13 @@ def add_rows(moments: Tensor, rows: Tensor, fold_of_row: Tensor) -> Tensor:
     augmented = torch.cat([ones, rows - shift], dim=1)
     for fold in range(len(moments) - 1):
         inside = fold_of_row == fold
-        own = augmented * inside[:, None] if rows.is_cuda else augmented[inside]  # to pick rows waits for a GPU
+        own = augmented * inside[:, None] if rows.is_cuda else augmented[inside]  # indexing synchronises a GPU
         moments[fold].addmm_(own.T, own)
     return moments
 
 
 def merge_moments(stack: Tensor) -> Tensor:
-    """Moments of all rows, from those of several processes, each with a shift of its own.
+    """Merge the moments of several processes, each with its own shift.
 
     Args:
         stack: Shape ``(processes, folds + 1, p, p)``.
@@ -65,7 +65,7 @@ def merge_moments(stack: Tensor) -> Tensor:
 
 
 def standardised(sums: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Sums of products of ``(z - mean) / scale``, for columns behind the first.
+    """Sums of products of ``(z - mean) / scale``, for all columns but the first.
 
     Args:
         sums: ``Z.T @ Z`` with ``Z = [1, z]``, shape ``(p, p)``.
@@ -86,7 +86,7 @@ def mean_and_scale(sums: Tensor, scaled: int) -> tuple[Tensor, Tensor]:
 
     Args:
         sums: Shape ``(p, p)``, as above.
-        scaled: How many of the columns are scaled, from the first.
+        scaled: Number of leading columns to scale.
 
     Returns:
         Mean and scale, each of shape ``(p - 1,)``.

@@ -7,30 +7,30 @@ from torch import Tensor
 
 
 class ProbeResult(NamedTuple):
-    """Results of a linear probe on held-out folds; per target, a scalar where there is one target.
+    """Results of a linear probe on held-out folds; per target, or scalars for a single target.
 
     Attributes:
-        weight: ``"token"`` or ``"group"``: what counts as a row.
-        rows: Number of rows that were probed: tokens, or groups.
+        weight: ``"token"`` or ``"group"``: the meaning of a row.
+        rows: Number of rows: tokens, or groups.
         r2: Coefficient of determination of the held-out predictions of all folds together, against the mean of all
             rows.
         r2_folds: By fold, against the mean of the fold, shape ``(F, k)``; NaN for a fold of one row.
         pearson: Correlation of held-out predictions and targets within folds.
-        rmse: Root of the mean squared error of the held-out predictions, in the target's unit.
+        rmse: Root mean squared error of the held-out predictions, in the target's unit.
         v_information: Gaussian V-information in nats, ``-0.5 * log(1 - r2)``.
-        control_r2: Of targets that are one random number per group, mean over the controls; NaN without controls. Not
-            above 0 in the rule.
-        selectivity: ``r2`` less ``control_r2``, the latter not below 0; for classification, accuracies in their place.
+        control_r2: R² for one random number per group, mean over the controls; NaN without controls. Usually not above
+            0.
+        selectivity: ``r2`` minus ``control_r2``, the latter clipped at 0; accuracies instead for classification.
         evidence: Largest log evidence in nats per row, as LogME.
-        description_length: Nats per row of a prequential code of the standardised targets; 1.419 if features say
-            nothing.
-        best_lambda: The penalty that the other folds chose, shape ``(F, k)``.
-        weights: Of a refit on all rows, shape ``(d, k)``, for features as they are.
-        intercept: Of the same, shape ``(k,)``.
+        description_length: Nats per row of a prequential code of the standardised targets; 1.419 for uninformative
+            features.
+        best_lambda: The penalty chosen by the other folds, shape ``(F, k)``.
+        weights: Weights of a refit on all rows, shape ``(d, k)``, for raw features.
+        intercept: Its intercept, shape ``(k,)``.
         accuracy: Held-out accuracy of a classification; NaN for a regression.
         accuracy_error: Its binomial standard error.
         control_accuracy: Held-out accuracy for one random class per group.
-        evaluated: Number of rows that the accuracy rests on.
+        evaluated: Number of rows used for the accuracy.
     """
 
     weight: str
@@ -53,7 +53,7 @@ class ProbeResult(NamedTuple):
     evaluated: Tensor
 
     def headline(self) -> dict[str, Tensor]:
-        """Scalars to log, means over targets; the score that layers are compared by comes first."""
+        """Scalars to log, means over targets; the score for comparing layers comes first."""
         names: tuple[str, ...] = (
             "r2",
             "selectivity",
@@ -73,5 +73,5 @@ class ProbeResult(NamedTuple):
 
     @property
     def score(self) -> float:
-        """The number that layers are compared by: mean R² over targets, or accuracy."""
+        """The score for comparing layers: mean R² over targets, or accuracy."""
         return float(next(iter(self.headline().values())))

@@ -1,4 +1,4 @@
-"""Arguments of a linear probe, checked once."""
+"""Settings of a linear probe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ TASKS: tuple[Task, ...] = ("regression", "classification")
 WEIGHTS: tuple[Weight, ...] = ("token", "group")
 CLASSIFIERS: tuple[Classifier, ...] = ("ridge", "lda", "softmax")
 LAMBDAS = tuple(10.0 ** (exponent / 2) for exponent in range(-4, 13))
-MIN_FOLDS = 3  # one held out, and two inside which the penalty is chosen
+MIN_FOLDS = 3  # one held out, and two for choosing the penalty
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Settings of `LinearProbe`; see there."""
+    """Settings of `LinearProbe`; documented there."""
 
     num_features: int
     num_targets: int
@@ -70,7 +70,7 @@ class ProbeSettings:
 
     @property
     def target_columns(self) -> int:
-        """Targets and the targets of the controls, which take as many columns as classes where there are classes."""
+        """Number of target columns including controls, each with one column per class for classification."""
         return self.num_targets + self.controls * (self.num_targets if self.task == "classification" else 1)
 
     @property
@@ -80,10 +80,10 @@ class ProbeSettings:
 
 
 def check_penalties(lambdas: Sequence[float] | None) -> tuple[float, ...]:
-    """Return the penalties in ascending order, or the usual ones for None.
+    """Return the penalties in ascending order, or the default ones for None.
 
     Raises:
-        TypeError: If they are no numbers.
+        TypeError: If they are not numbers.
         ValueError: If there are none, or one is negative or not finite.
     """
     if lambdas is None:

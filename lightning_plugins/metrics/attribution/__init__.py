@@ -1,4 +1,4 @@
-"""Metrics of attributions: sums by class as states, a random baseline and skill beside every score."""
+"""Attribution metrics: sums per class as states, with a random baseline and skill for every score."""
 
 from lightning_plugins.metrics.attribution.base import AttributionScore
 from lightning_plugins.metrics.attribution.faithfulness import FaithfulnessCorrelation, Infidelity, Sensitivity

@@ -1,4 +1,4 @@
-"""Base of the metrics of attributions: sums by class, a random baseline, and skill over it."""
+"""Base class of attribution metrics: sums per class, a random baseline, and skill."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ from lightning_plugins.metrics._sums import SumMetric
 
 
 class AttributionScore(NamedTuple):
-    """A mean score beside the one of random maps.
+    """A mean score and that of random maps.
 
     Attributes:
         score: The mean over samples; NaN without any.
-        random: The mean that random maps reach, or are expected to reach, on the same samples.
+        random: The mean, or expected, score of random maps on the same samples.
         skill: ``(score - random) / (best - random)``: 1 for the best possible score, 0 for a random one.
         samples: Number of samples with a score.
-        undefined: Number of samples that have none: an empty mask, a map that is not finite, a constant one.
+        undefined: Number of samples without a score: an empty mask, a non-finite or a constant map.
     """
 
     score: Tensor
@@ -29,18 +29,18 @@ class AttributionScore(NamedTuple):
 
 
 class AttributionMetric(SumMetric):
-    """Base of the metrics that are means over samples.
+    """Base class of metrics that are means over samples.
 
-    The states are sums in double precision, one for each class, so the result is exact however samples are split into
-    batches or over ranks, and the sums of the classes are those of all samples.
+    The states are sums in double precision, one per class, so the result is exact however samples are split into
+    batches or over ranks.
 
     Args:
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
 
     Raises:
-        TypeError: If ``num_classes`` is no int.
-        ValueError: If it is less than 1, or missing where results by class are wanted.
+        TypeError: If ``num_classes`` is not an int.
+        ValueError: If it is less than 1, or missing although ``per_class`` is set.
     """
 
     best = 1.0  # the best possible score
@@ -73,10 +73,10 @@ class AttributionMetric(SumMetric):
         """Add samples to the sums of their classes.
 
         Args:
-            scores: Shape ``(B,)``; NaN for a sample that has none.
+            scores: Shape ``(B,)``; NaN for a sample without a score.
             random: The scores of random maps, shape ``(B,)``.
-            classes: Integers of shape ``(B,)``; needed where the metric has ``num_classes``.
-            name: What ``classes`` is called where it was given.
+            classes: Integers of shape ``(B,)``; required if the metric has ``num_classes``.
+            name: Argument name of ``classes``, for messages.
 
         Raises:
             TypeError: If ``classes`` is not of integers.
@@ -93,11 +93,11 @@ class AttributionMetric(SumMetric):
 
 
 def rows_of_sums(num_classes: int | None, per_class: bool) -> int:
-    """Return how many rows a metric's sums have: one for each class, or one for all samples.
+    """Return the number of rows of a metric's sums: one per class, or one for all samples.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If there is no class, or their number is missing where results by class are wanted.
+        ValueError: If there is no class, or their number is missing although ``per_class`` is set.
     """
     if check_bool("per_class", per_class) and num_classes is None:
         raise ValueError("`per_class=True` needs `num_classes`, so that every rank has the same sums, got None")
@@ -107,13 +107,13 @@ def rows_of_sums(num_classes: int | None, per_class: bool) -> int:
 
 
 def class_rows(name: str, classes: Tensor | None, rows: int, num_classes: int | None) -> Tensor:
-    """The row of the sums that each sample belongs to.
+    """The row of the sums for each sample.
 
     Args:
         name: The argument's name, for the message.
         classes: Integers of shape ``(rows,)``, or None for a metric without classes.
         rows: Number of samples.
-        num_classes: Of the metric; None where all samples are of one class.
+        num_classes: Number of classes of the metric; None to treat all samples as one class.
 
     Returns:
         Integers of shape ``(rows,)``.
@@ -129,7 +129,7 @@ def class_rows(name: str, classes: Tensor | None, rows: int, num_classes: int | 
     check_integers(name, classes, "a tensor of integers")
     if classes.shape != (rows,):
         raise ValueError(f"`{name}` must have shape ({rows},), got {tuple(classes.shape)}")
-    on_host = classes.device.type == "cpu"  # elsewhere a look at the values would wait for the device
+    on_host = classes.device.type == "cpu"  # on other devices reading the values would synchronise
     if on_host and rows and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
         raise ValueError(
             f"`{name}` must be in 0 to {num_classes - 1}, the classes of `num_classes={num_classes}`, got"
@@ -139,6 +139,6 @@ def class_rows(name: str, classes: Tensor | None, rows: int, num_classes: int | 
 
 
 def skill_of(score: Tensor, random: Tensor, best: float) -> Tensor:
-    """Place a score between that of random maps, 0, and the best possible one, 1; NaN where these are the same."""
+    """Scale a score so that random maps have 0 and the best possible score is 1; NaN if these are equal."""
     room = best - random
     return torch.where(room == 0, torch.nan, (score - random) / room)

@@ -1,4 +1,4 @@
-"""Base of the metrics that run the model on changed inputs."""
+"""Base class of metrics that run the model on perturbed inputs."""
 
 from abc import abstractmethod
 
@@ -11,18 +11,18 @@ from lightning_plugins.metrics.attribution.base import AttributionMetric
 
 
 class ForwardMetric(AttributionMetric):
-    """Base of the metrics that compare a map with what the model does.
+    """Base class of metrics that compare a map with the model's behaviour.
 
-    The model is handed to ``update`` and is no part of the metric.
+    The model is passed to ``update`` and is not part of the metric.
 
     Args:
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
-        max_forward_batch: The largest number of inputs in one forward pass.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
+        max_forward_batch: Maximum number of inputs in one forward pass.
 
     Raises:
-        TypeError: If a number is no int.
-        ValueError: If one is less than 1, or ``num_classes`` missing where results by class are wanted.
+        TypeError: If a number is not an int.
+        ValueError: If one is less than 1, or ``num_classes`` missing although ``per_class`` is set.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class ForwardMetric(AttributionMetric):
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
 
     def update(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> None:
-        """Add the samples of one batch; their class is ``target`` where the metric has classes.
+        """Add the samples of one batch; ``target`` is also their class for results per class.
 
         Args:
             forward: Maps inputs to logits of shape ``(n, classes)``; in evaluation mode.
@@ -42,7 +42,7 @@ class ForwardMetric(AttributionMetric):
 
         Raises:
             TypeError: If a tensor is of the wrong kind.
-            ValueError: If shapes do not go together, or a class is out of range.
+            ValueError: If shapes do not match, or a class is out of range.
         """
         check_inputs(inputs)
         check_floating("attributions", attributions)
@@ -51,7 +51,7 @@ class ForwardMetric(AttributionMetric):
 
     @abstractmethod
     def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Score each sample; subclasses say how.
+        """Score each sample; implemented by subclasses.
 
         Args:
             forward: As in ``update``.

@@ -1,4 +1,4 @@
-"""Agreement of attributions with the response of models to changed inputs, as metrics over many samples."""
+"""Agreement of attributions with the response of models to perturbed inputs, as metrics over many samples."""
 
 import math
 
@@ -27,17 +27,17 @@ from lightning_plugins.metrics.attribution.by_forward import ForwardMetric
 
 
 class FaithfulnessCorrelation(ForwardMetric):
-    """Mean correlation of attributions with drops of the score; see `faithfulness_correlation`.
+    """Mean correlation of attributions with score drops; see `faithfulness_correlation`.
 
-    The random baseline is 0, the expectation for maps that know nothing of the model.
+    The random baseline is 0, the expectation for maps that are independent of the model.
 
     Args:
-        draws: Number of random sets of positions of each sample.
-        share: Share of the positions in a set.
-        perturbation: How they are replaced; by zeros if None.
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
-        max_forward_batch: The largest number of inputs in one forward pass.
+        draws: Number of random sets of positions per sample.
+        share: Fraction of the positions in a set.
+        perturbation: How they are replaced; by default with zeros.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
+        max_forward_batch: Maximum number of inputs in one forward pass.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -84,18 +84,18 @@ class FaithfulnessCorrelation(ForwardMetric):
 
 
 class Infidelity(ForwardMetric):
-    """Mean squared error of maps as predictions of what noise does; lower is better; see `infidelity`.
+    """Mean squared error of maps as predictions of the effect of noise; lower is better; see `infidelity`.
 
-    The baseline is that of random maps of the same size on the same samples.
+    The baseline are random maps of the same size on the same samples.
 
     Args:
         draws: How often noise is drawn for each sample.
         std: Its standard deviation.
         normalize: Whether each map is first scaled by the factor that fits best.
         seed: Of the noise.
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
-        max_forward_batch: The largest number of inputs in one forward pass.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
+        max_forward_batch: Maximum number of inputs in one forward pass.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -157,9 +157,9 @@ class Sensitivity(AttributionMetric):
         draws: How often each input is moved.
         radius: By how much at most.
         seed: Of the moves.
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
-        max_forward_batch: The largest number of inputs that are explained at once.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
+        max_forward_batch: Maximum number of inputs that are explained at once.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -200,7 +200,7 @@ class Sensitivity(AttributionMetric):
 
         Raises:
             TypeError: If a tensor is of the wrong kind.
-            ValueError: If shapes do not go together, or a class is out of range.
+            ValueError: If shapes do not match, or a class is out of range.
         """
         random = self._changes(lambda x, _: random_attributions(x, seed=self.seed), inputs, target)
         self.add(self._changes(explain, inputs, target), random, target, name="target")

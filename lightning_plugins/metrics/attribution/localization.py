@@ -20,12 +20,12 @@ class LocalizationMetric(AttributionMetric):
     """Base of the metrics that compare a map with a mask.
 
     Args:
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
 
     Raises:
-        TypeError: If ``num_classes`` is no int.
-        ValueError: If it is less than 1, or missing where results by class are wanted.
+        TypeError: If ``num_classes`` is not an int.
+        ValueError: If it is less than 1, or missing although ``per_class`` is set.
     """
 
     higher_is_better = True
@@ -40,13 +40,13 @@ class LocalizationMetric(AttributionMetric):
 
         Raises:
             TypeError: If a tensor is of the wrong kind.
-            ValueError: If shapes do not go together, or classes are missing or out of range.
+            ValueError: If shapes do not match, or classes are missing or out of range.
         """
         self.add(*self.score(attributions, masks), classes)
 
     @abstractmethod
     def score(self, attributions: Tensor, masks: Tensor) -> LocalizationScores:
-        """Score each sample; subclasses say how.
+        """Score each sample; implemented by subclasses.
 
         Args:
             attributions: As in ``update``.
@@ -61,12 +61,12 @@ class LocalizationIoU(LocalizationMetric):
     """Mean intersection over union of mask and the map's largest positions; see `localization_iou`.
 
     Args:
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
 
     Raises:
-        TypeError: If ``num_classes`` is no int.
-        ValueError: If it is less than 1, or missing where results by class are wanted.
+        TypeError: If ``num_classes`` is not an int.
+        ValueError: If it is less than 1, or missing although ``per_class`` is set.
 
     Example:
         >>> import torch
@@ -83,15 +83,15 @@ class LocalizationIoU(LocalizationMetric):
 
 
 class RelevanceRankAccuracy(LocalizationMetric):
-    """Mean share of the map's largest positions that lie in the mask; see `relevance_rank_accuracy`.
+    """Mean fraction of the map's largest positions in the mask; see `relevance_rank_accuracy`.
 
     Args:
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
 
     Raises:
-        TypeError: If ``num_classes`` is no int.
-        ValueError: If it is less than 1, or missing where results by class are wanted.
+        TypeError: If ``num_classes`` is not an int.
+        ValueError: If it is less than 1, or missing although ``per_class`` is set.
 
     Example:
         >>> import torch
@@ -107,17 +107,17 @@ class RelevanceRankAccuracy(LocalizationMetric):
 
 
 class AttributionLocalization(LocalizationMetric):
-    """Mean share of the positive attribution in the mask; see `attribution_localization`.
+    """Mean fraction of the positive attribution in the mask; see `attribution_localization`.
 
     Args:
-        weighted: Whether to divide each share by the share of the mask; the baseline is then 1 and `skill`, which
-            needs a best score, is NaN.
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        weighted: Whether to divide each fraction by that of the mask; the baseline is then 1, and `skill`, which needs
+            a best score, is NaN.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
 
     Raises:
-        TypeError: If ``num_classes`` is no int.
-        ValueError: If it is less than 1, or missing where results by class are wanted.
+        TypeError: If ``num_classes`` is not an int.
+        ValueError: If it is less than 1, or missing although ``per_class`` is set.
 
     Example:
         >>> import torch
@@ -137,16 +137,16 @@ class AttributionLocalization(LocalizationMetric):
 
 
 class PointingGame(LocalizationMetric):
-    """Share of samples whose map is largest in the mask, or near it; see `pointing_game`.
+    """Fraction of samples whose maximum lies in the mask, or near it; see `pointing_game`.
 
     Args:
-        tolerance: By how many positions masks are widened.
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        tolerance: Number of positions by which masks are dilated.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
 
     Raises:
-        TypeError: If a number is no int.
-        ValueError: If one is out of its range, or ``num_classes`` missing where results by class are wanted.
+        TypeError: If a number is not an int.
+        ValueError: If one is out of its range, or ``num_classes`` missing although ``per_class`` is set.
 
     Example:
         >>> import torch
@@ -169,12 +169,12 @@ class AttributionAUROC(LocalizationMetric):
     """Mean area under the ROC curves of maps as detectors of masks; see `attribution_auroc`.
 
     Args:
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
 
     Raises:
-        TypeError: If ``num_classes`` is no int.
-        ValueError: If it is less than 1, or missing where results by class are wanted.
+        TypeError: If ``num_classes`` is not an int.
+        ValueError: If it is less than 1, or missing although ``per_class`` is set.
 
     Example:
         >>> import torch

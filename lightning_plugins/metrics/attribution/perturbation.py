@@ -1,4 +1,4 @@
-"""Response of models to the removal of the positions that maps name, as metrics over many samples."""
+"""Response of models to the removal of attributed positions, as metrics over many samples."""
 
 from typing import Literal
 
@@ -25,22 +25,22 @@ Kind = Literal["aopc", "deletion", "insertion"]
 
 
 class DegradationScore(SumMetric):
-    """Area between the mean curves of least and of most relevant patches first, each scaled within its class.
+    """Area between the mean curves for removing the least and the most relevant patches first, scaled per class.
 
-    For each class the probabilities of all its samples are averaged at every point, for both orders apart, and each
-    mean curve is scaled to fall from 1 to 0; the score is the area between the two. Sums of whole curves are kept, so
-    the result is exact over batches and ranks. A class whose mean curve ends where it began has no score: its samples
+    For each class and each of the two orders the probabilities of all its samples are averaged at every point, and the
+    mean curve is scaled to fall from 1 to 0; the score is the area between the two. Sums of curves are stored, so the
+    result is exact over batches and ranks. A class whose mean curve ends at its initial value has no score: its samples
     count as undefined.
 
     Args:
-        num_classes: Number of classes; None takes all samples as of one class.
-        steps: Number of points after the first; the patches are spread over them, so that the last one has all
-            replaced. One patch at a time where it is their number.
+        num_classes: Number of classes; None treats all samples as one class.
+        steps: Number of points after the first; the patches are distributed over them, so that at the last one all are
+            replaced. Equal to their number for one patch at a time.
         perturbation: How patches are replaced; `Perturbation`'s defaults if None.
         reduction: ``"mean"`` over the points, or their ``"sum"``, as published.
-        per_class: Whether results have one entry for each class; else they are means over the classes with a score.
-        baseline: Whether random maps are measured too; without, ``random`` is 0, which they have in expectation.
-        max_forward_batch: The largest number of inputs in one forward pass.
+        per_class: Whether to return one result per class instead of means over the classes with a score.
+        baseline: Whether to evaluate random maps too; otherwise ``random`` is 0, their expected value.
+        max_forward_batch: Maximum number of inputs in one forward pass.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -55,7 +55,7 @@ class DegradationScore(SumMetric):
         True
 
     Source:
-        Suh et al., arXiv 2211.12702. Our reading: the mean over classes weighs each class alike.
+        Suh et al., arXiv 2211.12702. Our interpretation: the mean over classes weights all classes equally.
     """
 
     higher_is_better = True
@@ -82,7 +82,7 @@ class DegradationScore(SumMetric):
         self.reduction: Reduction = reduction
         check_choice("reduction", reduction, ("sum", "mean"))
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
-        # by: own map or random one, least or most relevant first, class, point
+        # dimensions: own or random map, least or most relevant first, class, point
         self.add_state("curves", torch.zeros(2, 2, size, steps + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("undefined", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
@@ -98,7 +98,7 @@ class DegradationScore(SumMetric):
 
         Raises:
             TypeError: If a tensor is of the wrong kind.
-            ValueError: If shapes do not go together, or a class is out of range.
+            ValueError: If shapes do not match, or a class is out of range.
         """
         check_inputs(inputs)
         target = checked_target(target, len(inputs)).long()
@@ -137,11 +137,11 @@ class DegradationScore(SumMetric):
 
     @property
     def best_score(self) -> float:
-        """The score of a curve that falls at the last point against one that falls at the first."""
+        """The score for curves that fall only at the last and only at the first point."""
         return self.steps + 1.0 if self.reduction == "sum" else 1.0
 
     def scaled_curves(self) -> Tensor:
-        """Mean curves of each class, scaled, for figures.
+        """Scaled mean curves of each class, for figures.
 
         Returns:
             Shape ``(2, classes, steps + 1)``: least, then most relevant first; NaN for classes without a score.
@@ -165,22 +165,22 @@ class DegradationScore(SumMetric):
 
 
 class RegionPerturbation(ForwardMetric):
-    """Area of the curve of a class's probability as patches are replaced one by one.
+    """Area of the curve of the class probability as patches are replaced one by one.
 
     ``"aopc"`` is the area over it, the mean of ``y_0 - y_k``, with the most relevant patches first, higher is better;
-    ``"deletion"`` the area under it, lower is better. ``"insertion"`` reads the curve of the least relevant patches
-    first from its end: the most relevant ones come back first into an input that has none, higher is better.
+    ``"deletion"`` is the area under it, lower is better. ``"insertion"`` reads the curve for the least relevant patches
+    first from its end: the most relevant patches are inserted first into an input without any, higher is better.
 
     Args:
         kind: ``"aopc"``, ``"deletion"`` or ``"insertion"``.
-        order: ``"most"`` or ``"least"`` relevant first, for ``"aopc"``, of which the latter should be small.
-        steps: Number of points after the first, one patch each; the last ones repeat where there are fewer patches. If
-            None 100 for ``"aopc"``, and for the others as many as there are patches, which ``"insertion"`` needs.
+        order: ``"most"`` or ``"least"`` relevant first, for ``"aopc"``; the score of the latter should be small.
+        steps: Number of points after the first, one patch each; the last point is repeated if there are fewer patches.
+            By default 100 for ``"aopc"``, and the number of patches for the others, which ``"insertion"`` requires.
         perturbation: How patches are replaced; by zeros in windows of 16 if None.
-        baseline: Whether random maps are measured too; without, ``random`` and ``skill`` are NaN.
-        num_classes: Number of classes, for results by class.
-        per_class: Whether results have one entry for each class; needs ``num_classes``.
-        max_forward_batch: The largest number of inputs in one forward pass.
+        baseline: Whether to evaluate random maps too; otherwise ``random`` and ``skill`` are NaN.
+        num_classes: Number of classes, for results per class.
+        per_class: Whether to return one result per class; needs ``num_classes``.
+        max_forward_batch: Maximum number of inputs in one forward pass.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -218,7 +218,7 @@ class RegionPerturbation(ForwardMetric):
         self.order: Literal["most", "least"] = order
         check_choice("order", order, ("most", "least"))
         if kind != "aopc" and order != "most":
-            raise ValueError(f"`order='least'` is for `kind='aopc'`; {kind!r} has an order of its own")
+            raise ValueError(f"`order='least'` is for `kind='aopc'`; {kind!r} has its own order")
         if kind == "insertion" and steps is not None:
             raise ValueError(f"`steps` of `kind='insertion'` are all patches, got {steps!r}; leave it None")
         published = 100 if kind == "aopc" else None
