@@ -197,7 +197,7 @@ def ranks(results: dict[str, dict], tasks: list[str], methods: list[str]) -> lis
 
 
 def targets(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
-    """How often and when the incumbent's regret was first within each target."""
+    """Number of searches that reached each target, and the median trial at which they did."""
     rows = []
     for task in tasks:
         table = Table(task)

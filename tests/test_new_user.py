@@ -47,7 +47,12 @@ def test_program_is_short_and_runs_in_seconds(program, printed, capsys):
             '{"layer1.conv": 3}',
             r"called 'layer1.conv'; did you mean",
         ),
-        (COMPRESSION, "(make, ", "(make(), ", r"`model` must be a class or function.*got ResNet; for an existing network"),
+        (
+            COMPRESSION,
+            "(make, ",
+            "(make(), ",
+            r"`model` must be a class or function.*got ResNet; for an existing network",
+        ),
         (FEW_SHOT, "inner_steps=2", "inner_steps=0", r"`inner_steps` must be at least 1, got 0"),
         (FEW_SHOT, '("train")', '("training")', r"`split` must be .* got 'training'; did you mean 'train'\?"),
         (FEW_SHOT, "(GAPMixin, LightningModule)", "(LightningModule, GAPMixin)", r"`GAPMixin` must come before"),
