@@ -125,8 +125,9 @@ def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tupl
     """Eigenvalues of symmetric positive semidefinite matrices, smallest first, and eigenvectors.
 
     LAPACK's float32 routine (MKL's at least) returns NaN, or does not converge, for about 3 of 100 matrices of low rank
-    with rows of zeros, as dead units give. A shift of the diagonal by a rounding error of the trace prevents it, and
-    eigenvalues keep their accuracy: they are not known better than that.
+    with rows of zeros, as dead units give, and for some of subnormal numbers, as masks that close give. A shift of the
+    diagonal by a rounding error of the trace, and by a normal number at least, prevents both, and eigenvalues keep
+    their accuracy: they are not known better than that.
 
     Args:
         matrix: Tensor of shape ``(..., n, n)``, finite; only the lower triangle is read.
@@ -136,7 +137,8 @@ def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tupl
     Returns:
         Eigenvalues ``(..., n)``, and eigenvectors ``(..., n, n)`` as columns or an empty tensor.
     """
-    shift = torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    limits = torch.finfo(matrix.dtype)
+    shift = (limits.eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)).clamp_min(limits.tiny)
     shifted = matrix if overwrite else matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
     if vectors:
