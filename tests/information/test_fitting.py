@@ -94,6 +94,11 @@ def test_equal_pairs_fall_on_one_side():
     assert int((counts == 1).sum()) <= 1  # at the border
 
 
+def test_the_fewest_pairs_are_fitted():
+    fitted = fit_critic(*correlated(8), settings=CriticSettings(max_steps=0, test=0.0))
+    assert math.isfinite(fitted.validation)
+
+
 def test_seed_gives_another_split():
     x, y = correlated(100)
     splits = [set(fit_critic(x, y, settings=CriticSettings(max_steps=0, seed=s)).test_rows.tolist()) for s in (0, 1)]
