@@ -41,6 +41,7 @@ class ByHand(CompressionMixin, Classifier):
 
 def optimizer_of(model: Classifier, left_out: set[int], steps: int, done: int = 0) -> tuple[Any, Any]:
     """The optimizer of `Classifier` for a loop, with its schedule at the step that has been reached."""
+    model.zero_grad()
     made = torch.optim.AdamW([p for p in model.parameters() if id(p) not in left_out], model.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(made, model.lr, total_steps=steps)
     for _ in range(done):
@@ -53,8 +54,7 @@ def fit_by_hand(model: ByHand, loader: DataLoader) -> None:
     """Train, choose between `BEGIN` and `END` of the training, compress, and train on."""
     steps, done = EPOCHS * len(loader), 0
     chosen = {id(p) for p in model.attach_compression("net.*", budget=BUDGET, cost="flops")}
-    optimizer, schedule = optimizer_of(model, chosen, steps)
-    compressing = True
+    optimizer, schedule, compressing = *optimizer_of(model, chosen, steps), True
     for _ in range(EPOCHS):
         for images, labels in loader:
             progress = (done / steps - BEGIN) / (END - BEGIN)
@@ -119,8 +119,8 @@ at most {budget} of the operations. By hand: `CompressionMixin` in a loop withou
 
 {table}
 
-The callback alone keeps the training as it is up to a tenth of it, puts masks on there, and carries what the optimizer
-remembers over to the small network; by hand masks are on from the beginning, and the optimizer is made anew.
+The callback alone carries what the optimizer remembers over to the small network, and begins the norms' statistics
+anew there; by hand the optimizer is made anew.
 """
 
 
