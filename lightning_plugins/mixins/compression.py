@@ -208,7 +208,7 @@ class CompressionMixin:
     def compress(self) -> Projection:
         """Choose what stays within the budget, and make the network smaller: parameters are replaced.
 
-        Make a new optimizer afterwards. Under DDP this belongs behind the training.
+        Call ``zero_grad`` and make a new optimizer afterwards. Under DDP this belongs behind the training.
 
         Returns:
             Which channels stayed, the ranks, and the cost that is left.
