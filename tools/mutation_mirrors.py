@@ -57,7 +57,8 @@ def mirrors(root: Path, path: str, line: int = 0) -> list[str]:
     source = file.read_text(encoding="utf-8")
     names, around = public_names(source), definition_at(source, line)
     users = users_of(root, path)
-    near = {other: text for other, text in users.items() if around and _has(text, around)}
+    named = around and not around.startswith("_")  # a private one is used through any public one
+    near = {other: text for other, text in users.items() if (_has(text, around) if named else around)}
     of_users, of_near = ({name for other in some for name in namesakes(other)} for some in (users, near))
     theirs = {name for text in near.values() for name in public_names(text) if not name.startswith("_")}
     ranked = []

@@ -1,6 +1,7 @@
 """Smaller networks: low-rank layers, masks, costs and budgets, search of ranks, physical shrinking, reports."""
 
 from lightning_plugins.compression.budget.budget import Budget, Multiplier, Projection
+from lightning_plugins.compression.budget.choice import ChoiceRates
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.calibration.sensitivity import output_sensitivity
@@ -41,6 +42,7 @@ __all__ = [
     "ChannelGroup",
     "ChannelMasks",
     "ChannelSearch",
+    "ChoiceRates",
     "CompressionReport",
     "InputMoment",
     "Latency",

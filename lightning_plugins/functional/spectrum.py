@@ -124,8 +124,9 @@ def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tupl
     """Eigenvalues of symmetric positive semidefinite matrices, smallest first, and eigenvectors.
 
     LAPACK's float32 routine (MKL's at least) returns NaN, or does not converge, for about 3 of 100 matrices of low rank
-    with rows of zeros, as from dead units. Shifting the diagonal by a rounding error of the trace prevents it without
-    loss of accuracy, since eigenvalues are not known better than that.
+    with rows of zeros, as from dead units, and for some of subnormal numbers, as from masks that close. Shifting the
+    diagonal by a rounding error of the trace, and at least by the smallest normal number, prevents both without loss of
+    accuracy, since eigenvalues are not known better than that.
 
     Args:
         matrix: Tensor of shape ``(..., n, n)``, finite; only the lower triangle is read.
@@ -135,7 +136,8 @@ def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tupl
     Returns:
         Eigenvalues ``(..., n)``, and eigenvectors ``(..., n, n)`` as columns or an empty tensor.
     """
-    shift = torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    limits = torch.finfo(matrix.dtype)
+    shift = (limits.eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)).clamp_min(limits.tiny)
     shifted = matrix if overwrite else matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
     if vectors:

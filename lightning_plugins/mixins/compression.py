@@ -16,6 +16,9 @@ from lightning_plugins.compression.costs.layer_costs import arguments_of
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.mixins._packages import refuse_other_package
 
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # where torch's DDP looks
+_PARTS = ("channel_masks", "rank_thresholds")
+
 
 class CompressionMixin:
     """Lets a LightningModule compress itself, and load checkpoints of a compressed version.
@@ -135,24 +138,27 @@ class CompressionMixin:
         if given is not None:
             check_instance("inputs", given, (Tensor, tuple, dict), "a tensor, a tuple of arguments or a dict")
         network = BudgetedNetwork(self, settings, inputs=given)
-        network.begin()
-        choice = Choice(network, rates or ChoiceRates())
-        choice.act(0.0)
-        vars(self)["_compression"] = (network, Multiplier(), choice)
+        vars(self)["_compression"] = (network, Multiplier(), Choice(network, rates or ChoiceRates()))
+        _leave_out_of_ddp(self)
         return network.parameters()
 
     def compression_schedule(self, progress: float) -> None:
         """Set masks and thresholds for the current progress; call it before the forward pass.
 
         Args:
-            progress: Progress of the selection, from 0 at its start to 1 when `compress` ends it; the callbacks
-                increase it linearly over the middle of training.
+            progress: Progress of the selection, from 0 to 1 when `compress` ends it; the callbacks increase it linearly
+                from a tenth to seven tenths of training. While it is 0 the network is the whole one: the selection
+                starts at the first larger value, in a network that has learned something.
 
         Raises:
             ValueError: If it is not in [0, 1].
             RuntimeError: If `attach_compression` was not called.
         """
-        _compression_of(self)[2].act(check_fraction("progress", progress))
+        network, _, choice = _compression_of(self)
+        way = check_fraction("progress", progress)
+        if way > 0 or not _is_whole(network):
+            _begin(network)
+            choice.act(way)
 
     def compression_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Update scores and thresholds to meet the budget; call it between the backward pass and the optimizer step.
@@ -166,7 +172,8 @@ class CompressionMixin:
         Raises:
             RuntimeError: If `attach_compression` was not called.
         """
-        return _compression_of(self)[2].step()
+        network, _, choice = _compression_of(self)
+        return choice.look() if _is_whole(network) else choice.step()
 
     def compression_penalty(self, beta: float) -> Tensor:
         """The loss term for the budget; deprecated.
@@ -191,6 +198,7 @@ class CompressionMixin:
             DeprecationWarning,
             stacklevel=2,
         )
+        _begin(network)
         network.be_soft(beta)
         share, _ = network.share()
         penalty: Tensor = multiplier.penalty(share, network.budget.target)
@@ -200,7 +208,7 @@ class CompressionMixin:
     def compress(self) -> Projection:
         """Make the final selection within the budget and shrink the network: parameters are replaced.
 
-        Create a new optimizer afterwards. Under DDP call it after training.
+        Call ``zero_grad`` and create a new optimizer afterwards. Under DDP call it after training.
 
         Returns:
             The channels kept, the ranks, and the remaining cost.
@@ -209,10 +217,12 @@ class CompressionMixin:
             RuntimeError: If `attach_compression` was not called.
         """
         network, _, _ = _compression_of(self)
+        _begin(network)
         choice = network.choose()
         network.bake(choice)
         network.shrink(choice)
         del vars(self)["_compression"]
+        _leave_out_of_ddp(self)
         return choice
 
 
@@ -226,3 +236,31 @@ def _compression_of(module: Any) -> tuple[BudgetedNetwork, Multiplier, Choice]:
         raise RuntimeError("`attach_compression` must be called first")
     found: tuple[BudgetedNetwork, Multiplier, Choice] = vars(module)["_compression"]
     return found
+
+
+def _is_whole(network: BudgetedNetwork) -> bool:
+    """Return whether no mask and no threshold acts yet."""
+    masks, thresholds = network.masks, network.thresholds
+    return (masks is None or masks._is_hard) and (thresholds is None or thresholds.bypass)
+
+
+def _begin(network: BudgetedNetwork) -> None:
+    """Initialise the scores once; if a checkpoint provides them, initialise the state that belongs to them."""
+    if _is_whole(network):
+        if network.thresholds is not None:  # in the weights as trained since they were attached
+            if network.masks is not None:
+                network.masks.set_hard(False)
+            network.thresholds.measure()
+        network.begin()
+    elif network.masks is not None and not network.scores.targets:
+        network.scores.load_state_dict(None, network.masks)
+
+
+def _leave_out_of_ddp(module: Any) -> None:
+    """Exclude the scores from DDP, which would wait for their gradients; `compression_step` reduces them."""
+    told = vars(module).pop(_IGNORED, ())  # set by the user, or here
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    ignored = [name for name in told if name.partition(".")[0] not in _PARTS]
+    ignored += [name for name, _ in tensors if name.partition(".")[0] in _PARTS]
+    if ignored:
+        vars(module)[_IGNORED] = ignored

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plugins.callbacks import AttributionEvaluation
+from lightning_plugins.callbacks import AttributionEvaluation, attribution_evaluation
 from lightning_plugins.functional.attribution import localization_iou, perturbation_curve, random_attributions
 from lightning_plugins.metrics import DegradationScore, LocalizationIoU
 from tests._processes import run_on_ranks
@@ -253,6 +253,19 @@ def test_in_validation_of_a_training_without_touching_it():
     torch.testing.assert_close(dict(watched.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
     assert "attribution/saliency/iou" in runner.callback_metrics
     assert callback.report.samples == 18
+
+
+@pytest.mark.parametrize(("stage", "made"), [("validate", 2), ("test", 1)])
+def test_methods_are_made_for_the_stage_that_is_evaluated_alone(stage, made, monkeypatch):
+    calls = []
+    build = attribution_evaluation.method_calls
+    monkeypatch.setattr(attribution_evaluation, "method_calls", lambda *a, **k: calls.append(stage) or build(*a, **k))
+    callback = AttributionEvaluation(["saliency"], mask=2, stage=stage, metrics=["iou"], examples=0)
+    runner, model, data = trainer([callback], max_epochs=2, num_sanity_val_steps=1), Net(), Batches(batches())
+    runner.fit(model, data, data)
+    assert len(calls) == (made if stage == "validate" else 0)  # an epoch each, and none in the sanity check
+    runner.test(model, data, verbose=False)
+    assert len(calls) == made
 
 
 def rank_report(rank, bounds, classes):

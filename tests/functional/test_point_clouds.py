@@ -146,13 +146,21 @@ def test_overlap_of_batches_equals_pairs():
 
 def test_points_in_boxes_by_a_loop():
     points, boxes = torch.randn(200, 4).double(), torch.rand(6, 7).double() * 2
+    found = points_in_boxes(points, boxes)
     for number, (x, y, z, dx, dy, dz, yaw) in enumerate(boxes.tolist()):
         for place, point in enumerate(points.tolist()):
             c, s = math.cos(yaw), math.sin(yaw)
             along, across = (point[0] - x) * c + (point[1] - y) * s, (point[1] - y) * c - (point[0] - x) * s
             inside = abs(along) <= dx / 2 and abs(across) <= dy / 2 and abs(point[2] - z) <= dz / 2
-            assert bool(points_in_boxes(points, boxes)[place, number]) == inside if number == 0 else True
-    assert points_in_boxes(points, boxes).shape == (200, 6)
+            assert bool(found[place, number]) == inside
+    assert found.shape == (200, 6)
+
+
+def test_a_point_on_a_face_is_inside():
+    box = torch.tensor([[1.0, 2.0, 3.0, 4.0, 2.0, 1.0, 0.0]])
+    away = torch.cat([torch.diag(torch.tensor(sides)) for sides in ([2.0, 1.0, 0.5], [-2.0, -1.0, -0.5])])
+    assert points_in_boxes(box[:, :3] + away, box).all()
+    assert not points_in_boxes(box[:, :3] + 1.001 * away, box).any()
 
 
 def test_part_occupancy_counts():

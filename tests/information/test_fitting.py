@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from lightning_plugins.information import CriticSettings, critics, fit_critic
+from lightning_plugins.information import CriticSettings, critics, fit_critic, fitting
 from lightning_plugins.information.critics import CRITICS, GaussianRatio, Start, make_critic
 from lightning_plugins.information.fitting import OBJECTIVES
 from lightning_plugins.information.marginals import Marginals
@@ -94,6 +94,11 @@ def test_equal_pairs_fall_on_one_side():
     assert int((counts == 1).sum()) <= 1  # at the border
 
 
+def test_the_fewest_pairs_are_fitted():
+    fitted = fit_critic(*correlated(8), settings=CriticSettings(max_steps=0, test=0.0))
+    assert math.isfinite(fitted.validation)
+
+
 def test_seed_gives_another_split():
     x, y = correlated(100)
     splits = [set(fit_critic(x, y, settings=CriticSettings(max_steps=0, seed=s)).test_rows.tolist()) for s in (0, 1)]
@@ -131,3 +136,14 @@ def test_bad_settings_are_named(case):
 def test_bad_pairs_are_named(x, y, critic, error, message):
     with pytest.raises(error, match=message):
         fit_critic(x, y, critic)
+
+
+def test_a_wrong_critic_is_refused_before_anything_is_fitted(monkeypatch):
+    made = []
+    monkeypatch.setattr(fitting, "make_critic", lambda *arguments: made.append(arguments) or make_critic(*arguments))
+    settings = CriticSettings(max_steps=0)
+    with pytest.raises(ValueError, match="did you mean 'joint'"):
+        fit_critic(*correlated(20), "jiont", settings=settings)
+    assert not made
+    fit_critic(*correlated(20), "joint", settings=settings)
+    assert made

@@ -1,5 +1,6 @@
 """The device form: the same for a sample in any batch, and as the form for single frames where it can be compared."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,20 @@ def test_objects_stand_free_on_the_ground_with_their_points():
         assert cells.unique().numel() == cells.numel()  # one return on a beam
         for name, target in AUGMENT.targets.items():
             assert (labels == BANK.classes.index(name)).sum() <= max(target, FRAMES[row]["labels"].count(name))
+
+
+def test_padding_of_an_object_gives_no_points():
+    # Both ends of a car have points and its middle has none: there a row of padding, zeros, would stand.
+    ends = torch.tensor([-1.9, 1.9])[:, None, None] + torch.zeros(2, 300, 4)
+    ends[..., 1:3] = torch.rand(2, 300, 2, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    car = {"points": ends.flatten(0, 1).numpy(), "boxes": np.array([[0, 0, 0, 4, 1.8, 1.8, 0]]), "labels": ["Car"]}
+    bank, near = ObjectBank.from_frames([car]), ((6.0, 12.0), (-12.0, 12.0))
+    augment = BatchAugmentation(bank, {"Car": 9}, grid=SENSOR.grid, area=near, max_points=2000)
+    batch = collate_frames([{"points": np.zeros((1, 4)), "boxes": np.zeros((0, 7)), "labels": []}], bank.classes)
+    for step in range(20):
+        points, source, boxes, _ = contents(augment(batch, step=step), 0)
+        assert len(boxes) > 1
+        assert torch.cdist(points[source >= 0, :3], boxes[:, :3]).min() > 1
 
 
 def test_what_stands_behind_an_object_goes():

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_plugins.compression.budget.budget import Projection
@@ -57,6 +58,17 @@ class Choice:
         """
         self.done, self._beta = 1 - (1 - min(way / _SETTLED, 1.0)) ** 3, float(self.rates.beta_max**way)
         self.network.be_soft(self._beta)
+
+    def look(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accumulate the gradients of the whole network, before the selection begins.
+
+        Returns:
+            As `step`: 1 as the share of the cost, and the full ranks.
+        """
+        network = self.network
+        network.scores.saliency.observe(None)
+        one = torch.ones_like(network.shift.total)
+        return one, {name: one * size for name, size in network.shift.sizes.items()}
 
     def step(self, unscale: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Take a step with the gradients of weights, scores and thresholds; all processes call.

@@ -44,6 +44,12 @@ class RankThresholds(Annealed):
         self.bypass = False
         self._steps: list[Thresholded] = []  # in a list: they are submodules of the layers
 
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Set the unit of the thresholds to the current largest singular values, while the thresholds are bypassed."""
+        layers: list[Any] = [step._layer[0] for step in self._steps]
+        self.scales.copy_(largest_singular_values([layer.weight for layer in layers]))
+
     def clamp_(self) -> None:
         """Raise negative thresholds to 0; after every optimizer step."""
         with torch.no_grad():
@@ -231,6 +237,12 @@ class Thresholded(nn.Module):
                 self._tau = tau.detach().clone()
             self._lowering, self._tau_key = lowering(basis, self._tau), key
         return self._lowering
+
+
+def largest_singular_values(weights: Sequence[Tensor]) -> Tensor:
+    """Spectral norms of weights as matrices, clamped above zero."""
+    largest = [torch.linalg.matrix_norm(at_least_float32(weight.flatten(1)), 2) for weight in weights]
+    return torch.stack(largest).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def defer_row_mask(layer: nn.Module) -> None:

@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from lightning_plugins._checks import check_finite_number, check_positive_int
 from lightning_plugins.compression.gates.masked_weight import scale_at_once
 from lightning_plugins.compression.gates.masks import bake_masks, masks_of, remove_masks
-from lightning_plugins.compression.gates.rank_thresholds import RankThresholds, Thresholded, defer_row_mask
+from lightning_plugins.compression.gates.rank_thresholds import (
+    RankThresholds,
+    Thresholded,
+    defer_row_mask,
+    largest_singular_values,
+)
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
-from lightning_plugins.functional.spectrum import at_least_float32
 
 NAME = "rank_thresholds"
 
@@ -80,8 +84,7 @@ def apply_thresholds(
         raise ValueError(f"`layers`: {layers!r} must match a weight with two rows and columns or more, got none")
     modules = clean_modules(model)
     with torch.no_grad():
-        largest = [torch.linalg.matrix_norm(at_least_float32(_weight(modules[name]).flatten(1)), 2) for name in chosen]
-    scales = torch.stack(largest).clamp_min(torch.finfo(torch.float32).tiny)
+        scales = largest_singular_values([_weight(modules[name]) for name in chosen])
     thresholds = RankThresholds(chosen, scales, beta=beta, init=init, refresh_every=refresh_every)
     model.add_module(NAME, thresholds)
     for index, name in enumerate(chosen):
