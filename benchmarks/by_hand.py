@@ -1,4 +1,4 @@
-"""Accuracy within a budget where the network is compressed by hand, in a loop of one's own, against the callback.
+"""Accuracy within a budget: compression in a custom training loop against the callback.
 
 By hand a module with `CompressionMixin` is trained without a Trainer: `attach_compression` before its optimizer is
 made, `compression_schedule` before each forward pass and `compression_step` before each step of the optimizer, then
@@ -119,8 +119,8 @@ at most {budget} of the operations. By hand: `CompressionMixin` in a loop withou
 
 {table}
 
-The callback alone carries what the optimizer remembers over to the small network, and begins the norms' statistics
-anew there; by hand the optimizer is made anew.
+Only the callback transfers the optimizer state to the small network and resets the statistics of its norms; by hand a
+new optimizer is created.
 """
 
 

@@ -9,6 +9,7 @@ since its metadata asks for a NumPy below 2.
 import argparse
 import json
 import math
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -194,7 +195,7 @@ def page(results: dict[str, Any], machine: str) -> str:
     for part in PARTS:
         if found[part]:
             table = tasks_table(found[part], found["torch-mist"]) if part == "tasks" else levels_table(found[part])
-            parts += [f"## {TITLES[part]}", TEXTS[part], table]
+            parts += [f"## {TITLES[part]}", textwrap.fill(" ".join(TEXTS[part].split()), 120, break_on_hyphens=False), table]
     return "\n\n".join(parts) + "\n"
 
 
