@@ -212,12 +212,20 @@ def test_faults_that_hang_or_break_the_import_are_noticed(checkout):
     )
     tests = ["tests/part/test_numbers.py"]
     broken = operators.Mutant(flipped.path, 1, "none", "def", "fed", 0, 3)
-    with mutants.Tests(1, heavy=False) as run_tests:
+    with mutants.Tests(8, heavy=False) as run_tests:
         assert mutants.plant(checkout, flipped, tests, run_tests)["outcome"] == "timeout"
     with mutants.Tests(60, heavy=False) as run_tests:
         assert mutants.plant(checkout, broken, tests, run_tests)["outcome"] == "broken"
         assert mutants.plant(checkout, flipped, [], run_tests)["outcome"] == "none"
     assert (checkout / flipped.path).read_text() == source
+
+
+@pytest.mark.parametrize(("without", "outcome"), [("passed", "timeout"), ("failed", "timeout"), ("timeout", "unsure")])
+def test_a_timeout_counts_only_where_the_tests_end_without_the_fault(checkout, without, outcome):
+    mutant = next(iter(mutants.drawn(checkout, 0)))
+    answers = iter([("timeout", []), (without, [])])
+    assert mutants.plant(checkout, mutant, ["tests"], lambda *_: next(answers))["outcome"] == outcome
+    assert next(answers, None) is None
 
 
 def test_the_page_counts_and_names_what_was_not_noticed():

@@ -117,7 +117,8 @@ def plant(copy: Path, mutant: Mutant, tests: list[str], run_tests: Tests, marks:
         marks: Selects tests in them.
 
     Returns:
-        The outcome, the tests that noticed, and the time.
+        The outcome, the tests that noticed, and the time. Tests that exceed the time limit without the fault too make
+        it ``"unsure"``, which counts as not noticed.
     """
     if not tests:
         return {"outcome": "none", "by": [], "seconds": 0.0}
@@ -126,10 +127,13 @@ def plant(copy: Path, mutant: Mutant, tests: list[str], run_tests: Tests, marks:
     wrong: list[str] = []  # that fail without the fault too
     while True:
         file.write_text(mutant.applied(source), encoding="utf-8")
+        chosen = [*tests, *(f"--deselect={name}" for name in wrong)]
         try:
-            outcome, failed = run_tests(copy, [*tests, *(f"--deselect={name}" for name in wrong)], marks)
+            outcome, failed = run_tests(copy, chosen, marks)
         finally:
             file.write_text(source, encoding="utf-8")
+        if outcome == "timeout" and run_tests(copy, chosen, marks)[0] == "timeout":
+            outcome = "unsure"
         if outcome != "failed" or not failed or run_tests(copy, failed, marks)[0] == "passed":
             return {"outcome": outcome, "by": failed, "seconds": round(time.monotonic() - began, 1)}
         wrong += failed
