@@ -122,7 +122,7 @@ def test_a_killed_worker_loses_no_trial(tmp_path):
 
 @pytest.mark.distributed
 def test_an_exception_in_a_worker_ends_the_search(tmp_path):
-    with pytest.raises(RuntimeError, match=r"worker-\d ended with an exception"):
+    with pytest.raises(RuntimeError, match=r"worker-\d failed with the exception above"):
         tune(bad, 4, directory=tmp_path, workers=2)
 
 
