@@ -221,7 +221,7 @@ def test_a_schedule_says_how_far_the_choice_is():
     fit(model, BATCHES, [in_steps(schedule=schedule), watch], max_epochs=3)
     assert params(model) <= 0.5 * 399
     still = Watch()
-    with pytest.warns(UserWarning, match="the training ended before `end="):
+    with pytest.warns(UserWarning, match="training ended before `end="):
         fit(seeded(), BATCHES, [in_steps(schedule=Constant(0.0)), still], max_epochs=2, limit_train_batches=5)
     assert min(metrics["budget/params"] for metrics in still.metrics[BEGIN + 1 :]) > 0.7
 
