@@ -195,7 +195,11 @@ def page(results: dict[str, Any], machine: str) -> str:
     for part in PARTS:
         if found[part]:
             table = tasks_table(found[part], found["torch-mist"]) if part == "tasks" else levels_table(found[part])
-            parts += [f"## {TITLES[part]}", textwrap.fill(" ".join(TEXTS[part].split()), 120, break_on_hyphens=False), table]
+            parts += [
+                f"## {TITLES[part]}",
+                textwrap.fill(" ".join(TEXTS[part].split()), 120, break_on_hyphens=False),
+                table,
+            ]
     return "\n\n".join(parts) + "\n"
 
 
