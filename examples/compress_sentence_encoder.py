@@ -1,5 +1,5 @@
 # %% [markdown]
-# Compress a pretrained sentence encoder to half its size
+# # Compress a pretrained sentence encoder to half its size
 #
 # all-MiniLM-L6-v2 turns sentences into vectors for search. Here the weights of its encoder are halved without any
 # training: each linear layer becomes two thin ones, computed once from the weights alone and once from the layers'

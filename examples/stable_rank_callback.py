@@ -1,5 +1,5 @@
 # %% [markdown]
-# Train weights that can be factorised
+# # Train weights that can be factorised
 #
 # `Classifier` is an ordinary `LightningModule`. One callback drives the weights of the network towards a quarter of
 # their rank during training, another monitors their singular values. `factorize` then replaces each layer by two thin

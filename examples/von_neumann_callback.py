@@ -1,5 +1,5 @@
 # %% [markdown]
-# Add the von Neumann entropy to an existing training
+# # Add the von Neumann entropy to an existing training
 #
 # `Classifier` is an ordinary `LightningModule`. It is not modified: one callback raises the entropy of the
 # representation, another measures it.

@@ -109,6 +109,11 @@ def test_notebooks_are_those_of_the_scripts():
     assert {path.stem for path in EXAMPLES.glob("*.ipynb")} == {path.stem for path in NOTEBOOKS}
 
 
+def test_notebooks_open_with_a_title():
+    first = {script.stem: jupytext.read(script.with_suffix(".ipynb")).cells[0] for script in NOTEBOOKS}
+    assert [name for name, cell in first.items() if not cell.source.startswith("# ")] == []
+
+
 @pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda script: script.stem)
 def test_notebook_needs_no_file_beside_it_and_installs_what_it_imports(script):
     source = script.read_text(encoding="utf-8")
