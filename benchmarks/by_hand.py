@@ -115,7 +115,7 @@ TEXT = """# Compression by hand against the callback
 `python benchmarks/by_hand.py`: {machine}.
 
 600 of scikit-learn's digits for training and the others for the test, a small ResNet of timm, 36 epochs of six batches,
-at most {budget} of the operations. By hand: `CompressionMixin` in a loop without a Trainer, as its docstring says.
+at most {budget} of the FLOPs. By hand: `CompressionMixin` in a training loop without a Trainer.
 
 {table}
 

@@ -38,7 +38,7 @@ def figures(state: dict[str, Any]) -> list[str]:
         "",
         f"In detail: {details}. A test counts only if it passes without the fault.",
         "*Timeout*: tests hang with the fault; *broken*: they cannot be collected; both are noticed. *None*: no test",
-        "file was found.",
+        "file was found. *Unsure*: the tests exceed the time limit without the fault too, which is not noticed.",
         "",
     ]
 
