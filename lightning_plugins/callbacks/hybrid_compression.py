@@ -72,7 +72,7 @@ class HybridCompression(ScheduledCompression):
         False
 
     Source:
-        Our interpretation of Eo et al., https://arxiv.org/abs/2309.13077. Phases, optimizer and surgery are ours.
+        Our reading of Eo et al., https://arxiv.org/abs/2309.13077. Phases, optimizer and surgery are ours.
     """
 
     def __init__(

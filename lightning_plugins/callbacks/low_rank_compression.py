@@ -96,7 +96,7 @@ class LowRankCompression(CompressingCallback):
         0.3
 
     Source:
-        Our interpretation of Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. When the phases begin
+        Our reading of Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. When the phases begin
         and what becomes of the optimizer's state is ours.
     """
 

@@ -53,7 +53,7 @@ class MaskScheduling(ScheduledCompression):
         False
 
     Source:
-        Our interpretation of DML-S of Eo et al., https://arxiv.org/abs/2309.13077; for the cubic schedule of magnitudes
+        Our reading of DML-S of Eo et al., https://arxiv.org/abs/2309.13077; for the cubic schedule of magnitudes
         Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878.
     """
 

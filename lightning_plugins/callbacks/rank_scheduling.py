@@ -46,7 +46,7 @@ class RankScheduling(ScheduledCompression):
         False
 
     Source:
-        Our interpretation of DTL-S of Eo et al., https://arxiv.org/abs/2309.13077.
+        Our reading of DTL-S of Eo et al., https://arxiv.org/abs/2309.13077.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ class SpectralNormCap(Callback):
     Source:
         Gouk et al., Machine Learning 2021, https://arxiv.org/abs/1804.04368, for the weights; Kimi Team (MuonClip),
         2025, https://arxiv.org/abs/2507.20534, for queries and keys, whose clip goes by the largest logit of a batch:
-        the spectral norm, which needs no batch, is our interpretation.
+        the spectral norm, which needs no batch, is our reading.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ class StableRankRegularization(WeightRegularization):
         0.25
 
     Source:
-        Our interpretation of Eo et al., https://arxiv.org/abs/2111.15179, for ``mSR``. Following the singular vectors
+        Our reading of Eo et al., https://arxiv.org/abs/2111.15179, for ``mSR``. Following the singular vectors
         is ours.
     """
 

@@ -41,7 +41,7 @@ class ObjectBank:
     `candidates` holds for each object others of its class that have points where it has few: among the most similar in
     size (3-D IoU with aligned centres and headings; 800, pedestrians 400) the half with the largest total occupancy of
     the object's weak parts, best first, at most 400. Occupancy is the number of an object's points in a part, mirror
-    images included, relative to the largest number in that part of any object of the class (our interpretation); a part
+    images included, relative to the largest number in that part of any object of the class (our reading); a part
     is weak below 0.8 times the object's mean.
 
     Create one with `from_frames` or `load`.

@@ -42,7 +42,7 @@ def cls_attention_correlation(
         tensor([[1., 1.]], dtype=torch.float64)
 
     Source:
-        The quantity of Choi et al., https://arxiv.org/abs/2202.12191, in our interpretation: per text, then averaged.
+        The quantity of Choi et al., https://arxiv.org/abs/2202.12191, in our reading: per text, then averaged.
     """
     check_floating("attention", attention)
     if attention.ndim != 4 or attention.shape[2] != attention.shape[3]:

@@ -36,7 +36,7 @@ def inverse_document_frequency(document_frequency: Tensor, num_documents: int, *
 
     Source:
         Robertson and Zaragoza, 2009, with the 1 inside the logarithm that keeps it positive, as in Lucene; used as a
-        probing target as in Choi et al., https://arxiv.org/abs/2202.12191 (our interpretation: the paper's variant is
+        probing target as in Choi et al., https://arxiv.org/abs/2202.12191 (our reading: the paper's variant is
         not stated where we could read it).
     """
     check_choice("variant", variant, VARIANTS)

@@ -71,7 +71,7 @@ def modified_stable_rank(weight: Tensor, rank: int, p: Power = 1) -> Tensor:
         tensor(0.2500)
 
     Source:
-        Our interpretation of Eo et al., https://arxiv.org/abs/2111.15179: ``p=1`` by default, ``p=2`` beside it.
+        Our reading of Eo et al., https://arxiv.org/abs/2111.15179: ``p=1`` by default, ``p=2`` beside it.
     """
     check_matrices("weight", weight)
     _check_target(rank, p)

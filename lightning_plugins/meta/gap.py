@@ -131,12 +131,12 @@ class GAP(_Gains):
     A kernel of three or more dimensions is treated as the matrix ``(out, in * height * width)``. Biases and the
     parameters of norms use the plain gradient, and so do weights of linear layers, as in the published code, unless
     ``linear``. The packed projection of attention (``in_proj_weight``, timm's ``qkv.weight``) is then treated as three
-    matrices, with the gains ``name:query``, ``name:key`` and ``name:value``: our interpretation. The gains start at
+    matrices, with the gains ``name:query``, ``name:key`` and ``name:value``: our reading. The gains start at
     1.0006, so close to MAML, and are shared by all tasks. They are the only parameters of this module, so they can have
     a separate learning rate.
 
     Args:
-        linear: Whether two-dimensional parameters, as ``(out, in)``, have gains too: our interpretation of the method
+        linear: Whether two-dimensional parameters, as ``(out, in)``, have gains too: our reading of the method
             for linear networks.
         per_step: Whether every inner step has separate gains; the paper uses one set for all.
         derivative: ``"constant"``, as published, or ``"exact"``: see `lightning_plugins.functional.gap_precondition`.

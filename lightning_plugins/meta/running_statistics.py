@@ -36,7 +36,7 @@ class PerStepBatchNorm(nn.Module):
         torch.Size([6, 4])
 
     Source:
-        Our interpretation of Antoniou, Edwards and Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502: the statistics
+        Our reading of Antoniou, Edwards and Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502: the statistics
         are those of the parameters that the batches, support and query, ran with.
     """
 

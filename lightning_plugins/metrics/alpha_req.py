@@ -35,7 +35,7 @@ class AlphaReQ(GramMetric):
         1.0
 
     Source:
-        Agrawal et al., NeurIPS 2022, https://arxiv.org/abs/2202.05808. The range of the fit is our interpretation;
+        Agrawal et al., NeurIPS 2022, https://arxiv.org/abs/2202.05808. The range of the fit is our reading;
         eigenvalues within rounding error are excluded.
     """
 

@@ -29,7 +29,7 @@ class Isotropy(GramMetric):
 
     Source:
         Frame potential: Benedetto and Fickus, Advances in Computational Mathematics, 2003. Its use as an isotropy in
-        ``[1/d, 1]`` is our interpretation; other common isotropy measures are based on the partition function.
+        ``[1/d, 1]`` is our reading; other common isotropy measures are based on the partition function.
     """
 
     higher_is_better = None

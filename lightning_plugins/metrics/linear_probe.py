@@ -65,7 +65,7 @@ class LinearProbe(SumMetric):
     Source:
         Alain and Bengio, https://arxiv.org/abs/1610.01644 (linear probes); Hewitt and Liang, EMNLP 2019 (control
         tasks); You et al., ICML 2021 (LogME); Voita and Titov, EMNLP 2020 (description length), of which blocks of
-        equal size and Gaussian codes are our interpretation. Deriving everything from sums is ours.
+        equal size and Gaussian codes are our reading. Deriving everything from sums is ours.
     """
 
     higher_is_better = None

@@ -29,7 +29,7 @@ class RankMe(GramMetric):
     Source:
         Garrido et al., ICML 2023, https://arxiv.org/abs/2210.02885; Roy and Vetterli, EUSIPCO 2007. RankMe adds a small
         constant to the normalised singular values to keep the logarithm finite; here ``0 * log(0)`` is 0 instead, which
-        is our interpretation of its purpose and gives the value of Roy and Vetterli.
+        is our reading of its purpose and gives the value of Roy and Vetterli.
     """
 
     higher_is_better = True

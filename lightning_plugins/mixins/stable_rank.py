@@ -37,7 +37,7 @@ class StableRankMixin:
         True
 
     Source:
-        Our interpretation of Eo et al., https://arxiv.org/abs/2111.15179.
+        Our reading of Eo et al., https://arxiv.org/abs/2111.15179.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -84,7 +84,7 @@ class ModifiedStableRank(nn.Module):
         tensor(0.1000)
 
     Source:
-        Our interpretation of Eo et al., https://arxiv.org/abs/2111.15179.
+        Our reading of Eo et al., https://arxiv.org/abs/2111.15179.
     """
 
     def __init__(self, weight: float, rank: int, p: Power = 1) -> None:

@@ -41,7 +41,7 @@ class Budget:
         (58, 29, 23)
 
     Source:
-        Eo et al., https://arxiv.org/abs/2309.13077: our interpretation.
+        Eo et al., https://arxiv.org/abs/2309.13077: our reading.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class Saliency:
         budget: What counts the cost.
 
     Source:
-        Our interpretation of Molchanov et al., CVPR 2019, https://arxiv.org/abs/1906.10771, and of Liu et al., Group
+        Our reading of Molchanov et al., CVPR 2019, https://arxiv.org/abs/1906.10771, and of Liu et al., Group
         Fisher Pruning, ICML 2021, https://arxiv.org/abs/2108.00708, for the division by the cost. Directions are ours.
     """
 

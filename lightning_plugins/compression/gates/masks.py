@@ -143,7 +143,7 @@ def apply_masks(
         ['channel_masks.scores.0']
 
     Source:
-        Eo et al., https://arxiv.org/abs/2309.13077: our interpretation.
+        Eo et al., https://arxiv.org/abs/2309.13077: our reading.
     """
     check_choice("gate", gate, get_args(Gate))
     if check_finite_number("beta", beta) <= 0:

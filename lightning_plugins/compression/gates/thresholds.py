@@ -66,7 +66,7 @@ def apply_thresholds(
                 [0., 0., 0.]]), {'0': 1})
 
     Source:
-        Eo et al., https://arxiv.org/abs/2309.13077: our interpretation. The form of the gradient is ours.
+        Eo et al., https://arxiv.org/abs/2309.13077: our reading. The form of the gradient is ours.
     """
     if check_finite_number("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")

@@ -64,7 +64,7 @@ class Decomposition:
 
     Source:
         Truncation in the metric of the inputs: Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025,
-        https://arxiv.org/abs/2403.07378. Our interpretation: damping and scheme 2.
+        https://arxiv.org/abs/2403.07378. Our reading: damping and scheme 2.
     """
 
     def __init__(self, weight: Tensor, moment: InputMoment | None = None, *, scheme: Scheme = 1) -> None:

@@ -52,7 +52,7 @@ def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: Input
         )
 
     Source:
-        Schemes: Idelbayev and Carreira-Perpinan, CVPR 2020. The even split is the usual one; our interpretation for BSR
+        Schemes: Idelbayev and Carreira-Perpinan, CVPR 2020. The even split is the usual one; our reading for BSR
         (Eo et al., 2023, https://arxiv.org/abs/2111.15179).
     """
     values = [*factors(layer, rank, scheme=scheme, moment=moment), *([] if layer.bias is None else [layer.bias])]

@@ -114,7 +114,7 @@ def beam_search(
         (True, ['body', 'head'])
 
     Source:
-        Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our interpretation: where the search starts,
+        Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our reading: where the search starts,
         what a child is and how the last step ends.
     """
     _check_arguments(score, width, step, bounds, progress)

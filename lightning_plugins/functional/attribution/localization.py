@@ -51,7 +51,7 @@ def localization_iou(attributions: Tensor, masks: Tensor) -> LocalizationScores:
         tensor([0.3333])
 
     Source:
-        Suh et al., arXiv 2211.12702. Our interpretation: the IoU of the expected hits, not the expected IoU, which
+        Suh et al., arXiv 2211.12702. Our reading: the IoU of the expected hits, not the expected IoU, which
         differs by the small variance of the hits among ties.
     """
     maps, truth = flat_positions(attributions, masks)

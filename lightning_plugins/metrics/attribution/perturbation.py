@@ -55,7 +55,7 @@ class DegradationScore(SumMetric):
         True
 
     Source:
-        Suh et al., arXiv 2211.12702. Our interpretation: the mean over classes weights all classes equally.
+        Suh et al., arXiv 2211.12702. Our reading: the mean over classes weights all classes equally.
     """
 
     higher_is_better = True
