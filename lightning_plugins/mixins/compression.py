@@ -241,7 +241,7 @@ def _compression_of(module: Any) -> tuple[BudgetedNetwork, Multiplier, Choice]:
 def _is_whole(network: BudgetedNetwork) -> bool:
     """Return whether no mask and no threshold acts yet."""
     masks, thresholds = network.masks, network.thresholds
-    return (masks is None or masks._is_hard) and (thresholds is None or thresholds.bypass)
+    return (masks is None or masks.is_hard) and (thresholds is None or thresholds.bypass)
 
 
 def _begin(network: BudgetedNetwork) -> None:

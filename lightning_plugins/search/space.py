@@ -184,7 +184,7 @@ class Space:
 
 def key(point: Array) -> bytes:
     """Return a name of a point by which duplicates are known, rounding errors aside."""
-    return (np.round(point, 9) + 0.0).tobytes()
+    return _keys(point[None])[0]
 
 
 def _keys(points: Array) -> list[bytes]:

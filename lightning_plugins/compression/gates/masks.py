@@ -37,7 +37,7 @@ class ChannelMasks(Annealed):
         self.scores = nn.ParameterList(nn.Parameter(torch.full((group.size,), float(init))) for group in groups)
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.register_buffer("hard", torch.tensor(False))
-        self._is_hard = False
+        self.is_hard = False  # the value of `hard`, read without waiting for the device
         self._noise: list[Tensor] | None = None
 
     def set_hard(self, hard: bool = True) -> None:
@@ -47,7 +47,7 @@ class ChannelMasks(Annealed):
             hard: Which.
         """
         self.hard.fill_(hard)
-        self._is_hard = bool(hard)
+        self.is_hard = bool(hard)
 
     def set_kept(self, kept: Sequence[Tensor]) -> None:
         """Decide which units stay: scores on the wrong side of zero change their sign, and masks become hard.
@@ -84,7 +84,7 @@ class ChannelMasks(Annealed):
             Tensor of shape ``(size,)`` in [0, 1].
         """
         scores: Tensor = self.scores[index]
-        if self._is_hard:
+        if self.is_hard:
             return (scores.detach() > 0).to(scores.dtype)
         if self.gate == "straight_through":
             return straight_through(scores, self.beta)
@@ -102,7 +102,7 @@ class ChannelMasks(Annealed):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._is_hard = bool(self.hard)
+        self.is_hard = bool(self.hard)
 
 
 def apply_masks(
