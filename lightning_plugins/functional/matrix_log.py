@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_plugins.functional.derivatives import last_derivative
+from lightning_plugins.functional.products import add_product
 from lightning_plugins.functional.spectrum import full_precision, keep_signature
 
 # On [0, 1], log(x) = CONSTANT + sum(LINEAR[j] * r[j]) + sum(BILINEAR[j] * r[j] * r[j + 1]) + error(x) with r[0] = x and
@@ -58,9 +59,9 @@ def log_by_products(matrix: Tensor) -> Tensor:
         log = torch.add(log, r, alpha=linear)
         if j == len(_LINEAR) - 1:
             break
-        following = _add_product(r, r, r, beta=_GAIN, alpha=-((_GAIN / 2) ** 2))
+        following = add_product(r, r, r, beta=_GAIN, alpha=-((_GAIN / 2) ** 2))
         if j < len(_BILINEAR):
-            log = _add_product(log, r, following, beta=1, alpha=_BILINEAR[j])
+            log = add_product(log, r, following, beta=1, alpha=_BILINEAR[j])
         r = following
     return log.reshape(matrix.shape)
 
@@ -131,36 +132,10 @@ def _upper_bound(matrix: Tensor) -> Tensor:
     # numbers are the squared eigenvalues. The bound is tight for one and for n equal ones, and at most n ** 0.25 times
     # too large.
     n = matrix.shape[-1]
-    square = _add_product(matrix, matrix, matrix, beta=0, alpha=1)
+    square = add_product(matrix, matrix, matrix, beta=0, alpha=1)
     mean = square.diagonal(dim1=-2, dim2=-1).sum(-1) / n
     # For nearly equal eigenvalues the variance is a difference of nearly equal numbers: add the rounding error.
     margin = 4 * torch.finfo(matrix.dtype).eps * mean.square()
     variance = (square.square().sum((-2, -1)) / n - mean.square()).clamp_min(0) + margin
     bound = (mean + (variance * (n - 1)).sqrt()).sqrt()
     return bound.masked_fill(bound == 0, 1)[:, None, None]
-
-
-def _add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """``beta * base + alpha * left @ right`` over a batch, with float32 accuracy even if TF32 is allowed."""
-    if not _rounds_to_tf32(left):
-        return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
-    left_high, right_high = _high_part(left), _high_part(right)
-    result = torch.baddbmm(base, left - left_high, right_high, beta=beta, alpha=alpha)
-    result = torch.baddbmm(result, left_high, right - right_high, alpha=alpha)
-    return torch.baddbmm(result, left_high, right_high, alpha=alpha)
-
-
-def _rounds_to_tf32(tensor: Tensor) -> bool:
-    """Return whether the user's settings (read-only here) let matrix products drop mantissa bits."""
-    if not tensor.is_cuda or tensor.dtype != torch.float32:
-        return False
-    settings = torch.backends.cuda.matmul
-    # If both exist, the older one raises an error if the newer one has been set.
-    precision = getattr(settings, "fp32_precision", None)
-    return bool(settings.allow_tf32) if precision is None else precision == "tf32"
-
-
-def _high_part(tensor: Tensor) -> Tensor:
-    """The leading 11 bits of float32 numbers (Veltkamp), which TF32 represents exactly."""
-    stretched = tensor * (2**13 + 1)
-    return stretched - (stretched - tensor)
