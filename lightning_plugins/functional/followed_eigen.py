@@ -77,7 +77,8 @@ def _rotation(inside: Tensor) -> Tensor:
 
 def _orthonormal(vectors: Tensor) -> Tensor:
     """A Newton-Schulz step towards orthonormal columns, which squares the deviation."""
-    return add_product(vectors, vectors, _product(vectors.mT, vectors), beta=1.5, alpha=-0.5)
+    nearer: Tensor = add_product(vectors, vectors, _product(vectors.mT, vectors), beta=1.5, alpha=-0.5)
+    return nearer
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
