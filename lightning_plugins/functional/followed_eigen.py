@@ -70,15 +70,14 @@ def _rotation(inside: Tensor) -> Tensor:
     # The norm of E is at most the fourth root of the sum of its singular values' fourth powers.
     norm = torch.linalg.matrix_norm(square, keepdim=True).sqrt()
     shrink = (_LARGEST / norm.clamp_min(_LARGEST)).clamp_max(1)
-    result = (turn * shrink).addcmul_(square, shrink.square(), value=0.5)
+    result: Tensor = (turn * shrink).addcmul_(square, shrink.square(), value=0.5)
     result.diagonal(dim1=-2, dim2=-1).add_(1)
     return result
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
     """A Newton-Schulz step towards orthonormal columns, which squares the deviation."""
-    nearer: Tensor = add_product(vectors, vectors, _product(vectors.mT, vectors), beta=1.5, alpha=-0.5)
-    return nearer
+    return add_product(vectors, vectors, _product(vectors.mT, vectors), beta=1.5, alpha=-0.5)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def log_by_products(matrix: Tensor) -> Tensor:
         log = log.add(r, alpha=linear / _FACTORS[j])
         if j <= len(_BILINEAR):
             held.append(r)
-        if j == len(_BILINEAR) or (n > _LARGEST_HELD and 1 < len(held)):
+        if j == len(_BILINEAR) or (n > _LARGEST_HELD and len(held) > 1):
             log = _add_neighbours(log, held)
             held = [r]
     shift = (_CONSTANT + (trace * scale).log())[..., 0]
@@ -162,4 +162,5 @@ def _upper_bound(matrix: Tensor) -> Tensor:
     exact = 1 - 4 * torch.finfo(matrix.dtype).eps
     variance = torch.addcmul(mean_of_squares, mean, mean, value=-exact).clamp_min(0)
     # The largest of n numbers that add up to 1 is at least 1 / n; a matrix of zeros has no other bound.
-    return (mean + (variance * (n - 1)).sqrt()).sqrt().clamp_min(1 / n)
+    bound: Tensor = (mean + (variance * (n - 1)).sqrt()).sqrt().clamp_min(1 / n)
+    return bound
