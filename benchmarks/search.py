@@ -8,6 +8,8 @@ incumbent's mean result to the best mean of the table. Ordered parameters are in
     python benchmarks/search.py --seeds 30 --methods b2ea tpe random
     python benchmarks/search.py --page docs/benchmarks/search.md # the page from what was stored
 
+The method ``smac`` needs that package (`pip install smac`, whose forest is compiled with swig).
+
 Every search is kept in a file and read from there, so that a run that was stopped goes on. Seeds come first, so that a
 part of the runs is a balanced one.
 """
@@ -29,6 +31,7 @@ import numpy as np
 import optuna
 from _report import describe_machine, markdown_table
 from scipy.stats import binomtest, rankdata
+from smac_sampler import SMACSampler
 
 from lightning_plugins.search import B2EASampler, proposal
 
@@ -55,6 +58,7 @@ METHODS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+    "smac": lambda seed: SMACSampler(TRIALS, seed),
     "b2ea without mutation": lambda seed: B2EASampler(seed=seed),
     "b2ea with one arm": lambda seed: B2EASampler(seed=seed),
     "b2ea without transform": lambda seed: B2EASampler(seed=seed, transform=False),
