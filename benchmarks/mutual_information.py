@@ -211,7 +211,7 @@ TITLES = {
     "sentences": "Sentences behind a noisy channel",
     "tasks": "Twenty distributions in closed form",
 }
-MIST = " `torch-mist` is its separable InfoNCE with its own early stopping, on the first seed."
+MIST = " `torch-mist` is its separable InfoNCE with its own early stopping."
 _CHANNEL = """Each side of a pair has ten parts whose classes are ten bits, before and after a binary symmetric
 channel. The critic is the density ratio of the posteriors of a logistic probe of single parts, fitted on other
 samples. The plug-in is the mean of that logarithm over the pairs, which is no bound; `class seen` is the probe's
