@@ -51,7 +51,21 @@ def entropy_row(n: int, d: int, device: str, seconds: float) -> dict[str, Any]:
     if device == "cuda":
         row |= {"published_mib": peak_bytes(published, embeddings) / 2**20}
         row |= {"ours_mib": peak_bytes(von_neumann_entropy, embeddings) / 2**20}
+        row["graph_ms"] = graphed_ms(embeddings)
     return row
+
+
+def graphed_ms(embeddings: Tensor) -> float:
+    """Median milliseconds of our entropy, forward and backward, as two captured CUDA graphs."""
+    from von_neumann import step
+
+    replayed = torch.cuda.make_graphed_callables(von_neumann_entropy, (embeddings.detach().clone().requires_grad_(),))
+    taken = []
+    for _ in range(21):
+        start = clock("cuda")
+        step(replayed, embeddings)
+        taken.append(clock("cuda") - start)
+    return 1e3 * statistics.median(taken[1:])
 
 
 def quartiles(values: list[float]) -> list[float]:
