@@ -96,11 +96,16 @@ def made(does: str = "", **settings: Any) -> Uneven:
 
 
 def attempt(
-    model: Uneven, callbacks: list[Callback], bounds: Sequence[int] = (0, 3, 8), batches: Any = BATCHES
+    model: Uneven,
+    callbacks: list[Callback],
+    bounds: Sequence[int] = (0, 3, 8),
+    batches: Any = BATCHES,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Outcome of a training: the error, or weights and log."""
+    settings = {"max_epochs": 1, **settings}
     try:
-        trainer = fit(model, shard(batches, bounds), callbacks, strategy="ddp", devices=2, max_epochs=1)
+        trainer = fit(model, shard(batches, bounds), callbacks, strategy="ddp", devices=2, **settings)
     except Exception as error:  # noqa: BLE001  # it is looked at by the test
         return {"error": f"{type(error).__name__}: {error}"}
     return {"weights": dict(model.state_dict()), "log": dict(trainer.callback_metrics)}
