@@ -174,7 +174,7 @@ class StableRankRegularization(WeightRegularization):
         return rank, count if count <= side // 2 else side
 
     def _terms(self, batches: Sequence[WeightBatch]) -> list[tuple[Tensor, ...]]:
-        """What is to be exchanged of each batch: values, gradients in parts or whole, and the tracked vectors."""
+        """Values, gradients in parts or whole, and tracked vectors of each batch, to be sent to all processes."""
         alike: dict[Any, list[int]] = {}
         for index, batch in enumerate(batches):
             alike.setdefault((batch.kind, batch.matrices.dtype), []).append(index)
@@ -246,7 +246,7 @@ def in_batches(weight: Tensor) -> bool:
 
 
 def _followed_for(rank: int) -> int:
-    """The number of vectors to follow: the error of the last one wanted shrinks the faster, the more stand behind it."""
+    """The number of vectors to follow: the more stand behind the last one wanted, the faster its error shrinks."""
     return rank + max(8, rank // 4)
 
 

@@ -1,8 +1,8 @@
 """Modified stable ranks of many matrices at once, from singular vectors followed by products alone: for accelerators.
 
-An accelerator spends more time on starting a small kernel than on running it, and a decomposition keeps the host waiting
-for its status. So matrices of one shape are one batch, the small matrices of all shapes are another, and there is no
-decomposition but a Cholesky factorization that nobody asks for its status.
+An accelerator spends more time on starting a small kernel than on running it, and a decomposition keeps the host
+waiting for its status. So matrices of one shape are one batch, the small matrices of all shapes are another, and there
+is no decomposition but a Cholesky factorization whose status is used on the device alone.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from lightning_plugins.functional.spectrum import at_least_float32, finite_or_ze
 
 # A squared singular value below this many rounding errors of the largest has no direction of its own.
 _NOISE = 64
-# The part of the old vectors that is kept. The columns then stay independent even where the matrix maps all of them onto
-# one, and are complete; it slows the convergence by no more than this fraction.
+# The part of the old vectors that is kept: the columns then stay independent even where the matrix maps all of them
+# onto one. It slows the convergence by no more than this fraction.
 _KEPT = 1 / 32
 _PASSES = 1  # of `follow_eigenvectors`, for vectors that come from the step before
 
@@ -95,9 +95,8 @@ def followed_nuclear_terms(matrices: Sequence[Tensor], rank: int, starts: Sequen
     The sum of all singular values is the inner product of the weight with its polar factor, which is also its gradient;
     that of the head comes from tracked singular vectors.
 
-    The accuracy is that of the ``start``, as for `followed_rank_terms`, and of ``polar_factor(..., method="products")``:
-    singular values below 1e-3 of the Frobenius norm (1e-4 in float64) have less effect the smaller they are, and zero
-    has none.
+    The accuracy is that of the ``start``, as for `followed_rank_terms`, and of `polar_factor` by products: singular
+    values below 1e-3 of the Frobenius norm (1e-4 in float64) have less effect the smaller they are, and zero has none.
 
     Args:
         matrices: As for `followed_rank_terms`.

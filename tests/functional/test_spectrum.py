@@ -7,9 +7,9 @@ from lightning_plugins.functional import (
     autocorrelation_eigenvalues,
     matrix_entropy,
     normalize_rows,
+    spectrum,
     von_neumann_entropy,
 )
-from lightning_plugins.functional import spectrum
 from lightning_plugins.functional.spectral_sum import spectral_sum
 from lightning_plugins.functional.spectrum import decompose, smaller_gram
 

@@ -1,4 +1,4 @@
-"""Terms of weights of few shapes, computed in batches: on an accelerator most of the time goes into starting kernels."""
+"""Terms of weights of few shapes, computed in batches: an accelerator spends most of the time on starting kernels."""
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -40,7 +40,9 @@ class WeightBatch(NamedTuple):
         return list(parts.unbind()) if groups == 1 else list(parts.unflatten(0, (-1, groups)).unbind())
 
 
-def in_rounds(weights: Sequence[WeightMatrix], kind_of: Callable[[WeightMatrix], Hashable]) -> Iterator[list[WeightBatch]]:
+def in_rounds(
+    weights: Sequence[WeightMatrix], kind_of: Callable[[WeightMatrix], Hashable]
+) -> Iterator[list[WeightBatch]]:
     """Batch weights by shape and kind, few enough at a time for the copies to take little memory.
 
     Args:
@@ -135,7 +137,7 @@ def add_gradients(
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Stack contiguous tensors of one shape, without a copy if they lie one behind another in memory, as after `each`."""
+    """Stack contiguous tensors of one shape, without a copy if they lie one behind another, as after `each`."""
     first = parts[0]
     size, begin, memory = first.numel(), first.storage_offset(), first.untyped_storage().data_ptr()
     for index, part in enumerate(parts):
