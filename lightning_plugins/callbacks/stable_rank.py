@@ -55,8 +55,9 @@ class StableRankRegularization(WeightRegularization):
         p: With ``rank``: 1 drives the singular values beyond it to zero, 2 lowers them. 1 decomposes the smaller Gram
             matrix of each weight; 2, as ``rank=None``, follows the leading singular vectors from step to step instead
             where that is cheaper. On a CPU a weight whose gradient would be off by more than about 1 % is decomposed.
-            On a GPU 1 follows them too, for weights with 64 rows and columns or more, and takes the sum of all singular
-            values from products; those below 1e-3 of the Frobenius norm then pull the less the smaller they are.
+            On a GPU no step after the first waits for the device: 1 follows them too, and takes the sum of all singular
+            values from products; those below 1e-3 of the Frobenius norm then pull the less the smaller they are. Only
+            with ``every_n_steps`` above 4 each application decomposes, which waits.
         scheme: How a convolution's kernel becomes a matrix: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``.
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th step of an optimizer carries the term, then n times as strong.

@@ -151,7 +151,7 @@ def decompose(matrix: Tensor, *, vectors: bool, overwrite: bool = False) -> tupl
 
 
 def _is_better_wide(matrix: Tensor) -> bool:
-    """Tell whether float64 is faster: in float32, CUDA takes Jacobi's algorithm for these sizes, which needs more time."""
+    """Tell whether float64 is faster: in float32, CUDA takes Jacobi's algorithm for these sizes, which is slower."""
     return matrix.is_cuda and matrix.dtype == torch.float32 and 32 < matrix.shape[-1] <= 512
 
 

@@ -155,3 +155,9 @@ def test_parts_of_one_tensor_are_joined_without_a_copy():
         [whole[0]],
     ):
         torch.testing.assert_close(joined(parts), torch.stack(parts), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", [1, 2])
+def test_shape_of_a_weight_is_that_of_its_matrix(scheme):
+    for weight in select_weight_matrices(layers(), "*", scheme=scheme, computed=True):
+        assert weight.shape == tuple(weight.take(weight.tensor).shape)
