@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
