@@ -1,10 +1,10 @@
 """Weights of layers as matrices: the parameter of a module, the unfolding of a kernel, and the target rank."""
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -71,7 +71,14 @@ class WeightMatrix(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of `take`."""
-        return tuple(self.take(torch.empty(self.tensor.shape, device="meta")).shape)
+        outputs, *others = self.tensor.shape
+        outputs = (outputs if self.rows is None else self.rows[1] - self.rows[0]) // self.groups
+        if self.scheme == 2 and len(others) == 3:
+            inputs, high, wide = others
+            matrix = (outputs * high, inputs * wide)
+        else:
+            matrix = (outputs, math.prod(others))
+        return matrix if self.groups == 1 else (self.groups, *matrix)
 
 
 def weight_to_matrix(weight: Tensor, *, groups: int = 1, scheme: Scheme = 1) -> Tensor:

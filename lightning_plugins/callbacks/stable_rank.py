@@ -6,14 +6,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._lightning import LightningModule
+from lightning_plugins.callbacks._terms.weight_batches import (
+    WeightBatch,
+    add_gradients,
+    computed_in_batches,
+    in_rounds,
+    joined,
+    of_each_weight,
+)
 from lightning_plugins.callbacks.weight_regularization import WeightRegularization
 from lightning_plugins.computed_weights import parametrizations_at_rest
-from lightning_plugins.functional.stable_rank import (
-    check_power,
-    exact_gradient,
-    followed_nuclear_term,
-    followed_term,
-)
+from lightning_plugins.functional.followed_terms import followed_nuclear_terms, followed_rank_terms
+from lightning_plugins.functional.stable_rank import check_power, exact_gradient, followed_term
 from lightning_plugins.functional.subspace import top_singular_subspace
 from lightning_plugins.regularizers import StableRank
 from lightning_plugins.schedules import Schedule
@@ -22,7 +27,7 @@ from lightning_plugins.weights import WeightMatrix, check_rank, select_targets
 # Where the estimated error of a gradient is larger, the weight is decomposed anew. The estimate is cautious: on weights
 # that change fast it was found to be one to four times the error.
 _ERROR = 0.02
-_PRODUCTS_FROM = 64  # rows and columns, on an accelerator
+_FOLLOWED = 4  # after more steps than these a weight is no longer where its vectors were left
 
 
 class StableRankRegularization(WeightRegularization):
@@ -50,8 +55,9 @@ class StableRankRegularization(WeightRegularization):
         p: With ``rank``: 1 drives the singular values beyond it to zero, 2 lowers them. 1 decomposes the smaller Gram
             matrix of each weight; 2, as ``rank=None``, follows the leading singular vectors from step to step instead
             where that is cheaper. On a CPU a weight whose gradient would be off by more than about 1 % is decomposed.
-            On a GPU 1 follows them too, for weights with 64 rows and columns or more, and takes the sum of all singular
-            values from products; those below 1e-3 of the Frobenius norm then pull the less the smaller they are.
+            On a GPU no step after the first waits for the device: 1 follows them too, and takes the sum of all singular
+            values from products; those below 1e-3 of the Frobenius norm then pull the less the smaller they are. Only
+            with ``every_n_steps`` above 4 each application decomposes, which waits.
         scheme: How a convolution's kernel becomes a matrix: 1 for ``O x (I * k * k)``, 2 for ``(O * k) x (I * k)``.
         schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
         every_n_steps: Only every n-th step of an optimizer carries the term, then n times as strong.
@@ -145,40 +151,89 @@ class StableRankRegularization(WeightRegularization):
             parts, self._starts[weight.label] = parts[:-1], parts[-1]
         return value, parts[1:]
 
+    def _add(self, pl_module: LightningModule, weights: list[WeightMatrix], factor: float, scaler: Any) -> None:
+        if not in_batches(weights[0].tensor) or self.every_n_steps > _FOLLOWED:
+            super()._add(pl_module, weights, factor, scaler)
+            return
+        values: dict[str, Tensor] = {}
+        for batches in in_rounds(weights, self._rank_and_count):
+            found = computed_in_batches(batches, self._terms, self._buffers)
+            present = [weight.label for batch in batches for weight in batch.weights]
+            starts = [start for batch, parts in zip(batches, found, strict=True) for start in batch.each(parts[-1])]
+            self._starts.update(zip(present, starts, strict=True))
+            of_matrices = torch.cat([parts[0] for parts in found]) + (self.rank is None)  # 1 more than beyond rank 1
+            of_weights = of_each_weight(batches, of_matrices)
+            gradients = [_gradient(batch, parts) for batch, parts in zip(batches, found, strict=True)]
+            add_gradients(batches, gradients, factor, scaler, wanted=of_weights.isfinite())
+            values.update(zip(present, of_weights.unbind(), strict=True))
+        self._log(pl_module, {weight.label: values[weight.label] for weight in weights}, factor)
+
+    def _rank_and_count(self, weight: WeightMatrix) -> tuple[int, int]:
+        """The rank, and the number of vectors to follow on an accelerator: all of a small matrix, without a wait."""
+        rank, _ = self._rank_and_power(weight)
+        side, count = min(weight.shape[-2:]), _followed_for(rank)
+        return rank, count if count <= side // 2 else side
+
+    def _terms(self, batches: Sequence[WeightBatch]) -> list[tuple[Tensor, ...]]:
+        """Values, gradients in parts or whole, and tracked vectors of each batch, to be sent to all processes."""
+        alike: dict[Any, list[int]] = {}
+        for index, batch in enumerate(batches):
+            alike.setdefault((batch.kind, batch.matrices.dtype), []).append(index)
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for ((rank, count), _), indices in alike.items():
+            matrices = [batches[index].matrices for index in indices]
+            starts = [self._joined_starts(batches[index], count) for index in indices]
+            _, p = self._rank_and_power(batches[indices[0]].weights[0])
+            terms = (followed_nuclear_terms if p == 1 else followed_rank_terms)(matrices, rank, starts)
+            found.update(zip(indices, terms, strict=True))
+        return [found[index] for index in range(len(batches))]
+
+    def _joined_starts(self, batch: WeightBatch, count: int) -> Tensor:
+        starts = [
+            self._start(weight.label, matrix, count)
+            for weight, matrix in zip(batch.weights, batch.each(batch.matrices), strict=True)
+        ]
+        return joined(starts).reshape(len(batch.matrices), -1, count)
+
+    def _buffers(self, batch: WeightBatch) -> tuple[Tensor, ...]:
+        """Buffers to receive an entry of `_terms` into."""
+        (rank, count), matrices = batch.kind, batch.matrices
+        short, long = sorted(matrices.shape[-2:])
+        _, p = self._rank_and_power(batch.weights[0])
+        shapes = [tuple(matrices.shape[-2:])] if p == 1 else [(1, 1), (short, rank), (rank, long)]
+        return tuple(matrices.new_empty((len(matrices), *shape)) for shape in [(), *shapes, (short, count)])
+
+    def _start(self, label: str, matrix: Tensor, count: int) -> Tensor:
+        """The vectors of the step before, or exact ones to begin with."""
+        start = self._starts.get(label)
+        if start is None or start.shape != (*matrix.shape[:-2], min(matrix.shape[-2:]), count):
+            return top_singular_subspace(matrix, count).start
+        return start.to(matrix.device)
+
     def _term(self, weight: WeightMatrix, matrix: Tensor) -> tuple[Tensor, ...]:
         """Value and gradient, whole or in parts, and the tracked vectors, if any."""
         rank, p = self._rank_and_power(weight)
         count = self._followed(weight, matrix)
         if not count:
             return exact_gradient(matrix, rank, p)
-        start = self._starts.get(weight.label)
-        if start is None or start.shape != (*matrix.shape[:-2], min(matrix.shape[-2:]), count):
-            start = top_singular_subspace(matrix, count).start
-        if p == 1:
-            return followed_nuclear_term(matrix, rank, start.to(matrix.device))
-        term = followed_term(matrix, rank, start.to(matrix.device))
-        if matrix.is_cpu and bool((term.error > _ERROR).any()):  # on other devices this check would synchronise
+        term = followed_term(matrix, rank, self._start(weight.label, matrix, count))
+        if bool((term.error > _ERROR).any()):
             term = followed_term(matrix, rank, top_singular_subspace(matrix, count).start)
         return term[:-1]
 
     def _empty(self, weight: WeightMatrix, matrix: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-        rank, p = self._rank_and_power(weight)
+        rank, _ = self._rank_and_power(weight)
         count, batch, sides = self._followed(weight, matrix), matrix.shape[:-2], sorted(matrix.shape[-2:])
-        in_parts = count and p == 2
-        shapes = [(1, 1), (sides[0], rank), (rank, sides[1])] if in_parts else [tuple(matrix.shape[-2:])]
-        if count:
-            shapes.append((sides[0], count))
+        in_parts = [(1, 1), (sides[0], rank), (rank, sides[1]), (sides[0], count)]
+        shapes = in_parts if count else [tuple(matrix.shape[-2:])]
         return tuple(matrix.new_empty((*batch, *shape), dtype=dtype) for shape in [(), *shapes])
 
     def _followed(self, weight: WeightMatrix, matrix: Tensor) -> int:
         """Return the number of vectors to follow; 0 where a decomposition at each step costs no more."""
-        # The error of the last vector wanted shrinks the faster, the more stand behind it. After many steps a weight is
-        # no longer where its vectors were left.
         rank, p = self._rank_and_power(weight)
-        count = rank + max(8, rank // 4)
-        pays = p == 2 or _takes_products(matrix)
-        return count if pays and count <= min(matrix.shape[-2:]) // 2 and self.every_n_steps <= 4 else 0
+        count = _followed_for(rank)
+        return count if p == 2 and count <= min(matrix.shape[-2:]) // 2 and self.every_n_steps <= _FOLLOWED else 0
 
     def _rank_and_power(self, weight: WeightMatrix) -> tuple[int, Literal[1, 2]]:
         """A stable rank is, up to 1, what lies beyond rank 1 in squares."""
@@ -186,6 +241,22 @@ class StableRankRegularization(WeightRegularization):
         return (1, 2) if rank is None else (rank, self.p)
 
 
-def _takes_products(matrix: Tensor) -> bool:
-    """Return whether products are faster than a decomposition of the Gram matrix, which leaves an accelerator idle."""
-    return matrix.is_cuda and min(matrix.shape[-2:]) >= _PRODUCTS_FROM
+def in_batches(weight: Tensor) -> bool:
+    """Return whether to compute terms in batches and without a wait, and not each with a check of its error."""
+    return not weight.is_cpu
+
+
+def _followed_for(rank: int) -> int:
+    """The number of vectors to follow: the more stand behind the last one wanted, the faster its error shrinks."""
+    return rank + max(8, rank // 4)
+
+
+def _gradient(batch: WeightBatch, parts: tuple[Tensor, ...]) -> Tensor:
+    """The gradient with respect to the matrices of a batch, from an entry of `_terms`."""
+    if len(parts) == 3:
+        return parts[1]
+    _, scale, left, right, _ = parts
+    gradient = batch.matrices * scale
+    wide = gradient if gradient.shape[-2] <= gradient.shape[-1] else gradient.mT
+    wide.baddbmm_(left, right)
+    return gradient

@@ -239,15 +239,19 @@ class WeightRegularization(Callback):
             lambda index, matrix: self._term(weights[index], matrix),
             lambda index, matrix: self._empty(weights[index], matrix),
         )
-        total = torch.zeros((), device=found[0][0].device)
-        wanted = [(f"{self.name}/{weight.label}",) * 2 for weight in weights]
-        names = dict(zip((weight.label for weight in weights), claim_names(pl_module, self, wanted), strict=True))
-        for weight, parts in zip(weights, found, strict=True):
-            value, gradient = self._received(weight, parts)
-            log_value(pl_module, names[weight.label], value)
-            total = total + factor * self._guard.leave(value, weight.label)
+        received = [self._received(weight, parts) for weight, parts in zip(weights, found, strict=True)]
+        labels = [weight.label for weight in weights]
+        self._log(pl_module, dict(zip(labels, (value for value, _ in received), strict=True)), factor)
+        for weight, (value, gradient) in zip(weights, received, strict=True):
             add_gradient(weight, gradient, factor, scaler, wanted=value.isfinite())
-        log_sum(pl_module, f"{self.name}/penalty", total)
+
+    def _log(self, pl_module: LightningModule, values: dict[str, Tensor], factor: float) -> None:
+        """Log the terms, and their sum without those that are not finite; or raise an error if there are such."""
+        wanted = [(f"{self.name}/{label}",) * 2 for label in values]
+        for name, value in zip(claim_names(pl_module, self, wanted), values.values(), strict=True):
+            log_value(pl_module, name, value)
+        finite = self._guard.leave_all(torch.stack(list(values.values())), list(values))
+        log_sum(pl_module, f"{self.name}/penalty", factor * finite.sum())
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -14,8 +14,33 @@ from lightning_plugins.functional.tensors import check_floating, check_leading
 
 PolarMethod = Literal["auto", "eigh", "products"]
 
-# The slope at zero is 15/8: these raise values of 1e-3 and 1e-4 of the norm to 1, but not yet rounding errors.
-_PRODUCTS_STEPS = {torch.float32: 14, torch.float64: 18}
+# Coefficients of odd polynomials of degree five. Each is the best one on the interval onto which those before it map
+# [1e-3, 1] (float32) or [1e-4, 1] (float64), scaled so that it maps onto an interval around 1; the last one is that of
+# Newton and Schulz, which exceeds 1 nowhere. They raise these values to 1, but not yet rounding errors. No interval
+# reaches below a fiftieth of its upper end, so that smaller values are not left behind.
+_LAST = (15 / 8, -10 / 8, 3 / 8)
+_POLYNOMIALS = {
+    torch.float32: (
+        (8.319686, -23.85945, 17.531445),
+        (4.122734, -2.980572, 0.5521),
+        (3.961614, -2.940291, 0.559129),
+        (3.310438, -2.482536, 0.509375),
+        (2.293776, -1.662728, 0.41814),
+        (1.890615, -1.267243, 0.376728),
+        _LAST,
+    ),
+    torch.float64: (
+        (8.35095, -23.949112, 17.597327),
+        (4.171685, -2.993421, 0.550336),
+        (4.154229, -2.988809, 0.550947),
+        (4.083359, -2.970429, 0.553636),
+        (3.785759, -2.829115, 0.548743),
+        (2.906464, -2.173714, 0.474554),
+        (2.041458, -1.424641, 0.392849),
+        (1.876273, -1.251414, 0.375141),
+        _LAST,
+    ),
+}
 _PRODUCTS_FROM = 64  # on an accelerator, where an eigendecomposition launches thousands of small kernels
 
 
@@ -74,7 +99,7 @@ def polar_factor(weight: Tensor, *, method: PolarMethod = "auto") -> Tensor:
             (1e-3 in float32, 4e-8 in float64) count as zero, and a direction whose singular value is a fraction ``x``
             of the largest is exact within about ``eps / x ** 2``. ``"products"`` iterates matrix products: within 2e-3
             for singular values above 1e-3 of the Frobenius norm (1e-4 in float64); smaller ones are raised to at most
-            7e3 times (8e4 times) their ratio to that norm, so zero stays zero. ``"auto"`` uses products on an
+            4e3 times (5e4 times) their ratio to that norm, so zero stays zero. ``"auto"`` uses products on an
             accelerator from a smaller side of 64 on, else the decomposition.
 
     Returns:
@@ -91,6 +116,9 @@ def polar_factor(weight: Tensor, *, method: PolarMethod = "auto") -> Tensor:
         tensor([[ 1.,  0.,  0.],
                 [ 0., -1.,  0.],
                 [ 0.,  0.,  0.]])
+
+    Source:
+        For the products, Amsel, Persson, Musco and Gower, https://arxiv.org/abs/2505.16932.
     """
     check_matrices("weight", weight)
     check_choice("method", method, get_args(PolarMethod))
@@ -203,12 +231,31 @@ def _polar_parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     return left, (values > least).to(values.dtype), values, right, poison[..., None, None]
 
 
+def raise_to_one(matrix: Tensor) -> Tensor:
+    """Raise the singular values to 1 by products alone.
+
+    Args:
+        matrix: Float32 or float64 tensor of shape ``(b, m, n)`` with Frobenius norms of at most 1.
+
+    Returns:
+        Tensor of the same shape; see `polar_factor` for the accuracy.
+
+    Example:
+        >>> raise_to_one(torch.diag(torch.tensor([0.8, 0.1]))[None]).round(decimals=3)
+        tensor([[[1., 0.],
+                 [0., 1.]]])
+    """
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    for of_itself, of_cube, of_fifth in _POLYNOMIALS[matrix.dtype]:
+        gram = matrix @ matrix.mT if wide else matrix.mT @ matrix
+        middle = torch.baddbmm(gram, gram, gram, beta=of_cube, alpha=of_fifth)
+        left, right = (middle, matrix) if wide else (matrix, middle)
+        matrix = torch.baddbmm(matrix, left, right, beta=of_itself)
+    return matrix
+
+
 def _polar_by_products(matrix: Tensor) -> Tensor:
-    """The quintic iteration of Newton and Schulz, ``X <- (15 X - 10 (X X.T) X + 3 (X X.T)^2 X) / 8``."""
     factor: Tensor = unit_scale(matrix)[0]
     length: Tensor = torch.linalg.matrix_norm(factor, keepdim=True)
     factor = factor / length.masked_fill(length == 0, 1)
-    for _ in range(_PRODUCTS_STEPS[factor.dtype]):
-        gram = factor @ factor.mT
-        factor = (15 * factor + (3 * gram @ gram - 10 * gram) @ factor) / 8
-    return factor
+    return raise_to_one(factor.reshape(-1, *matrix.shape[-2:])).reshape(matrix.shape)

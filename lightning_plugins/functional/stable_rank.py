@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.functional.gram_svd import check_matrices, gram_eigen, unit_scale
-from lightning_plugins.functional.singular_values import polar_factor
 from lightning_plugins.functional.spectral_sum import spectral_sum
 from lightning_plugins.functional.spectrum import at_least_float32, full_precision, smaller_gram, widened_matrices
 from lightning_plugins.functional.split_spectrum import head_and_tail, head_masks, root_powers
@@ -218,57 +217,6 @@ def followed_term(weight: Tensor, rank: int, start: Tensor) -> FollowedRankTerm:
         moved = (found.angles * found.values).square().sum(-1) * 2 * share
         length = (value * head).masked_fill(value * head == 0, torch.inf)
         return FollowedRankTerm(value, scale, left, found.rows, found.start, (moved / length).sqrt())
-
-
-class FollowedNuclearTerm(NamedTuple):
-    """A modified stable rank of matrices ``(..., m, n)`` with ``p=1``, its gradient, and the tracked vectors.
-
-    Attributes:
-        value: Shape ``(...)``.
-        gradient: Shape ``(..., m, n)``.
-        start: Argument for the next call of `followed_nuclear_term`.
-    """
-
-    value: Tensor
-    gradient: Tensor
-    start: Tensor
-
-
-def followed_nuclear_term(weight: Tensor, rank: int, start: Tensor) -> FollowedNuclearTerm:
-    """`modified_stable_rank` with ``p=1`` and its gradient from products with the weight: for accelerators.
-
-    The sum of all singular values is the inner product of the weight with its polar factor, which is also its gradient;
-    that of the head comes from tracked singular vectors. No decomposition is larger than ``k x k``.
-
-    The accuracy is that of `top_singular_subspace` with ``start`` and of ``polar_factor(..., method="products")``:
-    singular values below 1e-3 of the Frobenius norm (1e-4 in float64) have less effect the smaller they are, and zero
-    has none. In float32, absolute entries are assumed to be between 1e-15 and 1e15.
-
-    Args:
-        weight: As for `modified_stable_rank`.
-        rank: As for `modified_stable_rank`, less than ``min(m, n)``.
-        start: Orthonormal columns of shape ``(..., min(m, n), k)`` with ``k >= rank``, as `top_singular_subspace`
-            returns them.
-
-    Returns:
-        Value, gradient and the next ``start``; 0 and zeros for a matrix of zeros.
-    """
-    _check_target(rank, 1)
-    with torch.no_grad(), full_precision(weight):
-        matrix = at_least_float32(weight)
-        found = top_singular_subspace(matrix, start.shape[-1], start=start, leading=rank)
-        polar = polar_factor(matrix, method="products")
-        total = (polar * matrix).sum(dim=(-2, -1))
-        head = found.values.sum(-1)
-        inverse = 1 / head.masked_fill(head == 0, torch.inf)
-        least = torch.finfo(matrix.dtype).eps * found.values[..., :1]
-        values = found.values.masked_fill(found.values <= least, torch.inf)  # a zero direction has no gradient
-        of_head = found.basis @ (found.rows / values[..., None])
-        if matrix.shape[-2] > matrix.shape[-1]:
-            of_head = of_head.mT
-        share = (total * inverse)[..., None, None]
-        gradient = (polar - share * of_head) * inverse[..., None, None]
-        return FollowedNuclearTerm((total * inverse - 1).clamp_min(0) * (head > 0), gradient, found.start)
 
 
 def check_power(p: Power) -> Power:

@@ -7,6 +7,7 @@ from lightning_plugins.functional import (
     autocorrelation_eigenvalues,
     matrix_entropy,
     normalize_rows,
+    spectrum,
     von_neumann_entropy,
 )
 from lightning_plugins.functional.spectral_sum import spectral_sum
@@ -177,3 +178,23 @@ def test_subnormal_matrices_have_finite_eigenvectors(exponent):
     torch.testing.assert_close(vectors.mT @ vectors, torch.eye(16).expand(2000, -1, -1), rtol=0, atol=1e-5)
     expected = torch.linalg.eigvalsh(gram.double())
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=max(1e-43, 1e-5 * float(expected.max())))
+
+
+def test_sizes_that_float64_is_faster_for_are_decomposed_in_it(monkeypatch):
+    turned = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    values = torch.logspace(-6, 0, 40, dtype=torch.float64)
+    matrix = ((turned * values) @ turned.mT).float()
+    exact = torch.linalg.eigvalsh(matrix.double())
+    monkeypatch.setattr(spectrum, "_is_better_wide", lambda matrix: matrix.dtype == torch.float32)
+    for vectors in (True, False):
+        found, basis = decompose(matrix.clone(), vectors=vectors)
+        assert found.dtype == basis.dtype == torch.float32
+        torch.testing.assert_close(found, exact.float(), rtol=1e-6, atol=0)  # in float32 the smallest is off by a tenth
+
+
+def test_float64_is_taken_on_cuda_for_middle_sizes_alone(monkeypatch):
+    assert not spectrum._is_better_wide(torch.empty(40, 40))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    taken = [n for n in (2, 32, 33, 512, 513) if spectrum._is_better_wide(torch.empty(n, n))]
+    assert taken == [33, 512]
+    assert not spectrum._is_better_wide(torch.empty(40, 40, dtype=torch.float64))

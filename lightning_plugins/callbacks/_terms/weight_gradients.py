@@ -29,8 +29,7 @@ def shared_out(
     Returns:
         The results for each weight, bit for bit the same on all processes.
     """
-    costs = [math.prod(weight.shape) * min(weight.shape[-2:]) for weight in weights]  # as a Gram matrix's
-    owners = share_out(costs, world_size())
+    owners = owners_of(weights)
     rank = dist.get_rank() if is_distributed() else 0
     found = []
     for index, (weight, owner) in enumerate(zip(weights, owners, strict=True)):
@@ -45,6 +44,12 @@ def shared_out(
     for send in filter(None, sends):
         send.wait()
     return found
+
+
+def owners_of(weights: Sequence[WeightMatrix]) -> list[int]:
+    """Share out weights over the processes by the cost of their Gram matrices; tells the rank of each."""
+    costs = [math.prod(weight.shape) * min(weight.shape[-2:]) for weight in weights]
+    return share_out(costs, world_size())
 
 
 def add_gradient(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, scaler: Any, *, wanted: Tensor) -> None:
@@ -74,7 +79,7 @@ def add_gradient(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, s
     part = weight.put(matrix)
     if scaler is not None:
         part = scaler.scale(part)
-    if _is_sharded(parameter):
+    if is_sharded(parameter):
         whole = part
         if weight.rows is not None:
             whole = part.new_zeros(parameter.shape)
@@ -102,7 +107,7 @@ def _add_to_sources(weight: WeightMatrix, parts: Sequence[Tensor], factor: float
         whole = part.new_zeros(tensor.shape)
         whole[slice(*weight.rows)] = part
     whole = whole if scaler is None else scaler.scale(whole)
-    whole = _sharded_like(tensor, whole) if _is_sharded(tensor) else whole
+    whole = _sharded_like(tensor, whole) if is_sharded(tensor) else whole
     for source, gradient in zip(sources, torch.autograd.grad(tensor, sources, whole, allow_unused=True), strict=True):
         if gradient is not None and source.grad is not None:
             source.grad.add_(gradient, alpha=factor)
@@ -118,7 +123,7 @@ def scale_rows(parameter: Tensor, rows: tuple[int, int] | None, factors: Tensor)
     """
     first, last = (0, len(parameter)) if rows is None else rows
     factors = factors.to(parameter.dtype).expand(last - first).view(-1, *[1] * (parameter.ndim - 1))
-    if not _is_sharded(parameter):
+    if not is_sharded(parameter):
         parameter.data[first:last].mul_(factors)
         return
     whole = torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device)
@@ -131,7 +136,7 @@ def _add_in_place(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, 
     """Add the parts without a tensor of the weight's size between; tells whether the memory layout allows it."""
     parameter, (scale, left, right) = weight.tensor, parts
     grad = parameter.grad
-    if grad is None or _is_sharded(parameter) or {grad.dtype, parameter.dtype} != {scale.dtype}:
+    if grad is None or is_sharded(parameter) or {grad.dtype, parameter.dtype} != {scale.dtype}:
         return False
     target = weight.take(grad)
     if target.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
@@ -160,7 +165,8 @@ def scaler_of_fused(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None) if fused else None
 
 
-def _is_sharded(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
+    """Tell whether each process holds a part of a tensor."""
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor  # late: it costs a good part of a second
