@@ -169,18 +169,19 @@ def without_noise(values: Tensor) -> Tensor:
     A matrix with rows that a mask has closed has as many singular values of zero. What a decomposition gives for them
     is noise, of which some would pass a threshold of zero, and which ones differs from machine to machine.
     """
-    return torch.where(values > _noise(values), values, 0)
+    return torch.where(values > noise_of(values.amax()), values, 0)
 
 
-def _noise(values: Tensor) -> Tensor:
+def noise_of(largest: Tensor) -> Tensor:
+    """Return what counts as zero beside a largest singular value."""
     # Eigenvalues of zero come out as several roundings of the largest one, hardly ever as less than one.
-    noise: Tensor = 4 * torch.finfo(values.dtype).eps ** 0.5 * values.amax()
+    noise: Tensor = 4 * torch.finfo(largest.dtype).eps ** 0.5 * largest
     return noise
 
 
 def _safe(values: Tensor) -> Tensor:
     """Singular values to divide by, none of them below their noise."""
-    least = _noise(values)
+    least = noise_of(values.amax())
     return torch.maximum(values, least).clamp_min(torch.finfo(values.dtype).tiny ** 0.25)
 
 
