@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_plugins.functional.derivatives import last_derivative
+from lightning_plugins.functional.products import add_product
 from lightning_plugins.functional.spectrum import full_precision, keep_signature
 
 # On [0, 1], log(x) = CONSTANT + sum(LINEAR[j] * r[j]) + sum(BILINEAR[j] * r[j] * r[j + 1]) + error(x) with r[0] = x and
@@ -23,6 +24,20 @@ _BILINEAR = (
     *(-0.4379328, -0.4993127, -0.5300767, -0.5593403, -0.5930431),
     *(-0.6373383, -0.7345674, -1.001987, -2.002526, -4.199193),
 )
+
+
+def _factors() -> list[float]:
+    """Factors on ``r[j]``, such that the product of neighbours has that of their bilinear term, up to its sign."""
+    factors = [1.0]
+    for bilinear in _BILINEAR:
+        factors.append(-bilinear / factors[-1])
+    return factors + [1.0] * (len(_LINEAR) - len(factors))
+
+
+# With them a row of blocks times a column of blocks is the sum of all bilinear terms: on a GPU each product that is
+# launched by itself costs as much as one of that length, up to about this size.
+_FACTORS = _factors()
+_LARGEST_HELD = 1024
 
 
 def log_by_products(matrix: Tensor) -> Tensor:
@@ -52,17 +67,18 @@ def log_by_products(matrix: Tensor) -> Tensor:
     r = flat / trace
     scale = _upper_bound(r.detach())
     r = r / scale
-    identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-    log = (_CONSTANT + (trace * scale).log()) * identity
-    for j, linear in enumerate(_LINEAR):
-        log = torch.add(log, r, alpha=linear)
-        if j == len(_LINEAR) - 1:
-            break
-        following = _add_product(r, r, r, beta=_GAIN, alpha=-((_GAIN / 2) ** 2))
-        if j < len(_BILINEAR):
-            log = _add_product(log, r, following, beta=1, alpha=_BILINEAR[j])
-        r = following
-    return log.reshape(matrix.shape)
+    log, held = r * _LINEAR[0], [r]
+    for j, linear in enumerate(_LINEAR[1:], start=1):
+        grow = _FACTORS[j] / _FACTORS[j - 1]
+        r = add_product(r, r, r, beta=_GAIN * grow, alpha=-((_GAIN / 2) ** 2) * grow / _FACTORS[j - 1])
+        log = log.add(r, alpha=linear / _FACTORS[j])
+        if j <= len(_BILINEAR):
+            held.append(r)
+        if j == len(_BILINEAR) or (n > _LARGEST_HELD and len(held) > 1):
+            log = _add_neighbours(log, held)
+            held = [r]
+    shift = (_CONSTANT + (trace * scale).log())[..., 0]
+    return torch.diagonal_scatter(log, log.diagonal(dim1=-2, dim2=-1) + shift, dim1=-2, dim2=-1).reshape(matrix.shape)
 
 
 def product_entropy(matrix: Tensor) -> Tensor:
@@ -125,42 +141,26 @@ class _KnownLog(Function):
         return grad_matrix, None
 
 
+def _add_neighbours(log: Tensor, held: list[Tensor]) -> Tensor:
+    """``log - sum(held[j] @ held[j + 1])``."""
+    if len(held) > 2:
+        left, right = torch.cat(held[:-1], -1), torch.cat(held[1:], -2)
+    else:
+        left, right = held
+    return add_product(log, left, right, alpha=-1)
+
+
 def _upper_bound(matrix: Tensor) -> Tensor:
-    """An upper bound on the eigenvalues, shape ``(b, 1, 1)``, from the trace and the norm of the square."""
+    """An upper bound on the eigenvalues of matrices of trace 1 or 0, shape ``(b, 1, 1)``."""
     # The largest of n numbers with mean m and standard deviation s is at most m + s * sqrt(n - 1) (Samuelson). Here the
     # numbers are the squared eigenvalues. The bound is tight for one and for n equal ones, and at most n ** 0.25 times
     # too large.
     n = matrix.shape[-1]
-    square = _add_product(matrix, matrix, matrix, beta=0, alpha=1)
-    mean = square.diagonal(dim1=-2, dim2=-1).sum(-1) / n
+    square = add_product(matrix, matrix, matrix, beta=0)
+    mean, mean_of_squares = (each.square().sum((-2, -1), keepdim=True) / n for each in (matrix, square))
     # For nearly equal eigenvalues the variance is a difference of nearly equal numbers: add the rounding error.
-    margin = 4 * torch.finfo(matrix.dtype).eps * mean.square()
-    variance = (square.square().sum((-2, -1)) / n - mean.square()).clamp_min(0) + margin
-    bound = (mean + (variance * (n - 1)).sqrt()).sqrt()
-    return bound.masked_fill(bound == 0, 1)[:, None, None]
-
-
-def _add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """``beta * base + alpha * left @ right`` over a batch, with float32 accuracy even if TF32 is allowed."""
-    if not _rounds_to_tf32(left):
-        return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
-    left_high, right_high = _high_part(left), _high_part(right)
-    result = torch.baddbmm(base, left - left_high, right_high, beta=beta, alpha=alpha)
-    result = torch.baddbmm(result, left_high, right - right_high, alpha=alpha)
-    return torch.baddbmm(result, left_high, right_high, alpha=alpha)
-
-
-def _rounds_to_tf32(tensor: Tensor) -> bool:
-    """Return whether the user's settings (read-only here) let matrix products drop mantissa bits."""
-    if not tensor.is_cuda or tensor.dtype != torch.float32:
-        return False
-    settings = torch.backends.cuda.matmul
-    # If both exist, the older one raises an error if the newer one has been set.
-    precision = getattr(settings, "fp32_precision", None)
-    return bool(settings.allow_tf32) if precision is None else precision == "tf32"
-
-
-def _high_part(tensor: Tensor) -> Tensor:
-    """The leading 11 bits of float32 numbers (Veltkamp), which TF32 represents exactly."""
-    stretched = tensor * (2**13 + 1)
-    return stretched - (stretched - tensor)
+    exact = 1 - 4 * torch.finfo(matrix.dtype).eps
+    variance = torch.addcmul(mean_of_squares, mean, mean, value=-exact).clamp_min(0)
+    # The largest of n numbers that add up to 1 is at least 1 / n; a matrix of zeros has no other bound.
+    bound: Tensor = (mean + (variance * (n - 1)).sqrt()).sqrt().clamp_min(1 / n)
+    return bound

@@ -1,10 +1,9 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lightning_plugins.functional import matrix_entropy, matrix_log, von_neumann_entropy
+from lightning_plugins.functional import matrix_entropy, matrix_log, products, von_neumann_entropy
 from lightning_plugins.functional.matrix_log import log_by_products
 
 SIZES = [16, 128, 300]
@@ -141,17 +140,5 @@ def test_products_stay_precise_where_a_gpu_would_round_to_tf32(name, monkeypatch
     monkeypatch.setattr(torch, "baddbmm", lambda base, a, b, **scale: plain(base, _tf32(a), _tf32(b), **scale))
     spectrum = _spectra(128)[name]
     assert _errors(spectrum, torch.float32, "products")[1] > 1e-3  # the control: rounding does harm
-    monkeypatch.setattr(matrix_log, "_rounds_to_tf32", lambda tensor: True)
+    monkeypatch.setattr(products, "rounds_to_tf32", lambda tensor: True)
     assert _errors(spectrum, torch.float32, "products")[1] < 5e-5
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [({"fp32_precision": "tf32"}, True), ({"fp32_precision": "none"}, False), ({"allow_tf32": True}, True)],
-)
-def test_reads_either_setting_of_tf32(settings, expected, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**settings))
-    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32)  # stands for a tensor on a device not at hand
-    assert matrix_log._rounds_to_tf32(tensor) is expected
-    assert not matrix_log._rounds_to_tf32(SimpleNamespace(is_cuda=True, dtype=torch.float64))
-    assert not matrix_log._rounds_to_tf32(torch.eye(2))
