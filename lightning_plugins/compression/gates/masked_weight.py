@@ -55,6 +55,11 @@ class Masked(nn.Module):
         scale: Tensor = self._masks[0].shared.answer(self._masks[0], self, None).scales[0]
         return scale
 
+    def values(self) -> dict[int, Tensor]:
+        """Return the factors by dimension without gradients, before they are used in the forward pass."""
+        found: dict[int, Tensor] = self._masks[0].shared.values(self._masks[0], self)
+        return found
+
     def source(self) -> Tensor:
         """Return the parameter that is masked, without any parametrization."""
         found: Tensor = self._steps().original

@@ -54,6 +54,22 @@ class SharedMasks:
             found = self._answers.pop(id(user))
         return found
 
+    def values(self, masks: Any, user: Any) -> dict[int, Tensor]:
+        """The factors of a parameter that is no vector, without gradients, left for who asks for them with gradients.
+
+        Args:
+            masks: The masks of the model.
+            user: The parametrization that applies them.
+
+        Returns:
+            Factors by dimension.
+        """
+        found = self._answers.get(id(user))
+        if found is None or found.versions != user.versions():
+            self._compute(masks)
+            found = self._answers[id(user)]
+        return {dim: scale.detach() for dim, scale in found.scales.items()}
+
     def _compute(self, masks: Any) -> None:
         vectors = [] if is_distributed() else [user for user in self.users if user.multiplies_a_vector()]
         chosen = set(map(id, vectors))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_plugins.compression.gates.threshold_function import noise_of
 
@@ -21,7 +20,8 @@ class SpectrumTable:
 
     def __init__(self, spectra: Sequence[Tensor]) -> None:
         # Infinite values, which no threshold passes, fill the rows of smaller layers.
-        table = pad_sequence(list(spectra), batch_first=True, padding_value=torch.inf)
+        table = spectra[0].new_full((len(spectra), max(map(len, spectra))), torch.inf)
+        torch._foreach_copy_([row[: len(values)] for row, values in zip(table, spectra, strict=True)], list(spectra))
         self.largest = torch.stack([values[-1] for values in spectra])
         self._table = torch.where(table > noise_of(self.largest)[:, None], table, 0)
 
