@@ -15,8 +15,8 @@ from lightning_plugins.compression import (
     remove_thresholds,
     thresholds_of,
 )
-from lightning_plugins.compression.gates import rank_thresholds as module
 from lightning_plugins.compression.gates import threshold_function as function
+from lightning_plugins.compression.gates import thresholded as module
 from lightning_plugins.functional import singular_value_threshold
 from tests.compression.networks import build, draw_kept
 

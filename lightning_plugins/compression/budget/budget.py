@@ -11,6 +11,8 @@ from lightning_plugins.compression.budget.cost_terms import beyond_layers, count
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.costs.layer_costs import COSTS, Cost
 
+_IN_PRODUCTS = ("least", "inner", "factor", "per_unit")  # of floating numbers: whole ones below 2 ** 53 stay exact
+
 
 class Budget:
     """The cost of a whole network as a function of its masks and ranks, and the allowed cost.
@@ -78,19 +80,21 @@ class Budget:
         if cost == "flops":
             self._add_beyond_layers(beyond_layers(model, groups, inputs))
         self.limit = int(target * self.dense)
+        self._has_units_beyond = bool(self._terms.per_unit.any())
 
     def share(
         self,
         masks: Sequence[Tensor] | None = None,
-        ranks: Mapping[str, Tensor] | None = None,
+        ranks: Mapping[str, Tensor] | Tensor | None = None,
         *,
         bend: Tensor | float = 1.0,
     ) -> Tensor:
         """The share of the dense cost that soft masks and ranks leave, with gradient to both.
 
         Args:
-            masks: For every group a tensor of shape ``(..., size)`` in [0, 1]; None for all ones.
-            ranks: For layers among those with ranks a tensor of shape ``(...)``; a layer that is missing is dense.
+            masks: For every group a tensor of shape ``(..., size)`` in [0, 1], or one for all groups; None: all ones.
+            ranks: For layers among those with ranks a tensor of shape ``(...)``; a layer that is missing is dense. Or
+                one of shape ``(..., layers)`` for all of them.
             bend: 1 for the cost of the cheaper form, dense or factorised. 0 for that of the factorised form whatever
                 the rank, so that the cost falls with the first singular value that is removed. Between, a weighted
                 mean of both.
@@ -98,24 +102,24 @@ class Budget:
         Returns:
             Tensor of shape ``(...)`` in float64.
         """
-        given = [*(masks or ()), *(ranks or {}).values()]
+        if isinstance(ranks, Mapping):
+            ranks = self._in_order(ranks) if ranks else None
+        given = [*(masks or ()), *([] if ranks is None else [ranks])]
         device = given[0].device if given else torch.device("cpu")
         terms = self._on(device)
-        ones = torch.ones(terms.counts.shape[1], dtype=torch.float64, device=device)
-        units = torch.cat([mask.double() for mask in masks], dim=-1) if masks else ones
+        whole = masks or [torch.ones(terms.counts.shape[1], device=device)]
+        units = (torch.cat(list(whole), dim=-1) if len(whole) > 1 else whole[0]).double()
         sizes = terms.least + units @ terms.counts.mT
         first, second = sizes[..., terms.first], sizes[..., terms.second] * terms.inner
         entries = first * second
-        if ranks:
-            infinite = torch.full_like(next(iter(ranks.values())), torch.inf, dtype=torch.float64)
-            rank = torch.stack(
-                [ranks[name].double() if name in ranks else infinite for name in self.ranks] + [infinite], dim=-1
-            )
-            chosen = rank[..., terms.layer]  # -1, the last, is dense
-            low = torch.where(chosen.isfinite(), chosen, 0) * (first + second)
+        if ranks is not None:
+            chosen = ranks.double()[..., terms.layer]  # of -1 the last, whatever it is: dense
+            ranked = (terms.layer >= 0) & chosen.isfinite()
+            low = torch.where(ranked, chosen, 0) * (first + second)
             low = _between(low, torch.minimum(low, entries), bend)
-            entries = torch.where(chosen.isfinite(), low, entries)
-        cost: Tensor = (terms.factor * entries).sum(-1) + (terms.per_unit * units).sum(-1) + self._constant
+            entries = torch.where(ranked, low, entries)
+        beyond = (terms.per_unit * units).sum(-1) if self._has_units_beyond else 0
+        cost: Tensor = entries @ terms.factor + beyond + self._constant
         return cost / self.dense
 
     def soft_share(self, masks: Sequence[Tensor] | None, ranks: Mapping[str, Tensor]) -> Tensor:
@@ -188,6 +192,10 @@ class Budget:
         places = {int(layer): term for term, layer in enumerate(self._terms.layer.tolist()) if layer >= 0}
         return {name: (int(first[places[i]]), int(second[places[i]])) for i, name in enumerate(self.ranks)}
 
+    def _in_order(self, ranks: Mapping[str, Tensor]) -> Tensor:
+        infinite = torch.full_like(next(iter(ranks.values())), torch.inf, dtype=torch.float64)
+        return torch.stack([ranks.get(name, infinite).double() for name in self.ranks], dim=-1)
+
     def _add_beyond_layers(self, decreases: Mapping[int, int]) -> None:
         sizes = [group.size for group in self.groups]
         for index, decrease in decreases.items():
@@ -203,7 +211,8 @@ class Budget:
 
     def _on(self, device: torch.device) -> Any:
         if device not in self._device_terms:
-            self._device_terms[device] = type(self._terms)(*(part.to(device) for part in self._terms))
+            terms = self._terms._replace(**{name: getattr(self._terms, name).double() for name in _IN_PRODUCTS})
+            self._device_terms[device] = type(terms)(*(part.to(device) for part in terms))
         return self._device_terms[device]
 
 

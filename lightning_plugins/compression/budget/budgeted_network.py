@@ -18,6 +18,7 @@ from lightning_plugins.compression.channels.shrink import shrink
 from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
+from lightning_plugins.compression.gates.segments import Means
 from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of
 from lightning_plugins.compression.networks.plain_names import computed_names
 from lightning_plugins.compression.networks.replacements import Replacements
@@ -74,6 +75,7 @@ class BudgetedNetwork:
         self.budget = Budget(self.model, self.groups, self._ranked, **self._counted)
         self._check_budget()
         self.scores = ScoreTargets(self.model, self.budget)
+        self._means = Means([group.size for group in self.groups])
 
     def leave_out(self, names: Collection[str]) -> None:
         """Keep groups of channels whole, before masks are put on.
@@ -183,9 +185,8 @@ class BudgetedNetwork:
         Returns:
             Scalars.
         """
-        if kept is None:
-            kept = self.kept()
-        return {group.name: keep.float().mean() for group, keep in zip(self.groups, kept, strict=True)}
+        shares = self._means.of(torch.cat(list(self.kept() if kept is None else kept)).float()) if self.groups else ()
+        return {group.name: share for group, share in zip(self.groups, shares, strict=True)}
 
     def choose(self) -> Projection:
         """Choose units and ranks by the present scores and thresholds, within the budget.

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_plugins.compression.gates.segments import Segments, numbers_of
 from lightning_plugins.distributed import is_distributed, world_size
 
 _DECAY, _SQUARE_DECAY, _EPSILON = 0.9, 0.999, 1e-12
@@ -32,10 +33,19 @@ class ChoiceOptimizer:
     """
 
     def __init__(self, kinds: Sequence[Sequence[nn.Parameter]]) -> None:
-        self.parameters = [parameter for parameters in kinds for parameter in parameters]
+        self.parameters: list[Tensor] = [parameter for parameters in kinds for parameter in parameters]
         self.counts = [sum(parameter.numel() for parameter in parameters) for parameters in kinds]
         self.average = torch.cat([torch.zeros_like(parameter).flatten() for parameter in self.parameters])
         self.squares, self.steps = self.average.new_zeros(len(kinds)), self.average.new_zeros(())
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self._sizes, device = sizes, self.average.device
+        self._numbers = numbers_of(sizes)
+        self._sums = Segments(self._numbers, len(sizes)).to(device)
+        self._numbers = self._numbers.to(device)
+        # A threshold is a scalar: nothing is subtracted.
+        shared = [size if parameter.ndim else torch.inf for parameter, size in zip(self.parameters, sizes, strict=True)]
+        self._shared = self.average.new_tensor(shared)
+        self._kinds = numbers_of(self.counts).to(device)
 
     @torch.no_grad()
     def step(self, rates: Sequence[float], unscale: Tensor | None = None) -> None:
@@ -45,8 +55,9 @@ class ChoiceOptimizer:
             rates: For every kind the step size of a typical parameter.
             unscale: What the parameters' own gradients are multiplied by.
         """
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad - _in_common(p.grad) for p in self.parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         gradient = torch.cat([grad.flatten() for grad in grads])
+        gradient = gradient - (self._sums.sums(gradient) / self._shared)[self._numbers]
         if is_distributed():
             dist.all_reduce(gradient)
             gradient /= world_size()  # as DDP does with all others
@@ -59,15 +70,14 @@ class ChoiceOptimizer:
         squares = torch.lerp(squares, self.squares, _SQUARE_DECAY)
         steps = self.steps + 1
         roots = (squares / (1 - _SQUARE_DECAY**steps)).sqrt() + _EPSILON
-        scales = [root.reciprocal() * rate for rate, root in zip(rates, roots, strict=True)]
-        scale = torch.cat([one.expand(count) for one, count in zip(scales, self.counts, strict=True)])
+        scale = torch.stack([root.reciprocal() * rate for rate, root in zip(rates, roots, strict=True)])[self._kinds]
         change = torch.where(sound, average / (1 - _DECAY**steps) * scale, 0)
         self.average = torch.where(sound, average, self.average)
         self.squares = torch.where(sound, squares, self.squares)
         self.steps = torch.where(sound, steps, self.steps)
-        parts = change.split([parameter.numel() for parameter in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.sub_(part.view_as(parameter))
+        parts = change.split(self._sizes)
+        torch._foreach_sub_(self.parameters, [p.view_as(q) for p, q in zip(parts, self.parameters, strict=True)])
+        for parameter in self.parameters:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,7 +92,3 @@ class ChoiceOptimizer:
         """
         for name in _STATE:
             setattr(self, name, state[name].to(self.average))
-
-
-def _in_common(grad: Tensor) -> Tensor | float:
-    return grad.mean() if grad.ndim else 0.0  # a threshold is a scalar

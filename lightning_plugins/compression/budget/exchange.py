@@ -45,14 +45,12 @@ class Exchange:
         fall = _first_within(shift, wanted, torch.cat(list(scores)).amax(), scores, ())
         slopes, spectra = saliency.directions(shift.thresholds)
         rise = _first_within(shift, wanted, fall.new_tensor(_HIGHEST), (), spectra)
-        closed = [
-            torch.where(score > fall, 0, square) for score, square in zip(scores, saliency.expected(), strict=True)
-        ]
+        closed = torch.where(torch.cat(list(scores)) > fall, 0, saliency.expected())
         shrunk = [
             slope.square() * (rise / values.clamp_min(1e-12)).clamp_max(1).square()
             for slope, values in zip(slopes, spectra, strict=True)
         ]
-        found = torch.stack([fall, rise, torch.cat(closed).sum(), torch.cat(shrunk).sum()]).to(self.sums)
+        found = torch.stack([fall, rise, closed.sum(), torch.cat(shrunk).sum()]).to(self.sums)
         self.sums += torch.where(found.isfinite().all(), found, 0)
 
     def rate(self) -> Tensor:

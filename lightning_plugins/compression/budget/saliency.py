@@ -10,6 +10,7 @@ from lightning_plugins.compression.budget.budget import Budget
 from lightning_plugins.compression.budget.cost_terms import parameters_by_name
 from lightning_plugins.compression.gates.masks import ChannelMasks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
+from lightning_plugins.compression.gates.segments import Segments
 from lightning_plugins.compression.gates.threshold_function import Basis, wide_view
 
 _DECAY = 0.9
@@ -40,16 +41,27 @@ class Saliency:
         self.budget = budget
         tensors = parameters_by_name(model)
         device = next(iter(tensors.values())).device
-        self._members: list[tuple[Tensor, int, Tensor, int]] = []
-        for index, group in enumerate(budget.groups):
+        self._sizes = [group.size for group in budget.groups]
+        self._members: list[tuple[Tensor, int]] = []
+        units, start, total = [], 0, sum(self._sizes)
+        for group in budget.groups:
             for member in group.members:
                 if member.side in {"out", "norm"} and member.parameter in tensors:
-                    units = torch.tensor(member.units, device=device) % (group.size + 1)  # the last: not of this group
-                    self._members.append((tensors[member.parameter], member.dim, units, index))
+                    self._members.append((tensors[member.parameter], member.dim))
+                    places = torch.tensor(member.units)
+                    units.append(torch.where(places >= 0, places + start, total))
+            start += group.size
+        self._sums = Segments(torch.cat(units), total).to(device) if units else None
         self._weights = {name: tensors[f"{name}.weight"] for name in budget.ranks}
-        self._unit_costs = _costs(budget, device)
-        self.squares = [torch.zeros(group.size, device=device) for group in budget.groups]
+        costs = _costs(budget, device)
+        self._unit_costs = torch.cat(costs) if costs else torch.zeros(0, device=device)
+        self._squares = torch.zeros(total, device=device)
         self.weight = torch.zeros((), device=device)
+
+    @property
+    def squares(self) -> list[Tensor]:
+        """The sums of squares, by group."""
+        return list(self._squares.split(self._sizes))
 
     @torch.no_grad()
     def observe(self, masks: ChannelMasks | None) -> None:
@@ -58,22 +70,34 @@ class Saliency:
         Args:
             masks: The masks that act, if any.
         """
-        slopes = [square.new_zeros(len(square) + 1) for square in self.squares]
-        for parameter, dim, units, index in self._members:
-            if parameter.grad is not None:
-                product = (parameter * parameter.grad).movedim(dim, 0).flatten(1 if parameter.ndim > 1 else 0)
-                slopes[index].index_add_(0, units, (product.sum(1) if product.ndim > 1 else product).to(slopes[index]))
-        if not slopes:
+        if self._sums is None:
             return
-        sound = torch.cat(slopes).isfinite().all()
+        slopes = self._sums.sums(torch.cat([part.to(self._squares) for part in self._products()]))
+        sound = slopes.isfinite().all()
         decay = torch.where(sound, _DECAY, 1.0)
-        for index, slope in enumerate(slopes):
-            new, mean = torch.where(sound, slope[:-1], 0).square(), self.squares[index] / self.weight.clamp_min(1e-12)
-            if masks is not None:
-                mask = masks.mask(index).to(new)
-                new = torch.where(mask > _OPEN, new / mask.clamp_min(_OPEN).square(), mean)
-            self.squares[index] = torch.lerp(new, self.squares[index], decay)
+        new = torch.where(sound, slopes, 0).square()
+        if masks is not None:
+            mask, mean = masks.flat().to(new), self._squares / self.weight.clamp_min(1e-12)
+            new = torch.where(mask > _OPEN, new / mask.clamp_min(_OPEN).square(), mean)
+        self._squares = torch.lerp(new, self._squares, decay)
         self.weight = torch.lerp(torch.ones_like(self.weight), self.weight, decay)
+
+    def _products(self) -> list[Tensor]:
+        """The sums of every parameter times its gradient over all dimensions but that of the units."""
+        found: dict[int, Tensor] = {}
+        vectors: dict[int, tuple[Tensor, Tensor]] = {}
+        for place, (parameter, dim) in enumerate(self._members):
+            if parameter.grad is None:
+                found[place] = self._squares.new_zeros(parameter.shape[dim])
+            elif parameter.ndim == 1:
+                vectors[place] = (parameter, parameter.grad)
+            else:
+                others = [other for other in range(parameter.ndim) if other != dim]
+                found[place] = (parameter * parameter.grad).sum(others)
+        if vectors:
+            products = torch._foreach_mul(*map(list, zip(*vectors.values(), strict=True)))
+            found.update(zip(vectors, products, strict=True))
+        return [found[place] for place in range(len(found))]
 
     @torch.no_grad()
     def directions(self, thresholds: RankThresholds) -> tuple[list[Tensor], list[Tensor]]:
@@ -100,17 +124,17 @@ class Saliency:
             slopes.append((basis.vectors * (gradient @ (wide.mT @ basis.vectors))).sum(0))
         return slopes, spectra
 
-    def expected(self) -> list[Tensor]:
-        """Return for every unit the expected rise of the loss without it, up to a common factor."""
-        return [square / self.weight.clamp_min(1e-12) for square in self.squares]
+    def expected(self) -> Tensor:
+        """Return for every unit of all groups the expected rise of the loss without it, up to a common factor."""
+        return self._squares / self.weight.clamp_min(1e-12)
 
-    def units(self) -> list[Tensor]:
+    def units(self) -> Tensor:
         """Return for every unit the root of the expected rise of the loss per cost saved; zeros where unknown."""
-        return [(one / cost).sqrt() for one, cost in zip(self.expected(), self._unit_costs, strict=True)]
+        return (self.expected() / self._unit_costs).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, as tensors and primitives."""
-        return {"squares": list(self.squares), "weight": self.weight}
+        return {"squares": self.squares, "weight": self.weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state.
@@ -118,7 +142,8 @@ class Saliency:
         Args:
             state: From `state_dict`.
         """
-        self.squares = [new.to(old) for new, old in zip(state["squares"], self.squares, strict=True)]
+        if state["squares"]:
+            self._squares = torch.cat([square.to(self._squares) for square in state["squares"]])
         self.weight = state["weight"].to(self.weight)
 
 

@@ -13,6 +13,7 @@ from lightning_plugins.compression.budget.saliency import Saliency
 from lightning_plugins.compression.budget.shift import BudgetShift
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.gates.masks import ChannelMasks
+from lightning_plugins.compression.gates.segments import Segments, numbers_of
 
 _MEAN = 2.0  # of all scores: masks are nearly open
 _LOOKS = 10  # optimizer steps over which channels and directions are compared
@@ -37,6 +38,8 @@ class ScoreTargets:
         self.exchange = Exchange(next(model.parameters()).device)
         self.targets: list[Tensor] = []
         self.looks = 0
+        self._numbers = numbers_of([group.size for group in self.groups])
+        self._sums = Segments(self._numbers, len(self.groups))
 
     @torch.no_grad()
     def begin(self, shift: BudgetShift) -> None:
@@ -60,17 +63,15 @@ class ScoreTargets:
         if shift.masks is None:
             return
         self.saliency.observe(shift.masks)
-        found = self.saliency.units()
-        known = [values.sum() > 0 for values in found]
-        mean = torch.cat([torch.where(k, v, torch.nan) for k, v in zip(known, found, strict=True)]).nanmean()
-        unit = (mean / _MEAN).nan_to_num(0.0)
-        before = self.targets
-        self.targets = [
-            torch.where(k, v / unit.clamp_min(torch.finfo(v.dtype).tiny), old.to(v)).to(old)
-            for k, v, old in zip(known, found, before, strict=True)
-        ]
-        for scores, new, old in zip(shift.masks.scores, self.targets, before, strict=True):
-            scores.add_((new - old).to(scores))
+        found, before = self.saliency.units(), torch.cat(self.targets)
+        self._numbers, self._sums = self._numbers.to(found.device), self._sums.to(found.device)
+        known = (self._sums.sums(found) > 0)[self._numbers]
+        unit = (torch.where(known, found, torch.nan).nanmean() / _MEAN).nan_to_num(0.0)
+        unit = unit.clamp_min(torch.finfo(found.dtype).tiny)
+        after = torch.where(known, found / unit, before.to(found)).to(before)
+        sizes = [len(target) for target in self.targets]
+        self.targets = list(after.split(sizes))
+        torch._foreach_add_(list(shift.masks.scores), (after - before).to(shift.masks.scores[0]).split(sizes))
         if shift.thresholds is not None and self.looks < _LOOKS:
             self.exchange.look(shift, self.saliency, self.targets)
             shift.exchange.copy_(self.exchange.rate())

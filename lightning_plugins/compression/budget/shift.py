@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_plugins.compression.budget.budget import Budget
 from lightning_plugins.compression.gates.masks import ChannelMasks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
-from lightning_plugins.compression.gates.threshold_function import without_noise
+from lightning_plugins.compression.gates.spectra import SpectrumTable
 
 _FURTHEST = 8.0
 _HIGHEST = 0.9  # of a threshold, as a share of the largest singular value there is
@@ -47,6 +46,10 @@ class BudgetShift:
         full = {name: torch.tensor(float(size)) for name, size in self.sizes.items()}
         # Without the correction a factorised layer at full rank costs more than the dense one.
         self.whole = float(budget.share(None, full, bend=0.0))
+        # What stays the same in every step is made once, and again if the model moves to another device.
+        self._points = torch.linspace(0, 1, _POINTS, dtype=torch.float64)
+        self._layers = torch.tensor([list(self.sizes).index(name) for name in budget.ranks if name in self.sizes])
+        self._full = torch.tensor(list(self.sizes.values()))
 
     @torch.no_grad()
     def settle(self, spectra: Sequence[Tensor], done: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,46 +63,43 @@ class BudgetShift:
             The fraction of the cost that is left, a scalar, and the ranks by layer.
         """
         wanted = self.whole + (self.budget.target - self.whole) * done
+        device = self.total.device
+        self._points, self._layers, self._full = (x.to(device) for x in (self._points, self._layers, self._full))
         low = -self.total.double().clamp(0, _FURTHEST).reshape(1)
         high = torch.full_like(low, _FURTHEST)
+        scores = None if self.masks is None else torch.cat(list(self.masks.scores))
+        table = None if self.thresholds is None else SpectrumTable(spectra)
         for _ in range(_ROUNDS):
-            shifts = torch.lerp(low, high, torch.linspace(0, 1, _POINTS, dtype=low.dtype, device=low.device))
-            share = self.budget.share(self._masks_at(shifts), self._ranks_at(shifts, spectra), bend=done)
+            shifts = torch.lerp(low, high, self._points)
+            share = self._share(scores, self._ranks_at(shifts, table), shifts, bend=done)
             place = (share > wanted).sum(0, keepdim=True).clamp_max(_POINTS - 1)
             low, high = shifts.index_select(0, (place - 1).clamp_min(0)), shifts.index_select(0, place)
-        ranks = self._ranks_at(high, spectra)
-        share = self.budget.share(self._masks_at(high), ranks)
+        ranks = self._ranks_at(high, table)
+        share = self._share(scores, ranks, high)
         self.total += high[0].to(self.total)
-        if self.masks is not None:
-            for scores in self.masks.scores:
-                scores.sub_(high.to(scores))
-        if self.thresholds is not None:
-            for value, raised in zip(self.thresholds.values, self._raised(high, spectra), strict=True):
-                value.copy_(raised[0])
-        return share[0], {name: rank[0] for name, rank in ranks.items()}
+        if self.masks is not None and scores is not None:
+            fall = high.to(scores).repeat(len(scores)).split([len(part) for part in self.masks.scores])
+            torch._foreach_sub_(list(self.masks.scores), fall)
+        if self.thresholds is not None and table is not None:
+            torch._foreach_copy_(list(self.thresholds.values), self._raised(high, table)[:, 0].unbind())
+        return share[0], {} if ranks is None else dict(zip(self.sizes, ranks[0].unbind(), strict=True))
 
-    def _masks_at(self, shifts: Tensor) -> list[Tensor]:
-        if self.masks is None:
-            return []
-        return [(scores > shifts.to(scores)[:, None]).double() for scores in self.masks.scores]
+    def _share(self, scores: Tensor | None, ranks: Tensor | None, shifts: Tensor, bend: float = 1.0) -> Tensor:
+        masks = None if scores is None else [(scores > shifts.to(scores)[:, None]).double()]
+        return self.budget.share(masks, None if ranks is None else ranks[:, self._layers], bend=bend)
 
-    def _ranks_at(self, shifts: Tensor, spectra: Sequence[Tensor]) -> dict[str, Tensor]:
-        if self.thresholds is None:
-            return {}
-        # Infinite values, which no threshold passes, fill the rows of smaller layers.
-        table = pad_sequence(
-            [without_noise(spectrum) for spectrum in spectra], batch_first=True, padding_value=torch.inf
-        )
-        raised = self._raised(shifts, spectra) * self.thresholds.scales[:, None]
-        below = torch.searchsorted(table, raised.to(table), right=True)
-        rows = zip(self.sizes.items(), below, strict=True)
-        return {name: (size - count).clamp_min(1).double() for (name, size), count in rows}
+    def _ranks_at(self, shifts: Tensor, table: SpectrumTable | None) -> Tensor | None:
+        """The ranks at several shifts, a row for each, by layer."""
+        if self.thresholds is None or table is None:
+            return None
+        above = self._full - table.below(self._raised(shifts, table) * self.thresholds.scales[:, None]).mT
+        return above.clamp_min(1).double()
 
-    def _raised(self, shifts: Tensor, spectra: Sequence[Tensor]) -> Tensor:
+    def _raised(self, shifts: Tensor, table: SpectrumTable) -> Tensor:
         """The thresholds of all layers at several shifts, in their own unit."""
         if self.thresholds is None:
             return shifts.new_zeros(0, len(shifts))
         scales = self.thresholds.scales
-        highest = _HIGHEST * torch.stack([values[-1] for values in spectra]).to(scales) / scales
+        highest = _HIGHEST * table.largest.to(scales) / scales
         values = torch.stack([value.detach() for value in self.thresholds.values])[:, None]
         return torch.minimum((values + self.exchange.to(values) * shifts.to(values)).clamp_min(0), highest[:, None])

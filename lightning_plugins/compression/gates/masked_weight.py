@@ -15,10 +15,13 @@ class Masked(nn.Module):
         deferred: Whether the next parametrization applies them instead.
     """
 
-    def __init__(self, masks: Any, parts: Sequence[tuple[int, int, tuple[int, ...]]]) -> None:
+    def __init__(
+        self, masks: Any, parts: Sequence[tuple[int, int, tuple[int, ...]]], owner: nn.Module, name: str
+    ) -> None:
         super().__init__()
         self.deferred = False
-        self._masks = [masks]  # in a list, so that it is not a submodule here: its parameters count once
+        # In lists, so that they are no submodules here: their parameters count once.
+        self._masks, self._owner, self._name = [masks], [owner], name
         self.dims = tuple(dict.fromkeys(dim for dim, _, _ in parts))
         self.parts = tuple((dim, index) for dim, index, _ in parts)
         for number, (_, _, units) in enumerate(parts):
@@ -32,15 +35,63 @@ class Masked(nn.Module):
 
     def scaled(self, weight: Tensor) -> Tensor:
         """The weight times the masks."""
-        for dim, scale in self._scales().items():
+        if torch.compiler.is_compiling():  # what is kept between calls cannot be traced
+            scales = self._own_scales()
+        else:
+            answer = self._masks[0].shared.answer(self._masks[0], self, weight)
+            if answer.product is not None and answer.source is weight:
+                product: Tensor = answer.product
+                return product
+            # A vector that is not the module's own parameter, as in `torch.func.functional_call`, is multiplied here.
+            scales = answer.scales or self._own_scales()
+        for dim, scale in scales.items():
             weight = _Scaled.apply(weight, scale.to(weight.dtype), dim)
         return weight
 
     def row_scale(self) -> Tensor:
         """Return the factors of the rows."""
-        return self._scales()[0]
+        if torch.compiler.is_compiling():
+            return self._own_scales()[0]
+        scale: Tensor = self._masks[0].shared.answer(self._masks[0], self, None).scales[0]
+        return scale
 
-    def _scales(self) -> dict[int, Tensor]:
+    def values(self) -> dict[int, Tensor]:
+        """Return the factors by dimension without gradients, before they are used in the forward pass."""
+        found: dict[int, Tensor] = self._masks[0].shared.values(self._masks[0], self)
+        return found
+
+    def source(self) -> Tensor:
+        """Return the parameter that is masked, without any parametrization."""
+        found: Tensor = self._steps().original
+        return found
+
+    def multiplies_a_vector(self) -> bool:
+        """Return whether a parameter that is a vector comes here as it is."""
+        steps = self._steps()
+        return bool(steps.original.ndim == 1 and steps[0] is self)
+
+    def groups_of(self, dim: int) -> list[tuple[int, Tensor]]:
+        """Numbers of groups, and for every entry of a dimension its unit, or -1.
+
+        Args:
+            dim: The dimension.
+
+        Returns:
+            Pairs; units are on the CPU.
+        """
+        size = self.source().shape[dim]
+        found = []
+        for number, (own, index) in enumerate(self.parts):
+            if own == dim:
+                units = getattr(self, f"units_{number}")
+                found.append((index, torch.arange(size) if units is None else units.cpu()))
+        return found
+
+    def _steps(self) -> Any:
+        owner: Any = self._owner[0]
+        return owner.parametrizations[self._name]
+
+    def _own_scales(self) -> dict[int, Tensor]:
         (masks,) = self._masks
         scales: dict[int, Tensor] = {}
         for number, (dim, index) in enumerate(self.parts):

@@ -1,6 +1,7 @@
 """Masks on channels as parametrizations of weights: one vector of scores per group, learned with the rest."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import check_kept
 from lightning_plugins.compression.gates.annealed import Annealed
 from lightning_plugins.compression.gates.masked_weight import Masked, scale_at_once
+from lightning_plugins.compression.gates.shared_masks import SharedMasks
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, straight_through
 
@@ -33,12 +35,13 @@ class ChannelMasks(Annealed):
     def __init__(self, groups: Sequence[ChannelGroup], *, beta: float, gate: Gate, init: float) -> None:
         super().__init__()
         self.groups = tuple(groups)
-        self.gate = gate
+        self.kind = gate
         self.scores = nn.ParameterList(nn.Parameter(torch.full((group.size,), float(init))) for group in groups)
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.register_buffer("hard", torch.tensor(False))
         self.is_hard = False  # the value of `hard`, read without waiting for the device
         self._noise: list[Tensor] | None = None
+        self.shared = SharedMasks()
 
     def set_hard(self, hard: bool = True) -> None:
         """Choose between masks of zeros and ones and soft ones.
@@ -86,10 +89,24 @@ class ChannelMasks(Annealed):
         scores: Tensor = self.scores[index]
         if self.is_hard:
             return (scores.detach() > 0).to(scores.dtype)
-        if self.gate == "straight_through":
+        noise = self._noise[index] if self._noise and self.training else None
+        return self._soft(scores, noise)
+
+    def flat(self) -> Tensor:
+        """The masks of all groups in one vector, with gradient unless they are hard."""
+        scores = torch.cat(list(self.scores))
+        return (scores.detach() > 0).to(scores.dtype) if self.is_hard else self.gate()(scores)
+
+    def gate(self) -> Callable[[Tensor], Tensor]:
+        """Return the function from all scores, in one vector, to soft masks, with the noise that is drawn now."""
+        noise = torch.cat(self._noise) if self._noise and self.training and not self.is_hard else None
+        return partial(self._soft, noise=noise)
+
+    def _soft(self, scores: Tensor, noise: Tensor | None) -> Tensor:
+        if self.kind == "straight_through":
             return straight_through(scores, self.beta)
-        if self.gate == "hard_concrete":
-            return hard_concrete(scores, self._noise[index] if self._noise and self.training else None)
+        if self.kind == "hard_concrete":
+            return hard_concrete(scores, noise)
         return annealed_sigmoid(scores, self.beta)
 
     def draw(self, generator: torch.Generator | None = None) -> None:
@@ -169,7 +186,9 @@ def apply_masks(
     model.add_module(NAME, masks)
     for name, parts in by_parameter.items():
         owner, _, attribute = name.rpartition(".")
-        put_on(modules[owner], attribute, Masked(masks, parts).to(reference.device))
+        masked = Masked(masks, parts, modules[owner], attribute).to(reference.device)
+        put_on(modules[owner], attribute, masked)
+        masks.shared.users.append(masked)
     return masks
 
 

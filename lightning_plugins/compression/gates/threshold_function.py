@@ -10,10 +10,12 @@ from torch.nn.functional import conv1d
 from torch.nn.grad import conv1d_weight
 
 from lightning_plugins.functional.derivatives import last_derivative
+from lightning_plugins.functional.followed_eigen import follow_eigenvectors
 from lightning_plugins.functional.spectrum import decompose, finite_or_zero, full_precision
 
 _BY_CONVOLUTION_FROM = 128
 _BLOCKS_FROM = 256
+_PASSES = 2  # of following a basis: with one the weight is off by some percent while many masks of a layer close fast
 
 
 class Basis(NamedTuple):
@@ -66,29 +68,57 @@ def decompose_wide(wide: Tensor, scale: Tensor | None = None) -> Basis:
         return Basis(vectors, squares.clamp_min(0).sqrt(), poison)
 
 
+def follow_wide(grams: Tensor, vectors: Tensor) -> Basis:
+    """Singular values and left singular vectors of matrices from those of a step before, by products alone.
+
+    Args:
+        grams: ``M @ M.T`` of every matrix, ``(b, m, m)``.
+        vectors: What the vectors were, ``(b, m, m)``.
+
+    Returns:
+        The bases of all.
+    """
+    grams, poison = finite_or_zero(grams)
+    squares, vectors = follow_eigenvectors(grams, vectors, passes=_PASSES)
+    return Basis(vectors, squares.clamp_min(0).sqrt(), poison)
+
+
 class Lowering(NamedTuple):
-    """``Q = U diag(max(1 - tau / s, 0)) U.T``, and what ``tau`` subtracts, ``T = U diag(1[s > tau] / s) U.T``."""
+    """``Q = U diag(max(1 - tau / s, 0)) U.T``, what the threshold subtracts, and the divided differences of ``Q``.
+
+    Attributes:
+        matrix: ``Q``.
+        slope: The derivative of ``Q`` with respect to the threshold in its own unit.
+        tau: The threshold in the unit of the singular values.
+        differences: ``C`` of `Lower`; None where the backward pass computes it.
+    """
 
     matrix: Tensor
     slope: Tensor
+    tau: Tensor
+    differences: Tensor | None = None
 
 
-def lowering(basis: Basis, tau: Tensor) -> Lowering:
-    """The matrix that lowers the singular values of the decomposed weight.
+def lowering(basis: Basis, tau: Tensor, unit: Tensor, *, differences: bool = False) -> Lowering:
+    """The matrix that lowers the singular values of the decomposed weight; of a batch of them with leading dimensions.
 
     Args:
         basis: The decomposition.
         tau: The threshold.
+        unit: The unit of the threshold.
+        differences: Whether to compute the divided differences, too.
 
     Returns:
-        It, and its derivative.
+        It, and its derivatives.
     """
     vectors, values, poison = basis
     with torch.inference_mode(mode=False), torch.no_grad():
-        kept = _kept(values, tau)
-        factors = torch.where(kept, 1 - tau / torch.where(kept & (tau > 0), values, 1), 0) + poison
-        slopes = torch.where(kept, 1 / _safe(values), 0)
-        return Lowering(*(_product(vectors * each, vectors.mT) for each in (factors, slopes)))
+        level = tau[..., None]
+        kept = _kept(values, level)
+        factors = torch.where(kept, 1 - level / torch.where(kept & (level > 0), values, 1), 0) + poison[..., None]
+        slopes = torch.where(kept, -unit[..., None] / _safe(values), 0)
+        matrix, slope = (_product(vectors * each[..., None, :], vectors.mT) for each in (factors, slopes))
+        return Lowering(matrix, slope, tau, _slopes(_safe(values), level, kept) if differences else None)
 
 
 class Lower(Function):
@@ -108,14 +138,14 @@ class Lower(Function):
         ctx: Any,
         wide: Tensor,
         scale: Tensor | None,
-        tau: Tensor,
+        value: Tensor,
         basis: Basis,
         lowered: Lowering,
         age: int,
         every: int,
     ) -> Tensor:
-        """Return ``lowered.matrix @ diag(scale) @ wide``."""
-        ctx.save_for_backward(wide, scale, tau)
+        """Return ``lowered.matrix @ diag(scale) @ wide``; ``value`` is the threshold in its own unit."""
+        ctx.save_for_backward(wide, scale, value)
         ctx.basis, ctx.lowered, ctx.age, ctx.every = basis, lowered, age, every
         matrix = lowered.matrix
         return _product(matrix if scale is None else matrix * scale, wide)
@@ -123,25 +153,28 @@ class Lower(Function):
     @staticmethod
     @last_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of ``wide``, ``scale`` and ``tau``."""
-        wide, scale, tau = ctx.saved_tensors
+        """Return the gradients of ``wide``, ``scale`` and ``value``."""
+        wide, scale, value = ctx.saved_tensors
         vectors, values, _ = ctx.basis
+        lowered = ctx.lowered
         with full_precision(wide):
             some = slice(ctx.age - 1, None, max(ctx.every - 1, 1)) if ctx.age else slice(0, None, 1)
             inner = _product_of_rows(grad[:, some], wide[:, some])
             if scale is not None:
                 inner *= scale
-            of_tau = -(ctx.lowered.slope * inner).sum() * some.step
-            of_wide = _product(ctx.lowered.matrix, grad)
+            of_value = torch.dot(lowered.slope.reshape(-1), inner.reshape(-1)).to(value.dtype)
+            of_value = of_value if some.step == 1 else of_value.mul_(some.step)
+            of_wide = _product(lowered.matrix, grad)
             if not ctx.age:
-                twice = _product(_product(vectors.mT, inner + inner.mT), vectors)
-                core = _slopes(_safe(values), tau, _kept(values, tau)).mul_(twice).mul_(ctx.every)
+                core = _product(_product(vectors.mT, inner + inner.mT), vectors)
+                tau, differences = lowered.tau, lowered.differences
+                core *= _slopes(_safe(values), tau, _kept(values, tau)) if differences is None else differences
                 through = _product(_product(vectors, core), vectors.mT)
-                of_wide += _product(through if scale is None else through.mul_(scale), wide)
+                of_wide = _add_product(of_wide, through if scale is None else through.mul_(scale), wide, ctx.every)
             if scale is None:
-                return of_wide, None, of_tau, None, None, None, None
+                return of_wide, None, of_value, None, None, None, None
             of_scale = (of_wide * wide).sum(1) if ctx.needs_input_grad[1] else None
-            return of_wide.mul_(scale[:, None]), of_scale, of_tau, None, None, None, None
+            return of_wide.mul_(scale[:, None]), of_scale, of_value, None, None, None, None
 
 
 class Values(Function):
@@ -169,18 +202,19 @@ def without_noise(values: Tensor) -> Tensor:
     A matrix with rows that a mask has closed has as many singular values of zero. What a decomposition gives for them
     is noise, of which some would pass a threshold of zero, and which ones differs from machine to machine.
     """
-    return torch.where(values > _noise(values), values, 0)
+    return torch.where(values > noise_of(values.amax()), values, 0)
 
 
-def _noise(values: Tensor) -> Tensor:
+def noise_of(largest: Tensor) -> Tensor:
+    """Return what counts as zero beside a largest singular value."""
     # Eigenvalues of zero come out as several roundings of the largest one, hardly ever as less than one.
-    noise: Tensor = 4 * torch.finfo(values.dtype).eps ** 0.5 * values.amax()
+    noise: Tensor = 4 * torch.finfo(largest.dtype).eps ** 0.5 * largest
     return noise
 
 
 def _safe(values: Tensor) -> Tensor:
     """Singular values to divide by, none of them below their noise."""
-    least = _noise(values)
+    least = noise_of(values.amax(-1, keepdim=True))
     return torch.maximum(values, least).clamp_min(torch.finfo(values.dtype).tiny ** 0.25)
 
 
@@ -195,12 +229,12 @@ def _slopes(values: Tensor, tau: Tensor, kept: Tensor) -> Tensor:
     # values are kept, 0 where neither is, and at most 1 where one is: there the divisor is not zero.
     raised = torch.where(kept, values, tau)
     lowest = torch.where(kept, values, torch.minimum(values, tau))  # values below tau stay below after clamping
-    differences = lowest[:, None] - lowest
-    quotient = (raised[:, None] - raised).div_(differences.masked_fill_(differences == 0, 1))
-    quotient = torch.where(kept[:, None] & kept, 1, quotient)
-    quotient.div_(values[:, None] + values)
+    differences = lowest[..., None] - lowest[..., None, :]
+    quotient = (raised[..., None] - raised[..., None, :]).div_(differences.masked_fill_(differences == 0, 1))
+    quotient = torch.where(kept[..., None] & kept[..., None, :], 1, quotient)
+    quotient.div_(values[..., None] + values[..., None, :])
     factors = tau.clamp_min(0).sqrt() / raised.clamp_min(torch.finfo(values.dtype).tiny)
-    return quotient.mul_(factors[:, None]).mul_(factors)
+    return quotient.mul_(factors[..., None]).mul_(factors[..., None, :])
 
 
 def _lower_gram(wide: Tensor) -> Tensor:
@@ -226,6 +260,13 @@ def _product(square: Tensor, wide: Tensor) -> Tensor:
     return square @ wide
 
 
+def _add_product(base: Tensor, square: Tensor, wide: Tensor, times: int) -> Tensor:
+    """``base + times * square @ wide``, in place."""
+    if _by_convolution(square, wide):
+        return base.add_(_product(square, wide), alpha=times)
+    return base.addmm_(square, wide, alpha=times)
+
+
 def _product_of_rows(one: Tensor, other: Tensor) -> Tensor:
     """``(k, n) @ (m, n).T``."""
     if _by_convolution(one, other):
@@ -237,7 +278,10 @@ def _product_of_rows(one: Tensor, other: Tensor) -> Tensor:
 
 def _by_convolution(*factors: Tensor) -> bool:
     if any(
-        factor.device.type != "cpu" or factor.dtype != torch.float32 or min(factor.shape) < _BY_CONVOLUTION_FROM
+        factor.ndim > 2
+        or factor.device.type != "cpu"
+        or factor.dtype != torch.float32
+        or min(factor.shape) < _BY_CONVOLUTION_FROM
         for factor in factors
     ):
         return False

@@ -11,10 +11,10 @@ from lightning_plugins.compression.gates.masked_weight import scale_at_once
 from lightning_plugins.compression.gates.masks import bake_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import (
     RankThresholds,
-    Thresholded,
     defer_row_mask,
     largest_singular_values,
 )
+from lightning_plugins.compression.gates.thresholded import Thresholded
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
 
@@ -33,7 +33,9 @@ def apply_thresholds(
 
     A weight, masked where there are masks (which must be put on first), acts as ``U diag(max(s - tau, 0)) V.T``, the
     matrix of scheme 1: exactly low-rank at every moment. The singular vectors and values come from one decomposition
-    of the smaller Gram matrix, and the backward is a closed form that needs no other.
+    of the smaller Gram matrix, and the backward is a closed form that needs no other. On an accelerator, where the host
+    would wait for each, only the first decomposition is exact, and those of `hard_ranks`, `margins` and `bake`: the
+    others rotate the vectors of the one before by matrix products, for all layers of a shape at once.
 
     A decomposition is kept as long as neither weight nor mask change: it serves all batches that are accumulated. With
     ``refresh_every=k`` it also serves the next ``k - 1`` optimizer steps: they multiply the current weight by the
