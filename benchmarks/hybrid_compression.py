@@ -57,9 +57,8 @@ class Form:
             self.network.shift.settle(spectra, done=0.7)
         self.seconds.append(now() - start)
         with torch.no_grad():
-            for parameter in self.net.parameters():
-                if parameter.grad is not None:
-                    parameter.sub_(parameter.grad, alpha=RATE)
+            moved = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
+            torch._foreach_add_(moved, [parameter.grad for parameter in moved], alpha=-RATE)
 
 
 def main() -> None:

@@ -140,7 +140,8 @@ def page(report: dict[str, Any]) -> str:
         blocks += ["## What the terms add to a step", text, shares_table(items, "penalties", goals)]
     if measured(items, "choices"):
         text = (
-            "The same network: forward, backward and the update of scores and thresholds; the overhead compares means."
+            "The same network: forward, backward, the update of scores and thresholds, and plain SGD, in blocks of four"
+            " steps that do not wait for each other, as in a training; milliseconds of a step."
         )
         table = shares_table(items, "choices", {"masks": GOALS["choice_share"]})
         blocks += ["## What masks and thresholds add to a step", text, table]

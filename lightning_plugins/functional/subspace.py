@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
+from lightning_plugins.functional.followed_eigen import follow_eigenvectors
 from lightning_plugins.functional.gram_svd import check_matrices, gram_eigen
 from lightning_plugins.functional.spectrum import at_least_float32, decompose, finite_or_zero, full_precision
 from lightning_plugins.functional.tensors import check_floating
@@ -96,7 +97,7 @@ def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
     """Only two products with the matrix: on a CPU each further pass would cost as much as a narrow product."""
     rows = start.mT @ matrix
     safe, poison = finite_or_zero(rows @ rows.mT)
-    eigenvalues, rotation = decompose(safe, vectors=True)
+    eigenvalues, rotation = _turn(safe)
     rotation = rotation.flip(-1)
     wanted = rotation[..., :leading]
     squares = eigenvalues.flip(-1).clamp_min(0)
@@ -112,3 +113,18 @@ def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
     # memory layout must be preserved through a checkpoint: products in another layout differ in the last bit.
     following = torch.linalg.qr(torch.where(poison[..., None, None] == 0, ahead, start))[0].contiguous()
     return Subspace(basis, values, wanted.mT @ rows, following, angles)
+
+
+def _turn(inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of small matrices: on an accelerator, where a decomposition waits, from products."""
+    if not _decomposition_waits(inside):
+        return decompose(inside, vectors=True)
+    # Their trace becomes 1: they are squared, and would underflow for small weights.
+    trace = inside.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
+    trace = trace.masked_fill(trace == 0, 1)
+    values, vectors = follow_eigenvectors(inside / trace[..., None])
+    return values * trace, vectors
+
+
+def _decomposition_waits(matrix: Tensor) -> bool:
+    return not matrix.is_cpu

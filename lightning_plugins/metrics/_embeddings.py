@@ -53,7 +53,7 @@ def valid_rows(name: str, embeddings: Tensor, num_features: int | None, mask: Te
     """
     if mask is None:
         check_embeddings(name, embeddings, num_features)
-        return embeddings.detach(), torch.tensor(len(embeddings), device=embeddings.device)
+        return embeddings.detach(), torch.full((), len(embeddings), device=embeddings.device)  # a copy would wait
     valid = check_mask(name, embeddings, mask)
     rows = check_embeddings(name, embeddings.detach().flatten(end_dim=-2), num_features)
     return torch.where(valid[:, None], rows, 0), valid.sum()

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from lightning_plugins.functional import subspace
 from lightning_plugins.functional.subspace import top_singular_subspace
 
 
@@ -88,3 +89,20 @@ def test_bfloat16_weight_is_cast_up_and_carries_no_gradient():
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_following_without_a_decomposition_gives_the_same(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(2, 24, 40, dtype=torch.float64) * 1e-4
+    start = top_singular_subspace(weight, 6).start
+    for _ in range(5):
+        weight = weight + 1e-7 * torch.randn_like(weight)
+        exact = top_singular_subspace(weight, 6, start=start, leading=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(subspace, "_decomposition_waits", lambda matrix: True)
+            patch.setattr(subspace, "decompose", None)  # must not be called
+            found = top_singular_subspace(weight, 6, start=start, leading=2)
+        torch.testing.assert_close(found.values, exact.values, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.basis @ found.basis.mT, exact.basis @ exact.basis.mT, rtol=0, atol=1e-3)
+        start = found.start
+    torch.testing.assert_close(found.values, torch.linalg.svdvals(weight)[:, :2], rtol=1e-6, atol=0)

@@ -44,7 +44,7 @@ class Exchange:
         wanted = (1 + shift.budget.target) / 2
         fall = _first_within(shift, wanted, torch.cat(list(scores)).amax(), scores, ())
         slopes, spectra = saliency.directions(shift.thresholds)
-        rise = _first_within(shift, wanted, fall.new_tensor(_HIGHEST), (), spectra)
+        rise = _first_within(shift, wanted, torch.full_like(fall, _HIGHEST), (), spectra)
         closed = torch.where(torch.cat(list(scores)) > fall, 0, saliency.expected())
         shrunk = [
             slope.square() * (rise / values.clamp_min(1e-12)).clamp_max(1).square()

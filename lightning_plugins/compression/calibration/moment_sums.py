@@ -94,7 +94,8 @@ class MomentSums:
             return
         sample = index.sample(count, fraction)
         if sample is not None:
-            sample = sample.to(given.device)
+            sample = sample.pin_memory() if given.is_cuda else sample  # otherwise the copy waits
+            sample = sample.to(given.device, non_blocking=True)
             where = sample if where is None else where[sample]
         weight = 1.0 if sample is None else count / len(sample)
         dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32

@@ -30,7 +30,8 @@ def add_rows(moments: Tensor, rows: Tensor, fold_of_row: Tensor) -> Tensor:
         return moments
     moments = moments.clone()
     shift = torch.where(moments[-1, 0, :1] > 0, moments[-1, 0, 1:], rows.mean(dim=0))
-    moments[-1, 0, 0], moments[-1, 0, 1:] = 1.0, shift
+    moments[-1, 0, 0].fill_(1.0)  # assigning a number copies it to the device, which waits
+    moments[-1, 0, 1:] = shift
     ones = torch.ones(len(rows), 1, dtype=rows.dtype, device=rows.device)
     augmented = torch.cat([ones, rows - shift], dim=1)
     for fold in range(len(moments) - 1):
