@@ -33,8 +33,9 @@ def of_embeddings() -> dict[str, Case]:
     found = {name: Case(name, rows(96, 64), call) for name, call in calls.items()}
     for name in ("soft_orthogonality", "spectral_norm"):
         found[name] = Case(name, matrix(96, 64), getattr(f, name))
-    like = lambda z: f.random_directions(64, 16, seed=3, like=z)  # noqa: E731
-    return found | {"random_directions": Case("random_directions", rows(96, 64), like, smooth=False)}
+    # Devices of another kind have other random numbers; the length of the directions is the same on all.
+    lengths = lambda z: f.random_directions(64, 16, seed=3, like=z).norm(dim=0)  # noqa: E731
+    return found | {"random_directions": Case("random_directions", rows(96, 64), lengths, smooth=False)}
 
 
 def of_distillation() -> dict[str, Case]:
@@ -69,7 +70,8 @@ def of_information() -> dict[str, Case]:
 
     def of_pairs(z: Tensor) -> Tensor:
         z = at_least_float(z)
-        pairs = f.pair_scores(z[:, :32], z[:, 32:], lambda x, y: x @ y.mT / 8, num_groups=4)
+        # Sums, not a product, which is the caller's and may be in TF32.
+        pairs = f.pair_scores(z[:, :32], z[:, 32:], lambda x, y: (x[:, None] * y).sum(-1) / 8, num_groups=4)
         return torch.tensor(f.bound_from_pairs(pairs).value)
 
     def covariance(z: Tensor) -> Tensor:
@@ -130,7 +132,8 @@ def _in_float(call: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
 
 
 def _epps_pulley(z: Tensor) -> Tensor:
-    return functional.epps_pulley(z, functional.random_directions(z.shape[1], 16, seed=0, like=z))
+    directions = functional.random_directions(z.shape[1], 16, seed=0, like=torch.zeros(1))
+    return functional.epps_pulley(z, directions.to(z))
 
 
 def finite(x: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _of_probes() -> dict[str, Case]:
         return f.ridge_path(x.mT @ x, x.mT @ y, torch.logspace(-1, 2, 4, device=x.device).to(x))
 
     def evidence(x: Tensor, y: Tensor) -> Tensor:
-        x, y = at_least_float(x), at_least_float(y)
+        x, y = x.double(), y.double()  # the sums are the caller's: in TF32 they would not be those of these rows
         values, vectors = torch.linalg.eigh(x.mT @ x)
         return f.log_evidence(values, vectors.mT @ (x.mT @ y), (y * y).sum(0), len(x)).log_evidence
 

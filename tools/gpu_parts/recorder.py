@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 PASSED, FAILED, ABSENT, LATE = "passed", "failed", "not installed", "out of time"
-OPTIONAL = ("timm", "torchvision", "torch_pruning", "torch-pruning", "jsonargparse")  # as messages name them
+OPTIONAL = ("timm", "torchvision", "torch_pruning", "torch-pruning", "jsonargparse", "Captum")  # as messages name them
 
 
 class OutOfTimeError(Exception):
