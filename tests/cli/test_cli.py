@@ -368,10 +368,3 @@ def test_missing_extras_are_named(
     monkeypatch.setitem(sys.modules, missing, None)
     assert main([arguments[0], str(saved), *arguments[2:]]) == 1
     assert f"pip install 'lightning-plugins[{extra}]'" in capsys.readouterr().err
-
-
-def test_a_missing_extra_is_named_before_any_work(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("lightning_plugins.cli._compress.read_checkpoint", lambda _: pytest.fail("it was read"))
-    assert main(["compress", str(saved), *OPTIONS]) == 1
-    assert "pip install 'lightning-plugins[plots]'" in capsys.readouterr().err
