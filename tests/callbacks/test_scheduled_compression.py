@@ -7,6 +7,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from lightning_plugins.callbacks import MaskScheduling
+from lightning_plugins.callbacks._compression.scheduled_compression import ScheduledCompression
 from lightning_plugins.compression import masks_of
 from tests.callbacks.budgets import BATCHES, BEGIN, END, in_steps, seeded
 from tests.models import fit
@@ -33,7 +34,8 @@ def parameters(left: list[int]) -> int:
 
 def test_the_logged_share_is_that_of_the_parameters_of_what_is_kept():
     logged = Logged()
-    fit(seeded(), BATCHES, [in_steps(MaskScheduling, criterion="magnitude", update_every=2), logged], max_epochs=2)
+    callback: ScheduledCompression = in_steps(MaskScheduling, criterion="magnitude", update_every=2)
+    fit(seeded(), BATCHES, [callback, logged], max_epochs=2)
     assert [share for share, _ in logged.steps[:BEGIN]] == [1.0] * BEGIN
     for share, left in logged.steps[BEGIN:END]:
         assert share == pytest.approx(parameters(left) / parameters([16, 12, 5]))
