@@ -1,4 +1,4 @@
-"""What `compress` refuses, and when."""
+"""Refusals of `compress`, and that they come before any work."""
 
 import sys
 from pathlib import Path

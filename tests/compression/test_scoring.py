@@ -1,4 +1,4 @@
-"""How the scoring of candidates is shared between processes."""
+"""Shares of the processes in the scoring of candidates."""
 
 from types import SimpleNamespace
 
