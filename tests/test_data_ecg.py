@@ -43,6 +43,11 @@ def test_records_repeat_by_seed_and_several_kinds_have_classes():
     assert not torch.equal(record.signal, synthetic_ecg(60, seed=1).signal)
 
 
+def test_without_abnormal_beats_every_draw_is_a_normal_one(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(size))  # the lowest that can be drawn
+    assert not synthetic_ecg(20, abnormal=0.0).labels.any()
+
+
 def test_windows_take_the_class_and_spans_of_what_is_abnormal():
     signal = torch.arange(100.0)
     record = ECGRecord(signal, torch.tensor([10, 30, 50, 60, 90]), torch.tensor([0, 1, 0, 0, 0]), 100.0)

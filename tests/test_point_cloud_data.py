@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -127,6 +128,14 @@ def test_scenes_depend_on_seed_and_number_only():
     assert int(bev_overlap(boxes, boxes).sum()) == len(boxes)
     with pytest.raises(IndexError):
         RaycastScenes(3, SMALL)[3]
+
+
+def test_a_scene_has_the_objects_that_are_asked_for():
+    def count(**settings):
+        return Counter(shape.label for shape in RaycastScenes(1, SMALL, **settings).shapes(0))
+
+    assert count() == {"Car": 6, "Cyclist": 2, "Pedestrian": 3, None: 12}  # walls and poles have no class
+    assert count(objects={"Pedestrian": 1}, scenery=2) == {"Pedestrian": 1, None: 2}
 
 
 CALIBRATION = """P2: 7.0e+02 0 6.0e+02 4.5e+01 0 7.0e+02 1.7e+02 2.1e-01 0 0 1 2.7e-03

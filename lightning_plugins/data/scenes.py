@@ -24,7 +24,7 @@ class RaycastScenes(torch.utils.data.Dataset[dict[str, Any]]):
         num_frames: Number of frames.
         sensor: The sensor; by default 32 beams of 1,024 azimuths.
         seed: Of the scenes.
-        objects: Objects per class and frame.
+        objects: Objects per class and frame; by default 6 cars, 2 cyclists and 3 pedestrians.
         scenery: Walls and poles per frame.
 
     Raises:

@@ -41,8 +41,8 @@ def run_workers(search: "Search", study: "optuna.Study", n_trials: int, *, worke
     running = [start() for _ in range(min(workers, n_trials))]
     try:
         while running:
-            wait([process.sentinel for process in running])
-            for process in [process for process in running if not process.is_alive()]:
+            ended = wait([process.sentinel for process in running])
+            for process in [process for process in running if process.sentinel in ended]:
                 running.remove(process)
                 process.join()
                 if process.exitcode and process.exitcode > 0:

@@ -129,7 +129,7 @@ def test_bad_settings_are_named(case):
         (torch.ones(20, 2), torch.ones(20, 2), "separabel", ValueError, "`critic` must be .* did you mean 'separable'"),
         (torch.ones(20, 2), torch.randn(20, 3), "cosine", ValueError, "`critic='cosine'` needs as many features"),
         (torch.ones(7, 2), torch.ones(7, 2), "separable", ValueError, "`x` must have at least 8 pairs, got 7"),
-        (torch.ones(20, 2).int(), torch.ones(20, 2), "separable", TypeError, "`x` must be a floating tensor"),
+        (torch.ones(20, 2).int(), torch.ones(20, 2), "separable", TypeError, "`x` must be .* tensor, got torch.int32;"),
         (torch.ones(20, 2), torch.full((20, 2), math.inf), "separable", ValueError, "`y` must be finite.* in 20 rows"),
     ],
 )

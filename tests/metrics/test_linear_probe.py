@@ -159,10 +159,10 @@ def classes(n=600, d=5, seed=0):
     return torch.randn(n, d, generator=generator).double() + 1.5 * torch.eye(d).double()[y] + 4, y
 
 
-def classified(x, y, **settings):
+def classified(x, y, *, grouped=True, **settings):
     probe = LinearProbe(x.shape[1], 3, task="classification", **settings)
     for rows in torch.arange(len(x)).split(70):
-        probe.update(x[rows], y[rows], rows)
+        probe.update(x[rows], y[rows], rows if grouped else None)
     return probe.compute()
 
 
@@ -194,13 +194,14 @@ def test_ridge_classifier_is_that_of_one_hot_targets():
     assert found.accuracy == (scores.argmax(1) == y.numpy()).mean()
 
 
-def test_reservoir_is_a_sample_that_does_not_depend_on_order():
+@pytest.mark.parametrize("grouped", [True, False])
+def test_reservoir_is_a_sample_that_does_not_depend_on_order(grouped):
     x, y = classes(n=3000)
-    whole, part = classified(x, y), classified(x, y, reservoir=500)
+    whole, part = classified(x, y), classified(x, y, grouped=grouped, reservoir=500)
     order = torch.randperm(3000)
     probe = LinearProbe(5, 3, task="classification", reservoir=500)
     for rows in order.split(70):
-        probe.update(x[rows], y[rows], rows)
+        probe.update(x[rows], y[rows], rows if grouped else None)
     assert part.evaluated == 500
     assert probe.compute().accuracy == part.accuracy
     assert abs(part.accuracy - whole.accuracy) < 4 * part.accuracy_error

@@ -23,6 +23,12 @@ def test_an_image_stands_beside_its_maps():
     assert [axes.get_title() for axes in figure.axes] == ["input", "a"]
 
 
+def test_a_picture_is_as_wide_beside_four_maps_as_beside_one():
+    maps = {name: torch.randn(6, 8) for name in "abcd"}
+    one, four = (attribution_figure(torch.rand(3, 6, 8), {name: maps[name] for name in n}) for n in ("a", "abcd"))
+    assert four.get_figwidth() / 5 == pytest.approx(one.get_figwidth() / 2)
+
+
 def test_curves_give_the_area_between_them():
     curves = {"a": (torch.tensor([[1.0, 0.8, 0.0], [1.0, 0.6, 0.0]]), torch.tensor([[1.0, 0.1, 0.0]] * 2))}
     figure = degradation_figure(curves)

@@ -25,6 +25,14 @@ def test_long_names_are_cut_and_missing_scores_left_out():
     assert list(axes.lines[0].get_ydata()) == [0.2]
 
 
+def test_many_layers_make_the_figure_wider():
+    few, many = (
+        probe_profile_figure([{f"layer.{i}": 0.5 for i in range(count)}], [0]).get_figwidth() for count in (2, 40)
+    )
+    assert few > 6
+    assert many > 40 / 2  # half an inch for each name
+
+
 def test_heat_map_writes_its_numbers():
     figure = attention_heat_map_figure(torch.tensor([[0.5, -0.25, math.nan]]), property_name="IDF")
     assert [text.get_text() for text in figure.axes[0].texts][:2] == [".50", "-.25"]

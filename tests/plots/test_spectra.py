@@ -59,6 +59,12 @@ def test_unusual_spectra_are_drawn_and_written(spectra, steps, tmp_path):
     assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_only_a_point_alone_is_marked():
+    one, two, *_ = spectrum_comparison_figure({"one": torch.tensor([1.0, 0.0]), "two": torch.ones(2)}).axes[0].lines
+    assert (len(one.get_xdata()), one.get_marker()) == (1, "o")
+    assert (len(two.get_xdata()), two.get_marker()) == (2, "None")
+
+
 def test_comparison_names_runs_and_effective_ranks():
     figure = spectrum_comparison_figure(
         {"without": torch.tensor([1.0, 0.0]), "with": torch.full((4,), 0.25)}, title="after training"

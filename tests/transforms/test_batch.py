@@ -1,12 +1,15 @@
 """The device form: the same for a sample in any batch, and as the form for single frames where it can be compared."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from lightning_plugins.data import ObjectBank, RaycastScenes, SpinningSensor
-from lightning_plugins.functional import bev_overlap, points_in_boxes
+from lightning_plugins.functional import RangeGrid, bev_overlap, points_in_boxes
 from lightning_plugins.transforms import BatchAugmentation, collate_frames
+from lightning_plugins.transforms.occlusion import TOLERANCE
 from lightning_plugins.transforms.random_bits import uniform
 
 SENSOR = SpinningSensor(beams=16, columns=256)
@@ -78,6 +81,22 @@ def test_what_stands_behind_an_object_goes():
     lost = batch["points"][0][batch["mask"][0] & ~result["mask"][0, :count]]
     assert 0 < len(lost) < 0.5 * count
     assert torch.equal(result["points"][0, :count], batch["points"][0])
+
+
+def test_a_point_exactly_the_tolerance_behind_an_object_is_still_seen():
+    """Two points stand left and right of a beam, and the gap between them is closed; the third is on the beam."""
+    grid = RangeGrid(rows=2, columns=64, lowest=-0.3, highest=0.9)
+    augment = BatchAugmentation(BANK, {"Car": 9}, grid=grid)
+    angle = torch.tensor([-0.5, 3.5, 0.0]) * 2 * math.pi / (3 * grid.columns)
+    cloud = torch.stack([10 * angle.cos(), 10 * angle.sin(), 0 * angle, 0 * angle], dim=1)
+    valid = torch.ones(1, 1, 3, dtype=torch.bool)
+    front = augment._image(cloud[None, :2], valid[0, :, :2])[0, grid.columns // 2]
+    assert float(front) == pytest.approx(10.0)
+    empty = torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.bool)
+    for behind, seen in ((front + TOLERANCE, True), ((front + TOLERANCE).nextafter(torch.tensor(math.inf)), False)):
+        cloud[2, 0] = behind
+        chosen = {"points": cloud[None, None], "valid": valid, "boxes": torch.zeros(1, 1, 7)}
+        assert bool(augment._occlude(*empty, chosen)[1][0, 0, 2]) is seen
 
 
 def test_share_and_types():
