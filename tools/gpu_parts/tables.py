@@ -5,7 +5,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from gpu_parts.recorder import Recorder
+from gpu_parts.turns import InTurns
 from lightning_plugins.callbacks import StableRankRegularization, VNERegularization
 from lightning_plugins.functional import von_neumann_entropy
 from lightning_plugins.meta import GAP
@@ -121,59 +122,6 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
 
 
-class InTurns(Callback):
-    """Assigns every step to one of several callbacks, or to none, and times whole steps from start to start."""
-
-    def __init__(self, forms: dict[str, Callback | None], device: str) -> None:
-        self.forms, self.device = forms, device
-        self.names = itertools.cycle(forms)
-        self.name: str | None = None
-        self.marks: list[tuple[str | None, Any]] = []
-
-    def _mark(self, name: str | None) -> None:
-        if self.device == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
-            self.marks.append((name, time.process_time()))
-
-    def _all(self, hook: str, *arguments: Any) -> None:
-        for callback in filter(None, self.forms.values()):
-            getattr(callback, hook)(*arguments)
-
-    def setup(self, *arguments: Any, stage: str) -> None:
-        self._all("setup", *arguments, stage)
-
-    def on_fit_start(self, *arguments: Any) -> None:
-        self._all("on_fit_start", *arguments)
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.name = next(self.names)
-        self._mark(self.name)
-
-    def on_before_optimizer_step(self, *arguments: Any) -> None:
-        callback = self.forms[self.name or ""]
-        if callback is not None:
-            callback.on_before_optimizer_step(*arguments)
-
-    def on_train_end(self, *_: Any) -> None:
-        self._mark(None)
-
-    def teardown(self, *arguments: Any, stage: str) -> None:
-        self._all("teardown", *arguments, stage)
-
-    def milliseconds(self, leave_out: int) -> dict[str, list[float]]:
-        """Times of each form, without the first rounds."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        found: dict[str, list[float]] = {name: [] for name in self.forms}
-        for (name, start), (_, end) in itertools.pairwise(self.marks[leave_out * len(self.forms) :]):
-            taken = start.elapsed_time(end) if self.device == "cuda" else 1e3 * (end - start)
-            found[str(name)].append(taken)
-        return found
-
-
 class Repeats:
     """A loader that repeats the same batch, already on the device."""
 
@@ -197,19 +145,11 @@ def shares(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return rows
 
 
-def penalties(recorder: Recorder) -> dict[str, Any]:
-    """The entropy and stable rank terms in one run, each in its own steps."""
-    weight = 1e-4
-    forms: dict[str, Callback | None] = {
-        "entropy of the last features": None,  # a separate callback, below
-        "bare": None,
-        "stable rank": StableRankRegularization("*", weight),
-        "p=2, a tenth of the rank": StableRankRegularization("*", weight, rank=0.1, p=2),
-        "p=2, a quarter of the rank": StableRankRegularization("*", weight, rank=0.25, p=2),
-        "p=1, a quarter of the rank": StableRankRegularization("*", weight, rank=0.25, p=1),
-    }
+def in_turns(
+    recorder: Recorder, forms: dict[str, Callback | None], further: Sequence[Callback] = ()
+) -> dict[str, dict[str, float]]:
+    """Times of whole steps of a training in which the forms take turns."""
     turns = InTurns(forms, recorder.device)
-    entropy = VNERegularization("net.fc:input", weight=0.1, every_n_steps=len(forms), method="products")
     rounds, leave_out = (3, 1) if recorder.tiny else (18, 3)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
@@ -217,11 +157,28 @@ def penalties(recorder: Recorder) -> dict[str, Any]:
         devices=1,
         precision="bf16-mixed",
         max_epochs=1,
-        callbacks=[turns, entropy],
+        callbacks=[turns, *further],
         **quiet,  # type: ignore[arg-type]  # all of them take a bool
     )
     trainer.fit(Classifier(network(recorder)), Repeats(images(recorder), len(forms) * rounds))
     return shares(turns.milliseconds(leave_out))
+
+
+def penalties(recorder: Recorder) -> dict[str, Any]:
+    """The entropy in one training, and the stable rank terms in another, each in its own steps."""
+    # A step behind one in which the host lags would take longer through no fault of its own.
+    alone: dict[str, Callback | None] = {"entropy of the last features": None, "bare": None}
+    entropy = VNERegularization("net.fc:input", weight=0.1, every_n_steps=len(alone), method="products")
+    rows = in_turns(recorder, alone, [entropy])
+    weight = 1e-4
+    forms: dict[str, Callback | None] = {
+        "bare": None,
+        "stable rank": StableRankRegularization("*", weight),
+        "p=2, a tenth of the rank": StableRankRegularization("*", weight, rank=0.1, p=2),
+        "p=2, a quarter of the rank": StableRankRegularization("*", weight, rank=0.25, p=2),
+        "p=1, a quarter of the rank": StableRankRegularization("*", weight, rank=0.25, p=1),
+    }
+    return {"bare, beside the entropy": rows.pop("bare"), **rows, **in_turns(recorder, forms)}
 
 
 def choices(recorder: Recorder) -> dict[str, Any]:
