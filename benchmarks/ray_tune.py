@@ -38,8 +38,13 @@ def main() -> None:
         "width": tune.randint(8, 257),
         "optimizer": tune.choice(["sgd", "adam"]),
     }
-    limited = ConcurrencyLimiter(search, max_concurrent=2)
-    settings = tune.TuneConfig("loss", "min", search_alg=limited, num_samples=TRIALS, reuse_actors=True)
+    settings = tune.TuneConfig(
+        metric="loss",
+        mode="min",
+        search_alg=ConcurrencyLimiter(search, max_concurrent=2),
+        num_samples=TRIALS,
+        reuse_actors=True,
+    )
     results = tune.Tuner(training, param_space=space, tune_config=settings).fit()
     best = results.get_best_result()
     print(f"{describe_machine('cpu')}; Ray {ray.__version__}")
