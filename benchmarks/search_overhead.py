@@ -93,10 +93,11 @@ def page(stored: dict[str, Any]) -> str:
         [
             "# Time and memory of a search",
             textwrap.fill(" ".join(INTRODUCTION.split()), 120, break_on_hyphens=False),
-            f"{stored['machine']}.",
             "## Seconds per suggestion",
+            f"{stored['machines']['seconds']}.",
             markdown_table(["trials before", "mean", "median", "longest"], seconds),
             "## Resident size",
+            f"{stored['machines']['memory']}.",
             markdown_table(["trials", "MiB"], sizes) + "\n",
         ]
     )
@@ -124,14 +125,14 @@ def main() -> None:
         if str(size) not in stored["seconds"]:
             stored["seconds"][str(size)] = [round(each, 4) for each in times(size)]
             print(size, statistics.fmean(stored["seconds"][str(size)]), flush=True)
-            save(stored)
+            save(stored, "seconds")
     if not stored["memory"]:
         stored["memory"] = memory()
-        save(stored)
+        save(stored, "memory")
 
 
-def save(stored: dict[str, Any]) -> None:
-    stored["machine"] = f"{describe_machine('cpu')}; Optuna {optuna.__version__}"
+def save(stored: dict[str, Any], part: str) -> None:
+    stored.setdefault("machines", {})[part] = f"{describe_machine('cpu')}; Optuna {optuna.__version__}"
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
 
 

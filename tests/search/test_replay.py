@@ -96,5 +96,5 @@ def test_time_and_memory_of_few_trials():
     assert all(each > 0 for each in seconds)
     assert list(sizes) == ["2", "3"]
     assert min(sizes.values()) > 10
-    text = overhead.page({"machine": "m", "seconds": {"4": seconds}, "memory": sizes})
+    text = overhead.page({"machines": {"seconds": "m", "memory": "n"}, "seconds": {"4": seconds}, "memory": sizes})
     assert "| 4 " in text
