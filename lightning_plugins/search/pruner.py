@@ -56,9 +56,12 @@ class TercetPruner(BasePruner):
 
     def prune(self, study: "Study", trial: "FrozenTrial") -> bool:
         """Tell whether to prune the trial after its last reported value."""
+        rule = self._rules[study.direction]
+        if len(trial.intermediate_values) not in rule.looks(self.n_steps):
+            return False  # without a look at the curves of all other trials
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         others = [_curve(other) for other in ended if other.number != trial.number]
-        return self._rules[study.direction].ends(_curve(trial), others, self.n_steps)
+        return rule.ends(_curve(trial), others, self.n_steps)
 
 
 def _curve(trial: "FrozenTrial") -> list[float]:

@@ -1,6 +1,7 @@
 """A search space as points of a cube: numbers in [0, 1], categories as indices."""
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -221,8 +222,11 @@ def _to_unit(distribution: Any, value: Any) -> float:
         return float(distribution.to_internal_repr(value))
     if distribution.low == distribution.high:
         return 0.0
-    low, high, value = _scaled(distribution, (distribution.low, distribution.high, value))
-    return float(np.clip((value - low) / (high - low), 0.0, 1.0))
+    low, high = float(distribution.low), float(distribution.high)
+    inside: float = min(max(float(value), low), high)  # an enqueued one may be outside
+    if distribution.log:  # by math: arrays of three numbers took a fifth of a proposal's time behind 500 trials
+        low, high, inside = math.log(low), math.log(high), math.log(inside)
+    return (inside - low) / (high - low)
 
 
 def _from_unit(distribution: Any, coordinate: float) -> Any:

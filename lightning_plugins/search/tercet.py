@@ -62,6 +62,15 @@ class TercetRule:
         check_positive_int("min_curves", self.min_curves)
         check_choice("mode", self.mode, ("min", "max"))
 
+    def looks(self, total: int) -> list[int]:
+        """Return after how many values of a complete run each checkpoint is.
+
+        Args:
+            total: The number of values of a complete run.
+        """
+        check_positive_int("total", total)
+        return [max(1, math.floor(fraction * total)) for fraction in self.fractions]
+
     def ends(self, curve: Sequence[float], others: Sequence[Sequence[float]], total: int) -> bool:
         """Tell whether to stop a training run at this point.
 
@@ -75,7 +84,7 @@ class TercetRule:
         """
         check_arguments(TercetRule.ends, locals())
         curve = [float(value) for value in curve]
-        looks = [max(1, math.floor(fraction * total)) for fraction in self.fractions]
+        looks = self.looks(total)
         if len(curve) not in looks:
             return False
         look = looks.index(len(curve))

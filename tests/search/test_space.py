@@ -148,3 +148,9 @@ def test_random_points_avoid_known_ones_while_there_are_others():
 def test_refusals(arguments, error, match):
     with pytest.raises(error, match=match):
         Space(*arguments)
+
+
+@pytest.mark.parametrize(("value", "coordinate"), [(0.0, 0.0), (1e-4, 0.0), (1e-3, 0.5), (1e-2, 1.0), (7.0, 1.0)])
+def test_values_outside_of_their_range_are_at_its_ends(value, coordinate):
+    space = Space({"lr": FloatDistribution(1e-4, 1e-2, log=True)})
+    assert space.encode({"lr": value}) == pytest.approx([coordinate])

@@ -108,6 +108,18 @@ def test_the_pruner_ends_the_trials_that_the_rule_ends(direction):
     assert not rule.ends(TEN[9][:9], [*TEN[5:9], TEN[0][:5]], 10)
 
 
+def test_the_pruner_reads_other_trials_only_at_a_checkpoint(monkeypatch):
+    study = optuna.create_study(pruner=TercetPruner(n_steps=10))
+    read = []
+    trials = study.get_trials
+    trial = study.ask()
+    monkeypatch.setattr(type(study), "get_trials", lambda self, **how: read.append(step) or trials(**how))
+    for step in range(10):
+        trial.report(1.0, step)
+        trial.should_prune()
+    assert [step + 1 for step in read] == TercetRule().looks(10) == [5, 9]
+
+
 def test_the_pruner_names_bad_arguments():
     with pytest.raises(ValueError, match="`n_steps` must be at least 1"):
         TercetPruner(0)

@@ -43,7 +43,7 @@ def _power(values: Array, method: str) -> Array | None:
     with np.errstate(all="ignore"):
         try:
             result = _box_cox(values) if method == "box-cox" else stats.yeojohnson(values)[0]
-        except (ValueError, stats.FitError, np.linalg.LinAlgError):
+        except (ValueError, RuntimeError, np.linalg.LinAlgError):  # SciPy's `FitError` and `BracketError` included
             return None
     return np.asarray(result) if np.isfinite(result).all() else None
 
