@@ -94,6 +94,7 @@ def weight_to_matrix(weight: Tensor, *, groups: int = 1, scheme: Scheme = 1) -> 
         Tensor of shape ``(m, n)``, or ``(groups, m, n)`` for two groups or more.
 
     Example:
+        >>> import torch
         >>> [tuple(weight_to_matrix(torch.zeros(8, 4, 3, 3), scheme=scheme).shape) for scheme in (1, 2)]
         [(8, 36), (24, 12)]
     """
@@ -119,6 +120,7 @@ def matrix_to_weight(matrix: Tensor, shape: Sequence[int], *, groups: int = 1, s
         Tensor of the shape ``shape``.
 
     Example:
+        >>> import torch
         >>> kernel = torch.arange(72.0).reshape(4, 2, 3, 3)
         >>> bool((matrix_to_weight(weight_to_matrix(kernel, scheme=2), kernel.shape, scheme=2) == kernel).all())
         True
