@@ -113,7 +113,7 @@ TEXT = """# Half of a sentence encoder by distillation
 all-MiniLM-L6-v2, its linear layers factorised with ranks chosen from the activations on 1,024 paragraphs, then trained
 for {steps} steps of 32 paragraphs so that the hidden states of each layer are those of the dense encoder
 (`callbacks.Distillation`). No label is used. Texts to train with are docstrings of other packages than those of the
-{sets} sets of 150 paragraphs to retrieve. Milliseconds are the CPU time of 8 paragraphs; MB are those of the state dict,
+{sets} sets of 150 paragraphs to retrieve. Milliseconds are the CPU time of 8 paragraphs; MB those of the state dict,
 embeddings included.
 
 """
