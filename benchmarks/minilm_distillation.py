@@ -100,9 +100,9 @@ def page(stored: dict[str, Any]) -> str:
     for name, found in stored["results"].items():
         mrr, minutes = statistics.mean(found["mrr"]), found.get("minutes")
         row = [name, f"{mrr:.3f}", f"{mrr / dense:.1%}", f"{statistics.mean(found['spearman']):.3f}"]
-        row += [f"{found['bytes'] / 1e6:.1f}", f"{found['milliseconds']:.0f}", f"{minutes:.1f}" if minutes else ""]
+        row += [f"{found['bytes'] / 1e6:.1f}", f"{minutes:.1f}" if minutes else ""]
         rows.append(row)
-    header = ["weights of the encoder", "MRR", "of dense", "Spearman", "MB", "ms", "minutes of training"]
+    header = ["weights of the encoder", "MRR", "of dense", "Spearman", "MB", "minutes of training"]
     return TEXT.format(**stored, sets=len(found["mrr"])) + markdown_table(header, rows) + "\n"
 
 
@@ -113,8 +113,8 @@ TEXT = """# Half of a sentence encoder by distillation
 all-MiniLM-L6-v2, its linear layers factorised with ranks chosen from the activations on 1,024 paragraphs, then trained
 for {steps} steps of 32 paragraphs so that the hidden states of each layer are those of the dense encoder
 (`callbacks.Distillation`). No label is used. Texts to train with are docstrings of other packages than those of the
-{sets} sets of 150 paragraphs to retrieve. Milliseconds are the CPU time of 8 paragraphs; MB those of the state dict,
-embeddings included.
+{sets} sets of 150 paragraphs to retrieve. MB are those of the state dict, embeddings included.
+Minutes are those of a machine with other work; [time per batch](minilm.md) is in the table without training.
 
 """
 
