@@ -18,7 +18,7 @@ from lightning_plugins.callbacks._terms.weight_batches import (
 from lightning_plugins.callbacks.weight_regularization import WeightRegularization
 from lightning_plugins.computed_weights import parametrizations_at_rest
 from lightning_plugins.functional.followed_terms import followed_nuclear_terms, followed_rank_terms
-from lightning_plugins.functional.stable_rank import check_power, exact_gradient, followed_term
+from lightning_plugins.functional.stable_rank import check_power, exact_gradient, followed_term, whole_gradient
 from lightning_plugins.functional.subspace import top_singular_subspace
 from lightning_plugins.regularizers import StableRank
 from lightning_plugins.schedules import Schedule
@@ -253,10 +253,5 @@ def _followed_for(rank: int) -> int:
 
 def _gradient(batch: WeightBatch, parts: tuple[Tensor, ...]) -> Tensor:
     """The gradient with respect to the matrices of a batch, from an entry of `_terms`."""
-    if len(parts) == 3:
-        return parts[1]
-    _, scale, left, right, _ = parts
-    gradient = batch.matrices * scale
-    wide = gradient if gradient.shape[-2] <= gradient.shape[-1] else gradient.mT
-    wide.baddbmm_(left, right)
-    return gradient
+    _, *gradient, _ = parts  # between the value and the vectors
+    return gradient[0] if len(gradient) == 1 else whole_gradient(batch.matrices, *gradient)

@@ -43,6 +43,9 @@ def follow_eigenvectors(matrix: Tensor, vectors: Tensor | None = None, *, passes
     with torch.no_grad():
         n = matrix.shape[-1]
         flat = matrix.reshape(-1, n, n)
+        # By the largest entry: couplings and gaps are squared, and would underflow or overflow.
+        scale = torch.linalg.vector_norm(flat, ord=torch.inf, dim=(-2, -1), keepdim=True)
+        flat = flat / scale.clamp_min(torch.finfo(matrix.dtype).tiny)
         if vectors is None:
             found = _orthonormal(_rotation(flat))
         else:
@@ -53,7 +56,7 @@ def follow_eigenvectors(matrix: Tensor, vectors: Tensor | None = None, *, passes
             found = _orthonormal(_product(found, _rotation(inside)))
         values, order = (_product(flat, found) * found).sum(-2).sort(-1)
         found = found.gather(-1, order[:, None, :].expand_as(found))
-        return values.reshape(matrix.shape[:-1]), found.reshape(matrix.shape)
+        return (values * scale[..., 0]).reshape(matrix.shape[:-1]), found.reshape(matrix.shape)
 
 
 def _rotation(inside: Tensor) -> Tensor:

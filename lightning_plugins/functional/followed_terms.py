@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.functional.followed_eigen import follow_eigenvectors
+from lightning_plugins.functional.products import add_outer_
 from lightning_plugins.functional.singular_values import raise_to_one
 from lightning_plugins.functional.spectrum import at_least_float32, finite_or_zero, full_precision
 
@@ -20,7 +21,6 @@ _NOISE = 64
 # The part of the old vectors that is kept: the columns then stay independent even where the matrix maps all of them
 # onto one. It slows the convergence by no more than this fraction.
 _KEPT = 1 / 32
-_PASSES = 1  # of `follow_eigenvectors`, for vectors that come from the step before
 
 
 class FollowedParts(NamedTuple):
@@ -127,9 +127,7 @@ def followed_nuclear_terms(matrices: Sequence[Tensor], rank: int, starts: Sequen
         for polar, of_value, factor, (left, right, start) in zip(
             polars, value.split(sizes), inverse[:, None, None].split(sizes), sides, strict=True
         ):
-            gradient = polar.mul_(factor)
-            _wide(gradient).baddbmm_(left, right)
-            found.append(FollowedWhole(of_value, gradient, start))
+            found.append(FollowedWhole(of_value, add_outer_(polar.mul_(factor), left, right), start))
         return found
 
 
@@ -163,11 +161,8 @@ def _project(matrix: Tensor, start: Tensor) -> _Block:
 
 def _inside(blocks: Sequence[_Block]) -> _Spectrum:
     safe, poison = finite_or_zero(torch.cat([block.inside for block in blocks]))
-    # Scaled to the trace 1: eigenvalues are squared once more on the way, and would underflow for small weights.
-    trace = safe.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None]
-    trace = trace.masked_fill(trace == 0, 1)
-    values, vectors = follow_eigenvectors(safe / trace[..., None], passes=_PASSES)
-    return _Spectrum((values.flip(-1) * trace).clamp_min_(0), vectors.flip(-1), poison)
+    values, vectors = follow_eigenvectors(safe)
+    return _Spectrum(values.flip(-1).clamp_min(0), vectors.flip(-1), poison)
 
 
 def _norms(matrices: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Matrix products with the accuracy of float32, whatever the user's settings."""
+"""Sums of a matrix and a product: with the accuracy of float32 whatever the user's settings, or in place."""
 
 import torch
 from torch import Tensor
@@ -31,6 +31,30 @@ def add_product(base: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, a
     result = torch.baddbmm(base, left - left_high, right_high, beta=beta, alpha=alpha)
     result = torch.baddbmm(result, left_high, right - right_high, alpha=alpha)
     return torch.baddbmm(result, left_high, right_high, alpha=alpha)
+
+
+def add_outer_(matrix: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1) -> Tensor:
+    """Add ``alpha * left @ right`` in place, or its transpose to a matrix that is taller than wide.
+
+    Args:
+        matrix: Tensor of shape ``(m, n)`` or ``(b, m, n)``, of any layout in memory.
+        left: Tensor of shape ``(..., min(m, n), k)``.
+        right: Tensor of shape ``(..., k, max(m, n))``.
+        alpha: Factor on the product.
+
+    Returns:
+        ``matrix``.
+
+    Example:
+        >>> add_outer_(torch.zeros(3, 1), torch.ones(1, 1), torch.tensor([[1.0, 2.0, 3.0]])).T
+        tensor([[1., 2., 3.]])
+    """
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    if wide.ndim == 2:
+        wide.addmm_(left, right, alpha=alpha)
+    else:
+        wide.baddbmm_(left, right, alpha=alpha)
+    return matrix
 
 
 def rounds_to_tf32(tensor: Tensor) -> bool:

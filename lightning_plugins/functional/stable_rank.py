@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins.functional.gram_svd import check_matrices, gram_eigen, unit_scale
+from lightning_plugins.functional.products import add_outer_
 from lightning_plugins.functional.spectral_sum import spectral_sum
 from lightning_plugins.functional.spectrum import at_least_float32, full_precision, smaller_gram, widened_matrices
 from lightning_plugins.functional.split_spectrum import head_and_tail, head_masks, root_powers
@@ -158,8 +159,7 @@ def whole_gradient(weight: Tensor, scale: Tensor, left: Tensor, right: Tensor) -
     Returns:
         Tensor of the shape of ``weight``.
     """
-    product = left @ right
-    return scale * weight + (product if weight.shape[-2] <= weight.shape[-1] else product.mT)
+    return add_outer_(scale * weight, left, right)
 
 
 def exact_gradient(weight: Tensor, rank: int, p: Power) -> RankTerm:

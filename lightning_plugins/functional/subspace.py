@@ -117,13 +117,7 @@ def _follow(matrix: Tensor, start: Tensor, leading: int) -> Subspace:
 
 def _turn(inside: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors of small matrices: on an accelerator, where a decomposition waits, from products."""
-    if not _decomposition_waits(inside):
-        return decompose(inside, vectors=True)
-    # Their trace becomes 1: they are squared, and would underflow for small weights.
-    trace = inside.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
-    trace = trace.masked_fill(trace == 0, 1)
-    values, vectors = follow_eigenvectors(inside / trace[..., None])
-    return values * trace, vectors
+    return follow_eigenvectors(inside) if _decomposition_waits(inside) else decompose(inside, vectors=True)
 
 
 def _decomposition_waits(matrix: Tensor) -> bool:

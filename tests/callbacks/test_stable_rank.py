@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_plugins.callbacks import stable_rank
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
@@ -20,6 +19,7 @@ from lightning_plugins.distributed import full_tensor
 from lightning_plugins.functional.stable_rank import exact_gradient
 from lightning_plugins.schedules import Linear, Piecewise
 from tests._processes import run_on_ranks
+from tests._waits import Waits
 from tests.models import Batches, Classifier, fit, make_batches, shard
 from tests.sharding import fully_shard
 
@@ -230,20 +230,6 @@ def test_gradient_by_products_is_within_a_percent_of_the_exact_one(rank, monkeyp
 def test_batches_are_for_accelerators():
     assert not stable_rank.in_batches(torch.empty(2))
     assert stable_rank.in_batches(torch.empty(2, device="meta"))
-
-
-class Waits(TorchDispatchMode):
-    """Records operations that read a value on the host, or wait for the status of a decomposition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in {"_local_scalar_dense", "nonzero", "equal", "_linalg_eigh", "_linalg_svd", "linalg_qr"}:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("form", [{}, {"rank": 2, "p": 2}, {"rank": 2}], ids=str)

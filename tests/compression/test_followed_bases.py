@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_plugins.compression import apply_masks, apply_thresholds, channel_groups
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
@@ -14,8 +13,7 @@ from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
 from lightning_plugins.compression.budget.filling import ChoiceSettings
 from lightning_plugins.compression.gates import followed_bases, thresholded
 from lightning_plugins.functional import singular_value_threshold
-
-WAITING = ("_local_scalar_dense", "nonzero", "equal", "_linalg_eigh", "_linalg_svd")
+from tests._waits import Waits
 
 
 @pytest.fixture(autouse=True)
@@ -178,19 +176,6 @@ def test_a_state_without_a_basis_loads():
     net.load_state_dict({**state, "rank_thresholds._extra_state": {}})
     assert net(x).isfinite().all()
     assert all(step.basis is not None for step in thresholds._steps)
-
-
-class Waits(TorchDispatchMode):
-    """Lists operations that wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.found += [name] if name in WAITING else []
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("every", [1, 4])

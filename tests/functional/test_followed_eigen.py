@@ -89,6 +89,15 @@ def test_vectors_stay_orthonormal_and_values_within_the_spectrum(n, seed, size):
     assert bool((values.diff() >= 0).all())
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_very_small_and_very_large_matrices(scale):
+    torch.manual_seed(0)
+    matrix = torch.diag(torch.arange(1.0, 7)) + 0.01 * torch.ones(6, 6)
+    values, vectors = follow_eigenvectors(matrix * scale, passes=3)
+    torch.testing.assert_close(values / scale, torch.linalg.eigvalsh(matrix), rtol=1e-5, atol=0)
+    assert _coupling(matrix, vectors) < 1e-5
+
+
 def test_passes_are_checked():
     with pytest.raises(ValueError, match="`passes` must be at least 1, got 0"):
         follow_eigenvectors(torch.eye(2), passes=0)

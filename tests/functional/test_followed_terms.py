@@ -5,26 +5,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_plugins.functional.followed_terms import followed_nuclear_terms, followed_rank_terms
 from lightning_plugins.functional.stable_rank import exact_gradient, followed_term, whole_gradient
 from lightning_plugins.functional.subspace import top_singular_subspace
-
-# They read a value on the host, or wait for the status of a decomposition.
-WAITING = ("_local_scalar_dense", "nonzero", "equal", "_linalg_eigh", "_linalg_svd", "linalg_qr", "linalg_cholesky")
-
-
-class Waits(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in WAITING:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
+from tests._waits import Waits
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -60,19 +45,25 @@ def changed(weights: list[Tensor], step: int, speed: float = 3e-4) -> list[Tenso
     ]
 
 
+def followed(terms, weights, rank, steps=30):
+    """Weights that change, and their terms, step by step."""
+    starts = starts_of(weights, rank + 8)
+    for step in range(steps):
+        weights = changed(weights, step)
+        with Waits() as waits:
+            found = terms(weights, rank, starts)
+        assert not waits.found
+        starts = [term.start for term in found]
+        yield list(zip(weights, found, strict=True))
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("rank", [1, 4])
 def test_equal_to_those_of_each_weight_by_decompositions(kind, rank):
     weights = WEIGHTS[kind]()
-    starts = starts_of(weights, rank + 8)
-    alone = list(starts)
-    for step in range(30):
-        weights = changed(weights, step)
-        with Waits() as waits:
-            terms = followed_rank_terms(weights, rank, starts)
-        assert not waits.found
-        starts = [term.start for term in terms]
-        for index, (weight, term) in enumerate(zip(weights, terms, strict=True)):
+    alone = starts_of(weights, rank + 8)
+    for pairs in followed(followed_rank_terms, weights, rank):
+        for index, (weight, term) in enumerate(pairs):
             expected = followed_term(weight, rank, alone[index])
             alone[index] = expected.start
             found = whole_gradient(weight, term.scale, term.left, term.right)
@@ -87,15 +78,8 @@ def test_equal_to_those_of_each_weight_by_decompositions(kind, rank):
 
 @pytest.mark.parametrize("rank", [1, 10])
 def test_gradient_by_products_stays_within_a_percent(rank):
-    weights = WEIGHTS["of several shapes"]()
-    starts = starts_of(weights, rank + 8)
-    for step in range(30):
-        weights = changed(weights, step)
-        with Waits() as waits:
-            terms = followed_nuclear_terms(weights, rank, starts)
-        assert not waits.found
-        starts = [term.start for term in terms]
-        for weight, term in zip(weights, terms, strict=True):
+    for pairs in followed(followed_nuclear_terms, WEIGHTS["of several shapes"](), rank):
+        for weight, term in pairs:
             exact = exact_gradient(weight.double(), rank, 1)
             assert (norm(term.gradient - exact.gradient) / norm(exact.gradient)).max() < 0.01
             torch.testing.assert_close(term.value.double(), exact.value, rtol=2e-3, atol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_plugins.functional import products
-from lightning_plugins.functional.products import add_product, rounds_to_tf32
+from lightning_plugins.functional.products import add_outer_, add_product, rounds_to_tf32
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,15 @@ def test_a_product_is_split_in_parts_that_tf32_holds(monkeypatch):
 def test_a_base_with_a_factor_of_zero_is_ignored():
     one = torch.eye(3)[None]
     assert torch.equal(add_product(one * torch.nan, one, one, beta=0), one)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (2, 3, 5), (2, 5, 3)])
+@pytest.mark.parametrize("dense", [True, False], ids=["rows in memory", "columns in memory"])
+def test_a_product_is_added_in_place_to_wide_and_tall_matrices(shape, dense):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) if dense else torch.randn(*shape[:-2], shape[-1], shape[-2]).mT
+    left, right = torch.randn(*shape[:-2], 3, 2), torch.randn(*shape[:-2], 2, 5)
+    product = left @ right
+    wanted = matrix - 0.5 * (product if shape[-2] == 3 else product.mT)
+    assert add_outer_(matrix, left, right, alpha=-0.5) is matrix
+    torch.testing.assert_close(matrix, wanted)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_plugins.callbacks._terms.weight_gradients import add_gradient, is_sharded, owners_of
+from lightning_plugins.callbacks._terms.weight_gradients import add_gradient, is_sharded, owners_of, sent_by_owners
 from lightning_plugins.distributed import full_tensor, is_distributed
 from lightning_plugins.functional.spectrum import at_least_float32
 from lightning_plugins.weights import WeightMatrix
@@ -83,17 +83,7 @@ def computed_in_batches(
     own = [batch for batch in batches if batch.owner == rank]
     results = iter(compute(own) if own else [])
     found = [next(results) if batch.owner == rank else empty(batch) for batch in batches]
-    if not is_distributed():
-        return found
-    found = [tuple(part.contiguous() for part in parts) for parts in found]
-    sends = [
-        dist.broadcast(part, batch.owner, async_op=True)
-        for batch, parts in zip(batches, found, strict=True)
-        for part in parts
-    ]
-    for send in filter(None, sends):
-        send.wait()
-    return found
+    return sent_by_owners(found, [batch.owner for batch in batches])
 
 
 def of_each_weight(batches: Sequence[WeightBatch], of_matrices: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_plugins._lightning import Trainer
 from lightning_plugins.distributed import full_tensor, is_distributed, share_out, world_size
+from lightning_plugins.functional.products import add_outer_
 from lightning_plugins.functional.stable_rank import whole_gradient
 from lightning_plugins.weights import WeightMatrix
 
@@ -35,8 +36,21 @@ def shared_out(
     for index, (weight, owner) in enumerate(zip(weights, owners, strict=True)):
         matrix = weight.take(full_tensor(weight.tensor.detach()))
         found.append(compute(index, matrix) if owner == rank else empty(index, matrix))
+    return sent_by_owners(found, owners)
+
+
+def sent_by_owners(found: Sequence[tuple[Tensor, ...]], owners: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """Send results from the processes that computed them to all.
+
+    Args:
+        found: The results of each process, and empty tensors of the same shapes and dtypes for those of others.
+        owners: For each entry the rank of the process that computed it.
+
+    Returns:
+        The results, bit for bit the same on all processes.
+    """
     if not is_distributed():
-        return found
+        return list(found)
     found = [tuple(part.contiguous() for part in parts) for parts in found]
     sends = [
         dist.broadcast(part, owner, async_op=True) for parts, owner in zip(found, owners, strict=True) for part in parts
@@ -142,11 +156,7 @@ def _add_in_place(weight: WeightMatrix, parts: Sequence[Tensor], factor: float, 
     if target.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
         return False
     target.addcmul_(_finite(weight.take(parameter.detach()), wanted), scale, value=factor)
-    wide = target if target.shape[-2] <= target.shape[-1] else target.mT
-    if wide.ndim == 2:
-        wide.addmm_(left, right, alpha=factor)
-    else:
-        wide.baddbmm_(left, right, alpha=factor)
+    add_outer_(target, left, right, alpha=factor)
     return True
 
 

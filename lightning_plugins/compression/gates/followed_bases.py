@@ -1,7 +1,7 @@
 """Decompositions of the weights of all layers of a step together, on devices where each by itself would wait."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_plugins.compression.gates.masked_weight import Masked
 from lightning_plugins.compression.gates.threshold_function import Basis, Lowering, follow_wide, lowering, wide_view
 from lightning_plugins.functional.spectrum import at_least_float32
+
+Stacked = TypeVar("Stacked", Basis, Lowering)
 
 
 def follows(weight: Tensor) -> bool:
@@ -34,13 +36,9 @@ def follow_together(steps: Sequence[Any]) -> list[Basis]:
     Returns:
         For each its basis.
     """
-    found: dict[int, Basis] = {}
-    with torch.inference_mode(mode=False), torch.no_grad():
-        for places in _batches(steps):
-            chosen = [steps[place] for place in places]
-            basis = follow_wide(_grams(chosen), torch.stack([step.basis.vectors for step in chosen]))
-            found.update(zip(places, map(Basis._make, zip(*map(torch.unbind, basis), strict=True)), strict=True))
-    return [found[place] for place in range(len(steps))]
+    return _in_batches(
+        steps, lambda chosen: follow_wide(_grams(chosen), torch.stack([step.basis.vectors for step in chosen]))
+    )
 
 
 def lower_together(steps: Sequence[Any]) -> list[Lowering]:
@@ -52,19 +50,27 @@ def lower_together(steps: Sequence[Any]) -> list[Lowering]:
     Returns:
         For each its matrices.
     """
-    found: dict[int, Lowering] = {}
+    return _in_batches(steps, _lower)
+
+
+def _lower(steps: Sequence[Any]) -> Lowering:
+    basis = Basis(*(torch.stack(parts) for parts in zip(*(step.basis for step in steps), strict=True)))
+    values, units = zip(*(step.threshold() for step in steps), strict=True)
+    unit = torch.stack(units).to(basis.values)
+    tau = torch.stack(values).to(basis.values).clamp_min(0) * unit
+    held = [step.held_level() for step in steps]
+    if any(level is not None for level in held):
+        tau = torch.stack([new if old is None else old for new, old in zip(tau.unbind(), held, strict=True)])
+    return lowering(basis, tau, unit, differences=True)
+
+
+def _in_batches(steps: Sequence[Any], compute: Callable[[list[Any]], Stacked]) -> list[Stacked]:
+    """Compute a tuple of stacked tensors for each batch of steps, and take them apart again."""
+    found: dict[int, Stacked] = {}
     with torch.inference_mode(mode=False), torch.no_grad():
         for places in _batches(steps):
-            chosen = [steps[place] for place in places]
-            basis = Basis(*(torch.stack(parts) for parts in zip(*(step.basis for step in chosen), strict=True)))
-            values, units = zip(*(step.threshold() for step in chosen), strict=True)
-            unit = torch.stack(units).to(basis.values)
-            tau = torch.stack(values).to(basis.values).clamp_min(0) * unit
-            held = [step.held_level() for step in chosen]
-            if any(level is not None for level in held):
-                tau = torch.stack([new if old is None else old for new, old in zip(tau.unbind(), held, strict=True)])
-            parts = [part.unbind() for part in lowering(basis, tau, unit, differences=True) if part is not None]
-            found.update(zip(places, map(Lowering._make, zip(*parts, strict=True)), strict=True))
+            stacked: Any = compute([steps[place] for place in places])
+            found.update(zip(places, map(stacked._make, zip(*map(torch.unbind, stacked), strict=True)), strict=True))
     return [found[place] for place in range(len(steps))]
 
 
