@@ -62,18 +62,17 @@ READING = """## Reading these numbers
 - No step waits for the host, except the first one and, with masks by magnitude, one per update, in which the channels
   to keep are selected there. `torch.linalg.eigh` reads its status back from the device and takes milliseconds even
   for a small matrix, so singular vectors are followed by matrix products from the second step on.
-- The entropy of up to 512 columns or rows takes as long as the host needs to launch its hundred kernels; as CUDA
-  graphs it takes as long as the device needs. In a training the host launches ahead of the device, until it cannot
-  keep up.
+- The entropy of up to 512 columns or rows takes as long as the host needs to launch its kernels; as CUDA graphs it
+  takes as long as the device needs. In a training the host launches ahead of the device, until it cannot keep up.
 - In this run a step with the entropy came behind one with `p=1`, in which the host lags: its overhead is an upper
   bound. The script now measures it in a training of its own.
-- The stable ranks of 54 weights take a few hundred launches. With a target rank the small matrices are wider, and
-  with `p=1` the polar factor of every weight is added; `every_n_steps` up to 4 divides these costs.
+- Stable ranks: with a target rank the small matrices are wider than without, and with `p=1` the polar factor of every
+  weight is added; `every_n_steps` up to 4 divides these costs.
 - Masks are computed for all layers together. Thresholds multiply every weight by a matrix of its own, forward and
   backward, and a refresh rotates the singular vectors of every layer: with 54 layers that is more than the host can
   launch in the time of a step. Select few large layers, or compress on a machine with a faster host.
 - GAP's second-order steps consist mostly of convolutions and their derivatives, which the plain loop computes as
-  well; the preconditioner is a minor part of them, so that no decomposition, however fast, makes the ratio five."""
+  well."""
 
 
 ENTROPY = """Forward and backward in float32, interleaved; medians. The published formula decomposes the rows by `svd`,

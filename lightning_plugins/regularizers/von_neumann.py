@@ -84,7 +84,7 @@ class VonNeumannEntropy(nn.Module):
             ValueError: If a tensor does not have the shape described, or no rank has a row.
         """
         counts = self._counts(embeddings, remembered)
-        if len(counts) == 1 and remembered is None:  # one node of the graph, with a third fewer operations
+        if len(counts) == 1 and remembered is None:  # one node of the graph
             return von_neumann_entropy(embeddings, method=self.method)
         rows, memory = _both(embeddings, remembered, counts)
         return entropy_over_ranks(rows, counts, memory=memory, method=self.method)

@@ -30,7 +30,7 @@ class ForestModel:
     def __init__(self, features: Array, values: Array, rng: np.random.Generator) -> None:
         from sklearn.tree import DecisionTreeRegressor
 
-        # The trees of sklearn's forest, without its input checks and job queue, which take about a third of its time.
+        # The trees of sklearn's forest, without its input checks and job queue.
         count, narrow, column = len(values), _narrow(features), np.ascontiguousarray(values, dtype=float)[:, None]
         self._trees = []
         for seed in rng.integers(2**31, size=_TREES):
