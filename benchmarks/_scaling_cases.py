@@ -149,10 +149,10 @@ CASES = {
     "Distillation, outputs": Case(lambda _: Distillation(network="net"), of_distance, "step", ((16, 64, 2),)),
     "Distillation, layers of another width": Case(distil_layers, of_maps, "step", ((16, 128, 2),)),
     "CollapseAlarm": Case(
-        lambda _: CollapseAlarm(LAYERS, minimum=0.1, every_n_steps=1), of_alarm, "step", ((64, 64, 2), (64, 64, 6))
+        lambda _: CollapseAlarm(LAYERS, limits=0.1, every_n_steps=1), of_alarm, "step", ((64, 64, 2), (64, 64, 6))
     ),
     "CollapseAlarm, queue": Case(
-        lambda _: CollapseAlarm(LAYERS, minimum=0.1, every_n_steps=1, queue_size=64),
+        lambda _: CollapseAlarm(LAYERS, limits=0.1, every_n_steps=1, queue_size=64),
         of_alarm_queue,
         "step",
         ((64, 64, 2),),

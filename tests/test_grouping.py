@@ -51,10 +51,43 @@ def test_a_plain_value_stands_for_the_main_field():
         assert called(1, search="energy", search_batches=2)[3] == Search("energy", 2)
 
 
+def test_a_plain_value_may_be_given_by_position():
+    @grouped(search=Group(Search, main="method"))
+    def by_position(first, search="beam"):
+        return first, search
+
+    with pytest.warns(FutureWarning, match=r"pass `search=Search\(method='energy', batches=2\)`"):
+        assert by_position(1, "energy", batches=2) == (1, Search("energy", 2))
+
+
 def test_present_forms_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert called(1, phase=Phase(end=0.6), search=Search(batches=3)) == (1, 0.0, Phase(end=0.6), Search(batches=3))
+
+
+@dataclass(frozen=True)
+class Outer:
+    search: str | Search = "beam"
+    depth: int = 1
+
+
+def test_fields_of_a_nested_dataclass_are_gathered_first():
+    nested = Group(Search, main="method")
+
+    @grouped(outer=Group(Outer, older={"batches": "search.batches"}, nested={"search": nested}))
+    def around(outer=Outer()):
+        return outer
+
+    with pytest.warns(
+        FutureWarning, match="pass `outer=Outer.search=Search.method='beam', batches=2, rate=0.5."
+    ) as caught:
+        assert around(batches=2) == Outer(Search(batches=2))
+    assert len(caught) == 1
+    with pytest.warns(FutureWarning):
+        assert around(depth=2, search="energy", batches=2) == Outer(Search("energy", 2), depth=2)
+    with pytest.warns(FutureWarning):
+        assert around(search="energy") == Outer("energy")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from lightning_plugins.callbacks import (
     VNERegularization,
     WeightRegularization,
 )
-from lightning_plugins.mixins import CompressionMixin, MAMLMixin, StableRankMixin
+from lightning_plugins.mixins import CompressionMixin, InnerSettings, MAMLMixin, StableRankMixin
 from lightning_plugins.regularizers import StableRank
 from tests.fuzzing import WRONG, Recorded, call, copied, is_named, is_record, parameters, public, recorded
 
@@ -128,7 +128,7 @@ LATE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"`rank` must be a mapping from names of layers to ranks, got 0 \(int\)",
     ),
-    "a flag as text": (lambda: Few(first_order="False"), TypeError, "`first_order` must be"),
+    "a flag as text": (lambda: Few(inner=InnerSettings(first_order="False")), TypeError, "`first_order` must be"),
     "a flag as text, of figures": (lambda: SpectrumMonitor("a", figures="False"), TypeError, "`figures` must be True"),
     "a list of metrics": (lambda: Few(metrics=[]), TypeError, "`metrics` must be a dict"),
     "no metric": (lambda: RepresentationMonitor("a", metrics=[]), ValueError, "`metrics` must have at least one"),

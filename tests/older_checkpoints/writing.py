@@ -75,7 +75,7 @@ def low_rank_of_any_version() -> Callback:
 
 MAKE: dict[str, Callable[[], Callback]] = {
     "CalibrationRecorder": callbacks.CalibrationRecorder,
-    "CollapseAlarm": lambda: callbacks.CollapseAlarm("backbone", minimum=0.5, every_n_steps=2, queue_size=5),
+    "CollapseAlarm": lambda: callbacks.CollapseAlarm("backbone", "effective_rank", 0.5, every_n_steps=2, queue_size=5),
     "Distillation": lambda: callbacks.Distillation(layers=["backbone"], weight=0.5),
     "EarlyTermination": lambda: callbacks.EarlyTermination("val_loss", history="curves.jsonl", total=1000),
     "HybridCompression": lambda: callbacks.HybridCompression("*", budget=0.6, cost="params", keep="head", **CHOICE),
