@@ -37,6 +37,7 @@ from lightning_plugins.callbacks import (
     LowRankCompression,
     MaskScheduling,
     MutualInformationMonitor,
+    Phase,
     RankScheduling,
     RepresentationMonitor,
     RepresentationRegularization,
@@ -88,7 +89,8 @@ def distil_layers(size: Size) -> Callback:
 
 def compress(kind: type[Callback], **settings: Any) -> Callable[[Size], Callback]:
     """Settings that keep the selection phase active during all measured steps."""
-    return lambda _: kind(LAYERS, 0.5, cost="params", begin=0, end=1000, unit="steps", figures=False, **settings)
+    phase = Phase(begin=0, end=1000, unit="steps")
+    return lambda _: kind(LAYERS, 0.5, cost="params", phase=phase, figures=False, **settings)
 
 
 def low_rank(size: Size) -> Callback:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import inspect
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+
+from lightning_plugins._deprecation import warn_of_older
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,16 +22,18 @@ class Group:
             argument of the callable must be listed here, or it has no older name.
         main: The field that a plain value of the argument stands for (``search="beam"``), or None where only the
             dataclass is accepted.
+        new: Fields that never were arguments of the callable.
     """
 
     kind: type
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
     main: str | None = None
+    new: Collection[str] = ()
 
     def names(self, present: Mapping[str, Any]) -> dict[str, str]:
         """Return the fields by the older names of their arguments."""
-        renamed = set(self.older.values())
-        fields = [field.name for field in dataclasses.fields(self.kind) if field.name not in renamed]
+        without = {*self.older.values(), *self.new, self.main}
+        fields = [field.name for field in dataclasses.fields(self.kind) if field.name not in without]
         return {**{name: name for name in fields if name not in present}, **self.older}
 
 
@@ -51,6 +54,7 @@ def grouped(**groups: type | Group) -> Callable[[Callable[P, R]], Callable[P, R]
         >>> @grouped(phase=Phase)
         ... def schedule(budget, *, phase=Phase()):
         ...     return phase
+        >>> import warnings
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
         ...     schedule(0.5, end=0.6)
@@ -64,16 +68,26 @@ def grouped(**groups: type | Group) -> Callable[[Callable[P, R]], Callable[P, R]
         known = {name: group if isinstance(group, Group) else Group(group) for name, group in groups.items()}
         fields = {old: (name, field) for name, group in known.items() for old, field in group.names(present).items()}
 
+        ordered = [name for name, one in present.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+
         @wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             given: dict[str, Any] = kwargs
+            by_position: list[Any] = list(args)
             collected: dict[str, dict[str, tuple[str, Any]]] = {}
             for old in [name for name in given if name in fields]:
                 name, field = fields[old]
-                collected.setdefault(name, {})[field] = (old, given.pop(old))
+                values = collected.setdefault(name, {})
+                if field in values:
+                    raise TypeError(f"`{old}` and `{values[field][0]}` are older names of one argument, got both")
+                values[field] = (old, given.pop(old))
             for name, values in collected.items():
-                given[name] = _gather(name, known[name], values, given)
-            return function(*args, **kwargs)
+                if name in ordered[: len(args)]:
+                    place = ordered.index(name)
+                    by_position[place] = _gather(name, known[name], values, {name: by_position[place]})
+                else:
+                    given[name] = _gather(name, known[name], values, given)
+            return function(*by_position, **kwargs)
 
         return wrapper
 
@@ -96,5 +110,5 @@ def _gather(name: str, group: Group, values: Mapping[str, tuple[str, Any]], give
         f"{olds} {verb} of `{name}` now: pass `{name}={group.kind.__name__}({shown})`. The {noun} {works} up to the "
         "next minor version"
     )
-    warnings.warn(text, FutureWarning, stacklevel=3)
+    warn_of_older(text)
     return group.kind(**fields)

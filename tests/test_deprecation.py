@@ -80,7 +80,7 @@ def test_attach_compression():
         pass
 
     net = Net(*network())
-    with pytest.warns(FutureWarning, match="`minimum` .* pass `min_channels`"):
+    with pytest.warns(FutureWarning, match=r"`minimum` is a field .* pass `limits=Limits\(min_size=5\)`"):
         net.attach_compression("0", budget=0.8, inputs=torch.zeros(1, 4), ranks=False, minimum=5)
     assert net.compress().kept[0].sum() >= 5
 

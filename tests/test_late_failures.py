@@ -19,6 +19,7 @@ from lightning_plugins.callbacks import (
     LayerProbe,
     LowRankCompression,
     MaskScheduling,
+    Phase,
     RankScheduling,
     RepresentationMonitor,
     SpectrumMonitor,
@@ -106,7 +107,7 @@ def test_numpys_numbers_are_numbers_and_kept_as_pythons(name: str):
 LATE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a name as schedule": (lambda: VNERegularization("a", 0.1, schedule="cosine"), TypeError, "`schedule` must be a"),
     "a number as schedule": (
-        lambda: HybridCompression("*", budget=0.5, schedule=0.5),
+        lambda: HybridCompression("*", budget=0.5, phase=Phase(schedule=0.5)),
         TypeError,
         "`schedule` must be a Schedule",
     ),
@@ -120,9 +121,21 @@ LATE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"`search_at` must be a number in \[0, 1\], got None",
     ),
-    "no begin": (lambda: MaskScheduling("*", budget=0.5, begin=None), TypeError, r"`begin` must be .*, got None"),
-    "no end": (lambda: RankScheduling("*", budget=0.5, end=None), TypeError, r"`end` must be .*, got None"),
-    "NaN as begin": (lambda: RankScheduling("*", budget=0.5, begin=float("nan")), ValueError, "`begin` must be"),
+    "no begin": (
+        lambda: MaskScheduling("*", budget=0.5, phase=Phase(begin=None)),
+        TypeError,
+        r"`begin` must be .*, got None",
+    ),
+    "no end": (
+        lambda: RankScheduling("*", budget=0.5, phase=Phase(end=None)),
+        TypeError,
+        r"`end` must be .*, got None",
+    ),
+    "NaN as begin": (
+        lambda: RankScheduling("*", budget=0.5, phase=Phase(begin=float("nan"))),
+        ValueError,
+        "`begin` must be",
+    ),
     "a rank of no layer": (
         lambda: StableRankRegularization("a", 0.1, rank={0: 1}),
         TypeError,

@@ -30,10 +30,7 @@ _CALLBACKS = {
     "attribution_evaluation": "AttributionEvaluation",
     "collapse_alarm": "CollapseAlarm",
     "distillation": "Distillation",
-    "hybrid_compression": "HybridCompression",
     "low_rank_compression": "LowRankCompression",
-    "mask_scheduling": "MaskScheduling",
-    "rank_scheduling": "RankScheduling",
     "representation_regularization": "RepresentationRegularization",
     "von_neumann": "VNERegularization",
 }
@@ -43,7 +40,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         "lightning_plugins/data/episodes.py:EpisodicDataModule.__init__": FLAT,
         "lightning_plugins/meta/inner_loop.py:InnerLoop.__init__": FLAT,
         "lightning_plugins/metrics/linear_probe.py:LinearProbe.__init__": FLAT,
-        "lightning_plugins/mixins/compression.py:CompressionMixin.attach_compression": FLAT,
         "lightning_plugins/mixins/maml.py:MAMLMixin.__init__": FLAT,
         "lightning_plugins/search/tuning.py:tune": FLAT,
         "lightning_plugins/cli/_compress.py:compress": "every parameter is an option of the command line",

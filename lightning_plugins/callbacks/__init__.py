@@ -1,6 +1,7 @@
 """Lightning callbacks: they decide when to act, and call the other subpackages."""
 
 from lightning_plugins.callbacks._rows.masks import LayerCall
+from lightning_plugins.callbacks._trainer.phases import Phase
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks.collapse_alarm import CollapseAlarm, RepresentationCollapseError
@@ -34,6 +35,7 @@ __all__ = [
     "LowRankCompression",
     "MaskScheduling",
     "MutualInformationMonitor",
+    "Phase",
     "PointCloudAugmentation",
     "RankScheduling",
     "RepresentationCollapseError",

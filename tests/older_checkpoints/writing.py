@@ -9,11 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_plugins import callbacks, regularizers
+from lightning_plugins import callbacks, compression, regularizers
 
 EPOCHS, STEPS = 4, 4
 PHASES = {"unit": "steps", "figures": False}
-CHOICE = {"begin": 2, "end": 7, **PHASES}
 
 
 class Net(LightningModule):
@@ -59,6 +58,15 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(x, y, strict=True))
 
 
+def choosing(kind: str, budget: float, keep: str | None = None) -> Callback:
+    """Choose from step 2 to step 7, with the arguments that the version has."""
+    try:
+        own = {"phase": callbacks.Phase(begin=2, end=7, unit="steps"), "limits": compression.Limits(keep=keep)}
+    except AttributeError:
+        own = {"begin": 2, "end": 7, "unit": "steps", "keep": keep}
+    return getattr(callbacks, kind)("*", budget=budget, cost="params", figures=False, **own)
+
+
 def low_rank(**share: float) -> Callback:
     """Search ranks at step 2, and split behind step 8."""
     times = {"search": "energy", "search_at": 2, "factorize_at": 7, **PHASES}
@@ -78,14 +86,14 @@ MAKE: dict[str, Callable[[], Callback]] = {
     "CollapseAlarm": lambda: callbacks.CollapseAlarm("backbone", minimum=0.5, every_n_steps=2, queue_size=5),
     "Distillation": lambda: callbacks.Distillation(layers=["backbone"], weight=0.5),
     "EarlyTermination": lambda: callbacks.EarlyTermination("val_loss", history="curves.jsonl", total=1000),
-    "HybridCompression": lambda: callbacks.HybridCompression("*", budget=0.6, cost="params", keep="head", **CHOICE),
+    "HybridCompression": lambda: choosing("HybridCompression", 0.6, keep="head"),
     "LayerProbe": lambda: callbacks.LayerProbe("backbone", 1, stages=["train"], probe={"folds": 3}, figures=False),
     "LowRankCompression": low_rank_of_any_version,
-    "MaskScheduling": lambda: callbacks.MaskScheduling("*", budget=0.6, cost="params", keep="head", **CHOICE),
+    "MaskScheduling": lambda: choosing("MaskScheduling", 0.6, keep="head"),
     "MutualInformationMonitor": lambda: callbacks.MutualInformationMonitor(
         "backbone", pairs="halves", loss_candidates=8
     ),
-    "RankScheduling": lambda: callbacks.RankScheduling("*", budget=0.8, cost="params", **CHOICE),
+    "RankScheduling": lambda: choosing("RankScheduling", 0.8),
     "RepresentationMonitor": lambda: callbacks.RepresentationMonitor(
         "backbone", every_n_steps=2, metrics=["entropy"], figures=False
     ),
