@@ -44,6 +44,7 @@ from lightning_plugins.callbacks import (
     SpectralNormCap,
     SpectrumMonitor,
     StableRankRegularization,
+    Timing,
     VNERegularization,
     WeightRegularization,
 )
@@ -95,8 +96,8 @@ def compress(kind: type[Callback], **settings: Any) -> Callable[[Size], Callback
 
 def low_rank(size: Size) -> Callback:
     ranks = {f"net.layer{index}": RANKS for index in range(size.depth)}
-    phases: dict[str, Any] = {"search_at": 0, "factorize_at": None, "unit": "steps"}
-    return LowRankCompression(LAYERS, weight=0.01, ranks=ranks, figures=False, **phases)
+    timing = Timing(search_at=0, factorize_at=None, unit="steps")
+    return LowRankCompression(LAYERS, penalty=0.01, ranks=ranks, timing=timing, figures=False)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Group:
         older: Fields by the older names of their arguments, where these differ. A field whose name is also that of an
             argument of the callable must be listed here, or it has no older name.
         main: The field that a plain value of the argument stands for (``search="beam"``), or None where only the
-            dataclass is accepted.
+            dataclass is accepted. It has no older name but those in ``older``.
         new: Fields that never were arguments of the callable.
     """
 
@@ -67,13 +67,12 @@ def grouped(**groups: type | Group) -> Callable[[Callable[P, R]], Callable[P, R]
         present = inspect.signature(function).parameters
         known = {name: group if isinstance(group, Group) else Group(group) for name, group in groups.items()}
         fields = {old: (name, field) for name, group in known.items() for old, field in group.names(present).items()}
-
         ordered = [name for name, one in present.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
 
         @wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             given: dict[str, Any] = kwargs
-            by_position: list[Any] = list(args)
+            by_position: Any = list(args)
             collected: dict[str, dict[str, tuple[str, Any]]] = {}
             for old in [name for name in given if name in fields]:
                 name, field = fields[old]

@@ -161,7 +161,7 @@ def test_levels_of_a_search_have_removed_fractions():
 
 def test_low_rank_compression():
     with pytest.warns(FutureWarning, match=r"`ratio` was renamed: pass `budget=0\.2`"):
-        callback = LowRankCompression("*", ratio=0.8, weight=0.5)
+        callback = LowRankCompression("*", ratio=0.8, penalty=0.5)
     with pytest.warns(FutureWarning):
         by_position = LowRankCompression("*", 0.8, 0.5)
     assert (callback.budget, callback.weight) == (by_position.budget, by_position.weight) == (0.2, 0.5)

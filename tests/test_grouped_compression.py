@@ -12,11 +12,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_plugins.callbacks import HybridCompression, MaskScheduling, Phase, RankScheduling
-from lightning_plugins.compression import ChoiceRates, Limits
+from lightning_plugins.callbacks import (
+    HybridCompression,
+    LowRankCompression,
+    MaskScheduling,
+    Penalty,
+    Phase,
+    RankScheduling,
+    SearchSettings,
+    Timing,
+)
+from lightning_plugins.compression import BeamOptions, ChoiceRates, Limits, beam_search
 from lightning_plugins.mixins import CompressionMixin
 from lightning_plugins.schedules import Cubic
 from tests.models import Classifier
@@ -31,6 +41,19 @@ def attached(**arguments: Any) -> Any:
     net = Net(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 2))
     net.attach_compression("0", budget=0.9, inputs=torch.zeros(1, 4), ranks=False, **arguments)
     return vars(net)["_compression"][0].settings
+
+
+def searched(layers: str, **arguments: Any) -> Any:
+    """Search ranks of random weights."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 8))
+    return beam_search(net, [torch.ones(3, 4)], lambda n, x: n(x).tanh().mean(), budget=0.7, layers=layers, **arguments)
+
+
+def everything_of(callback: LowRankCompression) -> dict[str, Any]:
+    """All that a callback keeps, but what differs between equal ones."""
+    kept = ("layers", "figures", "weight", "scheme", "cost", "budget", "search_at", "factorize_at", "unit")
+    return {name: vars(callback)[name] for name in (*kept, "_settings", "_source")}
 
 
 SCHEDULE = Cubic(0.0, 1.0, begin=2, until=9, unit="steps")
@@ -68,6 +91,33 @@ OLDER: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any], Calla
         },
         lambda made: made.settings,
     ),
+    "low rank": (
+        LowRankCompression,
+        {"weight": 0.3, "p": 2, "schedule": SCHEDULE, "every_n_steps": 4, "on_nonfinite": "raise"}
+        | {"search_options": {"width": 2}, "score": "accuracy", "search_data": "held_out", "search_batches": 3}
+        | {"search_at": 2, "factorize_at": None, "unit": "steps"},
+        {
+            "penalty": Penalty(weight=0.3, p=2, schedule=SCHEDULE, every_n_steps=4, on_nonfinite="raise"),
+            "search": SearchSettings(options={"width": 2}, score="accuracy", data="held_out", batches=3),
+            "timing": Timing(search_at=2, factorize_at=None, unit="steps"),
+        },
+        everything_of,
+    ),
+    "low rank, another search": (
+        LowRankCompression,
+        {"search": "output_energy", "search_options": {"relative": True}, "calibration": {"mask": "m"}, "weight": 0},
+        {
+            "search": SearchSettings(method="output_energy", options={"relative": True}, calibration={"mask": "m"}),
+            "penalty": 0,
+        },
+        everything_of,
+    ),
+    "beam search": (
+        searched,
+        {"width": 1, "step": 2, "bounds": (-9, 9), "reuse_activations": False},
+        {"options": BeamOptions(width=1, step=2, bounds=(-9, 9), reuse_activations=False)},
+        lambda made: made,
+    ),
     "by hand": (
         lambda _, **arguments: attached(**arguments),
         {"min_channels": 2, "multiple_of": 4},
@@ -92,7 +142,12 @@ def test_older_arguments_make_the_same_with_a_warning(name):
 
 @pytest.mark.parametrize(
     ("kind", "older"),
-    [(MaskScheduling, "refresh_every"), (HybridCompression, "update_every"), (RankScheduling, "beta_max")],
+    [
+        (MaskScheduling, "refresh_every"),
+        (HybridCompression, "update_every"),
+        (RankScheduling, "beta_max"),
+        (LowRankCompression, "method"),
+    ],
 )
 def test_fields_that_were_no_arguments_have_no_older_name(kind, older):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{older}'"):
@@ -122,6 +177,30 @@ NESTED = {
         "learning_rate",
         lambda made: made.settings.rates,
         ChoiceRates(scores=0.1, update_every=3),
+    ),
+    "search": (
+        LowRankCompression,
+        "{score: accuracy, options: {width: 2}, calibration: true}",
+        "{search_data: held_out}",
+        "search_data",
+        lambda made: made._source.search,
+        SearchSettings(score="accuracy", options={"width": 2}, calibration=True),
+    ),
+    "penalty": (
+        LowRankCompression,
+        "{weight: 0.3, on_nonfinite: raise}",
+        "{strength: 0.3}",
+        "strength",
+        lambda made: {name: made._settings[name] for name in ("weight", "every_n_steps", "on_nonfinite")},
+        {"weight": 0.3, "every_n_steps": 1, "on_nonfinite": "raise"},
+    ),
+    "timing": (
+        LowRankCompression,
+        "{search_at: 2, factorize_at: 5, unit: epochs}",
+        "{begin: 2}",
+        "begin",
+        lambda made: Timing(search_at=made.search_at, factorize_at=made.factorize_at, unit=made.unit),
+        Timing(search_at=2, factorize_at=5, unit="epochs"),
     ),
 }
 
@@ -161,3 +240,27 @@ def test_a_printed_configuration_has_no_class_path_of_a_dataclass(argument, buil
     (callback,) = yaml.safe_load(printed.getvalue())["trainer"]["callbacks"]
     assert "class_path" not in yaml.safe_dump(callback["init_args"])
     assert yaml.safe_load(value).items() <= callback["init_args"][argument].items()
+
+
+@pytest.mark.parametrize(("argument", "value", "kept"), [("search", "energy", "energy"), ("penalty", "0.3", 0.3)])
+def test_a_plain_value_stands_for_the_main_field(argument, value, kept, build):
+    callback = build(LowRankCompression, argument, value).trainer.callbacks[0]
+    assert {"search": callback._source.search.method, "penalty": callback.weight}[argument] == kept
+
+
+def test_options_of_a_beam_search_are_a_mapping(capsys):
+    parser = ArgumentParser(prog="search")
+    parser.add_argument("--options", type=BeamOptions)
+    made = parser.instantiate(parser.parse_object({"options": {"width": 2, "bounds": [0, 1]}})).options
+    assert made == BeamOptions(width=2, bounds=(0, 1))
+    with pytest.raises(SystemExit):
+        parser.parse_object({"options": {"widht": 2}})
+    assert "widht" in capsys.readouterr().err
+    assert "class_path" not in parser.dump(parser.get_defaults())
+
+
+def test_older_positions_of_a_compression_of_ranks_are_those_of_the_callers_line():
+    with pytest.warns(FutureWarning) as caught:
+        made = LowRankCompression("*", 0.8, 0.5, search_options={"width": 2})
+    assert (made.budget, made.weight, made._source.search.options) == (0.2, 0.5, {"width": 2})
+    assert {warning.filename for warning in caught} == {__file__}

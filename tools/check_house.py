@@ -30,7 +30,6 @@ _CALLBACKS = {
     "attribution_evaluation": "AttributionEvaluation",
     "collapse_alarm": "CollapseAlarm",
     "distillation": "Distillation",
-    "low_rank_compression": "LowRankCompression",
     "representation_regularization": "RepresentationRegularization",
     "von_neumann": "VNERegularization",
 }
@@ -43,7 +42,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         "lightning_plugins/mixins/maml.py:MAMLMixin.__init__": FLAT,
         "lightning_plugins/search/tuning.py:tune": FLAT,
         "lightning_plugins/cli/_compress.py:compress": "every parameter is an option of the command line",
-        "lightning_plugins/compression/rank_search/beam_search.py:beam_search": FLAT,
         "lightning_plugins/functional/attribution/curves.py:perturbation_curve": METHOD,
         "lightning_plugins/functional/attribution/infidelity.py:infidelity": METHOD,
     },

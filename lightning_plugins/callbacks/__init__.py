@@ -1,5 +1,6 @@
 """Lightning callbacks: they decide when to act, and call the other subpackages."""
 
+from lightning_plugins.callbacks._compression.low_rank_settings import Penalty, SearchSettings, Timing
 from lightning_plugins.callbacks._rows.masks import LayerCall
 from lightning_plugins.callbacks._trainer.phases import Phase
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
@@ -35,15 +36,18 @@ __all__ = [
     "LowRankCompression",
     "MaskScheduling",
     "MutualInformationMonitor",
+    "Penalty",
     "Phase",
     "PointCloudAugmentation",
     "RankScheduling",
     "RepresentationCollapseError",
     "RepresentationMonitor",
     "RepresentationRegularization",
+    "SearchSettings",
     "SpectralNormCap",
     "SpectrumMonitor",
     "StableRankRegularization",
+    "Timing",
     "VNERegularization",
     "WeightRegularization",
     "probe_layers",

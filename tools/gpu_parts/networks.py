@@ -16,6 +16,7 @@ from lightning_plugins.callbacks import (
     LayerProbe,
     LowRankCompression,
     MaskScheduling,
+    Penalty,
     Phase,
     RankScheduling,
     RepresentationMonitor,
@@ -23,6 +24,7 @@ from lightning_plugins.callbacks import (
     SpectralNormCap,
     SpectrumMonitor,
     StableRankRegularization,
+    Timing,
     VNERegularization,
     WeightRegularization,
 )
@@ -54,7 +56,7 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "layer probe": lambda: LayerProbe("backbone.1", 1, stages=["train"], controls=["projection"], figures=False),
     "calibration": lambda: CalibrationRecorder("backbone*"),
     "low-rank compression": lambda: LowRankCompression(
-        "backbone*", weight=0.01, ranks=RANKS, search_at=0, factorize_at=None, p=2
+        "backbone*", penalty=Penalty(weight=0.01, p=2), ranks=RANKS, timing=Timing(search_at=0, factorize_at=None)
     ),
     "masks": lambda: MaskScheduling("*", 0.5, **LATER),
     "masks by magnitude": lambda: MaskScheduling("*", 0.5, criterion="magnitude", rates=EVERY_OTHER, **LATER),
@@ -68,7 +70,10 @@ NOT_IN_A_STEP = {
     "AttributionEvaluation": "explains batches of a validation or test, outside of training steps",
     "EarlyTermination": "decides on the CPU, once an epoch, from a metric that is logged",
     "LayerCall": "what a mask is made from; no callback",
-    "Phase": "a part of training, an argument of other callbacks",
+    "Penalty": "an argument of `LowRankCompression`",
+    "Phase": "an argument of the callbacks that choose channels and ranks",
+    "SearchSettings": "an argument of `LowRankCompression`",
+    "Timing": "an argument of `LowRankCompression`",
     "MutualInformationMonitor": "adds up the loss of a contrastive module; it fits its critic after a validation",
     "PointCloudAugmentation": "changes batches of point clouds, with the functions that `numerics` goes through",
     "RepresentationCollapseError": "an error",
