@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from lightning_plugins._deprecation import renamed
 from lightning_plugins._grouping import Group, grouped
 
 
@@ -106,3 +107,34 @@ def test_other_names_are_refused_as_ever():
 def test_the_signature_has_the_groups_alone():
     assert list(inspect.signature(called).parameters) == ["first", "rate", "phase", "search"]
     assert called.__doc__ == "Return what came."
+
+
+@grouped(search=Group(Search, older={"search_batches": "batches"}, main="method", new=("rate",)))
+def placed(search="beam"):
+    """Return what came."""
+    return search
+
+
+def test_a_plain_value_by_position_stands_for_the_main_field():
+    with pytest.warns(FutureWarning, match=r"pass `search=Search\(method='energy', batches=2\)`"):
+        assert placed("energy", search_batches=2) == Search("energy", 2)
+    with pytest.raises(TypeError, match=r"pass `search=Search\(...\)` alone, got both"):
+        placed(Search(), search_batches=2)
+
+
+@pytest.mark.parametrize("name", ["rate", "method"])
+def test_what_never_was_an_argument_is_none(name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        placed(**{name: 1})
+
+
+def test_nested_decorators_warn_at_the_line_of_the_call():
+    @renamed(old="first")
+    @grouped(phase=Phase)
+    @renamed(older="rate")
+    def nested(first, rate=0.0, *, phase=Phase()):
+        return first, rate, phase
+
+    with pytest.warns(FutureWarning) as caught:
+        assert nested(old=1, older=2, end=0.6) == (1, 2, Phase(end=0.6))
+    assert [warning.filename for warning in caught] == [__file__] * 3

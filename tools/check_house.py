@@ -24,19 +24,9 @@ OPENING = re.compile(r"\s*(What|Which|Whether|How)\b")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Allowances = Mapping[str, Mapping[str, str]]
 
-FLAT = "a user writes its settings as one flat list, in Python and in YAML; each has a default"
-_CALLBACKS = {
-    "hybrid_compression": "HybridCompression",
-    "low_rank_compression": "LowRankCompression",
-    "mask_scheduling": "MaskScheduling",
-    "rank_scheduling": "RankScheduling",
-}
 ALLOWED: dict[str, dict[str, str]] = {
     "parameters": {
-        **{f"lightning_plugins/callbacks/{file}.py:{name}.__init__": FLAT for file, name in _CALLBACKS.items()},
-        "lightning_plugins/mixins/compression.py:CompressionMixin.attach_compression": FLAT,
         "lightning_plugins/cli/_compress.py:compress": "every parameter is an option of the command line",
-        "lightning_plugins/compression/rank_search/beam_search.py:beam_search": FLAT,
     },
 }
 

@@ -2,10 +2,12 @@
 
 from lightning_plugins.callbacks._attribution.batches import BatchKeys
 from lightning_plugins.callbacks._attribution.selection import SampleSelection
+from lightning_plugins.callbacks._compression.low_rank_settings import Penalty, SearchSettings, Timing
 from lightning_plugins.callbacks._monitors.collapse import CollapseLimits
 from lightning_plugins.callbacks._rows.masks import LayerCall
 from lightning_plugins.callbacks._rows.readout import Readout
 from lightning_plugins.callbacks._terms.distances import MatchedOutputs
+from lightning_plugins.callbacks._trainer.phases import Phase
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks.collapse_alarm import CollapseAlarm, RepresentationCollapseError
@@ -42,6 +44,8 @@ __all__ = [
     "MaskScheduling",
     "MatchedOutputs",
     "MutualInformationMonitor",
+    "Penalty",
+    "Phase",
     "PointCloudAugmentation",
     "RankScheduling",
     "Readout",
@@ -49,9 +53,11 @@ __all__ = [
     "RepresentationMonitor",
     "RepresentationRegularization",
     "SampleSelection",
+    "SearchSettings",
     "SpectralNormCap",
     "SpectrumMonitor",
     "StableRankRegularization",
+    "Timing",
     "VNERegularization",
     "WeightRegularization",
     "probe_layers",

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 Stage = Literal["validate", "test"]
 Absolute = Literal["raw", "abs", "both"]
 STAGES: tuple[Stage, ...] = ("validate", "test")
-_BATCH, _SAMPLES = BatchKeys(), SampleSelection()
 FORMS: dict[str, tuple[str, ...]] = {"raw": ("raw",), "abs": ("abs",), "both": ("raw", "abs")}
 
 
@@ -99,11 +98,11 @@ class AttributionEvaluation(Callback):
         self,
         methods: Methods,
         *,
-        batch: BatchKeys = _BATCH,
+        batch: BatchKeys = BatchKeys(),
         metrics: Sequence[str] | Mapping[str, Metric] = DEFAULT_METRICS,
         stage: Stage = "test",
         network: str | None = None,
-        samples: SampleSelection = _SAMPLES,
+        samples: SampleSelection = SampleSelection(),
         absolute: Absolute = "both",
         max_forward_batch: int = MAX_FORWARD_BATCH,
         examples: int = 3,

@@ -20,7 +20,7 @@ from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._monitors.collapse import METRICS, RANKS, CollapseLimits, CollapseMeasure
 from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._rows.readout import MEAN, Readout, check_readout
+from lightning_plugins.callbacks._rows.readout import Readout, check_readout
 from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.requirements import (
@@ -91,7 +91,7 @@ class CollapseAlarm(Callback):
 
     method = "collapse"
 
-    @grouped(limits=Group(CollapseLimits, main="minimum"), readout=Readout)
+    @grouped(limits=Group(CollapseLimits, older={"minimum": "minimum"}, main="minimum"), readout=Readout)
     def __init__(
         self,
         layers: str | list[str],
@@ -101,7 +101,7 @@ class CollapseAlarm(Callback):
         action: Literal["warn", "stop", "raise", "checkpoint"] = "warn",
         every_n_steps: int = 50,
         queue_size: int = 0,
-        readout: Readout = MEAN,
+        readout: Readout = Readout(),
         dirpath: str | Path | None = None,
     ) -> None:
         super().__init__()

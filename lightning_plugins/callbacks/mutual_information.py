@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_int
-from lightning_plugins._grouping import grouped
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._monitors.pairs import EpochPairs
 from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._rows.readout import MEAN, Readout, check_readout
+from lightning_plugins.callbacks._rows.readout import Readout, check_readout
 from lightning_plugins.callbacks._terms.logged import log_equal
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
@@ -69,12 +69,12 @@ class MutualInformationMonitor(Callback):
         500
     """
 
-    @grouped(readout=Readout)
+    @grouped(readout=Group(Readout, new=("select", "mask", "layout")))
     def __init__(
         self,
         layers: str | list[str],
         *,
-        readout: Readout = MEAN,
+        readout: Readout = Readout(),
         pairs: Literal["calls", "halves"] = "calls",
         labels: int | str | None = None,
         loss_candidates: int | None = None,

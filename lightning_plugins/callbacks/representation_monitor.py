@@ -15,7 +15,7 @@ from lightning_plugins.callbacks._monitors.history import SpectrumHistory
 from lightning_plugins.callbacks._monitors.loaders import loader_stages
 from lightning_plugins.callbacks._monitors.statistics import METRICS, LayerStatistics
 from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._rows.readout import MEAN, Readout, check_readout
+from lightning_plugins.callbacks._rows.readout import Readout, check_readout
 from lightning_plugins.callbacks._terms.logged import claim_names, log_equal, log_value, release_names
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.progress import steps_done
@@ -75,7 +75,7 @@ class RepresentationMonitor(Callback):
         self,
         layers: str | list[str],
         *,
-        readout: Readout = MEAN,
+        readout: Readout = Readout(),
         every_n_steps: int = 50,
         metrics: Sequence[str] = ("entropy", "effective_rank", "isotropy", "correlation_gap", "rankme"),
         figures: bool = True,

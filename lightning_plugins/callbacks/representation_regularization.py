@@ -11,7 +11,7 @@ from lightning_plugins._checks import check_choice, check_finite_number, check_n
 from lightning_plugins._grouping import grouped
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._rows.capture import LayerRows
-from lightning_plugins.callbacks._rows.readout import MEAN, Readout, check_readout
+from lightning_plugins.callbacks._rows.readout import Readout, check_readout
 from lightning_plugins.callbacks._terms.given_term import OverProcesses, check_name, check_term, term_key
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
@@ -84,7 +84,7 @@ class RepresentationRegularization(Callback):
         weight: float = 1.0,
         *,
         name: str | None = None,
-        readout: Readout = MEAN,
+        readout: Readout = Readout(),
         queue_size: int = 0,
         schedule: Schedule | None = None,
         every_n_steps: int = 1,

@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_plugins._checks import check_choice
 from lightning_plugins._grouping import grouped
 from lightning_plugins._lightning import rank_zero_warn
-from lightning_plugins.callbacks._rows.readout import MEAN, Readout
+from lightning_plugins.callbacks._rows.readout import Readout
 from lightning_plugins.callbacks.representation_regularization import RepresentationRegularization
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 from lightning_plugins.schedules import Schedule
@@ -68,7 +68,7 @@ class VNERegularization(RepresentationRegularization):
         layers: str | list[str],
         weight: float,
         *,
-        readout: Readout = MEAN,
+        readout: Readout = Readout(),
         scope: Literal["global", "local"] = "global",
         queue_size: int = 0,
         schedule: Schedule | None = None,

@@ -9,7 +9,6 @@ from lightning_plugins.data._episode_counts import EpisodeCounts
 from lightning_plugins.meta import EpisodeLoader, FewShot, TaskSet
 from lightning_plugins.meta.task_sets.few_shot import LabelledDataset
 
-_COUNTS = EpisodeCounts()
 _GROUP = Group(EpisodeCounts, older={"val_episodes": "val", "test_episodes": "test"}, main="train")
 
 
@@ -56,7 +55,7 @@ class EpisodicDataModule(LightningDataModule):
         ways: int | None = None,
         shots: int | None = None,
         queries: int | None = None,
-        episodes: int | EpisodeCounts = _COUNTS,
+        episodes: int | EpisodeCounts = EpisodeCounts(),
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:

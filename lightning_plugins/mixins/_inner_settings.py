@@ -50,6 +50,3 @@ class InnerSettings:
         check_choice("rates", self.rates, get_args(Rates))
         check_first_order(self.first_order)
         as_vectorization(self.vectorize)
-
-
-DEFAULTS = InnerSettings()

@@ -13,7 +13,7 @@ from lightning_plugins._lightning import LightningModule
 from lightning_plugins.meta import Episodes, InnerLoop, Preconditioner, Vectorization
 from lightning_plugins.meta.loop.arguments import check_layer, weights_of_steps
 from lightning_plugins.meta.loop.tasks import cat_tasks
-from lightning_plugins.mixins._inner_settings import DEFAULTS, InnerSettings
+from lightning_plugins.mixins._inner_settings import InnerSettings
 from lightning_plugins.mixins._meta_measures import Measures, as_part_of_all, collection_of
 from lightning_plugins.mixins._meta_random import RandomStates
 from lightning_plugins.mixins._meta_requirements import (
@@ -105,7 +105,7 @@ class MAMLMixin(_Module):
         loss: Callable[[Tensor, Tensor], Tensor],
         preconditioner: Preconditioner | None = None,
         *,
-        inner: InnerSettings = DEFAULTS,
+        inner: InnerSettings = InnerSettings(),
         learning_rate: float = 1e-3,
         preconditioner_learning_rate: float | None = None,
         step_weights: Sequence[float] | None = None,

@@ -76,7 +76,7 @@ IN_TEST = {
     "a key for a tuple": (Net, {"batch": BatchKeys(mask="mask")}, "`mask='mask'` is not in the batch"),
     "no tensor": (
         Net,
-        {"batch": BatchKeys(inputs=lambda batch: 3)},
+        {"batch": BatchKeys(inputs=lambda batch: 3, mask=2)},
         "`inputs` must give a tensor of the batch, got int",
     ),
     "a layer without positions": (
@@ -105,7 +105,7 @@ IN_TEST_VALUES = {
     "no probabilities": (OneLogit, {}, ValueError, "`forward` gives no probabilities"),
     "a class too many": (
         Net,
-        {"batch": BatchKeys(target=lambda batch: batch[1] + 5)},
+        {"batch": BatchKeys(target=lambda batch: batch[1] + 5, mask=2)},
         ValueError,
         "`target` must be in 0 to 1",
     ),

@@ -240,7 +240,7 @@ def build(kind: str) -> tuple[Any, list[Any]]:
         return seeded(), [maps()]
     learning = Distillation(outputs=MatchedOutputs(temperature=2.0), weight=3.0, layers="backbone")
     if kind == "low rank":
-        return seeded(LowRank).double(), [learning, low_rank.in_steps(search_data=BATCHES[:2])]
+        return seeded(LowRank).double(), [learning, low_rank.in_steps(data=BATCHES[:2])]
     return seeded(OverRanks), [learning, budgets.in_steps(end=9)]
 
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plugins.callbacks import LayerCall, LowRankCompression, Readout, RepresentationMonitor, VNERegularization
+from lightning_plugins.callbacks import (
+    LayerCall,
+    LowRankCompression,
+    Readout,
+    RepresentationMonitor,
+    Timing,
+    VNERegularization,
+)
 from lightning_plugins.callbacks._rows.capture import LayerRows
 from lightning_plugins.functional import von_neumann_entropy
 from tests._processes import run_on_ranks
@@ -390,7 +397,8 @@ def test_a_monitor_measures_nested_tensors_of_a_padded_encoder():
 def test_a_layer_that_is_replaced_in_training_is_followed(layer: str, first: bool):
     """By its factors, say; whichever of the callbacks comes first."""
     model, batches = Classifier(lr=0.0), make_batches(2)
-    splits = LowRankCompression("head", ranks={"head": 1}, unit="steps", search_at=0, factorize_at=2, figures=False)
+    timing = Timing(unit="steps", search_at=0, factorize_at=2)
+    splits = LowRankCompression("head", ranks={"head": 1}, timing=timing, figures=False)
     term = VNERegularization(layer, 0.1)
     trainer = fit(model, batches, [term, splits] if first else [splits, term], max_epochs=3)
     assert isinstance(model.head, nn.Sequential)  # control

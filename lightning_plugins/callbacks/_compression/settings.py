@@ -3,21 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int, plain_number
+from lightning_plugins._checks import check_choice, check_instance, plain_number
 from lightning_plugins.callbacks._monitors.figures import check_figures
-from lightning_plugins.callbacks._trainer.phases import check_phases
-from lightning_plugins.compression.budget.choice import ChoiceRates
+from lightning_plugins.callbacks._trainer.phases import Phase
 from lightning_plugins.compression.budget.filling import ChoiceSettings
-from lightning_plugins.schedules import Cubic, Linear, Schedule, Unit
+from lightning_plugins.compression.budget.settings import ChoiceRates
+from lightning_plugins.schedules import Cubic, Linear, Schedule
 
 Criterion = Literal["learned", "magnitude"]
 CRITERIA: tuple[Criterion, ...] = ("learned", "magnitude")
-
-
-_NUMBERS = (
-    *("budget", "begin", "end", "min_channels", "multiple_of"),
-    *("learning_rate", "threshold_learning_rate", "beta_max", "update_every", "refresh_every"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,41 +24,16 @@ class CompressionSettings(ChoiceSettings):
     """
 
     cost: Literal["params", "flops"]
-    schedule: Schedule | None
-    begin: float
-    end: float
-    unit: Unit
+    phase: Phase
     figures: bool
-    learning_rate: float = 0.05
-    threshold_learning_rate: float = 0.001
-    beta_max: float = 100.0
     criterion: Criterion = "learned"
-    update_every: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("criterion", self.criterion, CRITERIA)
-        if self.schedule is not None and not isinstance(self.schedule, Schedule):
-            raise TypeError(
-                f"`schedule` must be a Schedule from 0 to 1 such as `Linear(0.0, 1.0, begin=0.1, until=0.7)`, or None, "
-                f"got {self.schedule!r}"
-            )
-        check_phases(self.unit, begin=self.begin, end=self.end)
-        if self.begin == self.end:
-            raise ValueError(f"`end` must be after `begin`, or nothing is chosen, got {self.end!r} for both")
-        for name, rate in (
-            ("learning_rate", self.learning_rate),
-            ("threshold_learning_rate", self.threshold_learning_rate),
-        ):
-            if check_finite_number(name, rate) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {rate!r}")
-        if check_finite_number("beta_max", self.beta_max) < 1:
-            raise ValueError(
-                f"`beta_max` must be at least 1, where the inverse temperature begins, got {self.beta_max!r}"
-            )
-        check_positive_int("update_every", self.update_every)
-        for name in _NUMBERS:
-            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        check_instance("phase", self.phase, Phase, "a Phase, such as Phase(begin=0.1, end=0.7)")
+        self._check_rates()
+        object.__setattr__(self, "budget", plain_number(self.budget))
         check_figures(self.figures)
 
     @property
@@ -75,12 +44,19 @@ class CompressionSettings(ChoiceSettings):
     @property
     def way(self) -> Schedule:
         """Progress of the choice, from 0 to 1, as a function of training progress."""
-        if self.schedule is not None:
-            return self.schedule
+        phase = self.phase
+        if phase.schedule is not None:
+            return phase.schedule
         shape = Linear if self.learned else Cubic
-        return shape(0.0, 1.0, begin=self.begin, until=self.end, unit=self.unit)
+        return shape(0.0, 1.0, begin=phase.begin, until=phase.end, unit=phase.unit)
 
-    @property
-    def rates(self) -> ChoiceRates:
-        """Step sizes of scores and thresholds."""
-        return ChoiceRates(scores=self.learning_rate, thresholds=self.threshold_learning_rate, beta_max=self.beta_max)
+    def _check_rates(self) -> None:
+        """Refuse rates of what this choice does without."""
+        ranks = self.ranks
+        uses = {"scores": self.masks, "thresholds": ranks, "beta_max": True, "refresh_every": ranks}
+        uses["update_every"] = not ranks  # which only magnitudes use
+        for name in [name for name, used in uses.items() if not used]:
+            value = getattr(self.rates, name)
+            if value != getattr(ChoiceRates(), name):
+                known = ", ".join(f"`{one}`" for one, used in uses.items() if used)
+                raise ValueError(f"`rates`: only {known} have an effect here, got {name}={value!r}")

@@ -151,9 +151,6 @@ def check_mask(mask: Mask | Mapping[str, Any]) -> Mask:
     return resolve_callable("mask", mask, "the name of an argument or entry of the batch, its position")
 
 
-MEAN = Readout()
-
-
 def check_readout(readout: Readout) -> Readout:
     """Return ``readout`` if it is one.
 

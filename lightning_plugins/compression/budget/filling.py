@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_positive_int
+from lightning_plugins._checks import check_choice, check_finite_number, check_instance
 from lightning_plugins.compression.budget.budget import Budget
+from lightning_plugins.compression.budget.settings import ChoiceRates, Limits
 from lightning_plugins.compression.costs.layer_costs import COSTS, Cost, run
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.networks.parametrizations import clean_modules
@@ -25,10 +26,8 @@ class ChoiceSettings:
         cost: ``"params"`` or ``"flops"``.
         masks: Whether channels are chosen.
         ranks: Whether ranks are.
-        keep: Layers that stay as they are, or None.
-        min_channels: Minimum number of units of a group, and minimum rank.
-        multiple_of: Numbers of units and ranks are multiples of this.
-        refresh_every: In how many steps weights are decomposed once.
+        limits: Layers that stay as they are, and possible sizes.
+        rates: Step sizes of scores and thresholds.
 
     Raises:
         ValueError: If one is out of its range.
@@ -40,18 +39,11 @@ class ChoiceSettings:
     cost: Cost = "params"
     masks: bool = False
     ranks: bool = False
-    keep: str | Sequence[str] | None = None
-    min_channels: int = 1
-    multiple_of: int = 1
-    refresh_every: int = 1
+    limits: Limits = Limits()
+    rates: ChoiceRates = ChoiceRates()
 
     def __post_init__(self) -> None:
         check_layers(self.layers, sides=False)
-        if self.keep is not None:
-            try:
-                check_layers(self.keep, sides=False)
-            except (TypeError, ValueError) as error:
-                raise type(error)(str(error).replace("`layers`", "`keep`")) from None
         if not 0 < check_finite_number("budget", self.budget) < 1:
             hint = f"; did you mean {self.budget / 100!r}?" if 2 <= self.budget <= 100 else ""
             raise ValueError(
@@ -59,10 +51,8 @@ class ChoiceSettings:
                 f"{self.budget!r}{hint}"
             )
         check_choice("cost", self.cost, COSTS)
-        least = "min_channels" if self.masks or not self.ranks else "min_rank"  # as callbacks for ranks alone call it
-        check_positive_int(least, self.min_channels)
-        check_positive_int("multiple_of", self.multiple_of)
-        check_positive_int("refresh_every", self.refresh_every)
+        check_instance("limits", self.limits, Limits, "a Limits")
+        check_instance("rates", self.rates, ChoiceRates, "a ChoiceRates")
 
 
 def largest_within(
