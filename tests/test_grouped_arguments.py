@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class Case(NamedTuple):
     older: dict[str, Any]
     present: dict[str, Any]
     read: str  # the attributes to compare; where empty a tensor is returned
+    by_position: tuple[Any, ...] = ()  # what the older call has besides
 
 
 class MAML(MAMLMixin, LightningModule):
@@ -86,10 +88,11 @@ OLDER = {
     ),
     "CollapseAlarm": Case(
         CollapseAlarm,
-        ("a", "rankme", 2.0),
+        ("a", "rankme"),
         {"share": 0.1, "drop": 0.5, "patience": 3, "mask": "keep"},
         {"limits": CollapseLimits(minimum=2.0, share=0.1, drop=0.5, patience=3), "readout": Readout(mask="keep")},
         "state_key",
+        (2.0,),
     ),
     "InnerLoop": Case(
         InnerLoop,
@@ -199,12 +202,11 @@ def read(made: Any, attributes: str) -> Any:
 @pytest.mark.parametrize("case", OLDER.values(), ids=OLDER)
 def test_arguments_that_became_fields_give_the_same_with_a_warning(case: Case):
     with pytest.warns(FutureWarning, match=rf"of `({'|'.join(case.present)})` now") as caught:
-        older = case.function(*case.args, **case.older)
+        older = case.function(*case.args, *case.by_position, **case.older)
     assert {warning.filename for warning in caught if warning.category is FutureWarning} == {__file__}
-    place = 2 if len(case.args) > 2 else None  # what stands for a field by position
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        present = case.function(*case.args[:place], **case.present)
+        present = case.function(*case.args, **case.present)
     if case.read:
         assert read(older, case.read) == read(present, case.read)
     else:
@@ -299,3 +301,80 @@ def test_the_printed_configuration_has_no_path_of_the_dataclass(
     printed = capsys.readouterr().out
     assert printed.count("class_path") == 1
     assert f"{case.name}:" in printed
+
+
+class Parsed(NamedTuple):
+    """Arguments of a class as a configuration file has them, and what they make."""
+
+    kind: type
+    arguments: dict[str, Any]
+    name: str  # of the argument that is a dataclass
+    read: str
+    wanted: Any
+
+
+NETWORK = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 1}}
+LOSS = "torch.nn.functional.mse_loss"
+SET = {"class_path": "lightning_plugins.meta.Sinusoid"}
+PARSED = {
+    "inner": Parsed(
+        MAML,
+        {"network": NETWORK, "loss": LOSS, "inner": {"steps": 3, "vectorize": {"chunk_size": 2}}},
+        "inner",
+        "inner_loop.steps inner_loop.chunk_size evaluation_steps",
+        (3, 2, 10),
+    ),
+    "inner with a plain value": Parsed(
+        MAML,
+        {"network": NETWORK, "loss": LOSS, "inner": {"vectorize": False}},
+        "inner",
+        "inner_loop.vectorize inner_loop.steps",
+        (False, 5),
+    ),
+    "vectorize": Parsed(
+        InnerLoop,
+        {"model": NETWORK, "loss": LOSS, "vectorize": {"mode": True, "randomness": "same"}},
+        "vectorize",
+        "vectorize same_draws",
+        (True, True),
+    ),
+    "episodes": Parsed(
+        EpisodicDataModule,
+        {"train": SET, "episodes": {"train": 8, "tasks_per_batch": 2}},
+        "episodes",
+        "episodes tasks_per_batch",
+        ({"train": 8, "val": 200, "test": 600}, 2),
+    ),
+    "episodes, a number": Parsed(
+        EpisodicDataModule,
+        {"train": SET, "episodes": 8},
+        "episodes",
+        "episodes tasks_per_batch",
+        ({"train": 8, "val": 200, "test": 600}, 4),
+    ),
+    "classifier": Parsed(
+        LinearProbe,
+        {"num_features": 3, "classifier": {"kind": "lda", "reservoir": 9}},
+        "classifier",
+        "settings.classifier settings.reservoir",
+        ("lda", 9),
+    ),
+    "draws": Parsed(Infidelity, {"draws": {"count": 3, "std": 0.5}}, "draws", "noise", NoiseDraws(count=3, std=0.5)),
+}
+
+
+def parser(kind: type) -> ArgumentParser:
+    made = ArgumentParser(exit_on_error=False)
+    made.add_class_arguments(kind, "own")
+    return made
+
+
+@pytest.mark.parametrize("case", PARSED.values(), ids=PARSED)
+def test_a_mapping_is_parsed_as_the_dataclass(case: Parsed):
+    parsing = parser(case.kind)
+    config = parsing.parse_object({"own": case.arguments})
+    dumped = yaml.safe_load(parsing.dump(config))["own"][case.name]
+    assert "class_path" not in str(dumped)
+    assert read(parsing.instantiate_classes(config).own, case.read) == case.wanted
+    with pytest.raises(ArgumentError, match="feild"):
+        parsing.parse_object({"own": {**case.arguments, case.name: {"feild": 1}}})
