@@ -123,7 +123,7 @@ class AttributionEvaluation(Callback):
         self.metrics = checked_metrics(metrics, self.max_forward_batch)
         if "mask" not in self.keys and any(isinstance(metric, LocalizationMetric) for metric in self.metrics.values()):
             names = [name for name, metric in self.metrics.items() if isinstance(metric, LocalizationMetric)]
-            raise ValueError(f"`mask` must say where the truth is in the batch, for the metrics {names}, got None")
+            raise ValueError(f"`mask` of `batch` must say where the truth is, for the `metrics` {names}, got None")
         self.examples = check_non_negative_int("examples", examples)
         if examples:
             require_matplotlib()

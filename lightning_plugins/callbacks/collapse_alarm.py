@@ -107,8 +107,10 @@ class CollapseAlarm(Callback):
         super().__init__()
         self.layers = check_layers(layers, sides=True)
         self.metric = check_choice("metric", metric, METRICS)
+        if limits is None:
+            raise ValueError("`limits` must say what is too low, got none; try `limits=CollapseLimits(share=0.1)`")
         if not isinstance(limits, CollapseLimits):
-            limits = CollapseLimits(minimum=None if limits is None else check_finite_number("limits", limits))
+            limits = CollapseLimits(minimum=check_finite_number("limits", limits))
         self.limits = limits
         self.minimum, self.share, self.drop = limits.minimum, limits.share, limits.drop
         self.patience = limits.patience

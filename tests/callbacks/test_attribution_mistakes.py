@@ -172,7 +172,7 @@ ARGUMENTS = {
     "a method without its layer": ({"methods": ["gradcam"]}, ValueError, r"`methods\['gradcam'\]` needs the name of a"),
     "a layer too many": ({"methods": {"saliency": "net.3"}}, ValueError, r"`methods\['saliency'\]` takes no layer"),
     "a number as options": ({"methods": {"saliency": 3}}, TypeError, r"`methods\['saliency'\]` must be a layer's name"),
-    "no mask": ({"batch": BatchKeys()}, ValueError, "`mask` must say where the truth is"),
+    "no mask": ({"batch": BatchKeys()}, ValueError, "`mask` of `batch` must say where the truth is, for the `metrics`"),
     "no keys": ({"batch": 2}, TypeError, r"`batch` must be BatchKeys, such as `BatchKeys\(mask=2\)`, got 2"),
     "a number as samples": ({"samples": 0.9}, TypeError, r"`samples` must be a SampleSelection, .*, got 0.9"),
     "metric misspelled": ({"metrics": ["iuo"]}, ValueError, "`metrics` must be .* did you mean 'iou'"),

@@ -187,20 +187,37 @@ def test_an_alarm_shows_itself():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({}, ValueError, "`minimum`, `share` or `drop` must say what is too low, got none; try `share=0.1`"),
-        ({"metric": "efective_rank", "minimum": 1}, ValueError, r"did you mean 'effective_rank'\?"),
-        ({"share": 10}, ValueError, r"`share` must be in \[0, 1\], got 10; did you mean 0.1\?"),
-        ({"share": 0.1, "metric": "entropy"}, ValueError, "`share` is of the most that a rank could be"),
-        ({"drop": -0.1}, ValueError, r"`drop` must be in \[0, 1\], got -0.1"),
-        ({"minimum": float("nan")}, ValueError, "`minimum` must be finite, got nan"),
-        ({"minimum": "2"}, TypeError, "`minimum` must be a number, got '2'"),
-        ({"minimum": 1, "patience": 0}, ValueError, "`patience` must be at least 1, got 0"),
-        ({"minimum": 1, "action": "halt"}, ValueError, "`action` must be .* got 'halt'"),
-        ({"minimum": 1, "every_n_steps": 0}, ValueError, "`every_n_steps` must be at least 1"),
-        ({"minimum": 1, "queue_size": -1}, ValueError, "`queue_size` must be at least 0"),
-        ({"minimum": 1, "pool": "meen"}, ValueError, r"did you mean 'mean'\?"),
+        ({}, ValueError, r"`limits` must say what is too low, got none; try `limits=CollapseLimits\(share=0.1\)`"),
+        ({"limits": "2"}, TypeError, "`limits` must be a number, got '2'"),
+        ({"limits": float("nan")}, ValueError, "`limits` must be finite, got nan"),
+        ({"metric": "efective_rank", "limits": 1}, ValueError, r"did you mean 'effective_rank'\?"),
+        (
+            {"limits": CollapseLimits(share=0.1), "metric": "entropy"},
+            ValueError,
+            "`share` is of the most that a rank could be",
+        ),
+        ({"limits": 1, "action": "halt"}, ValueError, "`action` must be .* got 'halt'"),
+        ({"limits": 1, "every_n_steps": 0}, ValueError, "`every_n_steps` must be at least 1"),
+        ({"limits": 1, "queue_size": -1}, ValueError, "`queue_size` must be at least 0"),
+        ({"limits": 1, "readout": "mean"}, TypeError, "`readout` must be a Readout"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], match: str):
     with pytest.raises(error, match=match):
         CollapseAlarm("backbone", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "match"),
+    [
+        ({}, ValueError, "`minimum`, `share` or `drop` must say what is too low, got none; try `share=0.1`"),
+        ({"share": 10}, ValueError, r"`share` must be in \[0, 1\], got 10; did you mean 0.1\?"),
+        ({"drop": -0.1}, ValueError, r"`drop` must be in \[0, 1\], got -0.1"),
+        ({"minimum": float("nan")}, ValueError, "`minimum` must be finite, got nan"),
+        ({"minimum": "2"}, TypeError, "`minimum` must be a number, got '2'"),
+        ({"minimum": 1, "patience": 0}, ValueError, "`patience` must be at least 1, got 0"),
+    ],
+)
+def test_wrong_limits_are_named(fields: dict[str, Any], error: type[Exception], match: str):
+    with pytest.raises(error, match=match):
+        CollapseLimits(**fields)

@@ -122,7 +122,7 @@ def test_neither_chunks_nor_batches_nor_order_change_a_curve(rule):
     (x, maps, target), model = batch(rows=6), network()
     replacement = (lambda inputs: 0.5 * inputs.flip(-1)) if rule == "callable" else rule
     how = Perturbation(PATCH, "linear" if rule == "sequential" else replacement, sequential=rule == "sequential")
-    settings = {"perturbation": how, "steps": 5, "spread": True}
+    settings = {"perturbation": how, "steps": CurveSteps(count=5, spread=True)}
     whole = perturbation_curve(model, x, maps, target, max_forward_batch=10_000, **settings)
     for limit in (1, 4, 13):
         parts = perturbation_curve(model, x, maps, target, max_forward_batch=limit, **settings)
