@@ -5,14 +5,14 @@ logits.
 """
 
 from lightning_plugins.functional.attribution.curves import (
+    CurveSteps,
     curve_area,
     degradation_score,
     perturbation_curve,
     scaled_curve,
 )
-from lightning_plugins.functional.attribution.draws import CurveSteps, NoiseDraws
 from lightning_plugins.functional.attribution.faithfulness import faithfulness_correlation
-from lightning_plugins.functional.attribution.infidelity import infidelity
+from lightning_plugins.functional.attribution.infidelity import NoiseDraws, infidelity
 from lightning_plugins.functional.attribution.localization import (
     LocalizationScores,
     attribution_auroc,

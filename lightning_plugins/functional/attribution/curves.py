@@ -1,13 +1,13 @@
 """Curves of a model's score while the most, or least, relevant positions of a map are removed."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_callable, check_choice, check_positive_int
+from lightning_plugins._checks import check_bool, check_callable, check_choice, check_positive_int
 from lightning_plugins._grouping import Group, grouped
-from lightning_plugins.functional.attribution.draws import CurveSteps
 from lightning_plugins.functional.attribution.positions import maps_of_inputs, with_channels
 from lightning_plugins.functional.attribution.random import random_bits, sample_keys
 from lightning_plugins.functional.attribution.replacement import (
@@ -30,6 +30,33 @@ from lightning_plugins.functional.tensors import check_floating
 
 Order = Literal["most", "least"]
 ORDERS: tuple[Order, ...] = ("most", "least")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveSteps:
+    """Points of a `perturbation_curve`, after the first.
+
+    Attributes:
+        count: Number of points, one patch each, at least 1; None for the number of patches. With more steps than
+            patches the last points have all patches replaced.
+        spread: Whether the steps are spread evenly, so that the last one replaces all patches.
+
+    Raises:
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of its range.
+
+    Example:
+        >>> CurveSteps(count=10, spread=True).count
+        10
+    """
+
+    count: int | None = None
+    spread: bool = False
+
+    def __post_init__(self) -> None:
+        check_bool("spread", self.spread)
+        if self.count is not None:
+            check_positive_int("count", self.count)
 
 
 @grouped(steps=Group(CurveSteps, main="count"))

@@ -1,6 +1,7 @@
 """Error of attributions as predictions of the effect of noise on the score."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,10 +10,11 @@ from lightning_plugins._checks import (
     check_bool,
     check_callable,
     check_choice,
+    check_finite_number,
+    check_non_negative_int,
     check_positive_int,
 )
 from lightning_plugins._grouping import Group, grouped
-from lightning_plugins.functional.attribution.draws import NoiseDraws, as_noise
 from lightning_plugins.functional.attribution.positions import checked_maps
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys, split_keys
 from lightning_plugins.functional.attribution.scoring import (
@@ -24,6 +26,40 @@ from lightning_plugins.functional.attribution.scoring import (
     checked_target,
     score_copies,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseDraws:
+    """Gaussian noise that is added to inputs, to score attributions as predictions of its effect.
+
+    Attributes:
+        count: Number of draws per sample, at least 1.
+        std: Standard deviation of the noise, above 0.
+        seed: Seed of the noise, which depends on it and on the sample.
+
+    Raises:
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of its range.
+
+    Example:
+        >>> NoiseDraws(count=20, std=0.2)
+        NoiseDraws(count=20, std=0.2, seed=0)
+    """
+
+    count: int = 10
+    std: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", check_positive_int("count", self.count))
+        object.__setattr__(self, "seed", check_non_negative_int("seed", self.seed))
+        if check_finite_number("std", self.std) <= 0:
+            raise ValueError(f"`std` must be above 0, got {self.std!r}")
+
+
+def as_noise(draws: int | NoiseDraws) -> NoiseDraws:
+    """Return the noise that an argument ``draws`` stands for."""
+    return draws if isinstance(draws, NoiseDraws) else NoiseDraws(count=check_positive_int("draws", draws))
 
 
 @grouped(draws=Group(NoiseDraws, main="count"))

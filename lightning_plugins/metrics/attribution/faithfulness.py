@@ -20,7 +20,7 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     sensitivity,
 )
-from lightning_plugins.functional.attribution.draws import NoiseDraws, as_noise
+from lightning_plugins.functional.attribution.infidelity import NoiseDraws, as_noise
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys
 from lightning_plugins.functional.attribution.replacement import checked_perturbation
 from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, Forward

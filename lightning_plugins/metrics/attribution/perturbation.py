@@ -14,7 +14,7 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     scaled_curve,
 )
-from lightning_plugins.functional.attribution.draws import CurveSteps
+from lightning_plugins.functional.attribution.curves import CurveSteps
 from lightning_plugins.functional.attribution.replacement import checked_perturbation
 from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward, check_inputs, checked_target
 from lightning_plugins.metrics._sums import SumMetric
