@@ -1,6 +1,6 @@
 """Lightning callbacks: they decide when to act, and call the other subpackages."""
 
-from lightning_plugins.callbacks._compression.low_rank_settings import Penalty, SearchSettings, Timing
+from lightning_plugins.callbacks._compression.settings import Penalty, SearchSettings, Timing
 from lightning_plugins.callbacks._rows.masks import LayerCall
 from lightning_plugins.callbacks._trainer.phases import Phase
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
