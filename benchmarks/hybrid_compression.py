@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from lightning_plugins.compression import compression_report
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
-from lightning_plugins.compression.budget.filling import ChoiceSettings
-from lightning_plugins.compression.budget.settings import ChoiceRates
+from lightning_plugins.compression.budget.filling import ChoiceRates, ChoiceSettings
 
 RATE = 0.01
 

@@ -2,7 +2,7 @@
 
 from lightning_plugins.callbacks._attribution.batches import BatchKeys
 from lightning_plugins.callbacks._attribution.selection import SampleSelection
-from lightning_plugins.callbacks._compression.low_rank_settings import Penalty, SearchSettings, Timing
+from lightning_plugins.callbacks._compression.settings import Penalty, SearchSettings, Timing
 from lightning_plugins.callbacks._monitors.collapse import CollapseLimits
 from lightning_plugins.callbacks._rows.masks import LayerCall
 from lightning_plugins.callbacks._rows.readout import Readout

@@ -6,7 +6,7 @@ from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.callbacks._compression.scheduled_compression import ScheduledCompression
 from lightning_plugins.callbacks._compression.settings import CompressionSettings
 from lightning_plugins.callbacks._trainer.phases import Phase
-from lightning_plugins.compression.budget.settings import ChoiceRates, Limits
+from lightning_plugins.compression.budget.filling import ChoiceRates, Limits
 
 
 class HybridCompression(ScheduledCompression):

@@ -12,7 +12,8 @@ from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import LightningModule, Trainer
 from lightning_plugins.callbacks._compression.compressing_callback import CompressingCallback
 from lightning_plugins.callbacks._compression.costs import network_costs
-from lightning_plugins.callbacks._compression.low_rank_settings import (
+from lightning_plugins.callbacks._compression.rank_source import RankSource
+from lightning_plugins.callbacks._compression.settings import (
     Penalty,
     Search,
     SearchSettings,
@@ -20,7 +21,6 @@ from lightning_plugins.callbacks._compression.low_rank_settings import (
     as_penalty,
     as_search,
 )
-from lightning_plugins.callbacks._compression.rank_source import RankSource
 from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to_loggers
 from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors
 from lightning_plugins.callbacks._surgery.swap import operate, require_operable

@@ -1,8 +1,8 @@
 """Smaller networks: low-rank layers, masks, costs and budgets, search of ranks, physical shrinking, reports."""
 
 from lightning_plugins.compression.budget.budget import Budget, Multiplier, Projection
+from lightning_plugins.compression.budget.filling import ChoiceRates, Limits
 from lightning_plugins.compression.budget.projection import project
-from lightning_plugins.compression.budget.settings import ChoiceRates, Limits
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.calibration.sensitivity import output_sensitivity
 from lightning_plugins.compression.channels.find import (

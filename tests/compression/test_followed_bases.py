@@ -10,8 +10,7 @@ from torch import nn
 from lightning_plugins.compression import apply_masks, apply_thresholds, channel_groups
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice import Choice
-from lightning_plugins.compression.budget.filling import ChoiceSettings
-from lightning_plugins.compression.budget.settings import ChoiceRates
+from lightning_plugins.compression.budget.filling import ChoiceRates, ChoiceSettings
 from lightning_plugins.compression.gates import followed_bases, thresholded
 from lightning_plugins.functional import singular_value_threshold
 from tests._waits import Waits

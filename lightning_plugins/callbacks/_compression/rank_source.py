@@ -12,7 +12,6 @@ from lightning_plugins._checks import (
 )
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import costs_of, example_inputs
-from lightning_plugins.callbacks._compression.low_rank_settings import SearchSettings, calibration_options
 from lightning_plugins.callbacks._compression.rank_search import (
     Score,
     check_search_options,
@@ -23,6 +22,7 @@ from lightning_plugins.callbacks._compression.rank_search import (
     try_score,
     unnoticed,
 )
+from lightning_plugins.callbacks._compression.settings import SearchSettings, calibration_options
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.costs.layer_costs import COSTS, Cost

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_plugins.compression.budget.budget import Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
-from lightning_plugins.compression.budget.settings import ChoiceRates
+from lightning_plugins.compression.budget.filling import ChoiceRates
 
 _SETTLED = 0.9  # of the way, from which on the cost is that of the budget
 
