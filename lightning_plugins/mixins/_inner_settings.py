@@ -8,6 +8,7 @@ from lightning_plugins.meta import Vectorization
 from lightning_plugins.meta.inner_loop import Rates
 from lightning_plugins.meta.loop.arguments import check_first_order
 from lightning_plugins.meta.loop.form import Vectorize, as_vectorization
+from lightning_plugins.selection import check_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,11 @@ class InnerSettings:
     vectorize: Vectorize | Vectorization = "auto"
 
     def __post_init__(self) -> None:
-        check_positive_int("steps", self.steps)
+        object.__setattr__(self, "steps", check_positive_int("steps", self.steps))
         object.__setattr__(self, "evaluation_steps", check_non_negative_int("evaluation_steps", self.evaluation_steps))
-        check_finite_number("learning_rate", self.learning_rate)
+        object.__setattr__(self, "learning_rate", check_finite_number("learning_rate", self.learning_rate))
         check_choice("rates", self.rates, get_args(Rates))
         check_first_order(self.first_order)
+        if self.layers is not None:
+            check_layers(self.layers)
         as_vectorization(self.vectorize)

@@ -38,8 +38,8 @@ class Workers:
     retries: int = 1
 
     def __post_init__(self) -> None:
-        check_positive_int("count", self.count)
-        check_non_negative_int("retries", self.retries)
+        object.__setattr__(self, "count", check_positive_int("count", self.count))
+        object.__setattr__(self, "retries", check_non_negative_int("retries", self.retries))
 
 
 def run_workers(search: "Search", study: "optuna.Study", n_trials: int, *, workers: int, retries: int) -> None:

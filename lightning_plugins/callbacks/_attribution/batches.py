@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,8 @@ def resolve_key(name: str, key: object) -> Key:
     """
     if callable(key):
         return key
+    if isinstance(key, Integral) and not isinstance(key, bool):
+        return int(key)
     if isinstance(key, bool) or not isinstance(key, int | str):
         raise TypeError(
             f"`{name}` must be a key of the batch, an int or a string, or a callable from the batch to a tensor, got"
@@ -73,7 +76,9 @@ class BatchKeys:
     mask: Key | None = None
 
     def __post_init__(self) -> None:
-        self.resolved()
+        for name, key in self.resolved().items():
+            if isinstance(key, int):
+                object.__setattr__(self, name, key)
 
     def resolved(self) -> dict[str, Key]:
         """Return the keys that are given, with what import paths name."""

@@ -7,7 +7,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_fraction, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import (
+    check_fraction,
+    check_non_negative_int,
+    check_positive_int,
+    is_number,
+    plain_number,
+)
 from lightning_plugins._lightning import MisconfigurationException
 from lightning_plugins.callbacks._attribution.batches import resolve_key
 
@@ -39,14 +45,16 @@ class SampleSelection:
 
     def __post_init__(self) -> None:
         _ = self.rule
+        if is_number(self.select):
+            object.__setattr__(self, "select", plain_number(self.select))
         if self.classes is not None:
             if isinstance(self.classes, str | bytes) or not isinstance(self.classes, Sequence) or not self.classes:
                 raise ValueError(f"`classes` must name at least one positive class, such as [1], got {self.classes!r}")
             for number in self.classes:
                 check_non_negative_int("classes", number)
-            object.__setattr__(self, "classes", tuple(self.classes))
+            object.__setattr__(self, "classes", tuple(map(int, self.classes)))
         if self.max_samples is not None:
-            check_positive_int("max_samples", self.max_samples)
+            object.__setattr__(self, "max_samples", check_positive_int("max_samples", self.max_samples))
 
     @cached_property
     def rule(self) -> Callable[[Tensor], Tensor]:

@@ -46,7 +46,7 @@ class MatchedOutputs:
     def __post_init__(self) -> None:
         _ = self.path
         check_choice("loss", self.loss, LOSSES)
-        check_positive_number("temperature", self.temperature)
+        object.__setattr__(self, "temperature", check_positive_number("temperature", self.temperature))
 
     @property
     def path(self) -> tuple[Step, ...] | Literal[False] | None:

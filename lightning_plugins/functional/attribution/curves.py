@@ -56,7 +56,7 @@ class CurveSteps:
     def __post_init__(self) -> None:
         check_bool("spread", self.spread)
         if self.count is not None:
-            check_positive_int("count", self.count)
+            object.__setattr__(self, "count", check_positive_int("count", self.count))
 
 
 @grouped(steps=Group(CurveSteps, main="count"))

@@ -10,9 +10,9 @@ from lightning_plugins._checks import (
     check_bool,
     check_callable,
     check_choice,
-    check_finite_number,
     check_non_negative_int,
     check_positive_int,
+    check_positive_number,
 )
 from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.functional.attribution.positions import checked_maps
@@ -53,8 +53,7 @@ class NoiseDraws:
     def __post_init__(self) -> None:
         object.__setattr__(self, "count", check_positive_int("count", self.count))
         object.__setattr__(self, "seed", check_non_negative_int("seed", self.seed))
-        if check_finite_number("std", self.std) <= 0:
-            raise ValueError(f"`std` must be above 0, got {self.std!r}")
+        object.__setattr__(self, "std", check_positive_number("std", self.std))
 
 
 def as_noise(draws: int | NoiseDraws) -> NoiseDraws:

@@ -49,7 +49,7 @@ class ProbeClassifier:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, CLASSIFIERS)
-        check_positive_int("reservoir", self.reservoir)
+        object.__setattr__(self, "reservoir", check_positive_int("reservoir", self.reservoir))
 
 
 def as_classifier(classifier: Classifier | ProbeClassifier) -> ProbeClassifier:
