@@ -37,12 +37,14 @@ from lightning_plugins.callbacks import (
     LowRankCompression,
     MaskScheduling,
     MutualInformationMonitor,
+    Phase,
     RankScheduling,
     RepresentationMonitor,
     RepresentationRegularization,
     SpectralNormCap,
     SpectrumMonitor,
     StableRankRegularization,
+    Timing,
     VNERegularization,
     WeightRegularization,
 )
@@ -88,13 +90,14 @@ def distil_layers(size: Size) -> Callback:
 
 def compress(kind: type[Callback], **settings: Any) -> Callable[[Size], Callback]:
     """Settings that keep the selection phase active during all measured steps."""
-    return lambda _: kind(LAYERS, 0.5, cost="params", begin=0, end=1000, unit="steps", figures=False, **settings)
+    phase = Phase(begin=0, end=1000, unit="steps")
+    return lambda _: kind(LAYERS, 0.5, cost="params", phase=phase, figures=False, **settings)
 
 
 def low_rank(size: Size) -> Callback:
     ranks = {f"net.layer{index}": RANKS for index in range(size.depth)}
-    phases: dict[str, Any] = {"search_at": 0, "factorize_at": None, "unit": "steps"}
-    return LowRankCompression(LAYERS, weight=0.01, ranks=ranks, figures=False, **phases)
+    timing = Timing(search_at=0, factorize_at=None, unit="steps")
+    return LowRankCompression(LAYERS, penalty=0.01, ranks=ranks, timing=timing, figures=False)
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,10 @@ CASES = {
     "Distillation, outputs": Case(lambda _: Distillation(network="net"), of_distance, "step", ((16, 64, 2),)),
     "Distillation, layers of another width": Case(distil_layers, of_maps, "step", ((16, 128, 2),)),
     "CollapseAlarm": Case(
-        lambda _: CollapseAlarm(LAYERS, minimum=0.1, every_n_steps=1), of_alarm, "step", ((64, 64, 2), (64, 64, 6))
+        lambda _: CollapseAlarm(LAYERS, limits=0.1, every_n_steps=1), of_alarm, "step", ((64, 64, 2), (64, 64, 6))
     ),
     "CollapseAlarm, queue": Case(
-        lambda _: CollapseAlarm(LAYERS, minimum=0.1, every_n_steps=1, queue_size=64),
+        lambda _: CollapseAlarm(LAYERS, limits=0.1, every_n_steps=1, queue_size=64),
         of_alarm_queue,
         "step",
         ((64, 64, 2),),

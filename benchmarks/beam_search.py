@@ -24,7 +24,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from digits import Classifier, Digits
 
-from lightning_plugins.compression import RankSearch, beam_search, layer_costs, score_ranks, truncated
+from lightning_plugins.compression import BeamOptions, RankSearch, beam_search, layer_costs, score_ranks, truncated
 from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, trade_off
 
 Batch = tuple[Tensor, Tensor]
@@ -130,8 +130,9 @@ def compare(net: nn.Module, batches: list[Batch], ratio: float, width: int, step
         "and hopeless children given up": {"bounds": (0, 1)},
     }
     for name, options in variants.items():
+        of_this = BeamOptions(width=width, step=step, **options)
         seconds, found = timed(
-            lambda options=options: beam_search(net, batches, hits, budget=1 - ratio, width=width, step=step, **options)
+            lambda of_this=of_this: beam_search(net, batches, hits, budget=1 - ratio, options=of_this)
         )
         results.append(found)
         rows.append((name, seconds, found.evaluations))

@@ -25,7 +25,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_plugins.callbacks import HybridCompression
+from lightning_plugins.callbacks import HybridCompression, Phase
 from lightning_plugins.mixins import CompressionMixin
 
 STORE = Path(__file__).parents[1] / "docs" / "benchmarks" / "by_hand.json"
@@ -75,7 +75,8 @@ def fit_by_hand(model: ByHand, loader: DataLoader) -> None:
 
 
 def fit_by_callback(model: Classifier, loader: DataLoader) -> None:
-    compression = HybridCompression("net.*", BUDGET, cost="flops", begin=BEGIN, end=END, figures=False)
+    phase = Phase(begin=BEGIN, end=END)
+    compression = HybridCompression("net.*", BUDGET, cost="flops", phase=phase, figures=False)
     settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(max_epochs=EPOCHS, callbacks=[compression], enable_checkpointing=False, **settings).fit(model, loader)
 

@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins.callbacks import AttributionEvaluation
+from lightning_plugins.callbacks import AttributionEvaluation, BatchKeys, SampleSelection
 from lightning_plugins.data import ECGRecord, ECGWindows, ecg_windows, read_ecg_folder, synthetic_ecg
 from lightning_plugins.metrics import (
     AttributionAUROC,
@@ -134,7 +134,11 @@ def evaluation(train: ECGWindows, samples: int, draws: int) -> AttributionEvalua
         "faithfulness": FaithfulnessCorrelation(draws=SETS),
     }
     return AttributionEvaluation(
-        methods, mask=2, metrics=metrics, select=0.9, classes=[1], max_samples=samples, examples=0
+        methods,
+        batch=BatchKeys(mask=2),
+        metrics=metrics,
+        samples=SampleSelection(select=0.9, classes=[1], max_samples=samples),
+        examples=0,
     )
 
 

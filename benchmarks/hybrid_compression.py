@@ -14,7 +14,6 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from typing import Any
 
 import timm
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from lightning_plugins.compression import compression_report
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
-from lightning_plugins.compression.budget.filling import ChoiceSettings
+from lightning_plugins.compression.budget.filling import ChoiceRates, ChoiceSettings
 
 RATE = 0.01
 
@@ -36,8 +35,8 @@ class Form:
         self.net, self.seconds = net, list[float]()
         self.network: BudgetedNetwork | None = None
         if ranks is not None:
-            held: dict[str, Any] = {"ranks": ranks, "refresh_every": every if ranks else 1}
-            settings = ChoiceSettings(budget=budget, cost="flops", masks=True, **held)
+            rates = ChoiceRates(refresh_every=every if ranks else 1)
+            settings = ChoiceSettings(budget=budget, cost="flops", masks=True, ranks=ranks, rates=rates)
             self.network = BudgetedNetwork(net, settings, inputs=inputs)
             self.network.begin()
             self.network.be_soft(10.0)

@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
+from lightning_plugins.compression import ChoiceRates
 from lightning_plugins.meta import GlyphFewShot
 
 ROOT = Path(__file__).parents[1]
@@ -90,10 +91,10 @@ def callback(method: str, budget: float) -> Callback:
     if method == "masks":
         return MaskScheduling("net.*", budget, figures=False)
     if method == "ranks":
-        return RankScheduling("net.*", budget, figures=False, refresh_every=4)
+        return RankScheduling("net.*", budget, figures=False, rates=ChoiceRates(refresh_every=4))
     if method == "masks, magnitude":
         return MaskScheduling("net.*", budget, figures=False, criterion="magnitude")
-    return HybridCompression("net.*", budget, figures=False, refresh_every=4)
+    return HybridCompression("net.*", budget, figures=False, rates=ChoiceRates(refresh_every=4))
 
 
 def flops(model: nn.Module) -> int:

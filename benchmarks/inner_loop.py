@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_plugins.meta import GAP, InnerLoop, Sinusoid
+from lightning_plugins.meta import GAP, InnerLoop, Sinusoid, Vectorization
 
 STEPS, RATE = 5, 0.01
 OTHERS = ("learn2learn", "higher", "torchopt")
@@ -218,11 +218,11 @@ def peak(tasks: int, chunk: int | None, device: str) -> float:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loop_form(model, F.cross_entropy, batch, chunk_size=chunk)()
+        loop_form(model, F.cross_entropy, batch, vectorize=Vectorization(chunk_size=chunk))()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
-    loop_form(model, F.cross_entropy, batch, chunk_size=chunk)()
+    loop_form(model, F.cross_entropy, batch, vectorize=Vectorization(chunk_size=chunk))()
     return resident("VmHWM") - before
 
 
@@ -264,11 +264,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, batch = conv4(chosen.channels, 84).to(device), images(4, 84, device)
     forms = {"plain loop": plain_form(model, F.cross_entropy, batch, new_gains(model, 4))}
     if device == "cpu":
-        settings = {"vectorize": False, "chunk_size": 1}
-        forms["task by task"] = loop_form(model, F.cross_entropy, batch, preconditioner=GAP(), **settings)
+        one = Vectorization(mode=False, chunk_size=1)
+        forms["task by task"] = loop_form(model, F.cross_entropy, batch, preconditioner=GAP(), vectorize=one)
         other, turned = in_channels_last(model, batch)
         forms["plain loop, channels last"] = plain_form(other, F.cross_entropy, turned, new_gains(other, 4))
-        last = loop_form(other, F.cross_entropy, turned, preconditioner=GAP(), **settings)
+        last = loop_form(other, F.cross_entropy, turned, preconditioner=GAP(), vectorize=one)
         forms["task by task, channels last"] = last
     else:
         forms["vectorised"] = loop_form(model, F.cross_entropy, batch, preconditioner=GAP())

@@ -24,7 +24,7 @@ from _report import describe_machine, markdown_table
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
-from lightning_plugins.callbacks import LowRankCompression
+from lightning_plugins.callbacks import LowRankCompression, Penalty, SearchSettings, Timing
 from lightning_plugins.compression import equal_ratio, factorize
 from lightning_plugins.plots import trade_off_figure
 
@@ -85,18 +85,13 @@ def run(network: str, seed: int, epochs: int, ratios: list[float], weight: float
                 callback = LowRankCompression(
                     layers,
                     budget=1 - ratio,
-                    weight=weight,
-                    score=accuracy,
-                    search_options=options,
-                    search_batches=4,
-                    search_at=SEARCH_AT,
-                    factorize_at=SPLIT_AT,
-                    every_n_steps=4,
+                    search=SearchSettings(options=options, score=accuracy, batches=4),
+                    penalty=Penalty(weight=weight, every_n_steps=4),
+                    timing=Timing(search_at=SEARCH_AT, factorize_at=SPLIT_AT),
                 )
             else:
-                callback = LowRankCompression(
-                    layers, budget=1 - ratio, weight=0, search="energy", search_at=SPLIT_AT, factorize_at=SPLIT_AT
-                )
+                timing = Timing(search_at=SPLIT_AT, factorize_at=SPLIT_AT)
+                callback = LowRankCompression(layers, budget=1 - ratio, penalty=0, search="energy", timing=timing)
             store[f"{head} {method} {ratio}"] = fit(network, seed, epochs, [callback])[1]
             print(f"{head} {method} {ratio}: {store[f'{head} {method} {ratio}']:.3f}", flush=True)
             save(store)

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
-from lightning_plugins.data import EpisodicDataModule
+from lightning_plugins.data import EpisodeCounts, EpisodicDataModule
 from lightning_plugins.meta import GAP, GlyphFewShot
 from lightning_plugins.metrics import AdaptationCurve, FewShotAccuracy, FewShotAccuracyInterval
-from lightning_plugins.mixins import MAMLMixin
+from lightning_plugins.mixins import InnerSettings, MAMLMixin
 from lightning_plugins.plots import adaptation_figure
 
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "150"))  # batches of four tasks; the tests set 2
@@ -106,9 +106,7 @@ class SmallViT(nn.Module):
 data = EpisodicDataModule(
     GlyphFewShot("train", ways=5, shots=5, queries=5),
     test=GlyphFewShot("test", ways=5, shots=5, queries=10),
-    tasks_per_batch=4,
-    episodes=4 * STEPS,
-    test_episodes=8 if SHORT else 200,
+    episodes=EpisodeCounts(train=4 * STEPS, test=8 if SHORT else 200, tasks_per_batch=4),
 )
 METHODS = {
     "all weights": {},
@@ -122,9 +120,7 @@ class FewShot(MAMLMixin, LightningModule):
         super().__init__(
             SmallViT(),
             F.cross_entropy,
-            inner_steps=3,
-            evaluation_steps=5,
-            inner_learning_rate=0.1,
+            inner=InnerSettings(steps=3, evaluation_steps=5, learning_rate=0.1),
             learning_rate=2e-3,
             metrics={"accuracy": FewShotAccuracy(), "interval": FewShotAccuracyInterval()},
             **settings,

@@ -24,7 +24,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins.callbacks import AttributionEvaluation
+from lightning_plugins.callbacks import AttributionEvaluation, BatchKeys, SampleSelection
 from lightning_plugins.data import ecg_windows, read_ecg_folder, synthetic_ecg
 from lightning_plugins.metrics import AttributionLocalization, DegradationScore, LocalizationIoU, PointingGame
 from lightning_plugins.plots import attribution_figure, degradation_figure
@@ -103,8 +103,8 @@ trainer.fit(model, DataLoader(TensorDataset(*train), batch_size=32, shuffle=True
 # %% [markdown]
 # ## One callback, six methods
 #
-# They explain the windows of class 1 that the network classifies confidently. `mask=2` says that the ground truth is
-# the third entry of a batch.
+# They explain the windows of class 1 that the network classifies confidently. `BatchKeys(mask=2)` says that the ground
+# truth is the third entry of a batch.
 
 # %%
 metrics = {
@@ -123,11 +123,9 @@ methods = {
 }
 evaluation = AttributionEvaluation(
     methods,
-    mask=2,
+    batch=BatchKeys(mask=2),
     metrics=metrics,
-    select=0.9 if STEPS >= 150 else None,
-    classes=[1],
-    max_samples=24 if STEPS >= 150 else 2,
+    samples=SampleSelection(select=0.9 if STEPS >= 150 else None, classes=[1], max_samples=24 if STEPS >= 150 else 2),
     absolute="abs",
     examples=0,
 )

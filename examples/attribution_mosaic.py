@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins.callbacks import AttributionEvaluation
+from lightning_plugins.callbacks import AttributionEvaluation, BatchKeys, SampleSelection
 from lightning_plugins.data import mosaics
 from lightning_plugins.plots import attribution_figure
 
@@ -93,9 +93,9 @@ Trainer(max_steps=STEPS, max_epochs=-1, **quiet).fit(
 # %%
 evaluation = AttributionEvaluation(
     {"saliency": None, "input_x_gradient": None, "guided_backprop": None, "gradcam": "features.8"},
-    mask=2,
+    batch=BatchKeys(mask=2),
     metrics=["attribution_localization", "pointing_game", "iou", "auroc"],
-    select=0.9 if STEPS >= 400 else None,
+    samples=SampleSelection(select=0.9 if STEPS >= 400 else None),
     absolute="abs",
     examples=0,
 )

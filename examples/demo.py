@@ -26,7 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins.callbacks import CollapseAlarm, LayerProbe, RepresentationMonitor, VNERegularization
+from lightning_plugins.callbacks import (
+    CollapseAlarm,
+    CollapseLimits,
+    LayerProbe,
+    RepresentationMonitor,
+    VNERegularization,
+)
 from lightning_plugins.plots import spectrum_comparison_figure
 
 SHORT = "EXAMPLE_STEPS" in os.environ  # the tests set 2
@@ -101,7 +107,7 @@ def train(seed: int, weight: float | None, bar: Progress) -> dict[str, Any]:
     probe = LayerProbe(
         "encoder", 1, probe={"task": "classification", "num_targets": 10}, stages=["val"], figures=False
     )  # reads the digit from the frozen features, with no learning rate
-    alarm = CollapseAlarm("projector", minimum=2.0, patience=3, every_n_steps=10)
+    alarm = CollapseAlarm("projector", limits=CollapseLimits(minimum=2.0, patience=3), every_n_steps=10)
     callbacks: list[Callback] = [monitor, probe, alarm, Advance(bar)]
     if weight is not None:
         callbacks.append(VNERegularization("projector", weight))

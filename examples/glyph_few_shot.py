@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 
-from lightning_plugins.data import EpisodicDataModule
+from lightning_plugins.data import EpisodeCounts, EpisodicDataModule
 from lightning_plugins.meta import (
     GAP,
     ApproximateGAP,
@@ -63,9 +63,7 @@ def show(figure, name):
 data = EpisodicDataModule(
     GlyphFewShot("train", ways=5, shots=1, queries=5),
     test=GlyphFewShot("test", ways=5, shots=1, queries=15),
-    tasks_per_batch=4,
-    episodes=4 * STEPS,
-    test_episodes=8 if SHORT else 600,
+    episodes=EpisodeCounts(train=4 * STEPS, test=8 if SHORT else 600, tasks_per_batch=4),
 )
 (support_x, support_y), (query_x, query_y) = next(iter(data.test_dataloader()))
 print(tuple(support_x.shape), tuple(query_x.shape))  # tasks, samples, channels, height, width

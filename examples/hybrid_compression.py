@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
-from lightning_plugins.compression import compression_report, restore_structure
+from lightning_plugins.compression import ChoiceRates, Limits, compression_report, restore_structure
 from lightning_plugins.plots import trade_off_figure
 
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "460"))  # twenty epochs; the tests set 2
@@ -96,13 +96,14 @@ some = val[:64][0]
 # alone.
 
 # %%
+limits = Limits(multiple_of=4)
+fast = ChoiceRates(refresh_every=4)  # steps between two decompositions of the weights
+often = ChoiceRates(update_every=max(1, STEPS // 40))
 METHODS = {
-    "hybrid": lambda budget: HybridCompression("net.*", budget, multiple_of=4, refresh_every=4),
-    "filters only": lambda budget: MaskScheduling("net.*", budget, multiple_of=4),
-    "ranks only": lambda budget: RankScheduling("net.*", budget, multiple_of=4, refresh_every=4),
-    "magnitude": lambda budget: MaskScheduling(
-        "net.*", budget, multiple_of=4, criterion="magnitude", update_every=max(1, STEPS // 40)
-    ),
+    "hybrid": lambda budget: HybridCompression("net.*", budget, limits=limits, rates=fast),
+    "filters only": lambda budget: MaskScheduling("net.*", budget, limits=limits),
+    "ranks only": lambda budget: RankScheduling("net.*", budget, limits=limits, rates=fast),
+    "magnitude": lambda budget: MaskScheduling("net.*", budget, limits=limits, criterion="magnitude", rates=often),
 }
 
 

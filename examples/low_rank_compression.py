@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_plugins.callbacks import LowRankCompression
+from lightning_plugins.callbacks import LowRankCompression, Penalty, SearchSettings, Timing
 from lightning_plugins.compression import compression_report, equal_ratio, factorize, restore_structure
 from lightning_plugins.plots import trade_off_figure
 
@@ -103,14 +103,19 @@ def accuracy(model: Classifier, batch: list[Tensor]) -> Tensor:
 
 
 def bsr(layers: str, budget: float) -> LowRankCompression:
-    search = {"score": accuracy, "search_options": SEARCH, "search_batches": 2}
-    times = {"search_at": 0.3, "factorize_at": 0.7}
-    return LowRankCompression(layers, budget=budget, weight=1.0, every_n_steps=4, figures=False, **search, **times)
+    return LowRankCompression(
+        layers,
+        budget=budget,
+        search=SearchSettings(options=SEARCH, score=accuracy, batches=2),
+        penalty=Penalty(weight=1.0, every_n_steps=4),
+        timing=Timing(search_at=0.3, factorize_at=0.7),
+        figures=False,
+    )
 
 
 def energy_threshold(layers: str, budget: float) -> LowRankCompression:
-    times = {"search_at": 0.7, "factorize_at": 0.7}
-    return LowRankCompression(layers, budget=budget, weight=0, search="energy", figures=False, **times)
+    timing = Timing(search_at=0.7, factorize_at=0.7)
+    return LowRankCompression(layers, budget=budget, search="energy", penalty=0, timing=timing, figures=False)
 
 
 # %%

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_DECORATORS = (__name__, "lightning_plugins._grouping")
 
 
 class Replaced(NamedTuple):
@@ -97,6 +99,14 @@ def renamed(
     return decorate
 
 
+def warn_of_older(text: str) -> None:
+    """Warn of an older form, at the line that uses it: the first one outside of the decorators, which may be nested."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _DECORATORS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, FutureWarning, stacklevel=level + 1)
+
+
 def _take_by_position(function: str, names: Sequence[str], values: Sequence[Any], given: dict[str, Any]) -> None:
     """Assign positional values to their names."""
     if len(values) > len(names):
@@ -105,7 +115,7 @@ def _take_by_position(function: str, names: Sequence[str], values: Sequence[Any]
         if name in given:
             raise TypeError(f"{function}() got multiple values for argument {name!r}")
         text = f"`{name}` is given by position: pass it by name. The position works up to the next minor version"
-        warnings.warn(text, FutureWarning, stacklevel=3)
+        warn_of_older(text)
         given[name] = value
 
 
@@ -118,7 +128,7 @@ def _take_older(
         raise TypeError(f"`{old}` is the older name of `{name}`; pass `{name}` alone, got both")
     shown = f"{name}={present!r}" if isinstance(new, Replaced) else name
     text = f"`{old}` was renamed: pass `{shown}`. The older name works up to the next minor version"
-    warnings.warn(text, FutureWarning, stacklevel=3)
+    warn_of_older(text)
     given[name] = present
 
 

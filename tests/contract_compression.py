@@ -74,19 +74,15 @@ init_args:
   layers: "*"
   budget: 0.5
   cost: params
-  schedule:
-    class_path: lightning_plugins.schedules.Linear
-    init_args: {start: 0.0, end: 1.0, begin: 3, until: 11, unit: steps}
-  begin: 3
-  end: 11
-  unit: steps
-  learning_rate: 0.2
-  threshold_learning_rate: 0.03
-  beta_max: 100.0
-  keep: null
-  min_channels: 1
-  multiple_of: 1
-  refresh_every: 1
+  phase:
+    begin: 3
+    end: 11
+    unit: steps
+    schedule:
+      class_path: lightning_plugins.schedules.Linear
+      init_args: {start: 0.0, end: 1.0, begin: 3, until: 11, unit: steps}
+  limits: {keep: null, min_size: 1, multiple_of: 1}
+  rates: {scores: 0.2, thresholds: 0.03, beta_max: 100.0, refresh_every: 1}
   figures: false
 """,
         # Where masks close channels, singular values come near to zero, of which a Gram matrix keeps half of the
@@ -103,15 +99,9 @@ init_args:
   budget: 0.5
   cost: params
   criterion: learned
-  schedule: null
-  begin: 3
-  end: 11
-  unit: steps
-  learning_rate: 0.2
-  beta_max: 100.0
-  keep: head
-  min_channels: 1
-  multiple_of: 1
+  phase: {begin: 3, end: 11, unit: steps, schedule: null}
+  limits: {keep: head, min_size: 1, multiple_of: 1}
+  rates: {scores: 0.2, beta_max: 100.0, update_every: 10}
   figures: false
 """,
     ),
@@ -120,8 +110,8 @@ init_args:
         ("budget/params", *KEPT),
         """
 class_path: lightning_plugins.callbacks.MaskScheduling
-init_args: {layers: "*", budget: 0.5, cost: params, criterion: magnitude, update_every: 3, begin: 3, end: 11,
-  unit: steps, figures: false}
+init_args: {layers: "*", budget: 0.5, cost: params, criterion: magnitude, rates: {update_every: 3},
+  phase: {begin: 3, end: 11, unit: steps}, figures: false}
 """,
     ),
     "ranks": Row(
@@ -133,15 +123,9 @@ init_args:
   layers: "*"
   budget: 0.6
   cost: params
-  schedule: null
-  begin: 3
-  end: 11
-  unit: steps
-  threshold_learning_rate: 0.03
-  keep: null
-  min_rank: 1
-  multiple_of: 1
-  refresh_every: 1
+  phase: {begin: 3, end: 11, unit: steps, schedule: null}
+  limits: {keep: null, min_size: 1, multiple_of: 1}
+  rates: {thresholds: 0.03, refresh_every: 1}
   figures: false
 """,
         budget=0.6,

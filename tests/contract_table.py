@@ -13,13 +13,17 @@ from torch import Tensor
 from lightning_plugins._lightning import Callback  # the contract runs with both packages
 from lightning_plugins.callbacks import (
     AttributionEvaluation,
+    BatchKeys,
     CollapseAlarm,
+    CollapseLimits,
     Distillation,
     EarlyTermination,
     LayerCall,
     LayerProbe,
+    MatchedOutputs,
     MutualInformationMonitor,
     PointCloudAugmentation,
+    Readout,
     RepresentationMonitor,
     RepresentationRegularization,
     SpectralNormCap,
@@ -117,17 +121,20 @@ SETTINGS = {
         logged=("vne/head/entropy", "vne/penalty"),
         yaml="""
 - class_path: lightning_plugins.callbacks.VNERegularization
-  init_args: {layers: "head:input", weight: 0.3, select: input, mask: tests.contract_table.unmasked, layout: NC}
+  init_args:
+    layers: "head:input"
+    weight: 0.3
+    readout: {select: input, mask: tests.contract_table.unmasked, layout: NC}
 """,
     ),
     "vne, more columns than rows": Setting(
-        lambda: [VNERegularization("backbone", weight=-0.2, pool=total)],
+        lambda: [VNERegularization("backbone", weight=-0.2, readout=Readout(pool=total))],
         by_hand={"weight": -0.2},
         model={"width": 20},
         logged=("vne/backbone/entropy", "vne/penalty"),
         yaml="""
 - class_path: lightning_plugins.callbacks.VNERegularization
-  init_args: {layers: backbone, weight: -0.2, pool: tests.contract_table.total}
+  init_args: {layers: backbone, weight: -0.2, readout: {pool: tests.contract_table.total}}
 """,
     ),
     "vne, queue": Setting(
@@ -159,7 +166,7 @@ SETTINGS = {
         logged=("vne/backbone.1/entropy", "vne/head/entropy", "vne/penalty"),
         yaml="""
 - class_path: lightning_plugins.callbacks.VNERegularization
-  init_args: {layers: ["backbone.1", "head:input"], weight: 0.1, pool: flatten, select: null, mask: null, layout: NC}
+  init_args: {layers: ["backbone.1", "head:input"], weight: 0.1, readout: {pool: flatten, layout: NC}}
 """,
     ),
     "vne, all at once": Setting(
@@ -213,11 +220,7 @@ SETTINGS = {
     layers: ["backbone.1", "head:input"]
     every_n_steps: 1
     metrics: [entropy, uniformity]
-    pool: tests.contract_table.total
-    select: null
-    mask: tests.contract_table.unmasked
-    mask: null
-    layout: NC
+    readout: {pool: tests.contract_table.total, mask: tests.contract_table.unmasked, layout: NC}
     figures: true
     max_spectra: 4
 """,
@@ -309,9 +312,7 @@ SETTINGS = {
     layers: head:input
     term: {class_path: lightning_plugins.regularizers.CodingRate, init_args: {distortion: 0.5}}
     weight: 0.15
-    mask: null
-    select: null
-    layout: NC
+    readout: {layout: NC}
 """,
     ),
     "representation, all at once": Setting(
@@ -343,7 +344,7 @@ SETTINGS = {
     term: {class_path: tests.contract_by_hand.MeanSquare, init_args: {factor: 2.0}}
     weight: 0.3
     name: own
-    pool: mean
+    readout: {pool: mean}
     queue_size: 11
     every_n_steps: 2
     schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 1, end: 0.5, until: 0.5}}
@@ -411,8 +412,10 @@ SETTINGS = {
     ),
     "collapse alarm": Setting(
         lambda: [
-            CollapseAlarm(["backbone.1", "head:input"], share=0.1, minimum=1.5, patience=2, every_n_steps=2),
-            CollapseAlarm("backbone", "rankme", drop=0.9, queue_size=11, every_n_steps=3),
+            CollapseAlarm(
+                ["backbone.1", "head:input"], limits=CollapseLimits(share=0.1, minimum=1.5, patience=2), every_n_steps=2
+            ),
+            CollapseAlarm("backbone", "rankme", CollapseLimits(drop=0.9), queue_size=11, every_n_steps=3),
         ],
         by_hand=None,
         logged=("collapse/backbone.1/effective_rank", "collapse/head/effective_rank", "collapse/backbone/rankme"),
@@ -421,18 +424,13 @@ SETTINGS = {
   init_args:
     layers: [backbone.1, "head:input"]
     metric: effective_rank
-    share: 0.1
-    minimum: 1.5
-    patience: 2
+    limits: {share: 0.1, minimum: 1.5, patience: 2}
     every_n_steps: 2
     action: warn
-    pool: mean
-    select: null
-    mask: null
-    layout: NC
+    readout: {layout: NC}
     dirpath: .
 - class_path: lightning_plugins.callbacks.CollapseAlarm
-  init_args: {layers: backbone, metric: rankme, drop: 0.9, queue_size: 11, every_n_steps: 3}
+  init_args: {layers: backbone, metric: rankme, limits: {drop: 0.9}, queue_size: 11, every_n_steps: 3}
 """,
     ),
     "spectrum monitor": Setting(
@@ -463,7 +461,7 @@ SETTINGS = {
 - class_path: lightning_plugins.callbacks.MutualInformationMonitor
   init_args:
     layers: backbone
-    pool: tests.contract_table.total
+    readout: {pool: tests.contract_table.total}
     pairs: halves
     labels: 1
     loss_candidates: 8
@@ -546,7 +544,9 @@ SETTINGS = {
     ),
     "attribution evaluation": Setting(
         lambda: [
-            AttributionEvaluation(["saliency"], mask=first_half, metrics=["iou"], stage="validate", examples=0),
+            AttributionEvaluation(
+                ["saliency"], batch=BatchKeys(mask=first_half), metrics=["iou"], stage="validate", examples=0
+            ),
         ],
         by_hand=None,
         logged=(),  # in validation alone
@@ -555,32 +555,35 @@ SETTINGS = {
 - class_path: lightning_plugins.callbacks.AttributionEvaluation
   init_args:
     methods: {saliency: null}
-    inputs: 0
-    target: 1
-    mask: tests.contract_table.first_half
+    batch: {inputs: 0, target: 1, mask: tests.contract_table.first_half}
     metrics: [iou]
     stage: validate
     network: null
-    select: 0.1
-    classes: [0, 1, 2]
-    max_samples: 20
+    samples: {select: 0.1, classes: [0, 1, 2], max_samples: 20}
     absolute: both
     max_forward_batch: 64
     examples: 0
 """,
     ),
     "distillation": Setting(
-        lambda: [Distillation(temperature=2.0, weight=30.0)],
+        lambda: [Distillation(outputs=MatchedOutputs(temperature=2.0), weight=30.0)],
         by_hand={"temperature": 2.0, "weight": 30.0},
         kind=DistilledByHand,
         logged=("distillation/outputs", "distillation/penalty"),
         yaml="""
 - class_path: lightning_plugins.callbacks.Distillation
-  init_args: {teacher: start, temperature: 2.0, weight: 30.0, loss: kl}
+  init_args: {teacher: start, outputs: {temperature: 2.0, loss: kl}, weight: 30.0}
 """,
     ),
     "distillation, layers": Setting(
-        lambda: [Distillation(layers=["backbone.1"], temperature=2.0, weight=30.0, schedule=Linear(1, 0.5, until=0.5))],
+        lambda: [
+            Distillation(
+                layers=["backbone.1"],
+                outputs=MatchedOutputs(temperature=2.0),
+                weight=30.0,
+                schedule=Linear(1, 0.5, until=0.5),
+            )
+        ],
         by_hand={
             "layers": (1,),
             "temperature": 2.0,
@@ -593,10 +596,9 @@ SETTINGS = {
 - class_path: lightning_plugins.callbacks.Distillation
   init_args:
     teacher: start
-    outputs: null
+    outputs: {select: null, temperature: 2.0}
     layers: {backbone.1: backbone.1}
     network: ""
-    temperature: 2.0
     weight: 30.0
     mask: null
     layout: null

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plugins.callbacks import VNERegularization
+from lightning_plugins.callbacks import Readout, VNERegularization
 from lightning_plugins.schedules import Linear, Warmup
 from tests.models import Classifier, fit, make_batches
 
@@ -136,21 +136,21 @@ FITS: dict[str, Fit] = {
     ),
     "cls of a feature map": (
         odd(lambda x: x[:, :, None, None]),
-        vne(pool="cls", layout="NCHW"),
+        vne(readout=Readout(pool="cls", layout="NCHW")),
         {},
         ValueError,
         "`pool='cls'` takes one token of a sequence, got shape .*; use 'mean' or 'flatten' for feature maps",
     ),
     "a pool that gives no matrix": (
         Classifier,
-        vne("backbone", pool=two_dimensions_more),
+        vne("backbone", readout=Readout(pool=two_dimensions_more)),
         {},
         ValueError,
         r"'backbone': `pool` must return a matrix of shape \(N, d\), got shape \(8, 5, 1\)",
     ),
     "a pool that gives no tensor": (
         Classifier,
-        vne("backbone", pool=no_tensor),
+        vne("backbone", readout=Readout(pool=no_tensor)),
         {},
         TypeError,
         "`pool` must return a floating tensor of shape .*, got float",

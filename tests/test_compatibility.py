@@ -39,8 +39,11 @@ def test_the_term_is_right_on_a_network_of_others(case):
     ("change", "problem"),
     [
         (lambda settings: {"weight": 2 * settings["weight"]}, "loss went from"),
-        (lambda settings: {"pool": lambda features: features.detach()}, "the term reached 0 of"),
-        (lambda settings: {"pool": lambda features: features[1:]}, "by NumPy"),
+        (
+            lambda settings: {"readout": checks.Readout(pool=lambda features: features.detach())},
+            "the term reached 0 of",
+        ),
+        (lambda settings: {"readout": checks.Readout(pool=lambda features: features[1:])}, "by NumPy"),
     ],
     ids=["wrong weight", "no gradient", "missing row"],
 )

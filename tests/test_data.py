@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import TensorDataset
 
-from lightning_plugins.data import EpisodicDataModule
+from lightning_plugins.data import EpisodeCounts, EpisodicDataModule
 from lightning_plugins.meta import FewShot, Sinusoid
 from tests._processes import run_on_ranks
 from tests.contract_ranks import act_as_rank
@@ -54,8 +54,11 @@ class Recorder(LightningModule):
 
 
 def make(**arguments):
-    numbers = {"tasks_per_batch": 2, "episodes": 6, "val_episodes": 3, "test_episodes": 5}
-    return EpisodicDataModule(**{"train": TASKS, "val": TASKS, "test": TASKS, **numbers, **arguments})
+    return EpisodicDataModule(**{"train": TASKS, "val": TASKS, "test": TASKS, "episodes": counts(), **arguments})
+
+
+def counts(**numbers):
+    return EpisodeCounts(**{"train": 6, "val": 3, "test": 5, "tasks_per_batch": 2, **numbers})
 
 
 def trainer_of(**settings):
@@ -93,7 +96,7 @@ def test_what_a_trainer_sees():
 
 
 def test_only_the_training_follows_the_seed_and_none_the_batches():
-    found, reseeded, one_by_one = seen(make()), seen(make(seed=1)), seen(make(tasks_per_batch=1))
+    found, reseeded, one_by_one = seen(make()), seen(make(seed=1)), seen(make(episodes=counts(tasks_per_batch=1)))
     assert set(flat(found["train 0"])).isdisjoint(flat(reseeded["train 0"]))
     assert found["val 0"] == reseeded["val 0"]
     for stage in found:
@@ -123,7 +126,9 @@ def test_an_epoch_cut_short_is_resumed_with_the_next(tmp_path):
 
 
 def test_labelled_datasets():
-    data = EpisodicDataModule(LABELLED, test=FewShot(LABELLED, 2, 3, 4), ways=3, queries=2, tasks_per_batch=5)
+    data = EpisodicDataModule(
+        LABELLED, test=FewShot(LABELLED, 2, 3, 4), ways=3, queries=2, episodes=counts(tasks_per_batch=5)
+    )
     (support_x, support_y), (query_x, _) = next(iter(data.train_dataloader()))
     assert support_x.shape == (5, 3)  # one shot, by default
     assert query_x.shape == (5, 6)
@@ -136,15 +141,15 @@ def _on_rank(rank, ranks):
     act_as_rank(rank, ranks)
     model = Recorder()
     settings = {"devices": ranks, "strategy": "ddp"}
-    found = seen(make(tasks_per_batch=3), model, **settings)
-    trainer_of(**settings).test(model, datamodule=make(tasks_per_batch=3, test_episodes=7), verbose=False)
+    found = seen(make(episodes=counts(tasks_per_batch=3)), model, **settings)
+    trainer_of(**settings).test(model, datamodule=make(episodes=counts(test=7, tasks_per_batch=3)), verbose=False)
     return {**found, "test 0": model.seen["test 0"]}
 
 
 @pytest.mark.distributed
 def test_two_processes_share_every_batch(tmp_path):
-    expected = seen(make(tasks_per_batch=3))
-    tested = make(tasks_per_batch=3, test_episodes=7).test_dataloader()
+    expected = seen(make(episodes=counts(tasks_per_batch=3)))
+    tested = make(episodes=counts(test=7, tasks_per_batch=3)).test_dataloader()
     expected["test 0"] = [batch[0][0].flatten(1).sum(1).tolist() for batch in tested]
     shares = run_on_ranks(_on_rank, 2, tmp_path, 2)
     assert shares[0].keys() == expected.keys()
@@ -172,10 +177,7 @@ data:
   ways: null
   shots: null
   queries: null
-  tasks_per_batch: 2
-  episodes: 6
-  val_episodes: 3
-  test_episodes: 5
+  episodes: {train: 6, val: 3, test: 5, tasks_per_batch: 2}
   seed: 0
   num_workers: 0
 """
@@ -196,13 +198,23 @@ MISTAKES = {
     "shots of a task set": ({"shots": 5}, ValueError, "`shots` is for labelled datasets, got task sets only"),
     "no dataset": ({"train": 3}, TypeError, "`train` must have `__len__` and `__getitem__`, got int"),
     "too many shots": ({"train": LABELLED, "shots": 5, "queries": 6}, ValueError, "got 5 . 6 and 0 with 10, 1 with 10"),
-    "no tasks": ({"tasks_per_batch": 0}, ValueError, "`tasks_per_batch` must be at least 1, got 0"),
     "no episodes": ({"episodes": 0}, ValueError, "`episodes` must be at least 1, got 0"),
-    "fractional": ({"val_episodes": 2.5}, TypeError, "`val_episodes` must be an int"),
-    "no test": ({"test_episodes": 0}, ValueError, "`test_episodes` must be at least 1, got 0"),
     "seed": ({"seed": -3}, ValueError, "`seed` must be at least 0, got -3"),
     "workers": ({"num_workers": -1}, ValueError, "`num_workers` must be at least 0, got -1"),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "error", "message"),
+    [
+        ("tasks_per_batch", 0, ValueError, "`tasks_per_batch` must be at least 1, got 0"),
+        ("val", 2.5, TypeError, "`val` must be an int"),
+        ("test", 0, ValueError, "`test` must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_in_counts(name, number, error, message):
+    with pytest.raises(error, match=message):
+        counts(**{name: number})
 
 
 @pytest.mark.parametrize("name", MISTAKES)

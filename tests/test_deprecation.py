@@ -80,7 +80,7 @@ def test_attach_compression():
         pass
 
     net = Net(*network())
-    with pytest.warns(FutureWarning, match="`minimum` .* pass `min_channels`"):
+    with pytest.warns(FutureWarning, match=r"`minimum` is a field .* pass `limits=Limits\(min_size=5\)`"):
         net.attach_compression("0", budget=0.8, inputs=torch.zeros(1, 4), ranks=False, minimum=5)
     assert net.compress().kept[0].sum() >= 5
 
@@ -161,7 +161,7 @@ def test_levels_of_a_search_have_removed_fractions():
 
 def test_low_rank_compression():
     with pytest.warns(FutureWarning, match=r"`ratio` was renamed: pass `budget=0\.2`"):
-        callback = LowRankCompression("*", ratio=0.8, weight=0.5)
+        callback = LowRankCompression("*", ratio=0.8, penalty=0.5)
     with pytest.warns(FutureWarning):
         by_position = LowRankCompression("*", 0.8, 0.5)
     assert (callback.budget, callback.weight) == (by_position.budget, by_position.weight) == (0.2, 0.5)

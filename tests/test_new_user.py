@@ -39,7 +39,7 @@ def test_program_is_short_and_runs_in_seconds(program, printed, capsys):
     [
         (ENTROPY, "weight=0.1", 'weight="much"', r"`weight` must be a number, got 'much'"),
         (ENTROPY, '("l1", weight', '("l2", weight', r"`layers`: no module is called 'l2'; did you mean 'l1'\?"),
-        (ENTROPY, "weight=0.1", 'weight=0.1, pool="avg"', r"`pool` must be 'mean', 'max',.* got 'avg'"),
+        (ENTROPY, "weight=0.1", 'weight=0.1, readout="cls"', r"`readout` must be a Readout.* got 'cls'"),
         (COMPRESSION, "budget=0.5", "budget=50", r"`budget` must be in \[0, 1\], got 50; did you mean 0\.5\?"),
         (
             COMPRESSION,
@@ -53,7 +53,7 @@ def test_program_is_short_and_runs_in_seconds(program, printed, capsys):
             "(make(), ",
             r"`model` must be a class or function.*got ResNet; for an existing network",
         ),
-        (FEW_SHOT, "inner_steps=2", "inner_steps=0", r"`inner_steps` must be at least 1, got 0"),
+        (FEW_SHOT, "steps=2", "steps=0", r"`steps` must be at least 1, got 0"),
         (FEW_SHOT, '("train")', '("training")', r"`split` must be .* got 'training'; did you mean 'train'\?"),
         (FEW_SHOT, "(GAPMixin, LightningModule)", "(LightningModule, GAPMixin)", r"`GAPMixin` must come before"),
         (PROBE, 'targets="label"', 'targets="labels"', r"has no 'labels'; its keys are 'input_ids', 'label'"),

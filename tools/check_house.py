@@ -24,32 +24,9 @@ OPENING = re.compile(r"\s*(What|Which|Whether|How)\b")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Allowances = Mapping[str, Mapping[str, str]]
 
-FLAT = "a user writes its settings as one flat list, in Python and in YAML; each has a default"
-METHOD = "one function of a published method, whose settings are flat where it is compared with others"
-_CALLBACKS = {
-    "attribution_evaluation": "AttributionEvaluation",
-    "collapse_alarm": "CollapseAlarm",
-    "distillation": "Distillation",
-    "hybrid_compression": "HybridCompression",
-    "low_rank_compression": "LowRankCompression",
-    "mask_scheduling": "MaskScheduling",
-    "rank_scheduling": "RankScheduling",
-    "representation_regularization": "RepresentationRegularization",
-    "von_neumann": "VNERegularization",
-}
 ALLOWED: dict[str, dict[str, str]] = {
     "parameters": {
-        **{f"lightning_plugins/callbacks/{file}.py:{name}.__init__": FLAT for file, name in _CALLBACKS.items()},
-        "lightning_plugins/data/episodes.py:EpisodicDataModule.__init__": FLAT,
-        "lightning_plugins/meta/inner_loop.py:InnerLoop.__init__": FLAT,
-        "lightning_plugins/metrics/linear_probe.py:LinearProbe.__init__": FLAT,
-        "lightning_plugins/mixins/compression.py:CompressionMixin.attach_compression": FLAT,
-        "lightning_plugins/mixins/maml.py:MAMLMixin.__init__": FLAT,
-        "lightning_plugins/search/tuning.py:tune": FLAT,
         "lightning_plugins/cli/_compress.py:compress": "every parameter is an option of the command line",
-        "lightning_plugins/compression/rank_search/beam_search.py:beam_search": FLAT,
-        "lightning_plugins/functional/attribution/curves.py:perturbation_curve": METHOD,
-        "lightning_plugins/functional/attribution/infidelity.py:infidelity": METHOD,
     },
 }
 

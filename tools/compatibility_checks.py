@@ -14,7 +14,7 @@ from compatibility_cases import Case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_plugins.callbacks import VNERegularization
+from lightning_plugins.callbacks import Readout, VNERegularization
 from lightning_plugins.functional.pooling import pool_embeddings
 
 WEIGHT = 1.0
@@ -93,7 +93,7 @@ def train(
     module, witness = build(), Witness(case.layers)
     callbacks: list[pl.Callback] = [witness]
     if plugged:
-        callbacks.insert(0, VNERegularization(layers=list(case.layers), weight=WEIGHT, pool=case.pool))
+        callbacks.insert(0, VNERegularization(layers=list(case.layers), weight=WEIGHT, readout=Readout(pool=case.pool)))
     quiet = {
         "logger": False,
         "enable_checkpointing": False,

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightning_plugins.callbacks import VNERegularization
 from lightning_plugins.meta import EpisodeLoader, GlyphFewShot
-from lightning_plugins.mixins import MAMLMixin
+from lightning_plugins.mixins import InnerSettings, MAMLMixin
 from representation_parts.part import Part, Run, quiet_trainer
 
 STEPS, TASKS = 200, 4
@@ -20,9 +20,7 @@ class FewShot(MAMLMixin, LightningModule):
         super().__init__(
             conv4(),
             F.cross_entropy,
-            inner_steps=3,
-            evaluation_steps=5,
-            inner_learning_rate=0.1,
+            inner=InnerSettings(steps=3, evaluation_steps=5, learning_rate=0.1),
             learning_rate=2e-3,
             features="13:input",
         )

@@ -1,6 +1,13 @@
 """Lightning callbacks: they decide when to act, and call the other subpackages."""
 
+from lightning_plugins.callbacks._attribution.batches import BatchKeys
+from lightning_plugins.callbacks._attribution.selection import SampleSelection
+from lightning_plugins.callbacks._compression.settings import Penalty, SearchSettings, Timing
+from lightning_plugins.callbacks._monitors.collapse import CollapseLimits
 from lightning_plugins.callbacks._rows.masks import LayerCall
+from lightning_plugins.callbacks._rows.readout import Readout
+from lightning_plugins.callbacks._terms.distances import MatchedOutputs
+from lightning_plugins.callbacks._trainer.phases import Phase
 from lightning_plugins.callbacks.attribution_evaluation import AttributionEvaluation
 from lightning_plugins.callbacks.calibration_recorder import CalibrationRecorder
 from lightning_plugins.callbacks.collapse_alarm import CollapseAlarm, RepresentationCollapseError
@@ -24,8 +31,10 @@ from lightning_plugins.callbacks.weight_regularization import WeightRegularizati
 
 __all__ = [
     "AttributionEvaluation",
+    "BatchKeys",
     "CalibrationRecorder",
     "CollapseAlarm",
+    "CollapseLimits",
     "Distillation",
     "EarlyTermination",
     "HybridCompression",
@@ -33,15 +42,22 @@ __all__ = [
     "LayerProbe",
     "LowRankCompression",
     "MaskScheduling",
+    "MatchedOutputs",
     "MutualInformationMonitor",
+    "Penalty",
+    "Phase",
     "PointCloudAugmentation",
     "RankScheduling",
+    "Readout",
     "RepresentationCollapseError",
     "RepresentationMonitor",
     "RepresentationRegularization",
+    "SampleSelection",
+    "SearchSettings",
     "SpectralNormCap",
     "SpectrumMonitor",
     "StableRankRegularization",
+    "Timing",
     "VNERegularization",
     "WeightRegularization",
     "probe_layers",

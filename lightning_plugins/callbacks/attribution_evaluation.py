@@ -1,6 +1,6 @@
 """Evaluate attribution methods on the samples of a validation or test."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -8,7 +8,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_plugins._checks import check_choice, check_non_negative_int, check_positive_int, check_text
+from lightning_plugins._checks import (
+    check_choice,
+    check_instance,
+    check_non_negative_int,
+    check_positive_int,
+    check_text,
+)
+from lightning_plugins._grouping import grouped
 from lightning_plugins._lightning import (
     Callback,
     DDPStrategy,
@@ -19,13 +26,13 @@ from lightning_plugins._lightning import (
     Trainer,
     rank_zero_warn,
 )
-from lightning_plugins.callbacks._attribution.batches import Key, key_name, resolve_key, take
+from lightning_plugins.callbacks._attribution.batches import BatchKeys, Key, key_name, take
 from lightning_plugins.callbacks._attribution.examples import Examples
 from lightning_plugins.callbacks._attribution.methods import build_method
 from lightning_plugins.callbacks._attribution.refusals import check_layer, check_logits, check_network
 from lightning_plugins.callbacks._attribution.report import AttributionReport
 from lightning_plugins.callbacks._attribution.scoreboard import DEFAULT_METRICS, RANDOM, Scoreboard, checked_metrics
-from lightning_plugins.callbacks._attribution.selection import Selection
+from lightning_plugins.callbacks._attribution.selection import SampleSelection, Selection
 from lightning_plugins.callbacks._attribution.settings import Methods, check_methods, find_network, method_calls, named
 from lightning_plugins.callbacks._attribution.untouched import untouched
 from lightning_plugins.callbacks._monitors.figures import hand_to_loggers
@@ -59,20 +66,16 @@ class AttributionEvaluation(Callback):
             the name of the layer for ``"gradcam"`` and ``"guided_gradcam"``; options of Captum's ``attribute``, a
             mapping, in which ``"layer"`` names the layer and ``"method"`` Captum's where the name is one's own; or a
             callable from inputs and classes to attributions.
-        inputs: Where the model's inputs ``(B, C, *spatial)`` are in the batch: a place in a tuple, a key of a mapping,
-            or a callable from the batch (or its import path).
-        target: Likewise, the true classes, integers of shape ``(B,)``.
-        mask: Likewise, the positions that matter, ``(B, *spatial)``; None if no metric needs them.
+        batch: Where inputs, true classes and masks are in the batch, as ``BatchKeys(mask=2)``; see
+            `lightning_plugins.callbacks.BatchKeys`.
         metrics: Names out of ``"iou"``, ``"rank_accuracy"``, ``"pointing_game"``, ``"attribution_localization"``,
             ``"auroc"``, ``"degradation"``, ``"region_perturbation"``, ``"deletion"``, ``"insertion"``,
             ``"faithfulness_correlation"``, ``"infidelity"`` and ``"sensitivity"``, or a mapping from names to metrics
             out of `lightning_plugins.metrics`.
         stage: ``"test"`` or ``"validate"``; sanity checks are left out.
         network: Name of the submodule that maps inputs to logits; the LightningModule itself if None.
-        select: Which samples: those whose probability of the true class is above this number, or a callable from these
-            probabilities, shape ``(B,)``, to bools (or its import path); all if None.
-        classes: Only samples of these classes; of all if None.
-        max_samples: Maximum number of samples per rank, in order; by default all.
+        samples: Which samples, as ``SampleSelection(select=0.9, classes=[1])``; see
+            `lightning_plugins.callbacks.SampleSelection`. All by default.
         absolute: ``"raw"`` maps, ``"abs"`` for absolute values, or ``"both"``.
         max_forward_batch: The largest number of inputs, copies of samples among them, in one forward pass.
         examples: Number of samples of the first rank whose maps are drawn, in addition to the curves; 0 draws nothing,
@@ -84,42 +87,43 @@ class AttributionEvaluation(Callback):
         ImportError: If a method is named and Captum is missing, or ``examples`` are wanted without matplotlib.
 
     Example:
-        >>> evaluation = AttributionEvaluation(["saliency"], mask="mask", inputs="x", target="y", examples=0)
+        >>> keys = BatchKeys(inputs="x", target="y", mask="m")
+        >>> evaluation = AttributionEvaluation(["saliency"], batch=keys, examples=0)
         >>> evaluation.forms
         ('raw', 'abs')
     """
 
+    @grouped(batch=BatchKeys, samples=SampleSelection)
     def __init__(
         self,
         methods: Methods,
         *,
-        inputs: int | str | Callable[[Any], Tensor] = 0,
-        target: int | str | Callable[[Any], Tensor] = 1,
-        mask: int | str | Callable[[Any], Tensor] | None = None,
+        batch: BatchKeys = BatchKeys(),
         metrics: Sequence[str] | Mapping[str, Metric] = DEFAULT_METRICS,
         stage: Stage = "test",
         network: str | None = None,
-        select: float | str | Callable[[Tensor], Tensor] | None = None,
-        classes: Sequence[int] | None = None,
-        max_samples: int | None = None,
+        samples: SampleSelection = SampleSelection(),
         absolute: Absolute = "both",
         max_forward_batch: int = MAX_FORWARD_BATCH,
         examples: int = 3,
     ) -> None:
         super().__init__()
         self.methods = check_methods(methods)
-        self.keys: dict[str, Key] = {"inputs": resolve_key("inputs", inputs), "target": resolve_key("target", target)}
-        if mask is not None:
-            self.keys["mask"] = resolve_key("mask", mask)
+        check_instance("batch", batch, BatchKeys, "BatchKeys, such as `BatchKeys(mask=2)`")
+        self.keys: dict[str, Key] = batch.resolved()
         self.stage = check_choice("stage", stage, STAGES)
         self.network = None if network is None else check_text("network", network, "the name of a module")
-        self.selection = Selection(select, classes, max_samples)
+        self.selection = Selection(
+            check_instance(
+                "samples", samples, SampleSelection, "a SampleSelection, such as `SampleSelection(select=0.9)`"
+            )
+        )
         self.forms = FORMS[check_choice("absolute", absolute, FORMS)]
         self.max_forward_batch = check_positive_int("max_forward_batch", max_forward_batch)
         self.metrics = checked_metrics(metrics, self.max_forward_batch)
-        if mask is None and any(isinstance(metric, LocalizationMetric) for metric in self.metrics.values()):
+        if "mask" not in self.keys and any(isinstance(metric, LocalizationMetric) for metric in self.metrics.values()):
             names = [name for name, metric in self.metrics.items() if isinstance(metric, LocalizationMetric)]
-            raise ValueError(f"`mask` must say where the truth is in the batch, for the metrics {names}, got None")
+            raise ValueError(f"`mask` of `batch` must say where the truth is, for the `metrics` {names}, got None")
         self.examples = check_non_negative_int("examples", examples)
         if examples:
             require_matplotlib()
@@ -244,9 +248,10 @@ class AttributionEvaluation(Callback):
         with torch.inference_mode(False):
             self.report = self._board.report(samples, seen)
         if not samples:
+            rules = self.selection.samples
             rank_zero_warn(
-                f"AttributionEvaluation: none of {seen} samples was chosen by `classes={self.selection.classes}` and"
-                f" `select={self.selection.select}`, so there is no score; lower `select`, or train the model further"
+                f"AttributionEvaluation: none of {seen} samples was chosen by `classes={rules.classes}` and"
+                f" `select={rules.select}`, so there is no score; lower `select`, or train the model further"
             )
         for method, row in self.report.scores.items():
             for name, cell in row.items():

@@ -12,18 +12,15 @@ import torch
 from lightning_plugins._checks import (
     check_choice,
     check_finite_number,
-    check_fraction,
     check_instance,
     check_non_negative_int,
     check_positive_int,
 )
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
-from lightning_plugins.callbacks._monitors.collapse import METRICS, RANKS, CollapseMeasure
-from lightning_plugins.callbacks._rows.masks import Mask
-from lightning_plugins.callbacks._rows.pool import Pool
+from lightning_plugins.callbacks._monitors.collapse import METRICS, RANKS, CollapseLimits, CollapseMeasure
 from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._rows.rows import Rows
-from lightning_plugins.callbacks._rows.select import Select
+from lightning_plugins.callbacks._rows.readout import Readout, check_readout
 from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.requirements import (
@@ -61,29 +58,23 @@ class CollapseAlarm(Callback):
     summed, so that the value does not depend on how the rows were split, and the device is waited for at these steps
     alone. Of small batches, whose rank can't be above their number of rows, `queue_size` lets earlier ones join.
 
-    A measurement is too low if it is below any limit that is given (`minimum`, `share`, `drop`), or not a number. After
-    `patience` such measurements in a row of one layer, all processes act together; the layer can raise the alarm again
-    after a measurement that was not too low.
+    After as many measurements of one layer in a row as `limits` say are too low, all processes act together; the layer
+    can raise the alarm again after a measurement that was not too low.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` selects its
             input, ``"backbone.fc"`` its output.
         metric: ``"effective_rank"``, ``"entropy"`` (nats), ``"isotropy"``, ``"rankme"`` or ``"stable_rank"``; see
             `lightning_plugins.metrics`.
-        minimum: The lowest acceptable value.
-        share: The least share of the most that a rank could be (the number of features, or of rows if there are fewer)
-            that is not too low; for the ranks only.
-        drop: How far below its best so far the metric may fall, as a share of the best.
-        patience: How many measurements in a row must be too low.
+        limits: `CollapseLimits`: which measurements are too low, and how many in a row must be. A number is the lowest
+            acceptable value.
         action: ``"warn"``; ``"stop"`` ends the training after the step, as `EarlyStopping` does; ``"raise"`` raises
             `RepresentationCollapseError`; ``"checkpoint"`` saves ``collapse-<layer>-step=<n>.ckpt`` in `dirpath`. All
             warn.
         every_n_steps: The batches of every n-th optimizer step are measured.
         queue_size: This many rows of earlier batches are remembered, of every step; they are saved in checkpoints.
-        pool: As for `RepresentationRegularization`, as `select`, `mask` and `layout`.
-        select: Which tensor of a nested output (or input).
-        mask: Which positions are no padding.
-        layout: What the dimensions of the tensor are.
+        readout: How a layer's tensor becomes rows, as ``Readout(pool="cls", mask="attention_mask")``; see
+            `lightning_plugins.callbacks.Readout`.
         dirpath: Where ``"checkpoint"`` saves; the Trainer's `default_root_dir` by default.
 
     Raises:
@@ -93,43 +84,45 @@ class CollapseAlarm(Callback):
     Logs ``collapse/<layer>/<metric>`` at every measurement. `alarms` lists the alarms of this training.
 
     Example:
-        >>> alarm = CollapseAlarm("projector", share=0.1, patience=3, action="stop")
+        >>> alarm = CollapseAlarm("projector", limits=CollapseLimits(share=0.1, patience=3), action="stop")
         >>> alarm.metric
         'effective_rank'
     """
 
     method = "collapse"
 
+    @grouped(limits=Group(CollapseLimits, older={"minimum": "minimum"}, main="minimum"), readout=Readout)
     def __init__(
         self,
         layers: str | list[str],
         metric: str = "effective_rank",
-        minimum: float | None = None,
+        limits: float | CollapseLimits | None = None,
         *,
-        share: float | None = None,
-        drop: float | None = None,
-        patience: int = 1,
         action: Literal["warn", "stop", "raise", "checkpoint"] = "warn",
         every_n_steps: int = 50,
         queue_size: int = 0,
-        pool: Pool = "mean",
-        select: Select = None,
-        mask: Mask | dict[str, Any] = None,
-        layout: str | None = None,
+        readout: Readout = Readout(),
         dirpath: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.layers = check_layers(layers, sides=True)
         self.metric = check_choice("metric", metric, METRICS)
-        self.minimum = None if minimum is None else check_finite_number("minimum", minimum)
-        self.share = None if share is None else check_fraction("share", share)
-        self.drop = None if drop is None else check_fraction("drop", drop)
-        self._check_limits()
-        self.patience = check_positive_int("patience", patience)
+        if limits is None:
+            raise ValueError("`limits` must say what is too low, got none; try `limits=CollapseLimits(share=0.1)`")
+        if not isinstance(limits, CollapseLimits):
+            limits = CollapseLimits(minimum=check_finite_number("limits", limits))
+        self.limits = limits
+        self.minimum, self.share, self.drop = limits.minimum, limits.share, limits.drop
+        self.patience = limits.patience
+        if self.share is not None and self.metric not in RANKS:
+            raise ValueError(
+                "`share` is of the most that a rank could be and needs a `metric` out of "
+                f"{', '.join(map(repr, RANKS))}, got {self.metric!r}; use `minimum` or `drop`"
+            )
         self.action = check_choice("action", action, ("warn", "stop", "raise", "checkpoint"))
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         self.queue_size = check_non_negative_int("queue_size", queue_size)
-        self.rows = Rows(pool, select, mask, layout)
+        self.readout = check_readout(readout)
         self.dirpath = None if dirpath is None else str(check_instance("dirpath", dirpath, (str, Path), "a path"))
         self.alarms: list[Collapse] = []
         self._measure = CollapseMeasure(metric, self.queue_size)
@@ -151,7 +144,7 @@ class CollapseAlarm(Callback):
             patience=self.patience,
             every_n_steps=self.every_n_steps,
             queue_size=self.queue_size,
-            **self.rows.key(),
+            **self.readout.key(),
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -235,17 +228,8 @@ class CollapseAlarm(Callback):
         alarms = state_dict["alarms"].items()
         self.alarms = [Collapse(key.partition("/")[2], *numbers) for key, numbers in alarms]
 
-    def _check_limits(self) -> None:
-        if self.minimum is None and self.share is None and self.drop is None:
-            raise ValueError("`minimum`, `share` or `drop` must say what is too low, got none; try `share=0.1`")
-        if self.share is not None and self.metric not in RANKS:
-            raise ValueError(
-                "`share` is of the most that a rank could be and needs a `metric` out of "
-                f"{', '.join(map(repr, RANKS))}, got {self.metric!r}; use `minimum` or `drop`"
-            )
-
     def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = ObservedRows(pl_module, self.layers, self.rows)
+        self._capture = ObservedRows(pl_module, self.layers, self.readout)
         self._capture.attach()
 
     def _judge(self, values: dict[str, float], most: dict[str, int], step: int) -> list[Collapse]:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_finite_number, check_positive_number, check_text
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.callbacks._rows.compiled import is_compiled
 from lightning_plugins.callbacks._rows.masks import LayerCall, Mask, Parameters, find_mask
 from lightning_plugins.callbacks._rows.network_calls import NetworkCall, NetworkCalls, layer_pairs
 from lightning_plugins.callbacks._rows.pool import callable_name
-from lightning_plugins.callbacks._rows.rows import check_mask
-from lightning_plugins.callbacks._rows.select import Select, Step, check_select, selected
-from lightning_plugins.callbacks._terms.distances import Distance
+from lightning_plugins.callbacks._rows.readout import check_mask
+from lightning_plugins.callbacks._rows.select import Select, check_select, selected
+from lightning_plugins.callbacks._terms.distances import Distance, MatchedOutputs
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
 from lightning_plugins.callbacks._terms.projections import Projections
 from lightning_plugins.callbacks._terms.teachers import START, check_teacher, make_teacher
@@ -52,13 +53,12 @@ class Distillation(Callback):
             first). The path of a checkpoint of the network (``.ckpt``, ``.pt``, ``.pth``, ``.safetensors``). The import
             path of a function that returns a network which takes the same arguments. Or such a network.
         outputs: Location of the tensor to match in the network's output: a key, attribute or index, such as
-            ``"logits"``, or a list of them; None for the first tensor, False for none.
+            ``"logits"``, or a list of them; None for the first tensor, False for none. Or
+            `lightning_plugins.callbacks.MatchedOutputs`, which also has the loss and its temperature. Layers always
+            have the mean squared error.
         layers: Layers whose tensors are to match: names within ``network``, or a mapping from those of the student
             to those of the teacher.
         network: Name of the module that is called in the step, as ``"model"``; empty for the `LightningModule` itself.
-        loss: Of the outputs: ``"kl"``, the divergence of class probabilities, for logits; ``"mse"`` or ``"cosine"`` for
-            embeddings. Layers always have the mean squared error.
-        temperature: Softens the probabilities, for ``"kl"``.
         weight: Factor on the sum.
         mask: Which positions are no padding: the name of an argument of ``network`` or of an entry of the batch, such
             as ``"attention_mask"``; as for `lightning_plugins.callbacks.VNERegularization`.
@@ -74,7 +74,8 @@ class Distillation(Callback):
     added to the loss.
 
     Example:
-        >>> callback = Distillation("start", network="model", outputs="logits", temperature=2.0, mask="attention_mask")
+        >>> outputs = MatchedOutputs(select="logits", temperature=2.0)
+        >>> callback = Distillation("start", network="model", outputs=outputs, mask="attention_mask")
         >>> callback.weight
         1.0
 
@@ -85,15 +86,14 @@ class Distillation(Callback):
 
     method = "distillation"
 
+    @grouped(outputs=Group(MatchedOutputs, main="select"))
     def __init__(
         self,
         teacher: str | nn.Module = START,
         *,
-        outputs: Select | Literal[False] = None,
+        outputs: Select | Literal[False] | MatchedOutputs = None,
         layers: str | Sequence[str] | Mapping[str, str] = (),
         network: str = "",
-        loss: Literal["kl", "mse", "cosine"] = "kl",
-        temperature: float = 1.0,
         weight: float = 1.0,
         mask: Mask | dict[str, Any] = None,
         layout: str | None = None,
@@ -102,14 +102,14 @@ class Distillation(Callback):
     ) -> None:
         super().__init__()
         self.teacher = check_teacher(teacher)
-        self.outputs: tuple[Step, ...] | Literal[False] | None = (
-            False if outputs is False else check_select(outputs, "outputs")
-        )
+        if not isinstance(outputs, MatchedOutputs):
+            outputs = MatchedOutputs(select=False if outputs is False else check_select(outputs, "outputs"))
+        self.outputs = outputs.path
         self.layers = layer_pairs(layers)
-        if outputs is False and not self.layers:
+        if self.outputs is False and not self.layers:
             raise ValueError("`layers` must name a layer where `outputs=False`, or there is nothing to match, got none")
         self.network = check_text("network", network, "the name of a module")
-        self.distance = Distance(loss, check_positive_number("temperature", temperature), layout)
+        self.distance = Distance(outputs.loss, outputs.temperature, layout)
         self.weight = check_finite_number("weight", weight)
         self._mask: Mask = check_mask(mask)
         if schedule is not None and not isinstance(schedule, Schedule):

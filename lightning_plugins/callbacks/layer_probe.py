@@ -58,7 +58,8 @@ class LayerProbe(Callback):
         mask: The same, of shape ``(N, L)``: which tokens count, such as ``"attention_mask"``.
         positions: ``"tokens"``, ``"cls"`` (the first), ``"mean"`` (over the tokens of the mask, or over positions), or
             a callable of a layer's tensor and the batch that gives rows ``(R, d)`` (or its import path).
-        probe: Further arguments of `lightning_plugins.metrics.LinearProbe`, such as ``{"weight": "group"}``.
+        probe: Further arguments of `lightning_plugins.metrics.LinearProbe`, such as ``{"weight": "group"}``, and the
+            ``reservoir`` of its `ProbeClassifier`.
         stages: Out of ``"train"``, ``"val"`` and ``"test"``.
         controls: Out of ``"initial"`` and ``"projection"``.
         figures: Whether to draw; needs matplotlib.

@@ -6,75 +6,67 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from lightning_plugins._checks import plain_number
+from lightning_plugins._checks import check_instance, plain_number
 from lightning_plugins._deprecation import Replaced, renamed, share_left
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import LightningModule, Trainer
 from lightning_plugins.callbacks._compression.compressing_callback import CompressingCallback
 from lightning_plugins.callbacks._compression.costs import network_costs
 from lightning_plugins.callbacks._compression.rank_source import RankSource
+from lightning_plugins.callbacks._compression.settings import (
+    Penalty,
+    Search,
+    SearchSettings,
+    Timing,
+    as_penalty,
+    as_search,
+)
 from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to_loggers
 from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors
 from lightning_plugins.callbacks._surgery.swap import operate, require_operable
 from lightning_plugins.callbacks._terms.logged import log_value
-from lightning_plugins.callbacks._trainer.phases import check_phases, reached, require_end
+from lightning_plugins.callbacks._trainer.phases import reached, require_end
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.compression.budget.carried_state import split_layers
 from lightning_plugins.compression.rank_search.problem import removed_for
 from lightning_plugins.compression.reports.report import CompressionReport
 from lightning_plugins.plots import compression_figure
 from lightning_plugins.plots.style import has_matplotlib
-from lightning_plugins.schedules import Schedule
+from lightning_plugins.selection import check_layers
 from lightning_plugins.weights import check_scheme
 
 
 class LowRankCompression(CompressingCallback):
     """Train a network to a wanted size within one ``trainer.fit``: its weights become products of two smaller ones.
 
-    1. Up to ``search_at`` the network trains as it is.
+    1. Up to ``timing.search_at`` the network trains as it is.
     2. There a search finds a rank for each layer such that at most ``budget`` of the layers' cost is left.
     3. From then on the modified stable rank drives the weights to these ranks (see `StableRankRegularization`).
-    4. At the first start of an epoch from ``factorize_at`` on, or else at the end of training, each layer is factorised
-       in place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. The state of the optimizers is carried over to the
-       factors, and schedulers and DDP continue.
+    4. At the first start of an epoch from ``timing.factorize_at`` on, or else at the end of training, each layer is
+       factorised in place: ``net.fc`` becomes ``net.fc.0`` and ``net.fc.1``. The state of the optimizers is carried
+       over to the factors, and schedulers and DDP continue.
     5. The rest of training fine-tunes the small network.
 
     Afterwards the module is the small network. Its checkpoints are loaded by every Trainer that has this callback, or
     whose module has `lightning_plugins.mixins.CompressionMixin`, which `load_from_checkpoint` needs too; anywhere else
     `lightning_plugins.compression.restore_structure` gives a fresh module the structure first.
 
-    Each phase can be left out: ``ranks`` replaces the search, ``weight=0`` omits the regularisation,
-    ``factorize_at=None`` the factors and the fine-tuning. Later trainings of a module that this callback has compressed
-    only fine-tune it.
+    Each phase can be left out: ``ranks`` replaces the search, ``penalty=0`` omits the regularisation,
+    ``timing=Timing(factorize_at=None)`` the factors and the fine-tuning. Later trainings of a module that this callback
+    has compressed only fine-tune it.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can be split: linear
             layers and convolutions without groups.
         budget: The share of the selected layers' cost that may be left, between 0 and 1; ignored where ``ranks`` are
             given. Up to the next minor version the older ``ratio``, ``1 - budget``, is taken too.
-        weight: Strength of the regularisation, at least 0. Watch ``stable_rank/<layer>`` in the log: it must have
-            fallen to near 0 by ``factorize_at``, or the split costs accuracy. If it has not, raise ``weight``.
-        search: ``"beam"``: a beam search over the score of the truncated network. ``"equal_ratio"``, ``"energy"``,
-            ``"trade_off"`` and ``"output_energy"`` use the weights, or with ``calibration`` the layers' outputs.
-        search_options: Keyword arguments of the beam search: ``width``, ``step``, ``bounds``, ``reuse_activations``,
-            ``state_file``, with which a killed search resumes; of ``"output_energy"``: ``relative``.
-        score: What the beam search raises: the name of a method of the module that takes a batch, or a function of
-            module and batch. It returns the mean over the batch, or a sum and a count, and depends on nothing else. By
-            default the negative loss of the module's training step, whose logging is silenced meanwhile.
-        search_data: Batches to score, best held out from training; or the name of a method of the module or datamodule
-            that returns them. By default the first ``search_batches`` of the training data, without shuffling. All
-            processes must have the same.
-        search_batches: How many batches are scored at the most.
+        search: How the ranks are searched: the name of a method, ``"beam"``, ``"equal_ratio"``, ``"energy"``,
+            ``"trade_off"`` or ``"output_energy"``, or a `SearchSettings` with its options, score and data.
         ranks: Ranks by layer name, instead of a search.
-        calibration: Whether layers are truncated by their outputs on ``search_data``; or options of `Calibration`.
+        penalty: The regularisation: its weight, or a `Penalty`.
+        timing: When the ranks are searched, and when the layers are split.
         cost: What ``budget`` is a share of: ``"params"``, or ``"flops"`` of the module's ``example_input_array``.
-        p: 1 drives the singular values beyond the rank to zero, 2 lowers them.
         scheme: How a convolution is split: 1 into ``k x k`` and ``1 x 1``, 2 into ``1 x k`` and ``k x 1``.
-        search_at: When the ranks are searched, in ``unit``.
-        factorize_at: When the layers are split, in ``unit``; None for never.
-        unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        schedule: Factor on ``weight`` as a function of training progress (`lightning_plugins.schedules`).
-        every_n_steps: Only every n-th step carries the regularisation, then n times as strong.
-        on_nonfinite: ``"skip"`` leaves out a term that is NaN or infinite, ``"raise"`` raises `FloatingPointError`.
         figures: Whether to draw the report at the end of training, for the loggers or a file, if matplotlib is
             installed.
 
@@ -91,7 +83,7 @@ class LowRankCompression(CompressingCallback):
     ``rank/<layer>`` once the ranks are known.
 
     Example:
-        >>> callback = LowRankCompression(layers="backbone.*", budget=0.3, search_options={"width": 2})
+        >>> callback = LowRankCompression(layers="backbone.*", budget=0.3, search=SearchSettings(options={"width": 2}))
         >>> callback.budget
         0.3
 
@@ -100,57 +92,46 @@ class LowRankCompression(CompressingCallback):
         and what becomes of the optimizer's state is ours.
     """
 
-    @renamed(listed=True, positional=("ratio", "weight"), ratio=Replaced("budget", share_left))
+    @grouped(
+        search=Group(
+            SearchSettings,
+            older={"search_options": "options", "search_data": "data", "search_batches": "batches"},
+            main="method",
+        ),
+        penalty=Group(Penalty, older={"weight": "weight"}, main="weight"),
+        timing=Timing,
+    )
+    @renamed(listed=True, positional=("ratio", "penalty"), ratio=Replaced("budget", share_left))
     def __init__(
         self,
         layers: str | list[str],
         *,
         budget: float = 0.4,
-        weight: float = 1.0,
-        search: Literal["beam", "equal_ratio", "energy", "trade_off", "output_energy"] = "beam",
-        search_options: dict[str, Any] | None = None,
-        score: str | Callable[[Any, Any], Any] | None = None,
-        search_data: Any = None,
-        search_batches: int = 8,
+        search: Search | SearchSettings = "beam",
         ranks: dict[str, int] | None = None,
-        calibration: bool | dict[str, Any] = False,
+        penalty: float | Penalty = Penalty(),
+        timing: Timing = Timing(),
         cost: Literal["params", "flops"] = "params",
-        p: Literal[1, 2] = 1,
         scheme: Literal[1, 2] = 1,
-        search_at: float = 0.4,
-        factorize_at: float | None = 0.8,
-        unit: Literal["steps", "epochs", "fraction"] = "fraction",
-        schedule: Schedule | None = None,
-        every_n_steps: int = 1,
-        on_nonfinite: Literal["skip", "raise"] = "skip",
         figures: bool = True,
     ) -> None:
-        settings: dict[str, Any] = {"p": p, "scheme": scheme, "schedule": schedule, "every_n_steps": every_n_steps}
-        self._settings = {"weight": weight, "on_nonfinite": on_nonfinite, **settings}
-        super().__init__(StableRankRegularization(layers, **self._settings).layers)  # which checks them all
-        if weight < 0:
-            raise ValueError(f"`weight` must be at least 0, got {weight!r}; negative values would raise the ranks")
+        super().__init__(check_layers(layers, sides=False))
+        penalty = as_penalty(penalty)
+        check_instance("timing", timing, Timing, "a Timing, such as Timing(search_at=0.4, factorize_at=0.8)")
         self.figures = check_figures(figures)
-        self.weight = plain_number(weight)
+        self.weight = penalty.weight
         self.scheme, self.cost = check_scheme(scheme), cost
+        self._settings: dict[str, Any] = {**vars(penalty), "scheme": self.scheme}
         self._source = RankSource(
             layers=self.layers,
             budget=budget,
-            search=search,
-            search_options=search_options,
-            score=score,
-            search_data=search_data,
-            search_batches=search_batches,
+            search=as_search(search),
             ranks=ranks,
-            calibration=calibration,
             cost=cost,
             scheme=self.scheme,
         )
         self.budget = plain_number(budget)
-        phases = {"search_at": search_at, **({} if factorize_at is None else {"factorize_at": factorize_at})}
-        check_phases(unit, **phases)
-        self.search_at, self.unit = plain_number(search_at), unit
-        self.factorize_at = None if factorize_at is None else plain_number(factorize_at)
+        self.search_at, self.factorize_at, self.unit = timing.search_at, timing.factorize_at, timing.unit
 
     @property
     def ratio(self) -> float:
@@ -171,7 +152,7 @@ class LowRankCompression(CompressingCallback):
 
     def _arguments(self) -> str:
         source, phases = self._source, (self.search_at, self.factorize_at, self.unit)
-        search = source.search, source.budget, source.cost, source.ranks, source.search_batches
+        search = source.search.method, source.budget, source.cost, source.ranks, source.search.batches
         return f"{self.layers}, {search}, {phases}, {self._settings}"
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

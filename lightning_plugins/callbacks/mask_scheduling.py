@@ -2,9 +2,11 @@
 
 from typing import Literal
 
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.callbacks._compression.scheduled_compression import ScheduledCompression
 from lightning_plugins.callbacks._compression.settings import CompressionSettings
-from lightning_plugins.schedules import Schedule
+from lightning_plugins.callbacks._trainer.phases import Phase
+from lightning_plugins.compression.budget.filling import ChoiceRates, Limits
 
 
 class MaskScheduling(ScheduledCompression):
@@ -12,10 +14,10 @@ class MaskScheduling(ScheduledCompression):
 
     The phases are those of `HybridCompression`, without thresholds on singular values.
 
-    With ``criterion="magnitude"`` nothing is learned besides the weights: every ``update_every`` steps the channels
-    with the largest weights that fit into the scheduled share of the cost are kept, and the others are masked. A masked
-    channel keeps its weights, which only weight decay changes, and is unmasked if they are among the largest at a later
-    update.
+    With ``criterion="magnitude"`` nothing is learned besides the weights: every ``rates.update_every`` steps the
+    channels with the largest weights that fit into the scheduled share of the cost are kept, and the others are masked.
+    A masked channel keeps its weights, which only weight decay changes, and is unmasked if they are among the largest
+    at a later update.
 
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them. Globs take what can lose channels.
@@ -23,19 +25,13 @@ class MaskScheduling(ScheduledCompression):
         cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
         criterion: ``"learned"``: masks ``sigmoid(beta * a)``. ``"magnitude"``: norms of the weights that compute a
             channel, in units of the group's mean.
-        schedule: Progress of the choice, from 0 to 1, as a function of training progress
-            (`lightning_plugins.schedules`). By default from ``begin`` to ``end`` a straight line for learned masks,
-            whose ``beta`` then grows exponentially, and a cubic for magnitudes.
-        begin: When masks begin to act, in ``unit``.
-        end: When the choice is made, in ``unit``.
-        unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        learning_rate: Step size of the mask scores, divided by ``beta`` so that a mask's logit moves by
-            ``learning_rate`` in a typical step.
-        beta_max: The inverse temperature at ``end``.
-        update_every: Steps between two choices by magnitude.
-        keep: Layers that stay as they are, in the form of ``layers``.
-        min_channels: Minimum number of units to keep in a channel group.
-        multiple_of: Numbers of channels are multiples of this, for speed; heads are not rounded.
+        phase: When masks act (``begin``) and when the choice is made (``end``), in ``unit``. Its ``schedule``, the
+            progress of the choice, is by default a straight line from ``begin`` to ``end`` for learned masks, whose
+            ``beta`` then grows exponentially, and a cubic for magnitudes.
+        limits: Layers to keep as they are (``keep``), and possible numbers of channels (``min_size``,
+            ``multiple_of``); a `lightning_plugins.compression.Limits`.
+        rates: Step size of learned ``scores``, ``beta_max``, and ``update_every``, the steps between two choices by
+            magnitude; a `lightning_plugins.compression.ChoiceRates`. Its other fields are those of thresholds.
         figures: Whether to draw masks, cost and the network that is left, if matplotlib is installed.
 
     Raises:
@@ -57,6 +53,11 @@ class MaskScheduling(ScheduledCompression):
         Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878.
     """
 
+    @grouped(
+        phase=Phase,
+        limits=Group(Limits, older={"min_channels": "min_size"}),
+        rates=Group(ChoiceRates, older={"learning_rate": "scores"}, new=("thresholds", "refresh_every")),
+    )
     def __init__(
         self,
         layers: str | list[str],
@@ -64,16 +65,9 @@ class MaskScheduling(ScheduledCompression):
         cost: Literal["params", "flops"] = "flops",
         *,
         criterion: Literal["learned", "magnitude"] = "learned",
-        schedule: Schedule | None = None,
-        begin: float = 0.1,
-        end: float = 0.7,
-        unit: Literal["steps", "epochs", "fraction"] = "fraction",
-        learning_rate: float = 0.05,
-        beta_max: float = 100.0,
-        update_every: int = 10,
-        keep: str | list[str] | None = None,
-        min_channels: int = 1,
-        multiple_of: int = 1,
+        phase: Phase = Phase(),
+        limits: Limits = Limits(),
+        rates: ChoiceRates = ChoiceRates(),
         figures: bool = True,
     ) -> None:
         super().__init__(
@@ -82,17 +76,10 @@ class MaskScheduling(ScheduledCompression):
                 budget=budget,
                 cost=cost,
                 criterion=criterion,
-                schedule=schedule,
-                begin=begin,
-                end=end,
-                unit=unit,
-                keep=keep,
-                min_channels=min_channels,
-                multiple_of=multiple_of,
+                phase=phase,
+                limits=limits,
+                rates=rates,
                 figures=figures,
                 masks=True,
-                learning_rate=learning_rate,
-                beta_max=beta_max,
-                update_every=update_every,
             )
         )

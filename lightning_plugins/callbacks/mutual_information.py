@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_int
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._monitors.pairs import EpochPairs
-from lightning_plugins.callbacks._rows.pool import Pool
 from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.callbacks._rows.readout import Readout, check_readout
 from lightning_plugins.callbacks._terms.logged import log_equal
 from lightning_plugins.callbacks._trainer.requirements import (
     makes_layers_late,
@@ -47,7 +47,8 @@ class MutualInformationMonitor(Callback):
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` takes what the
             layer receives.
-        pool: How a feature map or token sequence becomes a matrix of embeddings; see `RepresentationMonitor`.
+        readout: How a layer's tensor becomes rows, as ``Readout(pool="cls", mask="attention_mask")``; see
+            `lightning_plugins.callbacks.Readout`.
         pairs: ``"calls"``: a validation step calls each layer twice, once a view; ``"halves"``: once, with the first
             views in the first half of the rows and their partners, in the same order, in the second.
         labels: Where the batch has the classes of the pairs, an index or a key, if pairs are of the same class; a row
@@ -68,11 +69,12 @@ class MutualInformationMonitor(Callback):
         500
     """
 
+    @grouped(readout=Group(Readout, new=("select", "mask", "layout")))
     def __init__(
         self,
         layers: str | list[str],
         *,
-        pool: Pool = "mean",
+        readout: Readout = Readout(),
         pairs: Literal["calls", "halves"] = "calls",
         labels: int | str | None = None,
         loss_candidates: int | None = None,
@@ -82,8 +84,8 @@ class MutualInformationMonitor(Callback):
     ) -> None:
         super().__init__()
         self.layers = check_layers(layers, sides=True)
-        self.pool = pool
-        self._rows = Rows(pool)
+        self.readout = check_readout(readout)
+        self.pool = readout.pool
         self.pairs = check_choice("pairs", pairs, ("calls", "halves"))
         if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int | str)):
             raise TypeError(f"`labels` must be an index or a key of the batch, or None, got {type(labels).__name__}")
@@ -106,7 +108,7 @@ class MutualInformationMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Unique for every different instance, so that several keep their own entries in a checkpoint."""
-        return self._generate_state_key(layers=self.layers, **self._rows.key(), pairs=self.pairs)
+        return self._generate_state_key(layers=self.layers, **self.readout.key(), pairs=self.pairs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module and the Trainer and register the hooks.
@@ -226,7 +228,7 @@ class MutualInformationMonitor(Callback):
         self._loss, self._warned = state_dict["loss"], state_dict["warned"]
 
     def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = ObservedRows(pl_module, self.layers, self._rows)
+        self._capture = ObservedRows(pl_module, self.layers, self.readout)
         self._capture.attach()
 
     def _measures(self, trainer: Trainer) -> bool:

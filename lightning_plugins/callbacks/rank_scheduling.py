@@ -2,9 +2,11 @@
 
 from typing import Literal
 
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.callbacks._compression.scheduled_compression import ScheduledCompression
 from lightning_plugins.callbacks._compression.settings import CompressionSettings
-from lightning_plugins.schedules import Schedule
+from lightning_plugins.callbacks._trainer.phases import Phase
+from lightning_plugins.compression.budget.filling import ChoiceRates, Limits
 
 
 class RankScheduling(ScheduledCompression):
@@ -18,17 +20,12 @@ class RankScheduling(ScheduledCompression):
             layers and convolutions without groups.
         budget: The share of the whole network's cost that may be left, between 0 and 1.
         cost: ``"params"``, or ``"flops"`` of a forward pass of the ``example_input_array``.
-        schedule: Progress of the choice, from 0 to 1, as a function of training progress
-            (`lightning_plugins.schedules`). By default a straight line from ``begin`` to ``end``.
-        begin: When thresholds begin to act, in ``unit``.
-        end: When the choice is made, in ``unit``.
-        unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
-        threshold_learning_rate: Step size of the thresholds, which are shares of a layer's largest singular value.
-        keep: Layers that stay as they are, in the form of ``layers``.
-        min_rank: Minimum rank of a layer.
-        multiple_of: Ranks are multiples of this, for speed.
-        refresh_every: Steps between two decompositions of the weights. 1 gives the exact gradient in every step, 4 on
-            average, at half of the cost.
+        phase: When thresholds act (``begin``) and when the choice is made (``end``), in ``unit``, and its
+            ``schedule``, the progress of the choice, by default a straight line from ``begin`` to ``end``.
+        limits: Layers to keep as they are (``keep``), and possible ranks (``min_size``, ``multiple_of``); a
+            `lightning_plugins.compression.Limits`.
+        rates: Step size of ``thresholds``, ``beta_max``, and ``refresh_every``, the steps between two decompositions of
+            the weights; a `lightning_plugins.compression.ChoiceRates`. Its other fields are those of masks.
         figures: Whether to draw ranks, cost and the network that is left, if matplotlib is installed.
 
     Raises:
@@ -49,21 +46,24 @@ class RankScheduling(ScheduledCompression):
         Our reading of DTL-S of Eo et al., https://arxiv.org/abs/2309.13077.
     """
 
+    @grouped(
+        phase=Phase,
+        limits=Group(Limits, older={"min_rank": "min_size"}),
+        rates=Group(
+            ChoiceRates,
+            older={"threshold_learning_rate": "thresholds"},
+            new=("scores", "beta_max", "update_every"),
+        ),
+    )
     def __init__(
         self,
         layers: str | list[str],
         budget: float = 0.4,
         cost: Literal["params", "flops"] = "flops",
         *,
-        schedule: Schedule | None = None,
-        begin: float = 0.1,
-        end: float = 0.7,
-        unit: Literal["steps", "epochs", "fraction"] = "fraction",
-        threshold_learning_rate: float = 0.001,
-        keep: str | list[str] | None = None,
-        min_rank: int = 1,
-        multiple_of: int = 1,
-        refresh_every: int = 1,
+        phase: Phase = Phase(),
+        limits: Limits = Limits(),
+        rates: ChoiceRates = ChoiceRates(),
         figures: bool = True,
     ) -> None:
         super().__init__(
@@ -71,16 +71,10 @@ class RankScheduling(ScheduledCompression):
                 layers=layers,
                 budget=budget,
                 cost=cost,
-                schedule=schedule,
-                begin=begin,
-                end=end,
-                unit=unit,
-                keep=keep,
-                min_channels=min_rank,
-                multiple_of=multiple_of,
+                phase=phase,
+                limits=limits,
+                rates=rates,
                 figures=figures,
                 ranks=True,
-                threshold_learning_rate=threshold_learning_rate,
-                refresh_every=refresh_every,
             )
         )

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_names, check_positive_int
+from lightning_plugins._grouping import grouped
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, TrainerFn
 from lightning_plugins.callbacks._monitors.figures import PendingFigures, require_figures
 from lightning_plugins.callbacks._monitors.history import SpectrumHistory
 from lightning_plugins.callbacks._monitors.loaders import loader_stages
 from lightning_plugins.callbacks._monitors.statistics import METRICS, LayerStatistics
-from lightning_plugins.callbacks._rows.masks import Mask
-from lightning_plugins.callbacks._rows.pool import Pool
 from lightning_plugins.callbacks._rows.pooled_capture import ObservedRows
-from lightning_plugins.callbacks._rows.rows import Rows
-from lightning_plugins.callbacks._rows.select import Select
+from lightning_plugins.callbacks._rows.readout import Readout, check_readout
 from lightning_plugins.callbacks._terms.logged import claim_names, log_equal, log_value, release_names
 from lightning_plugins.callbacks._terms.training_step import WrappedStep, join_training_step
 from lightning_plugins.callbacks._trainer.progress import steps_done
@@ -50,10 +48,8 @@ class RepresentationMonitor(Callback):
     Args:
         layers: Dotted name of a layer, a glob over names, or several of them; ``"backbone.fc:input"`` selects its
             input, ``"backbone.fc"`` its output. A layer that a stage never calls is left out there.
-        pool: As for `VNERegularization`, and the same for the three arguments that follow.
-        select: Which tensor of a nested output.
-        mask: Which positions are no padding.
-        layout: What the dimensions of the tensor are, where the module does not tell.
+        readout: How a layer's tensor becomes rows, as ``Readout(pool="cls", mask="attention_mask")``; see
+            `lightning_plugins.callbacks.Readout`.
         every_n_steps: In training, the batches of every n-th optimizer step are measured.
         metrics: Out of ``"entropy"``, ``"effective_rank"``, ``"isotropy"``, ``"correlation_gap"``, ``"rankme"``,
             ``"stable_rank"``, ``"alpha_req"`` and ``"uniformity"``; see `lightning_plugins.metrics`. The last one keeps
@@ -74,14 +70,12 @@ class RepresentationMonitor(Callback):
 
     method = "representation"
 
+    @grouped(readout=Readout)
     def __init__(
         self,
         layers: str | list[str],
         *,
-        pool: Pool = "mean",
-        select: Select = None,
-        mask: Mask | dict[str, Any] = None,
-        layout: str | None = None,
+        readout: Readout = Readout(),
         every_n_steps: int = 50,
         metrics: Sequence[str] = ("entropy", "effective_rank", "isotropy", "correlation_gap", "rankme"),
         figures: bool = True,
@@ -89,8 +83,8 @@ class RepresentationMonitor(Callback):
     ) -> None:
         super().__init__()
         self.layers = check_layers(layers, sides=True)
-        self.rows = Rows(pool, select, mask, layout)
-        self.pool = pool
+        self.readout = check_readout(readout)
+        self.pool = readout.pool
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
         self.metrics = check_names("metrics", metrics, METRICS)
         if not self.metrics:
@@ -120,7 +114,7 @@ class RepresentationMonitor(Callback):
     def state_key(self) -> str:
         """Unique for every different instance, so that several keep their own entries in a checkpoint."""
         return self._generate_state_key(
-            layers=self.layers, **self.rows.key(), every_n_steps=self.every_n_steps, metrics=self.metrics
+            layers=self.layers, **self.readout.key(), every_n_steps=self.every_n_steps, metrics=self.metrics
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -255,7 +249,7 @@ class RepresentationMonitor(Callback):
         return {"spectra": self._history.state(), "sums": dict(sums), "epoch": self._epoch}
 
     def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = ObservedRows(pl_module, self.layers, self.rows)
+        self._capture = ObservedRows(pl_module, self.layers, self.readout)
         self._capture.attach()
         names = [tuple(f"representation/{name}" for name in pair) for pair in self._capture.log_names]
         claimed = claim_names(pl_module, self, [(wanted, other) for wanted, other in names])

@@ -8,12 +8,10 @@ from torch import Tensor, nn
 
 from lightning_plugins import regularizers
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins._grouping import grouped
 from lightning_plugins._lightning import Callback, LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._rows.capture import LayerRows
-from lightning_plugins.callbacks._rows.masks import Mask
-from lightning_plugins.callbacks._rows.pool import Pool
-from lightning_plugins.callbacks._rows.rows import Rows
-from lightning_plugins.callbacks._rows.select import Select
+from lightning_plugins.callbacks._rows.readout import Readout, check_readout
 from lightning_plugins.callbacks._terms.given_term import OverProcesses, check_name, check_term, term_key
 from lightning_plugins.callbacks._terms.logged import claim_names, log_value, release_names
 from lightning_plugins.callbacks._terms.nonfinite import NonfiniteGuard
@@ -53,20 +51,8 @@ class RepresentationRegularization(Callback):
             Parameters of a term are not trained.
         weight: Factor on the term, in addition to its own weight, if any.
         name: What to log the term under; the name of its class by default, as in ``coding_rate``.
-        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"`` or ``"max"`` over the valid
-            positions, ``"first"`` or ``"last"`` of them, ``"cls"`` (the first position), ``"tokens"`` (every valid
-            position is a row), ``"flatten"``, or a callable from the layer's tensor (and the mask, if one is named) to
-            a tensor of shape ``(N, d)``; also its import path, or its ``class_path`` and ``init_args``.
-        select: Which tensor of a nested output (or input): an index, a key, an attribute, or a list of them from the
-            outside in, as ``["hidden_states", -1]``. By default the first one, of a transformers output
-            ``last_hidden_state``.
-        mask: Which positions are no padding: the name of an argument that the layer, or a module around it, receives in
-            the same call, or of an entry of the batch (an int: its position), or a callable from the
-            `lightning_plugins.callbacks.LayerCall` to the mask; see `lightning_plugins.functional.pool_embeddings`. A
-            name that ends in ``padding_mask`` is, as in torch, true at the padding. Packed and nested sequences need
-            none.
-        layout: What the dimensions of the tensor are, one letter each, as ``"NLC"``; needed where the module does not
-            tell.
+        readout: How a layer's tensor becomes rows, as ``Readout(pool="cls", mask="attention_mask")``; see
+            `lightning_plugins.callbacks.Readout`.
         queue_size: This many rows of earlier batches are remembered and join the batch, for batches too small to show
             a spectrum. No gradient flows through them, so that N rows with a queue of Q want about (N + Q) / N times
             the ``weight``; they are saved in checkpoints.
@@ -90,6 +76,7 @@ class RepresentationRegularization(Callback):
         'coding_rate'
     """
 
+    @grouped(readout=Readout)
     def __init__(
         self,
         layers: str | list[str],
@@ -97,10 +84,7 @@ class RepresentationRegularization(Callback):
         weight: float = 1.0,
         *,
         name: str | None = None,
-        pool: Pool = "mean",
-        select: Select = None,
-        mask: Mask | dict[str, Any] = None,
-        layout: str | None = None,
+        readout: Readout = Readout(),
         queue_size: int = 0,
         schedule: Schedule | None = None,
         every_n_steps: int = 1,
@@ -111,8 +95,8 @@ class RepresentationRegularization(Callback):
         self.term = check_term(term, example="CodingRate()", known=_KNOWN)
         self.weight = check_finite_number("weight", weight)
         self.method = check_name(name, term)
-        self.rows = Rows(pool, select, mask, layout)
-        self.pool = pool
+        self.readout = check_readout(readout)
+        self.pool = readout.pool
         self.queue_size = check_non_negative_int("queue_size", queue_size)
         self.schedule = check_schedule(schedule)
         self.every_n_steps = check_positive_int("every_n_steps", every_n_steps)
@@ -138,7 +122,7 @@ class RepresentationRegularization(Callback):
             term=term_key(self.term),
             weight=self.weight,
             name=self.method,
-            **self.rows.key(),
+            **self.readout.key(),
             queue_size=self.queue_size,
             schedule=repr(self.schedule),
             every_n_steps=self.every_n_steps,
@@ -249,7 +233,7 @@ class RepresentationRegularization(Callback):
         return value
 
     def _attach(self, pl_module: LightningModule) -> None:
-        self._capture = LayerRows(pl_module, self.layers, self.rows)
+        self._capture = LayerRows(pl_module, self.layers, self.readout)
         require_same_on_ranks(type(self).__name__, self._capture.labels, self.state_key)
         self._capture.attach()
         wanted = [(self._name_of(label), self._name_of(other)) for label, other in self._capture.log_names]

@@ -1,14 +1,13 @@
 """The von Neumann entropy term as a callback for training loops that already exist."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice
+from lightning_plugins._grouping import grouped
 from lightning_plugins._lightning import rank_zero_warn
-from lightning_plugins.callbacks._rows.masks import Mask
-from lightning_plugins.callbacks._rows.pool import Pool
-from lightning_plugins.callbacks._rows.select import Select
+from lightning_plugins.callbacks._rows.readout import Readout
 from lightning_plugins.callbacks.representation_regularization import RepresentationRegularization
 from lightning_plugins.regularizers.von_neumann import VonNeumannEntropy
 from lightning_plugins.schedules import Schedule
@@ -29,20 +28,8 @@ class VNERegularization(RepresentationRegularization):
             input, ``"backbone.fc"`` its output. The authors use the input of the last linear layer.
         weight: Positive to raise the entropy, negative to lower it; the authors advise an absolute value far
             below 0.5.
-        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"`` or ``"max"`` over the valid
-            positions, ``"first"`` or ``"last"`` of them, ``"cls"`` (the first position), ``"tokens"`` (every valid
-            position is a row), ``"flatten"``, or a callable from the layer's tensor (and the mask, if one is named) to
-            a tensor of shape ``(N, d)``; also its import path, or its ``class_path`` and ``init_args``.
-        select: Which tensor of a nested output (or input): an index, a key, an attribute, or a list of them from the
-            outside in, as ``["hidden_states", -1]``. By default the first one, of a transformers output
-            ``last_hidden_state``.
-        mask: Which positions are no padding: the name of an argument that the layer, or a module around it, receives in
-            the same call, or of an entry of the batch (an int: its position), or a callable from the
-            `lightning_plugins.callbacks.LayerCall` to the mask; see `lightning_plugins.functional.pool_embeddings`. A
-            name that ends in ``padding_mask`` is, as in torch, true at the padding. Packed and nested sequences need
-            none.
-        layout: What the dimensions of the tensor are, one letter each, as ``"NLC"``; needed where the module does not
-            tell.
+        readout: How a layer's tensor becomes rows, as ``Readout(pool="cls", mask="attention_mask")``; see
+            `lightning_plugins.callbacks.Readout`.
         scope: ``"global"``: the entropy of the batch of all ranks together; ``"local"``: of each rank's own rows.
         queue_size: This many rows of earlier batches are remembered and join the spectrum, for batches too small to
             show it (fewer than about 32 rows). No gradient flows through them, so that N rows with a queue of Q want
@@ -75,15 +62,13 @@ class VNERegularization(RepresentationRegularization):
         Kim et al., CVPR 2023, https://arxiv.org/abs/2304.01434. `scope="global"`, `queue_size` and `schedule` are ours.
     """
 
+    @grouped(readout=Readout)
     def __init__(
         self,
         layers: str | list[str],
         weight: float,
         *,
-        pool: Pool = "mean",
-        select: Select = None,
-        mask: Mask | dict[str, Any] = None,
-        layout: str | None = None,
+        readout: Readout = Readout(),
         scope: Literal["global", "local"] = "global",
         queue_size: int = 0,
         schedule: Schedule | None = None,
@@ -97,10 +82,7 @@ class VNERegularization(RepresentationRegularization):
             VonNeumannEntropy(scope=scope, method=method),
             weight,
             name="vne",
-            pool=pool,
-            select=select,
-            mask=mask,
-            layout=layout,
+            readout=readout,
             queue_size=queue_size,
             schedule=schedule,
             every_n_steps=every_n_steps,
@@ -118,7 +100,7 @@ class VNERegularization(RepresentationRegularization):
         return self._generate_state_key(
             layers=self.layers,
             weight=self.weight,
-            **self.rows.key(),
+            **self.readout.key(),
             scope=self.scope,
             queue_size=self.queue_size,
             schedule=repr(self.schedule),

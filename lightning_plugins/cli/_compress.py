@@ -13,6 +13,7 @@ from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins.cli._files import build_model, import_object, load_into, read_checkpoint
 from lightning_plugins.cli._outputs import beside, check_outputs, write_whole
 from lightning_plugins.compression import (
+    BeamOptions,
     Calibration,
     RankSearch,
     beam_search,
@@ -152,16 +153,17 @@ def _search(
     **settings: Any,
 ) -> RankSearch:
     wanted = inputs if settings["cost"] == "flops" else None
-    if moments is not None and method != "equal_ratio":
-        settings["calibration"] = moments
     if data is None:
+        if moments is not None and method != "equal_ratio":
+            settings["calibration"] = moments
         return _WITHOUT_SCORE[method](model, inputs=wanted, **settings)
     made = import_object("data", data)(model)
     if not isinstance(made, tuple) or len(made) != 2:
         raise ValueError(f"`data={data!r}` must return batches and a score function, got {type(made).__name__}")
     batches, score = made
     with rich_progress() as progress:
-        return beam_search(model, batches, score, inputs=wanted, progress=progress, **settings)
+        options = BeamOptions(calibration=moments, progress=progress)
+        return beam_search(model, batches, score, inputs=wanted, options=options, **settings)
 
 
 def _inputs(model: nn.Module, shape: list[int] | None, dtype: str, needed: str) -> Inputs | None:

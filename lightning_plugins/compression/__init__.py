@@ -1,7 +1,7 @@
 """Smaller networks: low-rank layers, masks, costs and budgets, search of ranks, physical shrinking, reports."""
 
 from lightning_plugins.compression.budget.budget import Budget, Multiplier, Projection
-from lightning_plugins.compression.budget.choice import ChoiceRates
+from lightning_plugins.compression.budget.filling import ChoiceRates, Limits
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.calibration.sensitivity import output_sensitivity
@@ -27,7 +27,7 @@ from lightning_plugins.compression.low_rank.decomposition import InputMoment
 from lightning_plugins.compression.low_rank.factorize import factorize
 from lightning_plugins.compression.low_rank.layers import dense_weight, low_rank_layer, truncated
 from lightning_plugins.compression.quantization.int8 import load_quantized, quantize
-from lightning_plugins.compression.rank_search.beam_search import beam_search, rich_progress
+from lightning_plugins.compression.rank_search.beam_search import BeamOptions, beam_search, rich_progress
 from lightning_plugins.compression.rank_search.output_energy import output_energy
 from lightning_plugins.compression.rank_search.problem import RankSearch, ScoredRanks, SearchLevel
 from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, score_ranks, trade_off
@@ -37,6 +37,7 @@ from lightning_plugins.compression.structure.configuration import update_configu
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 
 __all__ = [
+    "BeamOptions",
     "Budget",
     "Calibration",
     "ChannelGroup",
@@ -49,6 +50,7 @@ __all__ = [
     "LayerChange",
     "LayerCost",
     "LayerSize",
+    "Limits",
     "Member",
     "Multiplier",
     "NetworkCosts",

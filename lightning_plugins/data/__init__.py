@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_plugins.data._episode_counts import EpisodeCounts
 from lightning_plugins.data.document_frequencies import DocumentFrequencies
 from lightning_plugins.data.ecg import (
     ECGRecord,
@@ -27,6 +28,7 @@ __all__ = [
     "DocumentFrequencies",
     "ECGRecord",
     "ECGWindows",
+    "EpisodeCounts",
     "EpisodicDataModule",
     "KITTIFrames",
     "Mosaics",

@@ -3,16 +3,20 @@
 import hashlib
 
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import LightningDataModule
+from lightning_plugins.data._episode_counts import EpisodeCounts
 from lightning_plugins.meta import EpisodeLoader, FewShot, TaskSet
 from lightning_plugins.meta.task_sets.few_shot import LabelledDataset
+
+_GROUP = Group(EpisodeCounts, older={"val_episodes": "val", "test_episodes": "test"}, main="train")
 
 
 class EpisodicDataModule(LightningDataModule):
     """Batches of few-shot tasks for training, validation, test and prediction.
 
     A batch is ``((support_x, support_y), (query_x, query_y))`` of shapes ``(tasks, samples, ...)``. Training has new
-    tasks in every epoch; validation and test always have the same tasks, whatever ``seed`` and ``tasks_per_batch``, so
+    tasks in every epoch; validation and test always have the same tasks, whatever ``seed`` and size of batches, so
     that methods can be compared on them. Prediction uses the test tasks. Under DDP each batch is divided among the
     ranks, and an interrupted run resumes after the last batch it has seen.
 
@@ -23,10 +27,8 @@ class EpisodicDataModule(LightningDataModule):
         ways: Number of classes in a task of a labelled dataset, 5 by default; a task set has its own.
         shots: Number of support samples of each class, 1 by default; a task set has its own.
         queries: Number of query samples of each class, 15 by default; a task set has its own.
-        tasks_per_batch: Number of tasks in a batch, of all ranks together.
-        episodes: Number of tasks in a training epoch, of all ranks together.
-        val_episodes: Number of validation tasks.
-        test_episodes: Number of test tasks.
+        episodes: Number of tasks in a training epoch, of all ranks together; or `EpisodeCounts`, with those of the
+            other stages and of a batch.
         seed: Seed of the training tasks.
         num_workers: Number of worker processes; 0 draws tasks in this process.
 
@@ -37,11 +39,13 @@ class EpisodicDataModule(LightningDataModule):
 
     Example:
         >>> from lightning_plugins.meta import Sinusoid
-        >>> data = EpisodicDataModule(Sinusoid(shots=5), test=Sinusoid(shots=5), tasks_per_batch=25)
+        >>> counts = EpisodeCounts(tasks_per_batch=25)
+        >>> data = EpisodicDataModule(Sinusoid(shots=5), test=Sinusoid(shots=5), episodes=counts)
         >>> len(data.train_dataloader()), len(data.test_dataloader())
         (40, 24)
     """
 
+    @grouped(episodes=_GROUP)
     def __init__(
         self,
         train: TaskSet | LabelledDataset | None = None,
@@ -51,10 +55,7 @@ class EpisodicDataModule(LightningDataModule):
         ways: int | None = None,
         shots: int | None = None,
         queries: int | None = None,
-        tasks_per_batch: int = 4,
-        episodes: int = 1000,
-        val_episodes: int = 200,
-        test_episodes: int = 600,
+        episodes: int | EpisodeCounts = EpisodeCounts(),
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -73,12 +74,10 @@ class EpisodicDataModule(LightningDataModule):
             for stage, source in sources.items()
             if source is not None
         }
-        self.tasks_per_batch = check_positive_int("tasks_per_batch", tasks_per_batch)
-        self.episodes = {
-            "train": check_positive_int("episodes", episodes),
-            "val": check_positive_int("val_episodes", val_episodes),
-            "test": check_positive_int("test_episodes", test_episodes),
-        }
+        if not isinstance(episodes, EpisodeCounts):
+            episodes = EpisodeCounts(train=check_positive_int("episodes", episodes))
+        self.tasks_per_batch = episodes.tasks_per_batch
+        self.episodes = {"train": episodes.train, "val": episodes.val, "test": episodes.test}
         self.seed = check_non_negative_int("seed", seed)
         self.num_workers = check_non_negative_int("num_workers", num_workers)
 

@@ -5,6 +5,7 @@ from lightning_plugins.meta.episodes import EpisodeLoader, EpisodeSampler
 from lightning_plugins.meta.gap import GAP, ApproximateGAP
 from lightning_plugins.meta.inner_loop import InnerLoop
 from lightning_plugins.meta.loop.episode import Episodes
+from lightning_plugins.meta.loop.form import Vectorization
 from lightning_plugins.meta.preconditioners import Identity, MetaSGD, Preconditioner
 from lightning_plugins.meta.running_statistics import PerStepBatchNorm, use_per_step_statistics
 from lightning_plugins.meta.task_sets.base import TaskSet
@@ -35,6 +36,7 @@ __all__ = [
     "Sinusoid",
     "TaskSet",
     "TieredImageNet",
+    "Vectorization",
     "use_batch_statistics",
     "use_per_step_statistics",
 ]

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.meta.batch_statistics import check_no_running_statistics
 from lightning_plugins.meta.loop import arguments
 from lightning_plugins.meta.loop.episode import Episode, Episodes, start
-from lightning_plugins.meta.loop.form import Form, Plan, Vectorize, check_vectorize
+from lightning_plugins.meta.loop.form import Form, Plan, Vectorization, Vectorize, as_vectorization
 from lightning_plugins.meta.loop.measure import Loss, Measure, Parameters, check_used
 from lightning_plugins.meta.loop.replacements import replaced, with_autocast, without_fast_path
 from lightning_plugins.meta.loop.structure import Nested, TaskBatch, batch_of
@@ -21,7 +22,6 @@ from lightning_plugins.meta.running_statistics import Statistics
 from lightning_plugins.selection import TensorRef
 
 Rates = Literal["fixed", "learned", "learned_per_step"]
-Randomness = Literal["different", "same"]
 Part = Nested | list[Any]
 
 
@@ -39,7 +39,7 @@ class InnerLoop(nn.Module):
     Tasks are vectorised, looped over, or vectorised in chunks, with the same loss and gradients. With chunks the
     gradient of a chunk is computed before the next one starts, which bounds the memory by that of one chunk. Dropout
     uses the global random generators and is reproducible with `torch.manual_seed`; a chunked or looped run draws in
-    another order than a vectorised one unless ``randomness="same"``.
+    another order than a vectorised one unless they draw the same (`Vectorization`).
 
     Second-order inner steps compute attention with elementary operations: fused kernels have no second derivative.
     Norms use the statistics of the current batch, or in evaluation mode their running statistics; a norm that would
@@ -59,11 +59,8 @@ class InnerLoop(nn.Module):
         first_order: Whether to treat the inner gradients as constants in the outer gradient.
         layers: Layers to adapt: names or globs, as in `lightning_plugins.selection`. None for all. Only the head is
             ANIL, all but the head BOIL. Parameters that require no gradient are not adapted.
-        vectorize: Whether to use ``torch.func.vmap``; otherwise the tasks run one after the other. ``"auto"`` chooses
-            the faster form (on a CPU a loop for convolutions of large images), and falls back to a loop with one
-            warning for models that ``vmap`` does not support, such as recurrent ones.
-        chunk_size: Number of tasks whose graph is in memory at a time; None for all.
-        randomness: Whether dropout draws ``"different"`` or the ``"same"`` masks for the tasks.
+        vectorize: Whether the tasks are vectorised (True), run one after the other (False), or as is faster
+            (``"auto"``); or a `Vectorization`, which also limits how many are in memory at a time.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -86,6 +83,7 @@ class InnerLoop(nn.Module):
         Finn, Abbeel and Levine, ICML 2017, https://arxiv.org/abs/1703.03400.
     """
 
+    @grouped(vectorize=Group(Vectorization, main="mode"))
     def __init__(
         self,
         model: nn.Module,
@@ -97,9 +95,7 @@ class InnerLoop(nn.Module):
         rates: Rates = "fixed",
         first_order: bool = False,
         layers: str | Sequence[str] | None = None,
-        vectorize: Vectorize = "auto",
-        chunk_size: int | None = None,
-        randomness: Randomness = "different",
+        vectorize: Vectorize | Vectorization = "auto",
     ) -> None:
         super().__init__()
         if not callable(loss):
@@ -107,9 +103,9 @@ class InnerLoop(nn.Module):
         self.steps = check_positive_int("steps", steps)
         self.learning_rate = check_finite_number("learning_rate", learning_rate)
         self.per_step = check_choice("rates", rates, get_args(Rates)) == "learned_per_step"
-        self.chunk_size = None if chunk_size is None else check_positive_int("chunk_size", chunk_size)
-        self.same_draws = check_choice("randomness", randomness, get_args(Randomness)) == "same"
-        self.first_order, self.vectorize = arguments.check_first_order(first_order), check_vectorize(vectorize)
+        self.first_order, order = arguments.check_first_order(first_order), as_vectorization(vectorize)
+        self.vectorize, self.chunk_size = order.mode, order.chunk_size
+        self.same_draws = order.randomness == "same"
         self.loss = loss
         adapted = arguments.adapted_parameters(model, layers)
         self.adapted, self.model = tuple(adapted), model

@@ -6,6 +6,7 @@ of rows.
 """
 
 from lightning_plugins.metrics._probe.result import ProbeResult
+from lightning_plugins.metrics._probe.settings import ProbeClassifier
 from lightning_plugins.metrics._tasks import MeanWithInterval
 from lightning_plugins.metrics.adaptation import AdaptationCurve
 from lightning_plugins.metrics.alignment import Alignment
@@ -67,6 +68,7 @@ __all__ = [
     "NearestNeighbourResult",
     "NeuralCollapse",
     "PointingGame",
+    "ProbeClassifier",
     "ProbeResult",
     "RankMe",
     "RegionPerturbation",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.functional.folds import assign_folds, group_normal, hash_groups, hash_rows, positive
 from lightning_plugins.functional.spectrum import full_precision
 from lightning_plugins.functional.tensors import check_integers, check_real
@@ -13,7 +14,15 @@ from lightning_plugins.metrics._probe.fit import fit_probe
 from lightning_plugins.metrics._probe.kept_rows import pack, smallest, sum_by_key, unpack
 from lightning_plugins.metrics._probe.moments import add_rows, empty_moments, merge_moments
 from lightning_plugins.metrics._probe.result import ProbeResult
-from lightning_plugins.metrics._probe.settings import Classifier, ProbeSettings, Task, Weight, check_penalties
+from lightning_plugins.metrics._probe.settings import (
+    Classifier,
+    ProbeClassifier,
+    ProbeSettings,
+    Task,
+    Weight,
+    as_classifier,
+    check_penalties,
+)
 from lightning_plugins.metrics._sums import SumMetric
 
 _PENDING = 8192  # minimum number of pending rows before tables are compacted
@@ -35,7 +44,7 @@ class LinearProbe(SumMetric):
     mostly measures frequent words.
 
     Classification accuracies cannot be computed from sums. They are measured on stored held-out rows, at most
-    ``reservoir`` of them, a random sample that does not depend on order or processes; the classifier is fitted to the
+    a ``reservoir`` of them, a random sample that does not depend on order or processes; the classifier is fitted to the
     sums of all rows (``"ridge"`` and ``"lda"``), or to the stored rows (``"softmax"``).
 
     Args:
@@ -47,8 +56,8 @@ class LinearProbe(SumMetric):
         controls: Number of random targets.
         lambdas: Penalties to choose from, like scikit-learn's ``alpha`` on standardised features; by default 17 from
             0.01 to 10^6.
-        classifier: ``"ridge"``, ``"lda"`` or ``"softmax"``.
-        reservoir: Maximum number of rows stored for measuring accuracies.
+        classifier: ``"ridge"``, ``"lda"`` or ``"softmax"``; or `ProbeClassifier`, which also limits the rows stored for
+            measuring accuracies, by default to 10,000.
         seed: Seed of folds, controls and the sample of rows.
 
     Raises:
@@ -72,6 +81,7 @@ class LinearProbe(SumMetric):
     moments: Tensor
     kept: list[Tensor]
 
+    @grouped(classifier=Group(ProbeClassifier, main="kind"))
     def __init__(
         self,
         num_features: int,
@@ -82,11 +92,11 @@ class LinearProbe(SumMetric):
         folds: int = 5,
         controls: int = 1,
         lambdas: Sequence[float] | None = None,
-        classifier: Classifier = "ridge",
-        reservoir: int = 10_000,
+        classifier: Classifier | ProbeClassifier = "ridge",
         seed: int = 0,
     ) -> None:
         super().__init__()
+        measured = as_classifier(classifier)
         self.settings = ProbeSettings(
             num_features,
             num_targets,
@@ -95,8 +105,8 @@ class LinearProbe(SumMetric):
             folds,
             controls,
             check_penalties(lambdas),
-            classifier,
-            reservoir,
+            measured.kind,
+            measured.reservoir,
             seed,
         )
         self.set_dtype(torch.float64)  # of the tensor sent by a process without rows

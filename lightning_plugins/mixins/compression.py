@@ -7,17 +7,23 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_bool, check_fraction, check_instance
-from lightning_plugins._deprecation import renamed
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.compression.budget.budget import Multiplier, Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
-from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
-from lightning_plugins.compression.budget.filling import ChoiceSettings
+from lightning_plugins.compression.budget.choice import Choice
+from lightning_plugins.compression.budget.filling import ChoiceRates, ChoiceSettings, Limits
 from lightning_plugins.compression.costs.layer_costs import arguments_of
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.mixins._packages import refuse_other_package
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where torch's DDP looks
 _PARTS = ("channel_masks", "rank_thresholds")
+_OLDER_LIMITS = {
+    "minimum": "min_size",
+    "min_channels": "min_size",
+    "multiple": "multiple_of",
+    "multiple_of": "multiple_of",
+}
 
 
 class CompressionMixin:
@@ -70,7 +76,7 @@ class CompressionMixin:
         parent: Any = super()  # LightningModule, or another mixin
         parent.on_load_checkpoint(checkpoint)
 
-    @renamed(minimum="min_channels", multiple="multiple_of")
+    @grouped(limits=Group(Limits, older=_OLDER_LIMITS))
     def attach_compression(
         self,
         layers: str | Sequence[str] = "*",
@@ -80,9 +86,7 @@ class CompressionMixin:
         inputs: Any = None,
         masks: bool = True,
         ranks: bool = True,
-        keep: str | Sequence[str] | None = None,
-        min_channels: int = 1,
-        multiple_of: int = 1,
+        limits: Limits = Limits(),
         rates: ChoiceRates | None = None,
     ) -> list[nn.Parameter]:
         """Attach masks to channels and thresholds to singular values; call it before creating the optimizer and DDP.
@@ -94,9 +98,7 @@ class CompressionMixin:
             inputs: Example inputs of the module; by default its ``example_input_array``.
             masks: Whether to select channels.
             ranks: Whether to select ranks.
-            keep: Layers to leave unchanged.
-            min_channels: The minimum number of channels of a group, and the minimum rank.
-            multiple_of: Numbers of channels and ranks are multiples of this.
+            limits: Layers to keep unchanged, and possible numbers of channels and ranks.
             rates: The step sizes of scores and thresholds, by default as in the callbacks.
 
         Returns:
@@ -126,19 +128,17 @@ class CompressionMixin:
             raise RuntimeError("`attach_compression` has been called already; `compress` ends what it began")
         check_bool("masks", masks)
         check_bool("ranks", ranks)
-        if rates is not None:
-            check_instance("rates", rates, ChoiceRates, "a ChoiceRates")
-        least: Any = {"min_channels": min_channels, "multiple_of": multiple_of}
-        settings = ChoiceSettings(layers=layers, budget=budget, cost=cost, masks=masks, ranks=ranks, keep=keep, **least)
+        given: Any = {"limits": limits, "rates": ChoiceRates() if rates is None else rates}
+        settings = ChoiceSettings(layers=layers, budget=budget, cost=cost, masks=masks, ranks=ranks, **given)
         if not masks and not ranks:
             raise ValueError("`masks` or `ranks` must be True, or there is nothing to choose, got False for both")
-        given = arguments_of(getattr(self, "example_input_array", None) if inputs is None else inputs)
-        if given is None and (masks or cost == "flops"):
+        example = arguments_of(getattr(self, "example_input_array", None) if inputs is None else inputs)
+        if example is None and (masks or cost == "flops"):
             raise ValueError("`inputs` must be given where the module has no `example_input_array`, got None for both")
-        if given is not None:
-            check_instance("inputs", given, (Tensor, tuple, dict), "a tensor, a tuple of arguments or a dict")
-        network = BudgetedNetwork(self, settings, inputs=given)
-        vars(self)["_compression"] = (network, Multiplier(), Choice(network, rates or ChoiceRates()))
+        if example is not None:
+            check_instance("inputs", example, (Tensor, tuple, dict), "a tensor, a tuple of arguments or a dict")
+        network = BudgetedNetwork(self, settings, inputs=example)
+        vars(self)["_compression"] = (network, Multiplier(), Choice(network, settings.rates))
         _leave_out_of_ddp(self)
         return network.parameters()
 

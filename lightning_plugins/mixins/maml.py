@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_plugins._checks import check_finite_number, check_non_negative_int, check_positive_int
+from lightning_plugins._checks import check_finite_number, check_instance
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins._lightning import LightningModule
-from lightning_plugins.meta import Episodes, InnerLoop, Preconditioner
-from lightning_plugins.meta.inner_loop import Randomness, Rates
+from lightning_plugins.meta import Episodes, InnerLoop, Preconditioner, Vectorization
 from lightning_plugins.meta.loop.arguments import check_layer, weights_of_steps
-from lightning_plugins.meta.loop.form import Vectorize
 from lightning_plugins.meta.loop.tasks import cat_tasks
+from lightning_plugins.mixins._inner_settings import InnerSettings
 from lightning_plugins.mixins._meta_measures import Measures, as_part_of_all, collection_of
 from lightning_plugins.mixins._meta_random import RandomStates
 from lightning_plugins.mixins._meta_requirements import (
@@ -25,6 +25,17 @@ from lightning_plugins.mixins._meta_requirements import (
     require_whole_parameters,
     unpacked,
     unpacked_for_prediction,
+)
+
+_INNER = Group(
+    InnerSettings,
+    older={
+        "inner_steps": "steps",
+        "inner_learning_rate": "learning_rate",
+        "chunk_size": "vectorize.chunk_size",
+        "randomness": "vectorize.randomness",
+    },
+    nested={"vectorize": Group(Vectorization, main="mode")},
 )
 
 if TYPE_CHECKING:
@@ -56,19 +67,12 @@ class MAMLMixin(_Module):
         network: Maps a task's inputs to outputs.
         loss: As for `lightning_plugins.meta.InnerLoop`.
         preconditioner: Transforms inner gradients; see `lightning_plugins.meta`. None uses the plain gradient.
-        inner_steps: Number of inner steps in training.
-        evaluation_steps: Number of inner steps in validation, test and prediction.
-        inner_learning_rate: Learning rate of the inner steps.
+        inner: `lightning_plugins.mixins.InnerSettings`: steps in training and evaluation, their learning rates, the
+            layers that adapt, and the order of the tasks.
         learning_rate: Adam's learning rate for the network's weights.
         preconditioner_learning_rate: Adam's learning rate for the preconditioner and for learned inner rates; by
             default ``learning_rate``.
         step_weights: As for a call of `lightning_plugins.meta.InnerLoop`, for training.
-        rates: As for `lightning_plugins.meta.InnerLoop`, like the arguments down to ``randomness``.
-        first_order: Whether to treat the inner gradients as constants.
-        layers: The layers of the network to adapt.
-        vectorize: Whether the tasks are vectorised, or ``"auto"``.
-        chunk_size: Number of tasks whose graph is in memory at a time.
-        randomness: Whether dropout differs between tasks.
         features: A layer of the network whose outputs (``"name:input"``: inputs) on the training step's query samples
             are passed through ``self.query_features``, a module that callbacks can select, with shape
             ``(tasks * samples, ...)`` and gradients through all inner steps.
@@ -81,10 +85,11 @@ class MAMLMixin(_Module):
 
     Example:
         >>> from lightning_plugins._lightning import LightningModule
+        >>> from lightning_plugins.mixins import InnerSettings
         >>> class Few(MAMLMixin, LightningModule):
         ...     def __init__(self, width: int = 8):
         ...         network = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, 1))
-        ...         super().__init__(network, nn.functional.mse_loss, inner_steps=1, learning_rate=1e-3)
+        ...         super().__init__(network, nn.functional.mse_loss, inner=InnerSettings(steps=1))
         >>> x, y = torch.randn(4, 5, 1), torch.randn(4, 5, 1)  # four tasks of five samples
         >>> bool(Few().training_step(((x, y), (x, y)), 0).isfinite())
         True
@@ -93,51 +98,44 @@ class MAMLMixin(_Module):
         Finn, Abbeel and Levine, ICML 2017, https://arxiv.org/abs/1703.03400.
     """
 
+    @grouped(inner=_INNER)
     def __init__(
         self,
         network: nn.Module,
         loss: Callable[[Tensor, Tensor], Tensor],
         preconditioner: Preconditioner | None = None,
         *,
-        inner_steps: int = 5,
-        evaluation_steps: int = 10,
-        inner_learning_rate: float = 0.01,
+        inner: InnerSettings = InnerSettings(),
         learning_rate: float = 1e-3,
         preconditioner_learning_rate: float | None = None,
         step_weights: Sequence[float] | None = None,
-        rates: Rates = "fixed",
-        first_order: bool = False,
-        layers: str | list[str] | None = None,
-        vectorize: Vectorize = "auto",
-        chunk_size: int | None = None,
-        randomness: Randomness = "different",
         features: str | None = None,
         metrics: dict[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         require_lightning_module(self, MAMLMixin)
+        check_instance("inner", inner, InnerSettings, "InnerSettings, such as `InnerSettings(steps=5)`")
         self.inner_loop = InnerLoop(
             require_network(network),
             loss,
             self._preconditioner(preconditioner),
-            steps=check_positive_int("inner_steps", inner_steps),
-            learning_rate=check_finite_number("inner_learning_rate", inner_learning_rate),
-            rates=rates,
-            first_order=first_order,
-            layers=layers,
-            vectorize=vectorize,
-            chunk_size=chunk_size,
-            randomness=randomness,
+            steps=inner.steps,
+            learning_rate=inner.learning_rate,
+            rates=inner.rates,
+            first_order=inner.first_order,
+            layers=inner.layers,
+            vectorize=inner.vectorize,
         )
-        self.evaluation_steps = check_non_negative_int("evaluation_steps", evaluation_steps)
+        self.evaluation_steps = inner.evaluation_steps
         self.learning_rate = _check_rate("learning_rate", learning_rate)
         second = learning_rate if preconditioner_learning_rate is None else preconditioner_learning_rate
         self.preconditioner_learning_rate = _check_rate("preconditioner_learning_rate", second)
-        self.step_weights = None if step_weights is None else weights_of_steps(step_weights, inner_steps)
+        self.step_weights = None if step_weights is None else weights_of_steps(step_weights, inner.steps)
         self.features = features
         if features is not None:
-            if chunk_size is not None:
-                raise ValueError(f"`chunk_size` must be None where `features` is given, got {chunk_size}")
+            if self.inner_loop.chunk_size is not None:
+                got = self.inner_loop.chunk_size
+                raise ValueError(f"`chunk_size` must be None where `features` is given, got {got}")
             check_layer(network, features, "features")
             self.query_features = nn.Identity()
         collection = collection_of(metrics)
@@ -160,7 +158,7 @@ class MAMLMixin(_Module):
         require_whole_parameters(self)
 
     def forward(self, support: Samples, query_inputs: Tensor) -> Tensor:
-        """Adapt to every task with ``evaluation_steps``, and predict.
+        """Adapt to every task with ``inner.evaluation_steps``, and predict.
 
         Args:
             support: Inputs and targets of shapes ``(tasks, samples, ...)``.
@@ -176,9 +174,9 @@ class MAMLMixin(_Module):
     def adapt_and_measure(self, batch: tuple[Samples, Samples]) -> Episodes:
         """Adapt to the support samples of a batch's tasks and evaluate on their query samples.
 
-        In training mode with ``inner_steps``, else with ``evaluation_steps``. In training mode every rank must call it,
-        and the loss is scaled such that its mean over ranks, and DDP's mean of its gradients, are those of the mean
-        over the tasks of all ranks. Add your own terms to it, and return the sum from ``training_step``.
+        In training mode with ``inner.steps``, else with ``inner.evaluation_steps``. In training mode every rank must
+        call it, and the loss is scaled such that its mean over ranks, and DDP's mean of its gradients, are those of the
+        mean over the tasks of all ranks. Add your own terms to it, and return the sum from ``training_step``.
 
         Args:
             batch: ``((support_x, support_y), (query_x, query_y))``, tensors of shapes ``(tasks, samples, ...)``.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_plugins.search.sampler import B2EASampler, origins
     from lightning_plugins.search.shared_trial import SharedTrial, shared_trials
     from lightning_plugins.search.tuning import TuneResult, tune
+    from lightning_plugins.search.workers import Workers
 
 __all__ = [
     "B2EASampler",
@@ -20,6 +21,7 @@ __all__ = [
     "TercetPruner",
     "TercetRule",
     "TuneResult",
+    "Workers",
     "origins",
     "shared_trials",
     "tune",
@@ -33,6 +35,7 @@ _MODULES = {
     "shared_trials": "shared_trial",
     "TuneResult": "tuning",
     "tune": "tuning",
+    "Workers": "workers",
 }
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_plugins._checks import check_choice, check_instance, check_non_negative_int, check_positive_int
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.search.sampler import B2EASampler, origins
 from lightning_plugins.search.trainings import ENDED, Objective, Search, best_trial
-from lightning_plugins.search.workers import run_workers
+from lightning_plugins.search.workers import Workers, run_workers
 
 try:
     import optuna
@@ -78,6 +79,7 @@ def _check_storage(storage: str) -> None:
         raise ValueError(f"`storage` must be a URL, as in 'sqlite:///search.db', got {storage!r}")
 
 
+@grouped(workers=Group(Workers, main="count"))
 def tune(
     objective: Objective,
     n_trials: int,
@@ -87,8 +89,7 @@ def tune(
     sampler: "BaseSampler | None" = None,
     pruner: "BasePruner | None" = None,
     storage: str | None = None,
-    workers: int = 1,
-    retries: int = 1,
+    workers: int | Workers = 1,
     seed: int = 0,
 ) -> TuneResult:
     """Run a search with training runs as trials.
@@ -110,8 +111,8 @@ def tune(
         sampler: `B2EASampler` by default.
         pruner: Pruner; by default nothing is pruned.
         storage: Optuna's storage URL; by default a journal file in the directory, for any number of workers.
-        workers: The number of processes; 1 runs in this one.
-        retries: Number of retries of a killed trial.
+        workers: The number of processes; 1 runs in this one. `Workers` also has the retries of a killed trial, by
+            default one.
         seed: Seed of the trials and of the training runs.
 
     Returns:
@@ -135,8 +136,8 @@ def tune(
         raise TypeError(f"`objective` must be a function of a trial and a folder, got {objective!r}")
     check_positive_int("n_trials", n_trials)
     check_choice("direction", direction, ("minimize", "maximize"))
-    check_positive_int("workers", workers)
-    check_non_negative_int("retries", retries)
+    if not isinstance(workers, Workers):
+        workers = Workers(count=check_positive_int("workers", workers))
     check_instance("directory", directory, (str, os.PathLike), "the path of a folder")
     if storage is not None:
         _check_storage(storage)
@@ -157,12 +158,12 @@ def tune(
     )
     study = search.study(direction)
     left = n_trials - sum(trial.state in ENDED for trial in study.get_trials(deepcopy=False))
-    if workers == 1:
+    if workers.count == 1:
         for _ in range(left):
             search.run_trial(study)
     else:
         _require_picklable(search)
-        run_workers(search, study, left, workers=workers, retries=retries)
+        run_workers(search, study, left, workers=workers.count, retries=workers.retries)
     best = best_trial(study)
     return TuneResult(study, None if best is None else search.folder(best))
 

@@ -1,10 +1,13 @@
 """Worker processes of a search: each runs trials until none is left, and killed workers are replaced."""
 
 import multiprocessing
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
+
+from lightning_plugins._checks import check_non_negative_int, check_positive_int
 
 if TYPE_CHECKING:
     import optuna
@@ -12,6 +15,31 @@ if TYPE_CHECKING:
     from lightning_plugins.search.trainings import Search
 
 _RETRIED = "retried"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Processes of a search by `tune`, and the retries of trials whose process was killed.
+
+    Attributes:
+        count: The number of processes, at least 1; 1 runs in this one.
+        retries: Number of retries of a killed trial.
+
+    Raises:
+        TypeError: If a field is not an int.
+        ValueError: If a field is out of its range.
+
+    Example:
+        >>> Workers(count=4).retries
+        1
+    """
+
+    count: int = 1
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", check_positive_int("count", self.count))
+        object.__setattr__(self, "retries", check_non_negative_int("retries", self.retries))
 
 
 def run_workers(search: "Search", study: "optuna.Study", n_trials: int, *, workers: int, retries: int) -> None:

@@ -1,11 +1,13 @@
 """A model, and compressions of it under a budget within a few steps, that several test files share."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_plugins.callbacks import HybridCompression
+from lightning_plugins.callbacks import HybridCompression, Phase
+from lightning_plugins.compression import ChoiceRates, Limits
 from tests.models import Classifier, make_batches
 
 BATCHES = [(x.double(), y) for x, y in make_batches(6)]
@@ -27,12 +29,23 @@ def seeded(kind: Any = Model, **arguments: Any) -> Any:
     return kind(**arguments)
 
 
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of a compression, with the fields of its dataclasses among the settings gathered in these."""
+    given = dict(settings)
+    for name, kind in {"phase": Phase, "limits": Limits, "rates": ChoiceRates}.items():
+        own = {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
+        if own:
+            given[name] = kind(**own)
+    return given
+
+
 def in_steps(kind: Any = HybridCompression, **settings: Any) -> Any:
     """Begins before step 3, chooses before step 11, and carries it out at the start of the third epoch."""
-    rates = {} if kind.__name__ == "MaskScheduling" else {"threshold_learning_rate": 0.03}
-    rates |= {} if kind.__name__ == "RankScheduling" else {"learning_rate": 0.2}
-    phases = {"unit": "steps", "begin": BEGIN, "end": END}
-    return kind(**{"layers": "*", "budget": 0.5, "cost": "params", "figures": False, **phases, **rates, **settings})
+    rates = {} if kind.__name__ == "MaskScheduling" else {"thresholds": 0.03}
+    rates |= {} if kind.__name__ == "RankScheduling" else {"scores": 0.2}
+    phase = {"unit": "steps", "begin": BEGIN, "end": END}
+    given = {"layers": "*", "budget": 0.5, "cost": "params", "figures": False, **phase, **rates, **settings}
+    return kind(**nested(given))
 
 
 def params(model: nn.Module) -> int:

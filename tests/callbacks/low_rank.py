@@ -1,11 +1,12 @@
 """A model, and a compression of it within a few steps, that several test files share."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks import LowRankCompression
+from lightning_plugins.callbacks import LowRankCompression, Penalty, SearchSettings, Timing
 from tests.models import Classifier, make_batches
 
 BATCHES = make_batches(6)
@@ -29,21 +30,21 @@ def seeded(kind: Any = Model, **arguments: Any) -> Any:
     return kind(**arguments)
 
 
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of the compression, with the fields of its dataclasses among the settings gathered in these."""
+    given = dict(settings)
+    for name, kind in {"search": SearchSettings, "penalty": Penalty, "timing": Timing}.items():
+        own = {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
+        if own:
+            given[name] = kind(**own)
+    return given
+
+
 def in_steps(search_at: float = 3, factorize_at: float | None = 9, **settings: Any) -> LowRankCompression:
     """Searches before step 3, and splits at the start of the third of epochs of six steps."""
-    return LowRankCompression(
-        **{
-            "layers": "*",
-            "budget": 0.7,
-            "weight": 0.3,
-            "search_data": BATCHES[:2],
-            "unit": "steps",
-            "search_at": search_at,
-            "factorize_at": factorize_at,
-            "figures": False,
-            **settings,
-        }
-    )
+    timing = {"unit": "steps", "search_at": search_at, "factorize_at": factorize_at}
+    given = {"layers": "*", "budget": 0.7, "weight": 0.3, "data": BATCHES[:2], "figures": False, **timing, **settings}
+    return LowRankCompression(**nested(given))
 
 
 def assert_same(model: nn.Module, expected: nn.Module, **tolerance: float) -> None:

@@ -13,8 +13,13 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plugins.callbacks import AttributionEvaluation, attribution_evaluation
-from lightning_plugins.functional.attribution import localization_iou, perturbation_curve, random_attributions
+from lightning_plugins.callbacks import AttributionEvaluation, BatchKeys, SampleSelection, attribution_evaluation
+from lightning_plugins.functional.attribution import (
+    CurveSteps,
+    localization_iou,
+    perturbation_curve,
+    random_attributions,
+)
 from lightning_plugins.metrics import DegradationScore, LocalizationIoU
 from tests._processes import run_on_ranks
 from tests.contract_ranks import act_as_rank
@@ -82,7 +87,9 @@ def trainer(callbacks, **settings):
 
 
 def evaluate(methods, model=None, data=None, run=None, **settings):
-    callback = AttributionEvaluation(methods, **{"mask": 2, "metrics": METRICS, "examples": 0, **settings})
+    callback = AttributionEvaluation(
+        methods, **{"batch": BatchKeys(mask=2), "metrics": METRICS, "examples": 0, **settings}
+    )
     runner = trainer([callback], **(run or {}))
     runner.test(model or Net(), Batches(data or batches()), verbose=False)
     return callback, runner
@@ -106,7 +113,7 @@ def test_scores_are_those_of_the_functions_over_all_samples():
     for row, own in (("saliency", maps), ("saliency/abs", maps.abs()), ("random", random_attributions(x))):
         assert scores[row]["iou"]["score"] == pytest.approx(localization_iou(own, masks).score.mean().item(), abs=1e-6)
         curves = [
-            perturbation_curve(model, x, own, y, order=order, steps=4, spread=True).mean(0)
+            perturbation_curve(model, x, own, y, order=order, steps=CurveSteps(count=4, spread=True)).mean(0)
             for order in ("least", "most")
         ]
         scaled = [(curve - curve[-1]) / (curve[0] - curve[-1]) for curve in curves]
@@ -214,13 +221,13 @@ def test_selection_by_class_probability_and_number():
     with torch.no_grad():
         p = model.eval()(x).softmax(1).gather(1, y[:, None])[:, 0]
     least = float(p.median())
-    callback, _ = evaluate(["saliency"], model, select=least, classes=[1])
+    callback, _ = evaluate(["saliency"], model, samples=SampleSelection(select=least, classes=[1]))
     assert callback.report.samples == int(((p > least) & (y == 1)).sum())
     assert callback.report.seen == 18
-    callback, _ = evaluate(["saliency"], model, select=lambda own: own < least, max_samples=4)
+    callback, _ = evaluate(["saliency"], model, samples=SampleSelection(select=lambda own: own < least, max_samples=4))
     assert callback.report.samples == 4
     with pytest.warns(UserWarning, match=r"none of 18 samples was chosen by `classes=\(7,\)`"):
-        callback, _ = evaluate(["saliency"], model, classes=[7])
+        callback, _ = evaluate(["saliency"], model, samples=SampleSelection(classes=[7]))
     assert math.isnan(callback.report.scores["saliency"]["iou"]["score"])
     assert json.loads(callback.report.to_json())["scores"]["saliency"]["iou"]["score"] is None
 
@@ -245,7 +252,9 @@ def test_table_json_and_figures(tmp_path):
 
 
 def test_in_validation_of_a_training_without_touching_it():
-    callback = AttributionEvaluation(["saliency"], mask=2, stage="validate", metrics=["iou"], examples=0)
+    callback = AttributionEvaluation(
+        ["saliency"], batch=BatchKeys(mask=2), stage="validate", metrics=["iou"], examples=0
+    )
     plain, watched = Net(), Net()
     for model, callbacks in ((plain, []), (watched, [callback])):
         runner = trainer(callbacks, max_epochs=2)
@@ -260,7 +269,7 @@ def test_methods_are_made_for_the_stage_that_is_evaluated_alone(stage, made, mon
     calls = []
     build = attribution_evaluation.method_calls
     monkeypatch.setattr(attribution_evaluation, "method_calls", lambda *a, **k: calls.append(stage) or build(*a, **k))
-    callback = AttributionEvaluation(["saliency"], mask=2, stage=stage, metrics=["iou"], examples=0)
+    callback = AttributionEvaluation(["saliency"], batch=BatchKeys(mask=2), stage=stage, metrics=["iou"], examples=0)
     runner, model, data = trainer([callback], max_epochs=2, num_sanity_val_steps=1), Net(), Batches(batches())
     runner.fit(model, data, data)
     assert len(calls) == (made if stage == "validate" else 0)  # an epoch each, and none in the sanity check
@@ -279,7 +288,7 @@ def rank_report(rank, bounds, classes):
     metrics = ["iou", "attribution_localization", "degradation", "infidelity"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        callback, _ = evaluate(methods, data=mine, metrics=metrics, run=run, classes=classes)
+        callback, _ = evaluate(methods, data=mine, metrics=metrics, run=run, samples=SampleSelection(classes=classes))
     return json.loads(callback.report.to_json())
 
 

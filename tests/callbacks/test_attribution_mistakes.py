@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plugins.callbacks import AttributionEvaluation
+from lightning_plugins.callbacks import AttributionEvaluation, BatchKeys, SampleSelection
 from lightning_plugins.callbacks._attribution.refusals import check_layer
 from lightning_plugins.metrics import LocalizationIoU
 from tests.callbacks.test_attribution_evaluation import Net, evaluate, gradient
@@ -72,9 +72,13 @@ IN_TEST = {
     "no rule": (with_sigmoid, {"methods": ["lrp"]}, "lrp has no rule for this network: .*Sigmoid"),
     "no such layer": (Net, {"methods": {"gradcam": "net.33"}}, "is not a module of Net; did you mean 'net.3'"),
     "no such network": (Net, {"network": "nett"}, "`network='nett'` is not a module of Net; did you mean 'net'"),
-    "no mask in the batch": (Net, {"mask": 5}, "`mask=5` is not in the batch, a tuple of 3 parts"),
-    "a key for a tuple": (Net, {"mask": "mask"}, "`mask='mask'` is not in the batch"),
-    "no tensor": (Net, {"inputs": lambda batch: 3}, "`inputs` must give a tensor of the batch, got int"),
+    "no mask in the batch": (Net, {"batch": BatchKeys(mask=5)}, "`mask=5` is not in the batch, a tuple of 3 parts"),
+    "a key for a tuple": (Net, {"batch": BatchKeys(mask="mask")}, "`mask='mask'` is not in the batch"),
+    "no tensor": (
+        Net,
+        {"batch": BatchKeys(inputs=lambda batch: 3, mask=2)},
+        "`inputs` must give a tensor of the batch, got int",
+    ),
     "a layer without positions": (
         Net,
         {"methods": {"gradcam": "net.7"}},
@@ -91,18 +95,32 @@ IN_TEST = {
         {"methods": {"mine": lambda x, target: x[..., 3:]}},
         r"`methods\['mine'\]` must return maps of its inputs' shape \(6, 1, 32\), .* got \(6, 1, 29\)",
     ),
-    "select without bools": (Net, {"select": lambda p: p}, "`select` must return a bool for each of 6 samples, got"),
+    "select without bools": (
+        Net,
+        {"samples": SampleSelection(select=lambda p: p)},
+        "`select` must return a bool for each of 6 samples, got",
+    ),
 }
 IN_TEST_VALUES = {
     "no probabilities": (OneLogit, {}, ValueError, "`forward` gives no probabilities"),
     "a class too many": (
         Net,
-        {"target": lambda batch: batch[1] + 5},
+        {"batch": BatchKeys(target=lambda batch: batch[1] + 5, mask=2)},
         ValueError,
         "`target` must be in 0 to 1",
     ),
-    "classes as floats": (Net, {"target": lambda batch: batch[1].float()}, TypeError, "`target` must be a tensor of"),
-    "mask of another length": (Net, {"mask": lambda batch: batch[2][:, :9]}, ValueError, "`masks` must have the sh"),
+    "classes as floats": (
+        Net,
+        {"batch": BatchKeys(target=lambda batch: batch[1].float(), mask=2)},
+        TypeError,
+        "`target` must be a tensor of",
+    ),
+    "mask of another length": (
+        Net,
+        {"batch": BatchKeys(mask=lambda batch: batch[2][:, :9])},
+        ValueError,
+        "`masks` must have the sh",
+    ),
 }
 
 
@@ -127,7 +145,7 @@ def test_grad_cam_needs_inputs_with_positions():
 
 
 def test_sharded_strategies_are_refused():
-    callback = AttributionEvaluation(["saliency"], mask=2, examples=0)
+    callback = AttributionEvaluation(["saliency"], batch=BatchKeys(mask=2), examples=0)
     runner = SimpleNamespace(strategy=FSDPStrategy())
     with pytest.raises(MisconfigurationException, match="supports a single device and DDP, got FSDPStrategy"):
         callback.setup(runner, Net(), "test")
@@ -154,9 +172,9 @@ ARGUMENTS = {
     "a method without its layer": ({"methods": ["gradcam"]}, ValueError, r"`methods\['gradcam'\]` needs the name of a"),
     "a layer too many": ({"methods": {"saliency": "net.3"}}, ValueError, r"`methods\['saliency'\]` takes no layer"),
     "a number as options": ({"methods": {"saliency": 3}}, TypeError, r"`methods\['saliency'\]` must be a layer's name"),
-    "no mask": ({"mask": None}, ValueError, "`mask` must say where the truth is"),
-    "mask is no key": ({"mask": 1.5}, TypeError, "`mask` must be a key of the batch"),
-    "mask of no module": ({"mask": "nowhere.f"}, ValueError, "`mask='nowhere.f'` cannot be imported"),
+    "no mask": ({"batch": BatchKeys()}, ValueError, "`mask` of `batch` must say where the truth is, for the `metrics`"),
+    "no keys": ({"batch": 2}, TypeError, r"`batch` must be BatchKeys, such as `BatchKeys\(mask=2\)`, got 2"),
+    "a number as samples": ({"samples": 0.9}, TypeError, r"`samples` must be a SampleSelection, .*, got 0.9"),
     "metric misspelled": ({"metrics": ["iuo"]}, ValueError, "`metrics` must be .* did you mean 'iou'"),
     "no metric": ({"metrics": []}, ValueError, "`metrics` must have at least one"),
     "a strange metric": (
@@ -166,17 +184,31 @@ ARGUMENTS = {
     ),
     "stage misspelled": ({"stage": "tset"}, ValueError, "`stage` must be .* did you mean 'test'"),
     "absolute misspelled": ({"absolute": "bothe"}, ValueError, "`absolute` must be .* did you mean 'both'"),
-    "percent": ({"select": 90}, ValueError, "`select` must be in .* did you mean 0.9"),
-    "no positive class": ({"classes": []}, ValueError, r"`classes` must name at least one positive class, such as \[1"),
-    "negative class": ({"classes": [-1]}, ValueError, "`classes` must be at least 0"),
-    "no sample": ({"max_samples": 0}, ValueError, "`max_samples` must be at least 1"),
     "no forward": ({"max_forward_batch": 0}, ValueError, "`max_forward_batch` must be at least 1"),
     "negative examples": ({"examples": -1}, ValueError, "`examples` must be at least 0"),
 }
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "error", "message"),
+    [
+        (BatchKeys, {"mask": 1.5}, TypeError, "`mask` must be a key of the batch"),
+        (BatchKeys, {"mask": "nowhere.f"}, ValueError, "`mask='nowhere.f'` cannot be imported"),
+        (BatchKeys, {"inputs": None}, TypeError, "`inputs` must be a key of the batch"),
+        (SampleSelection, {"select": 90}, ValueError, "`select` must be in .* did you mean 0.9"),
+        (SampleSelection, {"select": "label"}, ValueError, "`select='label'` must be a number, a callable or"),
+        (SampleSelection, {"classes": []}, ValueError, r"`classes` must name at least one positive class, such as \[1"),
+        (SampleSelection, {"classes": [-1]}, ValueError, "`classes` must be at least 0"),
+        (SampleSelection, {"max_samples": 0}, ValueError, "`max_samples` must be at least 1"),
+    ],
+)
+def test_wrong_fields_are_named(kind, arguments, error, message):
+    with pytest.raises(error, match=message):
+        kind(**arguments)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_wrong_arguments_fail_in_the_constructor(name):
     arguments, error, message = ARGUMENTS[name]
     with pytest.raises(error, match=message):
-        AttributionEvaluation(**{"methods": ["saliency"], "mask": 2, **arguments})
+        AttributionEvaluation(**{"methods": ["saliency"], "batch": BatchKeys(mask=2), **arguments})

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plugins.callbacks import CalibrationRecorder, LowRankCompression
+from lightning_plugins.callbacks import CalibrationRecorder, SearchSettings
 from lightning_plugins.compression import Calibration, factorize, output_energy
 from tests.callbacks.low_rank import Model as Base
 from tests.callbacks.low_rank import assert_same, in_steps, seeded
@@ -103,7 +103,7 @@ def test_lets_go_after_an_error():
 @pytest.mark.parametrize("search", ["output_energy", "trade_off", "energy", "beam", "equal_ratio"])
 def test_low_rank_compression_truncates_by_the_outputs(search: str):
     compression = in_steps(
-        weight=0, search=search, calibration={"effort": None}, search_at=0, factorize_at=12, search_data=BATCHES
+        weight=0, method=search, calibration={"effort": None}, search_at=0, factorize_at=12, data=BATCHES
     )
     model = seeded(Still)
     fit(model, BATCHES, [compression], max_epochs=2)
@@ -123,8 +123,8 @@ def test_low_rank_compression_truncates_by_the_outputs(search: str):
         (lambda: CalibrationRecorder(damping=math.nan), ValueError, "`damping` must be"),
         (lambda: CalibrationRecorder(effort=-1), ValueError, "`effort` must be"),
         (lambda: CalibrationRecorder([]), ValueError, "`layers` must be"),
-        (lambda: LowRankCompression("*", calibration="yes"), TypeError, "`calibration` must be a bool, or a dict"),
-        (lambda: LowRankCompression("*", calibration={"maks": "m"}), ValueError, "got 'maks'; did you mean 'mask'"),
+        (lambda: SearchSettings(calibration="yes"), TypeError, "`calibration` must be a bool, or a dict"),
+        (lambda: SearchSettings(calibration={"maks": "m"}), ValueError, "got 'maks'; did you mean 'mask'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

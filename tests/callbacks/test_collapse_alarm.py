@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_plugins.callbacks import CollapseAlarm, RepresentationCollapseError
+from lightning_plugins.callbacks import CollapseAlarm, CollapseLimits, RepresentationCollapseError
 from lightning_plugins.callbacks.collapse_alarm import Collapse
 from lightning_plugins.metrics import EffectiveRank, FeatureStableRank, RankMe, VonNeumannEntropy
 from tests._killed import saving
@@ -71,7 +71,7 @@ def test_the_value_is_that_of_the_metric_over_the_batches_of_a_step(metric: str,
 
 
 def test_it_comes_after_so_many_measurements_in_a_row():
-    alarm = alarm_on(minimum=1.5, patience=3)
+    alarm = alarm_on(limits=CollapseLimits(minimum=1.5, patience=3))
     trained(alarm)
     (found,) = alarm.alarms
     assert found.step == 9  # the batches of steps 6, 7 and 8 are too low
@@ -79,7 +79,10 @@ def test_it_comes_after_so_many_measurements_in_a_row():
 
 
 def test_limits_relative_to_the_width_and_to_the_best():
-    relative, dropped, quiet = alarm_on(share=0.2), alarm_on(drop=0.5), alarm_on(share=0.1, drop=0.99, minimum=0.5)
+    relative, dropped, quiet = (
+        alarm_on(limits=CollapseLimits(**limits))
+        for limits in ({"share": 0.2}, {"drop": 0.5}, {"share": 0.1, "drop": 0.99, "minimum": 0.5})
+    )
     for alarm in (relative, dropped, quiet):
         trained(alarm)
     assert [len(alarm.alarms) for alarm in (relative, dropped, quiet)] == [1, 1, 0]
@@ -88,30 +91,30 @@ def test_limits_relative_to_the_width_and_to_the_best():
 
 
 def test_it_warns_and_rings_again_only_after_a_recovery():
-    alarm = alarm_on(minimum=2.0)
+    alarm = alarm_on(limits=2.0)
     values = iter([1.0, 1.0, 3.0, 1.0])
     found = [len(alarm._judge({"a": value}, {"a": 8}, step)) for step, value in enumerate(values)]
     assert found == [1, 0, 0, 1]
     with pytest.warns(UserWarning, match="'backbone.2' may have collapsed: its effective_rank is 1.* at step 7"):
-        fit(Collapses(), BATCHES, [alarm_on(minimum=1.5)])
+        fit(Collapses(), BATCHES, [alarm_on(limits=1.5)])
 
 
 def test_what_is_not_a_number_is_too_low():
-    alarm = alarm_on(minimum=-1e9)
+    alarm = alarm_on(limits=-1e9)
     assert alarm._judge({"a": float("nan")}, {"a": 8}, 3)[0].layer == "a"
 
 
 def test_stop_ends_the_training():
-    assert trained(alarm_on(minimum=1.5, action="stop")).global_step == 7
+    assert trained(alarm_on(limits=1.5, action="stop")).global_step == 7
 
 
 def test_raise_ends_it_with_an_error():
     with pytest.raises(RepresentationCollapseError, match=r"below 1\.5"):
-        trained(alarm_on(minimum=1.5, action="raise"))
+        trained(alarm_on(limits=1.5, action="raise"))
 
 
 def test_checkpoint_saves_and_goes_on(tmp_path: Path):
-    alarm = alarm_on(minimum=1.5, action="checkpoint", dirpath=str(tmp_path))
+    alarm = alarm_on(limits=1.5, action="checkpoint", dirpath=str(tmp_path))
     assert trained(alarm).global_step == 12
     (path,) = tmp_path.iterdir()
     assert path.name == "collapse-backbone.2-step=7.ckpt"
@@ -120,7 +123,7 @@ def test_checkpoint_saves_and_goes_on(tmp_path: Path):
 
 def test_a_queue_lets_small_batches_see_each_other():
     small = [(x[:2], y[:2]) for x, y in BATCHES]
-    alone, together = alarm_on(minimum=2.5), alarm_on(minimum=2.5, queue_size=8)
+    alone, together = alarm_on(limits=2.5), alarm_on(limits=2.5, queue_size=8)
     trained(alone, Model, small)
     trained(together, Model, small)
     assert alone.alarms  # two rows have a rank of two at most
@@ -130,7 +133,7 @@ def test_a_queue_lets_small_batches_see_each_other():
 
 def test_resumed_exactly(tmp_path: Path):
     def fresh() -> CollapseAlarm:
-        return alarm_on(minimum=1.5, patience=4, queue_size=4)
+        return alarm_on(limits=CollapseLimits(minimum=1.5, patience=4), queue_size=4)
 
     straight, resumed = fresh(), fresh()
     torch.manual_seed(0)
@@ -146,11 +149,11 @@ def on_rank(rank: int, folder: Path) -> list[Any]:
     act_as_rank(rank, 2)
     mine, found = shard(BATCHES, BOUNDS[2]), []
     for arguments in ({}, {"queue_size": 12}, {"action": "stop"}, {"action": "checkpoint", "dirpath": str(folder)}):
-        alarm = alarm_on(minimum=1.5, patience=2, **arguments)
+        alarm = alarm_on(limits=CollapseLimits(minimum=1.5, patience=2), **arguments)
         trainer = trained(alarm, batches=mine, strategy="ddp", devices=2)
         found.append((trainer.global_step, alarm.state_dict()))
     try:
-        trained(alarm_on(minimum=1.5, action="raise"), batches=mine, strategy="ddp", devices=2)
+        trained(alarm_on(limits=1.5, action="raise"), batches=mine, strategy="ddp", devices=2)
     except RepresentationCollapseError as error:
         found.append(str(error))
     return found
@@ -162,7 +165,7 @@ def test_unequal_processes_equal_one_and_act_together(tmp_path: Path):
     torch.testing.assert_close(ranks[0][:4], ranks[1][:4], rtol=0, atol=0)
     assert ranks[0][4] == ranks[1][4]
     for index, arguments in enumerate(({}, {"queue_size": 12}, {"action": "stop"})):
-        alarm = alarm_on(minimum=1.5, patience=2, **arguments)
+        alarm = alarm_on(limits=CollapseLimits(minimum=1.5, patience=2), **arguments)
         trainer = trained(alarm)
         step, state = ranks[0][index]
         assert step == trainer.global_step
@@ -171,7 +174,7 @@ def test_unequal_processes_equal_one_and_act_together(tmp_path: Path):
 
 
 def test_a_second_training_begins_anew():
-    alarm = alarm_on(minimum=1.5)
+    alarm = alarm_on(limits=1.5)
     trained(alarm)
     trained(alarm, Model)
     assert alarm.alarms == []
@@ -184,20 +187,37 @@ def test_an_alarm_shows_itself():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({}, ValueError, "`minimum`, `share` or `drop` must say what is too low, got none; try `share=0.1`"),
-        ({"metric": "efective_rank", "minimum": 1}, ValueError, r"did you mean 'effective_rank'\?"),
-        ({"share": 10}, ValueError, r"`share` must be in \[0, 1\], got 10; did you mean 0.1\?"),
-        ({"share": 0.1, "metric": "entropy"}, ValueError, "`share` is of the most that a rank could be"),
-        ({"drop": -0.1}, ValueError, r"`drop` must be in \[0, 1\], got -0.1"),
-        ({"minimum": float("nan")}, ValueError, "`minimum` must be finite, got nan"),
-        ({"minimum": "2"}, TypeError, "`minimum` must be a number, got '2'"),
-        ({"minimum": 1, "patience": 0}, ValueError, "`patience` must be at least 1, got 0"),
-        ({"minimum": 1, "action": "halt"}, ValueError, "`action` must be .* got 'halt'"),
-        ({"minimum": 1, "every_n_steps": 0}, ValueError, "`every_n_steps` must be at least 1"),
-        ({"minimum": 1, "queue_size": -1}, ValueError, "`queue_size` must be at least 0"),
-        ({"minimum": 1, "pool": "meen"}, ValueError, r"did you mean 'mean'\?"),
+        ({}, ValueError, r"`limits` must say what is too low, got none; try `limits=CollapseLimits\(share=0.1\)`"),
+        ({"limits": "2"}, TypeError, "`limits` must be a number, got '2'"),
+        ({"limits": float("nan")}, ValueError, "`limits` must be finite, got nan"),
+        ({"metric": "efective_rank", "limits": 1}, ValueError, r"did you mean 'effective_rank'\?"),
+        (
+            {"limits": CollapseLimits(share=0.1), "metric": "entropy"},
+            ValueError,
+            "`share` is of the most that a rank could be",
+        ),
+        ({"limits": 1, "action": "halt"}, ValueError, "`action` must be .* got 'halt'"),
+        ({"limits": 1, "every_n_steps": 0}, ValueError, "`every_n_steps` must be at least 1"),
+        ({"limits": 1, "queue_size": -1}, ValueError, "`queue_size` must be at least 0"),
+        ({"limits": 1, "readout": "mean"}, TypeError, "`readout` must be a Readout"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], match: str):
     with pytest.raises(error, match=match):
         CollapseAlarm("backbone", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "match"),
+    [
+        ({}, ValueError, "`minimum`, `share` or `drop` must say what is too low, got none; try `share=0.1`"),
+        ({"share": 10}, ValueError, r"`share` must be in \[0, 1\], got 10; did you mean 0.1\?"),
+        ({"drop": -0.1}, ValueError, r"`drop` must be in \[0, 1\], got -0.1"),
+        ({"minimum": float("nan")}, ValueError, "`minimum` must be finite, got nan"),
+        ({"minimum": "2"}, TypeError, "`minimum` must be a number, got '2'"),
+        ({"minimum": 1, "patience": 0}, ValueError, "`patience` must be at least 1, got 0"),
+    ],
+)
+def test_wrong_limits_are_named(fields: dict[str, Any], error: type[Exception], match: str):
+    with pytest.raises(error, match=match):
+        CollapseLimits(**fields)

@@ -12,13 +12,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins.callbacks import HybridCompression, LowRankCompression, MaskScheduling, RankScheduling
+from lightning_plugins.callbacks import (
+    HybridCompression,
+    LowRankCompression,
+    MaskScheduling,
+    RankScheduling,
+    SearchSettings,
+    Timing,
+)
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from tests._killed import saving
 from tests.callbacks.budgets import BATCHES, Model, in_steps, params, seeded
 from tests.models import Batches, fit
 
 KINDS = [HybridCompression, MaskScheduling, RankScheduling]
+TIMING = Timing(search_at=2, factorize_at=9, unit="steps")
 
 
 class Auxiliary(Model):
@@ -148,7 +156,7 @@ def test_checkpoints_by_a_metric_begin_anew_at_the_surgery(kind, tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)
     stop = EarlyStopping("val_loss", patience=50)
     callback = (
-        LowRankCompression("backbone.*", budget=0.5, search="energy", search_at=2, factorize_at=9, unit="steps")
+        LowRankCompression("backbone.*", budget=0.5, search="energy", timing=TIMING)
         if kind is LowRankCompression
         else in_steps(kind, budget=0.5)
     )
@@ -196,8 +204,7 @@ def test_statistics_of_a_resumed_training_go_on_where_they_were(kind, tmp_path):
     def callback():
         if kind is MaskScheduling:
             return in_steps(kind, layers="backbone.*")
-        phases = {"search_at": 2, "factorize_at": 9, "unit": "steps"}
-        return LowRankCompression("backbone.*", budget=0.5, search="energy", **phases)
+        return LowRankCompression("backbone.*", budget=0.5, search="energy", timing=TIMING)
 
     def trained(**settings):
         model, compression = seeded(Normed), callback()
@@ -248,7 +255,7 @@ def test_a_picture_that_cannot_be_written_ends_no_training(kind, tmp_path):
     (tmp_path / "compression.png").mkdir()  # a folder is in the way
     (tmp_path / "compression").write_text("")
     callback = (
-        LowRankCompression("backbone.*", budget=0.5, search="energy", search_at=2, factorize_at=9, unit="steps")
+        LowRankCompression("backbone.*", budget=0.5, search="energy", timing=TIMING)
         if kind is LowRankCompression
         else in_steps(kind, figures=True)
     )
@@ -280,7 +287,7 @@ def test_a_step_is_called_as_lightning_calls_it(form):
             return self.loss(batch)
 
     kind = {"named": Named, "starred": Starred, "typed": Typed}[form]
-    callback = LowRankCompression("*", budget=0.6, search_data=BATCHES[:2], search_at=2, factorize_at=9, unit="steps")
+    callback = LowRankCompression("*", budget=0.6, search=SearchSettings(data=BATCHES[:2]), timing=TIMING)
     fit(seeded(kind), BATCHES, [callback], max_epochs=3)
     assert callback.finished
 
@@ -291,8 +298,13 @@ def test_a_step_that_cannot_be_scored_is_named_at_the_start():
             batch, _, _ = next(dataloader_iter)
             return self.loss(batch)
 
-    with pytest.raises(MisconfigurationException, match="`score`: the search of ranks scores batches"):
-        fit(seeded(Iterating), BATCHES, [LowRankCompression("*", budget=0.6, search_data=BATCHES[:2])], max_epochs=3)
+    with pytest.raises(MisconfigurationException, match=r"`search\.score`: the search of ranks scores batches"):
+        fit(
+            seeded(Iterating),
+            BATCHES,
+            [LowRankCompression("*", budget=0.6, search=SearchSettings(data=BATCHES[:2]))],
+            max_epochs=3,
+        )
 
 
 @pytest.mark.parametrize("kind", [HybridCompression, LowRankCompression])
@@ -308,7 +320,8 @@ def test_a_list_of_example_inputs_holds_the_arguments(kind):
         def training_step(self, batch: Any, _: Any) -> Tensor:
             return nn.functional.cross_entropy(self(batch[0], 1.0), batch[1])
 
-    late = {"search_data": BATCHES[:2], "search_at": 2, "factorize_at": 6, "unit": "steps"}
+    timing = Timing(search_at=2, factorize_at=6, unit="steps")
+    late = {"search": SearchSettings(data=BATCHES[:2]), "timing": timing}
     callback = LowRankCompression("*", budget=0.6, **late) if kind is LowRankCompression else in_steps(kind, budget=0.8)
     fit(seeded(TwoInputs), BATCHES, [callback], max_epochs=3)
     assert callback.report.after.flops < callback.report.before.flops
@@ -323,4 +336,9 @@ def test_a_step_that_fails_in_evaluation_mode_is_named_with_the_mode():
     with pytest.raises(
         MisconfigurationException, match=r"of Predicting in evaluation mode, which fails .*AttributeErr"
     ):
-        fit(seeded(Predicting), BATCHES, [LowRankCompression("*", budget=0.6, search_data=BATCHES[:2])], max_epochs=3)
+        fit(
+            seeded(Predicting),
+            BATCHES,
+            [LowRankCompression("*", budget=0.6, search=SearchSettings(data=BATCHES[:2]))],
+            max_epochs=3,
+        )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_plugins.callbacks import HybridCompression, LowRankCompression, MaskScheduling, RankScheduling
+from lightning_plugins.callbacks import HybridCompression, LowRankCompression, MaskScheduling, RankScheduling, Timing
 from tests._killed import saving
 from tests.callbacks.budgets import BATCHES, in_steps
 from tests.callbacks.test_compression_resume import seeded
@@ -15,10 +15,12 @@ from tests.models import fit
 
 SETTINGS: dict[str, Any] = {"enable_checkpointing": True, "max_epochs": 6}
 
+TIMING = Timing(search_at=6, factorize_at=25, unit="steps")
+
 
 def make(kind: Any) -> Any:
     if kind is LowRankCompression:
-        return LowRankCompression("backbone.*", budget=0.6, search="energy", search_at=6, factorize_at=25, unit="steps")
+        return LowRankCompression("backbone.*", budget=0.6, search="energy", timing=TIMING)
     return in_steps(kind, begin=4, end=25, budget=0.6)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_plugins.callbacks import HybridCompression, LowRankCompression, MaskScheduling, RankScheduling
 from lightning_plugins.schedules import Linear
-from tests.callbacks.budgets import BATCHES, Model, in_steps, seeded
+from tests.callbacks.budgets import BATCHES, Model, in_steps, nested, seeded
 from tests.models import fit
 
 
@@ -36,15 +36,26 @@ from tests.models import fit
         (HybridCompression, {"begin": 0.8}, ValueError, "`end` must not be before `begin`"),
         (HybridCompression, {"unit": "epochs", "begin": -1}, ValueError, "`begin` must be at least 0, got -1"),
         (HybridCompression, {"begin": 0.5, "end": 0.5}, ValueError, "`end` must be after `begin`"),
-        (HybridCompression, {"learning_rate": 0.0}, ValueError, "`learning_rate` must be positive, got 0.0"),
-        (MaskScheduling, {"learning_rate": "fast"}, TypeError, "`learning_rate` must be a number, got 'fast'"),
+        (HybridCompression, {"scores": 0.0}, ValueError, "`scores` must be above 0, got 0.0"),
+        (MaskScheduling, {"scores": "fast"}, TypeError, "`scores` must be a number, got 'fast'"),
         (HybridCompression, {"beta_max": math.nan}, ValueError, "`beta_max` must be finite, got nan"),
-        (RankScheduling, {"threshold_learning_rate": -1.0}, ValueError, "`threshold_learning_rate` must be positive"),
+        (RankScheduling, {"thresholds": -1.0}, ValueError, "`thresholds` must be above 0, got -1.0"),
         (HybridCompression, {"beta_max": 0.5}, ValueError, "`beta_max` must be at least 1"),
         (MaskScheduling, {"criterion": "magnitudes"}, ValueError, "did you mean 'magnitude'?"),
         (MaskScheduling, {"update_every": 0}, ValueError, "`update_every` must be at least 1"),
-        (MaskScheduling, {"min_channels": 0}, ValueError, "`min_channels` must be at least 1"),
-        (RankScheduling, {"min_rank": 0}, ValueError, "`min_rank` must be at least 1"),
+        (MaskScheduling, {"min_size": 0}, ValueError, "`min_size` must be at least 1"),
+        (MaskScheduling, {"phase": None}, TypeError, r"`phase` must be a Phase, such as Phase\(begin=0.1.*got None"),
+        (RankScheduling, {"limits": {"min_size": 2}}, TypeError, r"`limits` must be a Limits, got .* \(dict\)"),
+        (HybridCompression, {"rates": 0.1}, TypeError, r"`rates` must be a ChoiceRates, got 0.1 \(float\)"),
+        (MaskScheduling, {"thresholds": 0.1}, ValueError, "only `scores`, `beta_max`, `update_every` .*thresholds=0.1"),
+        (MaskScheduling, {"refresh_every": 2}, ValueError, "`rates`: only .* have an effect here, got refresh_every=2"),
+        (RankScheduling, {"scores": 0.1}, ValueError, "only `thresholds`, `beta_max`, `refresh_every` .*scores=0.1"),
+        (
+            HybridCompression,
+            {"update_every": 2},
+            ValueError,
+            "`rates`: only .* have an effect here, got update_every=2",
+        ),
         (RankScheduling, {"refresh_every": 0}, ValueError, "`refresh_every` must be at least 1"),
         (HybridCompression, {"multiple_of": 2.5}, TypeError, "`multiple_of` must be an int"),
         (HybridCompression, {"figures": 1}, TypeError, "`figures` must be True or False, got 1"),
@@ -53,7 +64,7 @@ from tests.models import fit
 )
 def test_wrong_arguments_are_named(kind, arguments, error, message):
     with pytest.raises(error, match=message):
-        kind(**{"layers": "*", **arguments})
+        kind(**nested({"layers": "*", **arguments}))
 
 
 class Manual(Model):
@@ -131,11 +142,11 @@ def test_sharded_parameters_are_refused():
     ("kind", "settings", "message"),
     [
         (HybridCompression, {"budget": 0.01}, "`budget` must be at least 0.0.* for this network"),
-        (HybridCompression, {"min_channels": 12, "budget": 0.2}, "`budget` must be at least"),
+        (HybridCompression, {"min_size": 12, "budget": 0.2}, "`budget` must be at least"),
         (HybridCompression, {"layers": "bakbone.0"}, "nearest: 'backbone'|did you mean|'bakbone.0'"),
         (HybridCompression, {"keep": "haed"}, "`keep`: no module is called 'haed'; did you mean 'head'"),
         (MaskScheduling, {"keep": "*"}, "'backbone.0': it is excluded by `layers` or `keep`"),
-        (MaskScheduling, {"min_channels": 100}, "that is left when all groups and ranks are at their minimum"),
+        (MaskScheduling, {"min_size": 100}, "that is left when all groups and ranks are at their minimum"),
         (RankScheduling, {"layers": "backbone.*", "keep": "backbone.*"}, "that `keep` does not name"),
         (MaskScheduling, {"layers": "head"}, "must match a layer that can lose channels"),
     ],
@@ -159,7 +170,7 @@ def test_the_same_callback_twice_is_named():
 
 
 def test_an_instance_is_told_apart_by_its_class_and_layers():
-    same = ({}, {"budget": 0.4}, {"schedule": Linear(0.0, 1.0)}, {"figures": True}, {"learning_rate": 1.0})
+    same = ({}, {"budget": 0.4}, {"schedule": Linear(0.0, 1.0)}, {"figures": True}, {"scores": 1.0})
     assert len({in_steps(**settings).state_key for settings in same}) == 1
     others = {
         in_steps(kind, layers=layers).state_key for kind in (HybridCompression, MaskScheduling) for layers in "ab"

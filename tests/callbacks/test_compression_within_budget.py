@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
+from lightning_plugins.callbacks import HybridCompression, MaskScheduling, Phase, RankScheduling
+from lightning_plugins.compression import ChoiceRates, Limits
 from tests.compression.networks import Branches, Residual, Transformer
 from tests.models import fit
 
@@ -69,10 +70,10 @@ class Module(LightningModule):
 
 
 CALLBACKS: dict[str, Any] = {
-    "hybrid": lambda **own: HybridCompression("*", learning_rate=0.3, threshold_learning_rate=0.05, **own),
-    "masks": lambda **own: MaskScheduling("*", learning_rate=0.3, **own),
-    "magnitude": lambda **own: MaskScheduling("*", criterion="magnitude", update_every=2, **own),
-    "ranks": lambda **own: RankScheduling("*", threshold_learning_rate=0.05, **own),
+    "hybrid": lambda **own: HybridCompression("*", rates=ChoiceRates(scores=0.3, thresholds=0.05), **own),
+    "masks": lambda **own: MaskScheduling("*", rates=ChoiceRates(scores=0.3), **own),
+    "magnitude": lambda **own: MaskScheduling("*", criterion="magnitude", rates=ChoiceRates(update_every=2), **own),
+    "ranks": lambda **own: RankScheduling("*", rates=ChoiceRates(thresholds=0.05), **own),
 }
 
 
@@ -103,7 +104,8 @@ def check(architecture: Any, kind: str, budget: float, cost: str, multiple: int,
     module = Module(net, shape).double()
     dense = counted(module, cost)
     x = torch.randn(5, *shape, dtype=torch.float64)
-    callback = CALLBACKS[kind](budget=budget, cost=cost, multiple_of=multiple, begin=0.2, end=0.8)
+    when: dict[str, Any] = {"phase": Phase(begin=0.2, end=0.8), "limits": Limits(multiple_of=multiple)}
+    callback = CALLBACKS[kind](budget=budget, cost=cost, **when)
     try:
         fit(module.train(), [(part, torch.tensor([0, 1])) for part in x], [callback], max_epochs=2)
     except ValueError as error:  # said before the training: channels or ranks alone do not reach every budget

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks import Distillation
+from lightning_plugins.callbacks import Distillation, MatchedOutputs
 from lightning_plugins.functional import cosine_error, feature_error, soft_target_divergence
 from lightning_plugins.mixins import DistillationMixin
 from tests._killed import Killed, fork_ranks, fork_to_be_killed, run_in_nursery, saving
@@ -95,7 +95,7 @@ PATH = "tests.callbacks.test_distillation"
 
 
 def test_the_teacher_stays_as_it_was_and_is_in_nothing_of_the_module():
-    model, callback = seeded(), Distillation(temperature=2.0)
+    model, callback = seeded(), Distillation(outputs=MatchedOutputs(temperature=2.0))
     before = copy.deepcopy(dict(model.state_dict()))
     trainer = fit(model, BATCHES, [callback])
     torch.testing.assert_close(callback.state_dict()["teacher"], before, rtol=0, atol=0)
@@ -110,7 +110,7 @@ def test_a_strong_term_pulls_to_the_teacher(tmp_path):
     distances = []
     for teacher in (None, str(tmp_path / "teacher.ckpt"), f"{PATH}.other_teacher", other_teacher()):
         model = seeded()
-        callbacks = [] if teacher is None else [Distillation(teacher, weight=20.0, loss="mse")]
+        callbacks = [] if teacher is None else [Distillation(teacher, outputs=MatchedOutputs(loss="mse"), weight=20.0)]
         fit(model, BATCHES, callbacks, max_epochs=6)
         x = BATCHES[0][0]
         distances.append(float((model(x) - other_teacher()(x)).square().mean()))
@@ -147,7 +147,7 @@ def penalty_of(padding: float) -> Any:
     x = torch.where(keep[..., None] > 0, x, padding)
     torch.manual_seed(0)
     teacher, model = Tokens(), Padded()
-    callback = Distillation(teacher, network="net", outputs="scores", layers="first", mask="keep", loss="kl")
+    callback = Distillation(teacher, network="net", outputs="scores", layers="first", mask="keep")
     trainer = fit(model, [{"x": x, "keep": keep}], [callback], max_epochs=1, precision="32-true")
     torch.manual_seed(0)
     teacher, net = Tokens(), Padded().net
@@ -238,9 +238,9 @@ class LowRank(low_rank.Model):
 def build(kind: str) -> tuple[Any, list[Any]]:
     if kind == "maps":
         return seeded(), [maps()]
-    learning = Distillation(temperature=2.0, weight=3.0, layers="backbone")
+    learning = Distillation(outputs=MatchedOutputs(temperature=2.0), weight=3.0, layers="backbone")
     if kind == "low rank":
-        return seeded(LowRank).double(), [learning, low_rank.in_steps(search_data=BATCHES[:2])]
+        return seeded(LowRank).double(), [learning, low_rank.in_steps(data=BATCHES[:2])]
     return seeded(OverRanks), [learning, budgets.in_steps(end=9)]
 
 
@@ -332,7 +332,7 @@ class ByHand(DistillationMixin, Model):
 def test_the_mixin_is_the_callback_by_hand_and_resumes(tmp_path):
     by_hand, model = seeded(ByHand), seeded()
     trainer = fit(by_hand, Batches(BATCHES), [saving(tmp_path)], enable_checkpointing=True)
-    fit(model, BATCHES, [Distillation(temperature=2.0, weight=3.0)])
+    fit(model, BATCHES, [Distillation(outputs=MatchedOutputs(temperature=2.0), weight=3.0)])
     torch.testing.assert_close(dict(by_hand.state_dict()), dict(model.state_dict()))
     assert "distillation/logits" in trainer.callback_metrics
     resumed = seeded(ByHand)
@@ -364,8 +364,6 @@ WRONG = {
     "glob": ({"layers": "net.*"}, ValueError, "without globs and sides, got 'net.*'"),
     "side": ({"layers": {"a": "b:input"}}, ValueError, "without globs and sides, got 'b:input'"),
     "network": ({"network": None}, TypeError, "`network` must be the name of a module, got None"),
-    "loss": ({"loss": "ce"}, ValueError, "`loss` must be 'kl', 'mse' or 'cosine', got 'ce'"),
-    "temperature": ({"temperature": 0}, ValueError, "`temperature` must be above 0, got 0"),
     "weight": ({"weight": "1"}, TypeError, "`weight` must be a number"),
     "rate": ({"projection_rate": -1.0}, ValueError, "`projection_rate` must be above 0, got -1.0"),
     "mask": ({"mask": True}, TypeError, "`mask` must be the name"),
@@ -378,6 +376,19 @@ WRONG = {
 def test_wrong_arguments_are_named(arguments, kind, message):
     with pytest.raises(kind, match=message):
         Distillation(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"loss": "ce"}, ValueError, "`loss` must be 'kl', 'mse' or 'cosine', got 'ce'"),
+        ({"temperature": 0}, ValueError, "`temperature` must be above 0, got 0"),
+        ({"select": 1.5}, TypeError, "`select` must be"),
+    ],
+)
+def test_wrong_fields_of_outputs_are_named(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        MatchedOutputs(**arguments)
 
 
 def narrow_head() -> nn.Module:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
+from lightning_plugins.callbacks import Readout, RepresentationMonitor, VNERegularization
 from tests.models import Classifier, fit, make_batches, without_hooks
 
 LAYERS = ["backbone", "head:input"]
@@ -21,7 +21,7 @@ LAYERS = ["backbone", "head:input"]
 
 def callbacks() -> list[Callback]:
     return [
-        VNERegularization(LAYERS, weight=0.3, mask=lambda call: None),
+        VNERegularization(LAYERS, weight=0.3, readout=Readout(mask=lambda call: None)),
         RepresentationMonitor(LAYERS, every_n_steps=1, figures=False),
     ]
 

@@ -204,7 +204,7 @@ def test_an_interrupted_training_leaves_the_dense_module():
 
 
 def test_keeps_what_it_is_told_to():
-    callback = in_steps(layers="backbone.*", keep="backbone.2", multiple_of=4, min_channels=2)
+    callback = in_steps(layers="backbone.*", keep="backbone.2", multiple_of=4, min_size=2)
     model = fitted(callback)
     report = callback.report
     assert "backbone.2" not in report.ranks

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.callbacks import (
+    Readout,
     RepresentationMonitor,
     SpectrumMonitor,
     StableRankRegularization,
@@ -36,7 +37,7 @@ def test_two_sides_of_a_layer_are_logged_under_two_names():
     [
         (
             lambda: VNERegularization("head:input", 0.1),
-            lambda: VNERegularization("head:input", 0.1, pool=lambda x: x[:, :2]),
+            lambda: VNERegularization("head:input", 0.1, readout=Readout(pool=lambda x: x[:, :2])),
             ["vne/head/entropy", "vne/head.input/entropy"],
         ),
         (

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MeanMetric
 
-from lightning_plugins.callbacks import LowRankCompression
+from lightning_plugins.callbacks import LowRankCompression, SearchSettings, Timing
 from lightning_plugins.compression import (
+    BeamOptions,
     beam_search,
     energy_threshold,
     equal_ratio,
@@ -79,7 +80,7 @@ class AtTheSplit(LowRankCompression):
 
 def test_the_small_network_is_the_truncated_one():
     model = seeded()
-    callback = AtTheSplit("*", budget=0.7, weight=0.1, search_data=BATCHES[:2], figures=False)
+    callback = AtTheSplit("*", budget=0.7, penalty=0.1, search=SearchSettings(data=BATCHES[:2]), figures=False)
     trainer = fit(model, BATCHES, [callback], max_epochs=3)
     x = BATCHES[0][0].double()
     truncated = factorize(copy.deepcopy(callback.dense), callback.found)
@@ -131,7 +132,7 @@ SEARCHES = {"equal_ratio": equal_ratio, "energy": energy_threshold, "trade_off":
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("cost", ["params", "flops"])
 def test_searches_of_weights(search, cost):
-    callback = in_steps(search_at=0, search=search, cost=cost, budget=0.6)
+    callback = in_steps(search_at=0, method=search, cost=cost, budget=0.6)
     expected = seeded().double()
     inputs = {"inputs": expected.example_input_array.double()} if cost == "flops" else {}
     wanted = SEARCHES[search](expected, budget=0.6, cost=cost, **inputs)
@@ -160,11 +161,11 @@ def own_accuracy(model: Any, batch: Any) -> Any:
 )
 @pytest.mark.parametrize("data", [BATCHES[:2], "held_out", Batches(BATCHES)], ids=["batches", "method", "loader"])
 def test_beam_search_scores_what_it_is_told(score, function, data):
-    options = {"search_data": data, "search_batches": 3, "search_options": {"step": 1}}
+    options = {"data": data, "batches": 3, "options": {"step": 1}}
     callback = in_steps(search_at=0, factorize_at=None, score=score, **options)
     batches = {str: BATCHES[4:], list: BATCHES[:2], Batches: BATCHES[:3]}[type(data)]
     doubled = [(x.double(), y) for x, y in batches]
-    wanted = beam_search(seeded().double(), doubled, function, budget=0.7, step=1)
+    wanted = beam_search(seeded().double(), doubled, function, budget=0.7, options=BeamOptions(step=1))
     fit(seeded(), BATCHES, [callback], max_epochs=1, max_steps=1)
     assert callback.found == wanted.ranks
 
@@ -193,7 +194,7 @@ def shuffled() -> DataLoader:
 
 def test_the_training_does_not_notice_the_search():
     models, metrics = [], []
-    for callbacks in ([in_steps(search_at=8, weight=0.0, factorize_at=None, search_data=None)], []):
+    for callbacks in ([in_steps(search_at=8, weight=0.0, factorize_at=None, data=None)], []):
         model = seeded(Noisy)
         metrics.append(fit_loader(model, shuffled(), callbacks).callback_metrics)
         models.append(model)
@@ -217,7 +218,7 @@ def test_by_default_the_first_training_data_in_order_are_scored():
         seen.append(batch)
         return -model.loss(batch)
 
-    callback = in_steps(search_at=0, search_data=None, search_batches=2, score=score)
+    callback = in_steps(search_at=0, data=None, batches=2, score=score)
     fit_loader(seeded(), shuffled(), [callback])
     first, *seen = seen  # tried at the start of the training
     torch.testing.assert_close(
@@ -256,7 +257,9 @@ def test_splitting_alone_at_the_start():
     ids=str,
 )
 def test_when_layers_are_split(settings, epochs, split):
-    callback = AtTheSplit("*", budget=0.7, weight=0.1, search_data=BATCHES[:2], figures=False, **settings)
+    callback = AtTheSplit(
+        "*", budget=0.7, penalty=0.1, search=SearchSettings(data=BATCHES[:2]), figures=False, timing=Timing(**settings)
+    )
     fit(seeded(), BATCHES, [callback], max_epochs=epochs)
     assert callback.step == split
 
@@ -297,7 +300,10 @@ def test_a_training_that_is_stopped(factorize_at):
     ids=["fast_dev_run", "without epochs", "validated"],
 )
 def test_kinds_of_training(settings):
-    model, callback = seeded(), LowRankCompression("*", budget=0.7, weight=0.1, search_data=BATCHES[:2], figures=False)
+    model, callback = (
+        seeded(),
+        LowRankCompression("*", budget=0.7, penalty=0.1, search=SearchSettings(data=BATCHES[:2]), figures=False),
+    )
     fit(model, BATCHES, [callback], **settings)
     assert callback.finished
     assert type(model.backbone[0]) is nn.Sequential

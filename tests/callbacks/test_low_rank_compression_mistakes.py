@@ -15,8 +15,9 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from lightning_plugins.callbacks import LowRankCompression
+from lightning_plugins.callbacks import LowRankCompression, Penalty, SearchSettings, Timing
 from lightning_plugins.schedules import Linear
+from tests.callbacks.low_rank import nested
 from tests.models import Batches, Classifier, fit, make_batches
 
 BATCHES = make_batches(6)
@@ -31,13 +32,17 @@ BATCHES = make_batches(6)
         ({"budget": 60}, ValueError, "did you mean 0.6?"),
         ({"budget": "0.6"}, TypeError, "`budget` must be a number"),
         ({"weight": -0.1}, ValueError, "`weight` must be at least 0, got -0.1"),
+        ({"penalty": -0.1}, ValueError, "`penalty`, a weight, must be at least 0, got -0.1"),
+        ({"penalty": "much"}, TypeError, r"`penalty` must be a weight or a Penalty, got 'much' \(str\)"),
+        ({"timing": 0.5}, TypeError, r"`timing` must be a Timing, such as Timing\(search_at=0.4, .*got 0.5"),
         ({"weight": math.inf}, ValueError, "`weight` must be finite"),
-        ({"search": "bem"}, ValueError, "did you mean 'beam'?"),
-        ({"search_options": {"widht": 3}}, ValueError, "'beam' takes width, step, .*got 'widht'; did you mean 'width'"),
-        ({"search": "energy", "search_options": {"width": 3}}, ValueError, "'energy' takes none, got 'width'"),
-        ({"search_options": 4}, TypeError, "`search_options` must be a dict, got 4"),
+        ({"search": "bem"}, ValueError, "`search` must be .* did you mean 'beam'?"),
+        ({"method": "bem"}, ValueError, "`method` must be .* did you mean 'beam'?"),
+        ({"options": {"widht": 3}}, ValueError, "'beam' takes width, step, .*got 'widht'; did you mean 'width'"),
+        ({"method": "energy", "options": {"width": 3}}, ValueError, "'energy' takes none, got 'width'"),
+        ({"options": 4}, TypeError, "`options` must be a dict, got 4"),
         ({"score": 3}, TypeError, "`score` must be the name of a method, a function or None, got 3"),
-        ({"search_batches": 0}, ValueError, "`search_batches` must be at least 1"),
+        ({"batches": 0}, ValueError, "`batches` must be at least 1"),
         ({"ranks": {}}, TypeError, "`ranks` must be a dict of layer names and ranks, with one at least"),
         ({"ranks": 4}, TypeError, "`ranks` must be a dict"),
         ({"ranks": {"head": 0}}, ValueError, r"`ranks\['head'\]` must be at least 1, got 0"),
@@ -57,7 +62,7 @@ BATCHES = make_batches(6)
 )
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
-        LowRankCompression(**{"layers": "head", **arguments})
+        LowRankCompression(**nested({"layers": "head", **arguments}))
 
 
 class ByHand(Classifier):
@@ -110,12 +115,17 @@ def grouped() -> Classifier:
             r"that `layers=\['backbone.\*'\]` matches, got 'head'",
         ),
         (Classifier, {"cost": "flops"}, {}, "`example_input_array`, and Classifier has none.*`cost='params'`"),
-        (Classifier, {"score": "acuracy"}, {}, "`score` must be the name of a method of Classifier, got 'acuracy'"),
+        (
+            Classifier,
+            {"score": "acuracy"},
+            {},
+            "`search.score` must be the name of a method of Classifier, got 'acuracy'",
+        ),
         (Classifier, {"score": "los"}, {}, "did you mean 'loss'?"),
-        (ByHand, {}, {}, "`score` must be given with manual optimization.*ByHand returns no loss"),
-        (Classifier, {"search_data": None}, {}, "`search_data` must be given where .* `DataLoader` .* got Batches"),
-        (Classifier, {"search_data": "val"}, {}, "name of a method of Classifier or the datamodule.*got 'val'"),
-        (Classifier, {"search_data": [], "search_at": 0}, {}, "`search_data` must have at least one batch, got none"),
+        (ByHand, {}, {}, "`search.score` must be given with manual optimization.*ByHand returns no loss"),
+        (Classifier, {"data": None}, {}, "`search.data` must be given where .* `DataLoader` .* got Batches"),
+        (Classifier, {"data": "val"}, {}, "name of a method of Classifier or the datamodule.*got 'val'"),
+        (Classifier, {"data": [], "search_at": 0}, {}, "`search.data` must have at least one batch, got none"),
         (lbfgs, {}, {}, "not possible for LBFGS; use SGD, AdamW"),
         (Classifier, {}, {"max_epochs": -1, "max_steps": -1}, "`max_epochs=-1` has no end; pass `unit='steps'`"),
         (Classifier, {}, {"others": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging averages parameters"),
@@ -123,7 +133,7 @@ def grouped() -> Classifier:
 )
 def test_wrong_combinations_are_named(model, arguments, trainer, message):
     trainer = {"max_epochs": 1, **trainer}
-    callback = LowRankCompression(**{"layers": "*", "budget": 0.7, "search_data": BATCHES[:2], **arguments})
+    callback = LowRankCompression(**nested({"layers": "*", "budget": 0.7, "data": BATCHES[:2], **arguments}))
     with pytest.raises(Exception, match=message):
         fit(model(), BATCHES[:1], [callback, *trainer.pop("others", [])], **trainer)
 
@@ -134,8 +144,10 @@ class WithoutLoss(Classifier):
 
 
 def test_a_training_step_without_a_loss_is_no_score():
-    callback = LowRankCompression("*", budget=0.7, search_data=BATCHES[:2], search_at=0)
-    with pytest.raises(Exception, match="`score` must be given where the training step returns no loss, got NoneType"):
+    callback = LowRankCompression(**nested({"layers": "*", "budget": 0.7, "data": BATCHES[:2], "search_at": 0}))
+    with pytest.raises(
+        Exception, match=r"`search\.score` must be given where the training step returns no loss, got NoneType"
+    ):
         fit(WithoutLoss(), BATCHES[:1], [callback], max_epochs=1)
 
 
@@ -168,22 +180,24 @@ trainer:
       init_args:
         layers: ["backbone.*", head]
         budget: 0.7
-        weight: 0.1
-        search: beam
-        search_options: {width: 2, step: 1}
-        score: score
-        search_data: train_dataloader
-        search_batches: 2
+        penalty:
+          weight: 0.1
+          p: 1
+          schedule:
+            class_path: lightning_plugins.schedules.Linear
+            init_args: {start: 0, end: 1, until: 8, unit: steps}
+          every_n_steps: 2
+          on_nonfinite: raise
+        search:
+          method: beam
+          options: {width: 2, step: 1}
+          score: score
+          data: train_dataloader
+          batches: 2
+          calibration: false
+        timing: {search_at: 4, factorize_at: 9, unit: steps}
         cost: params
-        p: 1
         scheme: 1
-        calibration: false
-        search_at: 4
-        factorize_at: 9
-        unit: steps
-        schedule: {class_path: lightning_plugins.schedules.Linear, init_args: {start: 0, end: 1, until: 8, unit: steps}}
-        every_n_steps: 2
-        on_nonfinite: raise
         figures: false
 """
 RANKS = {"backbone.0": 2, "head": 1}
@@ -210,13 +224,16 @@ def test_yaml_trains_like_python(ranks, tmp_path: Path, monkeypatch: pytest.Monk
     path.write_text(yaml.safe_dump(config))
     monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", str(path)])
     cli = LightningCLI(FromYaml, save_config_callback=None)
-    arguments = {**entry["init_args"], "schedule": Linear(0, 1, until=8, unit="steps")}
+    written = entry["init_args"]
+    penalty = Penalty(**{**written["penalty"], "schedule": Linear(0, 1, until=8, unit="steps")})
+    timing, search = Timing(**written["timing"]), SearchSettings(**written["search"])
+    arguments = {**written, "penalty": penalty, "timing": timing, "search": search}
     torch.manual_seed(0)
     expected = FromYaml()
     fit(expected, BATCHES, [LowRankCompression(**arguments)], max_epochs=3)
     torch.testing.assert_close(dict(cli.model.state_dict()), dict(expected.state_dict()))
     assert cli.trainer.callbacks[0].finished
-    assert {*entry["init_args"], "ranks", "ratio"} == set(inspect.signature(LowRankCompression).parameters)
+    assert {*written, "ranks", "ratio"} == set(inspect.signature(LowRankCompression).parameters)
 
 
 def test_yaml_with_the_older_name_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

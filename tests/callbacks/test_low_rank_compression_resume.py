@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks import LowRankCompression
+from lightning_plugins.callbacks import LowRankCompression, Penalty, SearchSettings, Timing
 from lightning_plugins.compression import restore_structure
 from lightning_plugins.mixins import CompressionMixin
 from tests._killed import Killed, fork_ranks, fork_to_be_killed, run_in_nursery, saving
@@ -68,15 +68,10 @@ def compression(factorize_at: int = SPLIT_AT - 3) -> LowRankCompression:
     return LowRankCompression(
         "*",
         budget=0.7,
-        weight=0.1,
-        score="score",
-        search_data=BATCHES[:2],
-        search_options={"step": 1, "width": 2},
-        unit="steps",
-        search_at=SEARCH_AT,
-        factorize_at=factorize_at,
+        search=SearchSettings(score="score", data=BATCHES[:2], options={"step": 1, "width": 2}),
+        penalty=Penalty(weight=0.1, every_n_steps=2),  # an odd step is no beginning
+        timing=Timing(search_at=SEARCH_AT, factorize_at=factorize_at, unit="steps"),
         figures=False,
-        every_n_steps=2,  # an odd step is no beginning
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.callbacks import LowRankCompression
 from tests._processes import run_on_ranks
-from tests.callbacks.low_rank import BATCHES, RANKS, Model, assert_same, in_steps, seeded
+from tests.callbacks.low_rank import BATCHES, RANKS, Model, assert_same, in_steps, nested, seeded
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import fit, shard
 
@@ -166,8 +166,8 @@ def test_state_key_tells_layers_apart_and_nothing_else():
     changes: list[dict[str, Any]] = [
         {"budget": 0.5},
         {"weight": 0.5},
-        {"search": "energy"},
-        {"search_options": {"width": 2}},
+        {"method": "energy"},
+        {"options": {"width": 2}},
         {"ranks": {"a": 2}},
         {"cost": "flops"},
         {"p": 2},
@@ -177,9 +177,9 @@ def test_state_key_tells_layers_apart_and_nothing_else():
         {"unit": "epochs"},
         {"every_n_steps": 2},
     ]
-    keys = [LowRankCompression(**{**base, **change}).state_key for change in [{}, *changes]]
+    keys = [LowRankCompression(**nested({**base, **change})).state_key for change in [{}, *changes]]
     assert len(set(keys)) == 1  # a training is resumed with other settings, and not compressed twice for it
-    assert keys[0] != LowRankCompression(**{**base, "layers": "b"}).state_key
+    assert keys[0] != LowRankCompression(**nested({**base, "layers": "b"})).state_key
 
 
 class Normed(Model):
@@ -205,7 +205,7 @@ def on_ranks(rank: int, world_size: int) -> dict[str, Any]:
     for name, callbacks in {
         "searched": [in_steps(weight=0.0, factorize_at=None, score=negative_loss)],
         "plain": [],
-        "compressed": [in_steps(score="accuracy", search_options={"step": 1, "bounds": [0, 1]})],
+        "compressed": [in_steps(score="accuracy", options={"step": 1, "bounds": [0, 1]})],
     }.items():
         model = seeded(Normed)
         fit(model, mine, callbacks, **settings)

@@ -88,7 +88,7 @@ def test_learned_choices_answer_to_the_loss(kind):
     """With the loss's gradient turned around another network is delivered at the same budget."""
     reports = []
     for sign in (1, -1):
-        more = {"threshold_learning_rate": 0.1, "budget": 0.65} if kind is RankScheduling else {}
+        more = {"thresholds": 0.1, "budget": 0.65} if kind is RankScheduling else {}
         model, callback = seeded(), in_steps(kind, layers="backbone.*", **more)
         rate = model.lr
         model.lr = rate * 0.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
+from lightning_plugins.callbacks import Readout, RepresentationMonitor, VNERegularization
 from lightning_plugins.callbacks._rows.pool import resolve_pool
 from lightning_plugins.functional.pooling import POOLS
 
@@ -62,7 +62,7 @@ def test_what_is_neither_text_nor_callable_is_refused(pool: Any):
 @pytest.mark.parametrize("pool", [torch.nn.Flatten(), Pools().first, Pools.first], ids=["module", "method", "function"])
 def test_every_callable_has_a_state_key(pool: Any):
     keys = [
-        VNERegularization("fc", weight=0.1, pool=pool).state_key,
-        RepresentationMonitor("fc", pool=pool, figures=False).state_key,
+        VNERegularization("fc", weight=0.1, readout=Readout(pool=pool)).state_key,
+        RepresentationMonitor("fc", readout=Readout(pool=pool), figures=False).state_key,
     ]
     assert not any(" at 0x" in key for key in keys)  # an address would be another one after a resume

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins import metrics, plots
+from lightning_plugins.callbacks import Readout
 from lightning_plugins.callbacks._monitors import figures, history
 from lightning_plugins.callbacks.representation_monitor import RepresentationMonitor
 from lightning_plugins.functional import autocorrelation_eigenvalues
@@ -149,7 +150,7 @@ def by_mean(features: Tensor) -> Tensor:
 
 def test_pools_feature_maps_with_a_callable_too():
     model = Images()
-    trainer = fit(model, make_batches(1), [watch("conv", pool=by_mean)], max_epochs=1)
+    trainer = fit(model, make_batches(1), [watch("conv", readout=Readout(pool=by_mean))], max_epochs=1)
     rows = model.map.detach().mean(dim=(2, 3))
     torch.testing.assert_close(logged(trainer, "train", "conv"), expected(rows))
 
@@ -171,7 +172,7 @@ class WorksInPlace(Recorder):
 
 def test_rows_are_those_the_layer_gave_whatever_happens_to_its_tensor_later():
     model = WorksInPlace()
-    monitor = watch("backbone.0", pool="flatten")
+    monitor = watch("backbone.0", readout=Readout(pool="flatten"))
     trainer = fit(model, make_batches(), [monitor], validation=Batches(make_batches(2, seed=1)), max_epochs=1)
     for stage in ("train", "val"):
         torch.testing.assert_close(logged(trainer, stage, "backbone.0"), expected(model.rows(stage)))
@@ -481,7 +482,7 @@ trainer:
     - class_path: lightning_plugins.callbacks.representation_monitor.RepresentationMonitor
       init_args:
         layers: ["head:input", "backbone.*"]
-        pool: tests.callbacks.test_representation_monitor.by_mean
+        readout: {pool: tests.callbacks.test_representation_monitor.by_mean}
         every_n_steps: 5
         metrics: [entropy, uniformity]
         figures: false
@@ -531,7 +532,7 @@ def test_features_that_change_their_number_are_named():
         (lambda: watch(metrics=["entrpy"]), ValueError, "`metrics` must be 'entropy'.*did you mean 'entropy'"),
         (lambda: watch(metrics=[3]), TypeError, "`metrics` must be"),
         (lambda: watch(max_spectra=0), ValueError, "`max_spectra` must be at least 1"),
-        (lambda: watch(pool="maen"), ValueError, "`pool` must be.*did you mean 'mean'"),
+        (lambda: watch(readout={"pool": "max"}), TypeError, r"`readout` must be a Readout, such as .*got \{\'pool\'"),
         (lambda: fit(Recorder(), make_batches(1), [watch("haed")]), ValueError, "haed"),
     ],
 )

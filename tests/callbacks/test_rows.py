@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plugins.callbacks import LayerCall, LowRankCompression, RepresentationMonitor, VNERegularization
+from lightning_plugins.callbacks import (
+    LayerCall,
+    LowRankCompression,
+    Readout,
+    RepresentationMonitor,
+    Timing,
+    VNERegularization,
+)
 from lightning_plugins.callbacks._rows.capture import LayerRows
-from lightning_plugins.callbacks._rows.rows import Rows
 from lightning_plugins.functional import von_neumann_entropy
 from tests._processes import run_on_ranks
 from tests.contract_ranks import act_as_rank
@@ -23,7 +29,7 @@ N, L, C = 4, 6, 5
 
 
 def rows_of(model: nn.Module, layer: str, *inputs: Any, batch: Any = None, **settings: Any) -> list[Tensor]:
-    capture = LayerRows(model, layer, Rows(**settings), needs_gradient=False)
+    capture = LayerRows(model, layer, Readout(**settings), needs_gradient=False)
     capture.attach()
     with capture.recording(batch):
         model(*inputs)
@@ -263,7 +269,9 @@ def unpadded_entropy(model: Padded, pool: str) -> Tensor:
 def trained(kind: str, padding: tuple[int, int], pool: str, samples: slice = slice(None), **settings: Any) -> Any:
     torch.manual_seed(0)
     model = Padded(kind, recompute=settings.pop("recompute", False))
-    callback = VNERegularization("body", weight=-0.5, mask=MASKS.get(kind, "attention_mask"), pool=pool)
+    callback = VNERegularization(
+        "body", weight=-0.5, readout=Readout(mask=MASKS.get(kind, "attention_mask"), pool=pool)
+    )
     torch.manual_seed(sum(padding))  # of what stands in the padding
     batch = padded_batch(kind, padding, samples)
     passed = settings.pop("passed", lambda model: model)(model)
@@ -345,10 +353,12 @@ def test_a_mask_by_argument_entry_or_callable(mask: Any):
     keep = (x != 0).long()
     batch: Any = (x, keep) if mask == 1 else {"x": x, "keep": keep}
     model = Classifies("bert")
-    monitor = RepresentationMonitor("body", mask=mask, every_n_steps=1, metrics=["entropy"], figures=False)
+    monitor = RepresentationMonitor(
+        "body", readout=Readout(mask=mask), every_n_steps=1, metrics=["entropy"], figures=False
+    )
     out = model.double()(x, keep).detach()
     expected = entropy_by_autograd(torch.stack([out[0, :3].mean(0), out[1, :2].mean(0), out[2].mean(0)]))
-    trainer = fit(model, [batch], [VNERegularization("body", 0.0, mask=mask), monitor], max_epochs=1)
+    trainer = fit(model, [batch], [VNERegularization("body", 0.0, readout=Readout(mask=mask)), monitor], max_epochs=1)
     torch.testing.assert_close(trainer.callback_metrics["vne/body/entropy"], expected, check_dtype=False)
     torch.testing.assert_close(trainer.callback_metrics["representation/train/body/entropy"], expected)
 
@@ -369,7 +379,11 @@ def test_a_monitor_measures_nested_tensors_of_a_padded_encoder():
 
     x, padding = torch.randn(4, 5, 6), torch.arange(5) >= torch.tensor([2, 5, 3, 4])[:, None]
     monitor = RepresentationMonitor(
-        "net.layers.0", every_n_steps=1, mask="src_key_padding_mask", metrics=["entropy"], figures=False
+        "net.layers.0",
+        every_n_steps=1,
+        readout=Readout(mask="src_key_padding_mask"),
+        metrics=["entropy"],
+        figures=False,
     )
     trainer = fit(Encodes(), [(x, padding)], [monitor], max_epochs=1, validation=Batches([(x, padding)]))
     logged = trainer.callback_metrics
@@ -383,7 +397,8 @@ def test_a_monitor_measures_nested_tensors_of_a_padded_encoder():
 def test_a_layer_that_is_replaced_in_training_is_followed(layer: str, first: bool):
     """By its factors, say; whichever of the callbacks comes first."""
     model, batches = Classifier(lr=0.0), make_batches(2)
-    splits = LowRankCompression("head", ranks={"head": 1}, unit="steps", search_at=0, factorize_at=2, figures=False)
+    timing = Timing(unit="steps", search_at=0, factorize_at=2)
+    splits = LowRankCompression("head", ranks={"head": 1}, timing=timing, figures=False)
     term = VNERegularization(layer, 0.1)
     trainer = fit(model, batches, [term, splits] if first else [splits, term], max_epochs=3)
     assert isinstance(model.head, nn.Sequential)  # control

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks import RepresentationMonitor, VNERegularization
+from lightning_plugins.callbacks import Readout
 from lightning_plugins.functional import pool_embeddings
 from lightning_plugins.mixins import VNEMixin
 from tests.callbacks.test_rows import Nests, Wrapped, only
-
-KINDS = [VNERegularization, RepresentationMonitor]
 
 
 class Makes:
@@ -52,12 +50,10 @@ IN_CONSTRUCTORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(("arguments", "error", "message"), IN_CONSTRUCTORS)
-def test_constructors_name_it(kind: Any, arguments: dict[str, Any], error: type[Exception], message: str):
-    settings = {"weight": 0.1} if kind is VNERegularization else {"figures": False}
+def test_constructors_name_it(arguments: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
-        kind("fc", **settings, **arguments)
+        Readout(**arguments)
 
 
 class Attends(nn.Module):

@@ -17,8 +17,8 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from lightning_plugins.callbacks import Readout
 from lightning_plugins.callbacks._rows.capture import LayerRows
-from lightning_plugins.callbacks._rows.rows import Rows
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -63,7 +63,7 @@ NETWORKS: dict[str, tuple[Any, Tensor, dict[str, int]]] = {  # by layer, the dim
 def test_layouts(name: str):
     build, inputs, layers = NETWORKS[name]
     model = build().eval()
-    capture = LayerRows(model, list(layers), Rows("tokens"), needs_gradient=False)
+    capture = LayerRows(model, list(layers), Readout(pool="tokens"), needs_gradient=False)
     with capture.recording(), torch.no_grad():
         model(inputs)
     features = {label: calls[0].call.features for label, calls in capture._seen.items()}
@@ -76,7 +76,7 @@ def test_layouts(name: str):
 @pytest.mark.parametrize("layer", ["encoder.layer.1", "encoder", "encoder.layer.0.output"])
 def test_padding_of_bert_changes_nothing(layer: str, pool: str):
     model, mask = bert().double().eval(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
-    capture = LayerRows(model, layer, Rows(pool, mask="attention_mask"), needs_gradient=False)
+    capture = LayerRows(model, layer, Readout(pool=pool, mask="attention_mask"), needs_gradient=False)
     with capture.recording(), torch.no_grad():
         for padding in (0, 4, 19):
             more = torch.zeros(3, padding, dtype=torch.long)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from lightning_plugins import plots
-from lightning_plugins.callbacks import LowRankCompression, SpectrumMonitor, spectrum_monitor
+from lightning_plugins.callbacks import LowRankCompression, SpectrumMonitor, Timing, spectrum_monitor
 from lightning_plugins.callbacks._monitors import figures
 from lightning_plugins.functional.weight_spectrum import power_law_tail
 from tests._processes import run_on_ranks
@@ -181,7 +181,8 @@ def test_layers_replaced_in_training_are_found(layers):
 @pytest.mark.parametrize("layers", ["backbone.0", "head", "*"])
 def test_layers_split_by_a_compression_are_found(layers):
     ranks = {"backbone.0": 2, "head": 1}
-    splits = LowRankCompression("*", ranks=ranks, unit="steps", search_at=0, factorize_at=2, figures=False)
+    timing = Timing(unit="steps", search_at=0, factorize_at=2)
+    splits = LowRankCompression("*", ranks=ranks, timing=timing, figures=False)
     model, monitor = Recorder(), watch(layers)
     said = pytest.warns(UserWarning, match="no weight is left to work on") if layers == "head" else nullcontext()
     with said:

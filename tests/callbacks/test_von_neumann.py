@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lightning_plugins.callbacks import VNERegularization
+from lightning_plugins.callbacks import Readout, VNERegularization
 from lightning_plugins.schedules import Linear, Piecewise
 from tests.models import Batches, Classifier, entropy_by_autograd, fit, make_batches, without_hooks
 
@@ -339,9 +339,9 @@ def test_same_arguments_same_key_and_others_another():
     others = [
         VNERegularization("b", weight=0.1),
         VNERegularization("a", weight=0.2),
-        VNERegularization("a", weight=0.1, pool="tokens"),
-        VNERegularization("a", weight=0.1, pool=torch.flatten),
-        VNERegularization("a", weight=0.1, pool=nn.Flatten()),
+        VNERegularization("a", weight=0.1, readout=Readout(pool="tokens")),
+        VNERegularization("a", weight=0.1, readout=Readout(pool=torch.flatten)),
+        VNERegularization("a", weight=0.1, readout=Readout(pool=nn.Flatten())),
         VNERegularization("a", weight=0.1, schedule=Linear(0, 1)),
     ]
     assert one.state_key == same.state_key

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_plugins.callbacks import (
     HybridCompression,
+    Phase,
     SpectrumMonitor,
     StableRankRegularization,
     VNERegularization,
@@ -181,7 +182,7 @@ def test_beside_hybrid_compression_the_order_does_not_matter(first: bool):
     torch.manual_seed(0)
     model = Sized(lr=0.01)
     rank = StableRankRegularization("backbone.*", 0.1)
-    compression = HybridCompression("backbone.*", budget=0.6, cost="params", begin=0.0, end=0.5)
+    compression = HybridCompression("backbone.*", budget=0.6, cost="params", phase=Phase(begin=0.0, end=0.5))
     trainer = fit(
         model, BATCHES, [rank, compression] if first else [compression, rank], max_epochs=4, precision="32-true"
     )

@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 from copy import deepcopy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins.compression import beam_search, factorize, layer_costs, rich_progress, score_ranks
+from lightning_plugins.compression import BeamOptions, beam_search, factorize, layer_costs, rich_progress, score_ranks
 from tests._processes import START, run_on_ranks
 
 
@@ -119,7 +120,7 @@ def naive_search(net, batches, score, budget, width, steps):
 def test_finds_what_the_naive_search_finds(score, bounds, width, seed):
     net = make_net(seed)
     batches = make_batches(net)
-    found = beam_search(net, batches, score, budget=0.4, width=width, step=1, bounds=bounds)
+    found = beam_search(net, batches, score, budget=0.4, options=BeamOptions(width=width, step=1, bounds=bounds))
     ranks, best, share, beams = naive_search(net, batches, score, 0.4, width, steps=[1] * 4)
     assert found.ranks == ranks
     assert found.score == best
@@ -133,7 +134,7 @@ def test_steps_may_be_large_and_measured_in_cost():
     batches = make_batches(net)
     steps = [max(1, round(0.1 * 704 / cost.per_rank)) for cost in layer_costs(net).values()]
     assert steps == [3, 2, 2, 4]
-    found = beam_search(net, batches, likelihood, budget=0.3, width=2, step=0.1)
+    found = beam_search(net, batches, likelihood, budget=0.3, options=BeamOptions(width=2, step=0.1))
     ranks, best, share, _ = naive_search(net, batches, likelihood, 0.3, 2, steps)
     assert (found.ranks, found.score, found.share) == (ranks, best, share)
 
@@ -147,10 +148,10 @@ def test_giving_children_up_saves_batches_and_changes_nothing():
         calls.append(1)
         return hits(net, batch)
 
-    whole = beam_search(net, batches, counting, budget=0.4, step=1, width=2)
+    whole = beam_search(net, batches, counting, budget=0.4, options=BeamOptions(step=1, width=2))
     all_calls = len(calls)
     calls.clear()
-    raced = beam_search(net, batches, counting, budget=0.4, step=1, width=2, bounds=(0, 1))
+    raced = beam_search(net, batches, counting, budget=0.4, options=BeamOptions(step=1, width=2, bounds=(0, 1)))
     assert raced[:4] == whole[:4]
     assert sum(level.abandoned for level in raced.trace) > 0.2 * raced.evaluations
     assert len(calls) < 0.8 * all_calls
@@ -166,7 +167,7 @@ def test_no_rank_vector_is_scored_twice():
         seen.append(tuple(layer.weight.clone() for layer in (net.stem, net.one, net.two, net.head)))
         return hits(net, batch)
 
-    found = beam_search(net, batches, remember, budget=0.3, step=1, width=6)
+    found = beam_search(net, batches, remember, budget=0.3, options=BeamOptions(step=1, width=6))
     distinct = {tuple(weight.numpy().tobytes() for weight in weights) for weights in seen}
     assert len(distinct) == found.evaluations == len(seen)
     assert found.evaluations < 0.8 * sum(4 * len(level.beam) for level in found.trace)  # two orders of two steps
@@ -177,7 +178,7 @@ def test_one_decomposition_per_layer(monkeypatch):
     batches = make_batches(net)
     real, calls = torch.linalg.svd, []
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or real(*a, **k))
-    beam_search(net, batches, hits, budget=0.4, step=1)
+    beam_search(net, batches, hits, budget=0.4, options=BeamOptions(step=1))
     assert len(calls) == 4
 
 
@@ -195,11 +196,11 @@ def test_activations_are_reused_and_need_not_be():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "linear", linear)
-        with_reuse = beam_search(net, batches, hits, budget=0.4, step=1)
+        with_reuse = beam_search(net, batches, hits, budget=0.4, options=BeamOptions(step=1))
         assert counts["head"] == 5 * with_reuse.evaluations
         assert counts["stem"] < 0.6 * counts["head"]
         counts.update(stem=0, head=0)
-        without = beam_search(net, batches, hits, budget=0.4, step=1, reuse_activations=False)
+        without = beam_search(net, batches, hits, budget=0.4, options=BeamOptions(step=1, reuse_activations=False))
         assert counts["stem"] == counts["head"] == 5 * without.evaluations
     assert with_reuse == without
 
@@ -225,10 +226,10 @@ def test_the_network_and_the_generators_are_left_as_they_were():
         torch.manual_seed(3)
         state = torch.get_rng_state()
         if stop is None:
-            beam_search(net, loader, score, budget=0.4, step=1)
+            beam_search(net, loader, score, budget=0.4, options=BeamOptions(step=1))
         else:
             with pytest.raises(stop, match="in the middle"):
-                beam_search(net, loader, score, budget=0.4, step=1)
+                beam_search(net, loader, score, budget=0.4, options=BeamOptions(step=1))
         assert torch.equal(torch.get_rng_state(), state)
         assert [module.training for module in net.modules()] == modes
         assert {name: p.data_ptr() for name, p in net.named_parameters()} == pointers
@@ -245,7 +246,9 @@ def test_the_network_and_the_generators_are_left_as_they_were():
 )
 def test_delivered_ranks_meet_the_budget_by_as_little_as_they_can(budget, width, step, seed):
     net = make_net(seed)
-    found = beam_search(net, make_batches(net, count=1), hits, budget=budget, width=width, step=step)
+    found = beam_search(
+        net, make_batches(net, count=1), hits, budget=budget, options=BeamOptions(width=width, step=step)
+    )
     costs = layer_costs(net)
     dense = sum(cost.dense for cost in costs.values())
 
@@ -283,7 +286,7 @@ def test_a_beam_of_full_width_is_exhaustive(seed):
         and any(not meets((*ranks[:i], ranks[i] + 1, *ranks[i + 1 :])) for i in range(3) if ranks[i] < start[i])
     ]
     best = max(score_ranks(net, dict(zip(costs, ranks, strict=True)), batches, likelihood) for ranks in reached)
-    found = beam_search(net, batches, likelihood, budget=0.6, step=1, width=1000)
+    found = beam_search(net, batches, likelihood, budget=0.6, options=BeamOptions(step=1, width=1000))
     assert len(reached) > 3
     assert found.score == best
 
@@ -326,25 +329,27 @@ def test_flops_are_a_cost():
     def score(net, x):
         return -net(x).square().mean()
 
-    found = beam_search(net, batches, score, budget=0.5, cost="flops", inputs=batches[0], step=1)
+    found = beam_search(net, batches, score, budget=0.5, cost="flops", inputs=batches[0], options=BeamOptions(step=1))
     costs = layer_costs(net, cost="flops", inputs=batches[0])
     dense = sum(cost.dense for cost in costs.values())
     assert found.share == sum(cost.at(found.ranks[name]) for name, cost in costs.items()) / dense <= 0.5
-    second = beam_search(net, batches, score, budget=0.5, layers=["0", "2"], scheme=2, step=0.05)
+    second = beam_search(net, batches, score, budget=0.5, layers=["0", "2"], scheme=2, options=BeamOptions(step=0.05))
     assert set(second.ranks) == {"0", "2"}
 
 
 def test_a_batch_with_a_number_for_a_score_counts_like_any_other():
     net = make_net()
     batches = make_batches(net)
-    found = beam_search(net, batches, lambda net, batch: float(likelihood(net, batch)), budget=0.7, step=2)
-    assert found == beam_search(net, batches, likelihood, budget=0.7, step=2)
+    found = beam_search(
+        net, batches, lambda net, batch: float(likelihood(net, batch)), budget=0.7, options=BeamOptions(step=2)
+    )
+    assert found == beam_search(net, batches, likelihood, budget=0.7, options=BeamOptions(step=2))
 
 
 def test_progress_is_told_of_every_level():
     net = make_net()
     levels = []
-    found = beam_search(net, make_batches(net), hits, budget=0.4, step=1, progress=levels.append)
+    found = beam_search(net, make_batches(net), hits, budget=0.4, options=BeamOptions(step=1, progress=levels.append))
     assert tuple(levels) == found.trace
     assert [level.number for level in levels] == list(range(len(levels)))
     assert levels[-1].score == found.score
@@ -353,7 +358,7 @@ def test_progress_is_told_of_every_level():
 def test_rich_draws_a_bar(capsys):
     net = make_net()
     with rich_progress() as progress:
-        beam_search(net, make_batches(net), hits, budget=0.4, step=1, progress=progress)
+        beam_search(net, make_batches(net), hits, budget=0.4, options=BeamOptions(step=1, progress=progress))
     assert "budget 0.400, score" in capsys.readouterr().out
 
 
@@ -366,8 +371,8 @@ def test_rich_is_asked_for(monkeypatch):
 def test_a_stopped_search_goes_on_where_it_was(tmp_path):
     net = make_net()
     batches = make_batches(net)
-    settings = {"budget": 0.4, "step": 1, "width": 3, "bounds": (0, 1)}
-    whole = beam_search(net, batches, hits, **settings)
+    settings = {"step": 1, "width": 3, "bounds": (0, 1)}
+    whole = beam_search(net, batches, hits, budget=0.4, options=BeamOptions(**settings))
     file = tmp_path / "new" / "search.json"
     for stop in (0, 2, 3, len(whole.trace) - 2):  # levels after which the search is stopped
 
@@ -376,17 +381,21 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            beam_search(net, batches, hits, **settings, state_file=file, progress=interrupt)
+            beam_search(
+                net, batches, hits, budget=0.4, options=BeamOptions(**settings, state_file=file, progress=interrupt)
+            )
         assert json.loads(file.read_text())["levels"][-1]["number"] == stop
     new = []
-    assert beam_search(net, batches, hits, **settings, state_file=file, progress=new.append) == whole
+    options = BeamOptions(**settings, state_file=file, progress=new.append)
+    assert beam_search(net, batches, hits, budget=0.4, options=options) == whole
     assert [level.number for level in new] == [len(whole.trace) - 1]
     assert [path.name for path in file.parent.iterdir()] == ["search.json"]
 
     def never(net, batch):
         raise AssertionError
 
-    assert beam_search(net, batches, never, **settings, state_file=str(file)) == whole  # it is all there
+    options = BeamOptions(**settings, state_file=str(file))
+    assert beam_search(net, batches, never, budget=0.4, options=options) == whole  # it is all there
 
 
 def test_a_file_with_removed_fractions_is_read(tmp_path):
@@ -394,7 +403,7 @@ def test_a_file_with_removed_fractions_is_read(tmp_path):
     net = make_net()
     settings = {"step": 1, "width": 3, "bounds": (0, 1)}
     file, levels = tmp_path / "search.json", []
-    whole = beam_search(net, make_batches(net), hits, budget=0.4, **settings, state_file=file)
+    whole = beam_search(net, make_batches(net), hits, budget=0.4, options=BeamOptions(**settings, state_file=file))
     content = json.loads(file.read_text())
     content["format"] = 1
     del content["search"]["budget"]
@@ -403,7 +412,8 @@ def test_a_file_with_removed_fractions_is_read(tmp_path):
         del level["budget"]
         level["target"], level["ratio"] = 0.6, 1 - level.pop("share")
     file.write_text(json.dumps(content))
-    found = beam_search(net, make_batches(net), hits, budget=0.4, **settings, state_file=file, progress=levels.append)
+    options = BeamOptions(**settings, state_file=file, progress=levels.append)
+    found = beam_search(net, make_batches(net), hits, budget=0.4, options=options)
     assert (found.ranks, found.score, found.evaluations, levels) == (whole.ranks, whole.score, whole.evaluations, [])
     for one, other in zip(found.trace, whole.trace, strict=True):
         assert one._replace(share=other.share) == other
@@ -417,7 +427,9 @@ def _search_until_killed(file):
         return hits(net, batch)
 
     net = make_net()
-    beam_search(net, make_batches(net), fatal, budget=0.4, step=1, width=3, bounds=(0, 1), state_file=file)
+    beam_search(
+        net, make_batches(net), fatal, budget=0.4, options=BeamOptions(step=1, width=3, bounds=(0, 1), state_file=file)
+    )
 
 
 def test_a_killed_search_goes_on_where_it_was(tmp_path):
@@ -430,9 +442,13 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
     batches = make_batches(net)
     levels = []
     found = beam_search(
-        net, batches, hits, budget=0.4, step=1, width=3, bounds=(0, 1), state_file=file, progress=levels.append
+        net,
+        batches,
+        hits,
+        budget=0.4,
+        options=BeamOptions(step=1, width=3, bounds=(0, 1), state_file=file, progress=levels.append),
     )
-    assert found == beam_search(net, batches, hits, budget=0.4, step=1, width=3, bounds=(0, 1))
+    assert found == beam_search(net, batches, hits, budget=0.4, options=BeamOptions(step=1, width=3, bounds=(0, 1)))
     assert 0 < len(levels) < len(found.trace) - 2
 
 
@@ -448,8 +464,9 @@ def _on_a_rank(rank, folder):
             return score(net, batch)
 
         file = f"{folder}/{score.__name__}.json"
-        found = beam_search(net, batches, counting, budget=0.4, step=1, width=width, bounds=bounds, state_file=file)
-        again = beam_search(net, batches, counting, budget=0.4, step=1, width=width, bounds=bounds, state_file=file)
+        options = BeamOptions(step=1, width=width, bounds=bounds, state_file=file)
+        found = beam_search(net, batches, counting, budget=0.4, options=options)
+        again = beam_search(net, batches, counting, budget=0.4, options=options)
         results.append((found, again == found, len(calls)))
     net = make_net()
     batches = make_batches(net, seed=1 + rank)
@@ -466,8 +483,8 @@ def test_two_processes_share_the_children_and_find_the_same(tmp_path):
     (first, message, _), (second, other, _) = run_on_ranks(_on_a_rank, 2, tmp_path, str(tmp_path))
     net = make_net()
     batches = make_batches(net)
-    one = beam_search(net, batches, hits, budget=0.4, step=1, width=3, bounds=(0, 1))
-    two = beam_search(net, batches, likelihood, budget=0.4, step=1, width=2)
+    one = beam_search(net, batches, hits, budget=0.4, options=BeamOptions(step=1, width=3, bounds=(0, 1)))
+    two = beam_search(net, batches, likelihood, budget=0.4, options=BeamOptions(step=1, width=2))
     for results in (first, second):
         assert results[0][0][:4] == one[:4]  # what is given up depends on who scores it
         assert results[1][0] == two
@@ -491,6 +508,14 @@ class Fewer:
 
 NET = make_net()
 BATCHES = make_batches(NET)
+
+
+def searched(**given):
+    """Search, with options among the arguments."""
+    own = {field.name: given.pop(field.name) for field in fields(BeamOptions) if field.name in given}
+    return beam_search(**{"options": BeamOptions(**own), **given})
+
+
 GOOD = {"model": NET, "batches": BATCHES, "score": hits, "budget": 0.5}
 POISONED = make_net()
 POISONED.two.weight.data[0, 0] = torch.nan
@@ -508,14 +533,19 @@ BAD = {
     "a layer without matrix": ({"layers": "norm"}, ValueError, "'norm' must be a layer that can be split"),
     "unknown cost": ({"cost": "flop"}, ValueError, "did you mean 'flops'"),
     "flops of nothing": ({"cost": "flops"}, (ValueError, TypeError), "`inputs`"),
+    "options are a dict": (
+        {"options": {}},
+        TypeError,
+        r"`options` must be a BeamOptions, such as BeamOptions\(width=4",
+    ),
     "width 0": ({"width": 0}, ValueError, "`width` must be at least 1, got 0"),
     "half a width": ({"width": 2.0}, TypeError, "`width` must be an int"),
     "step 0": ({"step": 0}, ValueError, "`step` must be at least 1, got 0"),
     "step 0.0": ({"step": 0.0}, ValueError, r"`step` must be a fraction of the cost in \(0, 1\), or an int"),
     "step 3.0": ({"step": 3.0}, ValueError, "did you mean 3"),
     "step is text": ({"step": "3"}, TypeError, "`step` must be an int"),
-    "score is no function": ({"score": 0.5}, TypeError, "`score` must be callable, got float"),
-    "progress is no function": ({"progress": True}, TypeError, "`progress` must be callable, got bool"),
+    "score is no function": ({"score": 0.5}, TypeError, r"`score` must be callable, got 0.5 \(float\)"),
+    "progress is no function": ({"progress": True}, TypeError, r"`progress` must be callable, got True \(bool\)"),
     "batches is a number": ({"batches": 3}, TypeError, "`batches` must be a DataLoader"),
     "no batches": ({"batches": []}, ValueError, "`batches` must give at least one batch, got none"),
     "generator": ({"batches": (b for b in BATCHES)}, ValueError, "got a generator, which is exhausted .* pass a list"),
@@ -543,13 +573,15 @@ BAD = {
 def test_bad_arguments_are_named(case):
     change, error, message = BAD[case]
     with pytest.raises(error, match=message):
-        beam_search(**{"step": 1, **GOOD, **change})
+        searched(**{"step": 1, **GOOD, **change})
 
 
 def test_a_count_that_depends_on_the_network_has_no_bounds():
     counts = itertools.count(1)
     with pytest.raises(ValueError, match="must count the same for every network"):
-        beam_search(NET, BATCHES, lambda n, b: (n(b[0]).sum() * 0, next(counts)), budget=0.5, bounds=(0, 1))
+        beam_search(
+            NET, BATCHES, lambda n, b: (n(b[0]).sum() * 0, next(counts)), budget=0.5, options=BeamOptions(bounds=(0, 1))
+        )
 
 
 @pytest.mark.parametrize(
@@ -563,9 +595,9 @@ def test_a_count_that_depends_on_the_network_has_no_bounds():
 )
 def test_a_file_of_another_search_is_refused(change, message, tmp_path):
     file = tmp_path / "search.json"
-    beam_search(**GOOD, step=1, state_file=file)
+    beam_search(**GOOD, options=BeamOptions(step=1, state_file=file))
     with pytest.raises(ValueError, match=message):
-        beam_search(**{"step": 1, **GOOD, **change}, state_file=file)
+        searched(**{"step": 1, **GOOD, **change, "state_file": file})
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 9}', "\x00\xff"])
@@ -573,4 +605,4 @@ def test_a_file_that_is_no_search_is_refused(text, tmp_path):
     file = tmp_path / "search.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"`state_file`: .*search.json' must be"):
-        beam_search(**GOOD, state_file=file)
+        beam_search(**GOOD, options=BeamOptions(state_file=file))

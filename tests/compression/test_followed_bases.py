@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_plugins.compression import apply_masks, apply_thresholds, channel_groups
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
-from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
-from lightning_plugins.compression.budget.filling import ChoiceSettings
+from lightning_plugins.compression.budget.choice import Choice
+from lightning_plugins.compression.budget.filling import ChoiceRates, ChoiceSettings
 from lightning_plugins.compression.gates import followed_bases, thresholded
 from lightning_plugins.functional import singular_value_threshold
 from tests._waits import Waits
@@ -184,7 +184,7 @@ def test_no_step_after_the_first_waits(every):
     layers = [part for _ in range(3) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
     net = nn.Sequential(nn.Conv2d(3, 8, 1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     x = torch.randn(16, 3, 6, 6)
-    settings = ChoiceSettings(budget=0.6, masks=True, ranks=True, refresh_every=every)
+    settings = ChoiceSettings(budget=0.6, masks=True, ranks=True, rates=ChoiceRates(refresh_every=every))
     network = BudgetedNetwork(net, settings, inputs=x)
     choice = Choice(network, ChoiceRates())
     network.begin()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_plugins.compression import (
+    BeamOptions,
     beam_search,
     energy_threshold,
     equal_ratio,
@@ -247,6 +248,6 @@ def test_the_search_is_no_worse_than_what_looks_at_no_data():
     def closeness(net, batch):
         return -(net(batch[0]) - batch[1]).square().mean()
 
-    found = beam_search(net, [(x, y)], closeness, budget=0.5, step=1, width=8)
+    found = beam_search(net, [(x, y)], closeness, budget=0.5, options=BeamOptions(step=1, width=8))
     for selection in SELECTIONS:
         assert found.score >= score_ranks(net, selection(net, budget=0.5).ranks, [(x, y)], closeness)

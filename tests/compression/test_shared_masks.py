@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_plugins.compression import apply_masks, channel_groups
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
-from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
-from lightning_plugins.compression.budget.filling import ChoiceSettings
+from lightning_plugins.compression.budget.choice import Choice
+from lightning_plugins.compression.budget.filling import ChoiceRates, ChoiceSettings
 from lightning_plugins.compression.gates import shared_masks
 from lightning_plugins.compression.gates.masked_weight import Masked
 from lightning_plugins.compression.gates.segments import Segments, numbers_of

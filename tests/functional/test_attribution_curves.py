@@ -11,6 +11,8 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from lightning_plugins.functional.attribution import (
+    CurveSteps,
+    NoiseDraws,
     Perturbation,
     class_scores,
     curve_area,
@@ -120,7 +122,7 @@ def test_neither_chunks_nor_batches_nor_order_change_a_curve(rule):
     (x, maps, target), model = batch(rows=6), network()
     replacement = (lambda inputs: 0.5 * inputs.flip(-1)) if rule == "callable" else rule
     how = Perturbation(PATCH, "linear" if rule == "sequential" else replacement, sequential=rule == "sequential")
-    settings = {"perturbation": how, "steps": 5, "spread": True}
+    settings = {"perturbation": how, "steps": CurveSteps(count=5, spread=True)}
     whole = perturbation_curve(model, x, maps, target, max_forward_batch=10_000, **settings)
     for limit in (1, 4, 13):
         parts = perturbation_curve(model, x, maps, target, max_forward_batch=limit, **settings)
@@ -226,7 +228,11 @@ def flat_forward(inputs):
         (lambda: faithfulness_correlation(flat_forward, X, MAPS, Y, share=0), ValueError, "`share` must be above 0"),
         (lambda: faithfulness_correlation(flat_forward, X, MAPS, Y, share=10), ValueError, "did you mean 0.1"),
         (lambda: infidelity(flat_forward, X, MAPS[:, :, :5], Y), ValueError, "`attributions` must have the shape"),
-        (lambda: infidelity(flat_forward, X, MAPS, Y, std=0.0), ValueError, "`std` must be above 0"),
+        (lambda: NoiseDraws(count=0), ValueError, "`count` must be at least 1"),
+        (lambda: infidelity(flat_forward, X, MAPS, Y, draws=0), ValueError, "`draws` must be at least 1"),
+        (lambda: CurveSteps(count=0), ValueError, "`count` must be at least 1"),
+        (lambda: CurveSteps(spread=1), TypeError, "`spread` must be True or False"),
+        (lambda: NoiseDraws(std=0.0), ValueError, "`std` must be above 0"),
         (lambda: sensitivity(lambda x, y: x, X, Y, radius=-1.0), ValueError, "`radius` must be above 0"),
         (lambda: degradation_score(torch.ones(3), torch.ones(4)), ValueError, "`least` and `most` must have the same"),
         (lambda: parameter_randomization(nn.ReLU(), lambda x, y: x, X, Y), ValueError, "`model` must have parameters"),

@@ -10,6 +10,7 @@ from captum.metrics import sensitivity_max
 from scipy.stats import spearmanr
 
 from lightning_plugins.functional.attribution import (
+    NoiseDraws,
     faithfulness_correlation,
     infidelity,
     parameter_randomization,
@@ -56,7 +57,9 @@ def test_faithfulness_of_a_linear_model_is_perfect_and_of_constants_undefined():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_infidelity_equals_captum(normalize):
     (x, maps, target), model = batch(), network()
-    found = infidelity(model, x, maps, target, draws=8, std=0.2, normalize=normalize, max_forward_batch=9)
+    found = infidelity(
+        model, x, maps, target, draws=NoiseDraws(count=8, std=0.2), normalize=normalize, max_forward_batch=9
+    )
     keys = sample_keys(x)
 
     def noise(inputs):  # Captum repeats each sample for all its draws

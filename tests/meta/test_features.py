@@ -11,7 +11,7 @@ from tests.meta.test_running_statistics import MODES, RATE, STEPS, batch, networ
 
 @pytest.mark.parametrize("mode", MODES)
 def test_curve_is_what_calls_with_fewer_steps_give(mode):
-    loop = InnerLoop(network().eval(), F.cross_entropy, GAP(), steps=STEPS, learning_rate=RATE, **MODES[mode])
+    loop = InnerLoop(network().eval(), F.cross_entropy, GAP(), steps=STEPS, learning_rate=RATE, vectorize=MODES[mode])
     losses, outputs = loop.curve(batch(), batch(seed=1), steps=4)
     assert not losses.requires_grad
     for steps in range(5):
@@ -25,7 +25,7 @@ def test_curve_is_what_calls_with_fewer_steps_give(mode):
 @pytest.mark.parametrize("mode", ["vectorised", "looped"])
 @pytest.mark.parametrize("layer", ["7:input", "4"])
 def test_features_of_the_query_samples_carry_their_gradient(layer, mode):
-    loop = InnerLoop(network(), F.cross_entropy, steps=STEPS, learning_rate=RATE, **MODES[mode])
+    loop = InnerLoop(network(), F.cross_entropy, steps=STEPS, learning_rate=RATE, vectorize=MODES[mode])
     episodes, features = loop.with_features(batch(), batch(seed=1), layer)
     assert features.shape == (5, 6, 5)
     adapted = loop.adapt(batch())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_plugins.meta import GAP, InnerLoop, Preconditioner
+from lightning_plugins.meta import GAP, InnerLoop, Preconditioner, Vectorization
 
 TASKS, SAMPLES = 3, 4
 
@@ -340,9 +340,9 @@ def two() -> nn.Module:
     return Two().double()
 
 
-@pytest.mark.parametrize("settings", [{"vectorize": True}, {"vectorize": False}, {"chunk_size": 2}])
+@pytest.mark.parametrize("vectorize", [True, False, Vectorization(chunk_size=2)], ids=str)
 @pytest.mark.parametrize("kind", ["tuple", "dict", "nested targets", "lists", "lists of dicts"])
-def test_inputs_of_several_tensors(kind: str, settings: dict[str, Any]):
+def test_inputs_of_several_tensors(kind: str, vectorize: Any):
     """As one tensor that the model takes apart."""
 
     class Packed(Two):
@@ -369,15 +369,15 @@ def test_inputs_of_several_tensors(kind: str, settings: dict[str, Any]):
     batches = regression(), regression(seed=1)
     plain = InnerLoop(Packed().double(), F.mse_loss, steps=2, learning_rate=0.3)
     expected = gradient(plain, (), tuple(map(packed, batches)))
-    loop = InnerLoop(two(), loss, steps=2, learning_rate=0.3, **settings)
+    loop = InnerLoop(two(), loss, steps=2, learning_rate=0.3, vectorize=vectorize)
     support, query = map(taken_apart, batches)
     torch.testing.assert_close(gradient(loop, (), (support, query)), expected)
     outputs = loop.predict(loop.adapt(support), query[0])
     torch.testing.assert_close(outputs, plain.predict(plain.adapt(packed(batches[0])), packed(batches[1])[0]))
 
 
-@pytest.mark.parametrize("settings", [{"vectorize": True}, {"vectorize": False}, {"chunk_size": 2}])
-def test_tasks_of_different_sizes(settings: dict[str, Any]):
+@pytest.mark.parametrize("vectorize", [True, False, Vectorization(chunk_size=2)], ids=str)
+def test_tasks_of_different_sizes(vectorize: Any):
     """The mean over tasks, each computed alone."""
     sizes, queries = (1, 3, 3, 2), (2, 2, 4, 1)
     generator = torch.Generator().manual_seed(0)
@@ -385,7 +385,7 @@ def test_tasks_of_different_sizes(settings: dict[str, Any]):
     for number, asked in zip(sizes, queries, strict=True):
         x = torch.randn(number + asked, 6, generator=generator, dtype=torch.float64)
         tasks.append(((x[:number], x[:number].sum(1, True)), (x[number:], x[number:].sum(1, True).sin())))
-    loop = InnerLoop(mlp(), F.mse_loss, GAP(linear=True), steps=2, learning_rate=0.1, **settings)
+    loop = InnerLoop(mlp(), F.mse_loss, GAP(linear=True), steps=2, learning_rate=0.1, vectorize=vectorize)
     (support, query) = (tuple([task[side][part] for task in tasks] for part in (0, 1)) for side in (0, 1))
     found = gradient(loop, (), (support, query))
     single = [gradient(loop, (), tuple(tuple(part[None] for part in pair) for pair in task)) for task in tasks]

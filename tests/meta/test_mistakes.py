@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_plugins.meta import GAP, Identity, InnerLoop, MetaSGD
+from lightning_plugins.meta import GAP, Identity, InnerLoop, MetaSGD, Vectorization
 
 
 class Unused(nn.Module):
@@ -48,9 +48,9 @@ PAIR = (X, Y)
         (lambda: loop(steps=0), ValueError, "`steps` must be at least 1, got 0"),
         (lambda: loop(steps=2.0), TypeError, "`steps` must be an int.*did you mean 2"),
         (lambda: loop(learning_rate="0.1"), TypeError, "`learning_rate` must be a number"),
-        (lambda: loop(chunk_size=0), ValueError, "`chunk_size` must be at least 1"),
+        (lambda: Vectorization(chunk_size=0), ValueError, "`chunk_size` must be at least 1"),
         (lambda: loop(rates="lerned"), ValueError, "`rates`.*did you mean 'learned'"),
-        (lambda: loop(randomness="some"), ValueError, "`randomness` must be 'different' or 'same'.*'same'"),
+        (lambda: Vectorization(randomness="some"), ValueError, "`randomness` must be 'different' or 'same'.*'same'"),
         (lambda: loop(nn.Sequential(nn.Linear(2, 1)), layers="hed"), ValueError, "no module is called 'hed'"),
         (lambda: loop(nn.Sequential(nn.Linear(2, 1), nn.ReLU()), layers="1"), ValueError, "`layers`: '1' must have"),
         (lambda: loop(nn.ReLU()), ValueError, "`model` must have parameters that require a gradient"),

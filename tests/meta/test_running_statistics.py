@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_plugins.meta import GAP, InnerLoop, PerStepBatchNorm, use_per_step_statistics
+from lightning_plugins.meta import GAP, InnerLoop, PerStepBatchNorm, Vectorization, use_per_step_statistics
 from tests._processes import run_on_ranks
 
 MODES = {
-    "vectorised": {},
-    "looped": {"vectorize": False},
-    "chunked": {"chunk_size": 2},
-    "one at a time": {"vectorize": False, "chunk_size": 1},
+    "vectorised": Vectorization(),
+    "looped": Vectorization(mode=False),
+    "chunked": Vectorization(chunk_size=2),
+    "one at a time": Vectorization(mode=False, chunk_size=1),
 }
 RATE, STEPS = 0.2, 2
 
@@ -71,7 +71,7 @@ def by_hand(support, query, step_weights=None, momentum=0.1):
 @pytest.mark.parametrize("step_weights", [None, [0.4, 1.0]])
 @pytest.mark.parametrize("mode", MODES)
 def test_one_call_is_that_of_a_plain_loop(mode, step_weights):
-    loop = InnerLoop(network(), F.cross_entropy, steps=STEPS, learning_rate=RATE, **MODES[mode])
+    loop = InnerLoop(network(), F.cross_entropy, steps=STEPS, learning_rate=RATE, vectorize=MODES[mode])
     expected, parameters, statistics = by_hand(batch(), batch(seed=1), step_weights)
     found = loop(batch(), batch(seed=1), step_weights=step_weights)
     torch.testing.assert_close(found.loss, expected)
@@ -88,8 +88,8 @@ def test_one_call_is_that_of_a_plain_loop(mode, step_weights):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "vectorised"])
 def test_statistics_do_not_depend_on_the_mode(mode):
     states = []
-    for settings in ({}, MODES[mode]):
-        loop = InnerLoop(network(momentum=None), F.cross_entropy, GAP(), steps=STEPS, **settings)
+    for order in (MODES["vectorised"], MODES[mode]):
+        loop = InnerLoop(network(momentum=None), F.cross_entropy, GAP(), steps=STEPS, vectorize=order)
         for seed in (0, 2, 4):
             loop(batch(seed=seed), batch(seed=seed + 1))
         states.append(loop.state_dict())
@@ -243,7 +243,9 @@ def test_two_unequal_ranks_have_the_statistics_of_one_process(tmp_path):
             "`layer` must be the name of a module, got int",
         ),
         (
-            lambda: InnerLoop(network(), F.mse_loss, chunk_size=2).with_features(batch(), batch(), "0"),
+            lambda: InnerLoop(network(), F.mse_loss, vectorize=Vectorization(chunk_size=2)).with_features(
+                batch(), batch(), "0"
+            ),
             ValueError,
             "`chunk_size` must be None where features are asked for, got 2",
         ),

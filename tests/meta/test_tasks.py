@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -10,14 +11,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
-from lightning_plugins.meta import GAP, ApproximateGAP, Identity, InnerLoop, MetaSGD, use_batch_statistics
+from lightning_plugins.meta import (
+    GAP,
+    ApproximateGAP,
+    Identity,
+    InnerLoop,
+    MetaSGD,
+    Vectorization,
+    use_batch_statistics,
+)
 
 MODES = {
-    "vectorised": {},
-    "looped": {"vectorize": False},
-    "chunked": {"chunk_size": 2},
-    "one at a time": {"vectorize": False, "chunk_size": 1},
-    "one chunk": {"chunk_size": 9},
+    "vectorised": Vectorization(),
+    "looped": Vectorization(mode=False),
+    "chunked": Vectorization(chunk_size=2),
+    "one at a time": Vectorization(mode=False, chunk_size=1),
+    "one chunk": Vectorization(chunk_size=9),
 }
 
 
@@ -39,9 +48,10 @@ def batch(tasks=5, seed=0):
     return random(tasks, 6, 1, 4, 4, seed=seed), torch.arange(6).remainder(3).expand(tasks, 6)
 
 
-def run(mode, preconditioner=Identity, dropout=0.0, call=(), **settings):
+def run(mode, preconditioner=Identity, dropout=0.0, randomness="different", call=(), **settings):
     """Result of a batch, and the gradients for all that is learned."""
-    settings = {"steps": 2, "learning_rate": 0.2, **settings, **MODES[mode]}
+    order = replace(MODES[mode], randomness=randomness)
+    settings = {"steps": 2, "learning_rate": 0.2, **settings, "vectorize": order}
     loop = InnerLoop(network(dropout), F.cross_entropy, preconditioner(), **settings)
     for i, parameter in enumerate(loop.preconditioner.parameters()):
         parameter.data *= 1 + 0.3 * random(*parameter.shape, seed=i)
@@ -101,7 +111,7 @@ def test_second_derivatives_of_norms_are_right_vectorised(norm):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_adapt_and_predict_agree_in_all_modes(mode):
-    loops = [InnerLoop(network(), F.cross_entropy, GAP(), steps=2, **MODES[m]) for m in ("vectorised", mode)]
+    loops = [InnerLoop(network(), F.cross_entropy, GAP(), steps=2, vectorize=MODES[m]) for m in ("vectorised", mode)]
     adapted = [loop.adapt(batch()) for loop in loops]
     torch.testing.assert_close(adapted[1], adapted[0])
     outputs = [loop.predict(a, batch(seed=1)[0]) for loop, a in zip(loops, adapted, strict=True)]
@@ -112,7 +122,7 @@ def test_dropout_is_repeated_by_the_seed_and_differs_between_tasks():
     first, again = run("vectorised", dropout=0.5), run("vectorised", dropout=0.5)
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     for randomness, equal in (("different", False), ("same", True)):
-        loop = InnerLoop(network(0.5), F.cross_entropy, randomness=randomness)
+        loop = InnerLoop(network(0.5), F.cross_entropy, vectorize=Vectorization(randomness=randomness))
         twice = [tensor[:1].expand(2, *tensor.shape[1:]) for tensor in batch()]
         losses = loop(twice, twice).losses
         assert torch.isclose(*losses).item() is equal
@@ -158,7 +168,8 @@ class Watch(nn.Module):
 
 
 def most_alive(tasks, **settings):
-    loop = InnerLoop(nn.Sequential(nn.Linear(2, 3), Watch(), nn.Linear(3, 1)), F.mse_loss, steps=2, **settings)
+    network = nn.Sequential(nn.Linear(2, 3), Watch(), nn.Linear(3, 1))
+    loop = InnerLoop(network, F.mse_loss, steps=2, vectorize=Vectorization(**settings))
     x, y = random(tasks, 4, 2).float(), random(tasks, 4, 1).float()
     Token.most = 0
     loop((x, y), (x, y)).loss.backward()
@@ -166,7 +177,7 @@ def most_alive(tasks, **settings):
 
 
 def test_memory_is_bounded_by_one_chunk():
-    looped = {"vectorize": False}
+    looped = {"mode": False}
     assert most_alive(8, **looped) > 1.9 * most_alive(4, **looped)  # control: all tasks' graphs are alive
     one = most_alive(1, **looped)
     assert most_alive(8, chunk_size=1, **looped) <= one
@@ -176,8 +187,8 @@ def test_memory_is_bounded_by_one_chunk():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(context, mode):
-    expected = InnerLoop(network(), F.cross_entropy, GAP(), steps=2, **MODES[mode])(batch(), batch(seed=1))
-    loop = InnerLoop(network(), F.cross_entropy, GAP(), steps=2, **MODES[mode])  # whose first call is under it
+    expected = InnerLoop(network(), F.cross_entropy, GAP(), steps=2, vectorize=MODES[mode])(batch(), batch(seed=1))
+    loop = InnerLoop(network(), F.cross_entropy, GAP(), steps=2, vectorize=MODES[mode])  # whose first call is under it
     with context():
         support, query = (tuple(tensor.clone() for tensor in batch(seed=seed)) for seed in (0, 1))
         found = loop(support, query)
@@ -191,8 +202,8 @@ def test_without_gradients(context, mode):
 def test_inputs_from_a_body_outside_get_their_gradient(mode):
     inputs = batch()[0].requires_grad_()
     gradients = []
-    for settings in (MODES["vectorised"], MODES[mode]):
-        loop = InnerLoop(network(), F.cross_entropy, steps=2, **settings)
+    for order in (MODES["vectorised"], MODES[mode]):
+        loop = InnerLoop(network(), F.cross_entropy, steps=2, vectorize=order)
         loss = loop((inputs, batch()[1]), batch(seed=1)).loss
         gradients.append(torch.autograd.grad(loss, inputs)[0])
     assert gradients[0].abs().max() > 0
@@ -200,7 +211,7 @@ def test_inputs_from_a_body_outside_get_their_gradient(mode):
 
 
 def test_a_known_gradient_cannot_be_differentiated_again():
-    loop = InnerLoop(network(), F.cross_entropy, steps=1, chunk_size=2)
+    loop = InnerLoop(network(), F.cross_entropy, steps=1, vectorize=Vectorization(chunk_size=2))
     factor = torch.ones((), dtype=torch.float64, requires_grad=True)
     loss = loop(batch(), batch(seed=1)).loss * factor
     (first,) = torch.autograd.grad(loss, loop.model[0].weight, create_graph=True)
@@ -211,7 +222,7 @@ def test_a_known_gradient_cannot_be_differentiated_again():
 def test_autocast_gives_what_it_gives_vectorised():
     losses = {}
     for mode in ("vectorised", "chunked"):
-        loop = InnerLoop(network().float(), F.cross_entropy, GAP(), steps=2, **MODES[mode])
+        loop = InnerLoop(network().float(), F.cross_entropy, GAP(), steps=2, vectorize=MODES[mode])
         support, query = ((x.float(), y) for x, y in (batch(), batch(seed=1)))
         with torch.autocast("cpu", torch.bfloat16):
             loss = loop(support, query).loss

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_plugins.functional.attribution import (
+    CurveSteps,
     Perturbation,
     degradation_score,
     faithfulness_correlation,
@@ -149,8 +150,7 @@ def test_degradation_scales_the_mean_curves_of_each_class():
                 target[rows],
                 perturbation=HOW,
                 order=order,
-                steps=5,
-                spread=True,
+                steps=CurveSteps(count=5, spread=True),
             ).mean(0)
             for order in ("least", "most")
         )

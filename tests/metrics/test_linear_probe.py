@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lightning_plugins.functional import assign_folds
-from lightning_plugins.metrics import LinearProbe, NearestNeighbourProbe
+from lightning_plugins.metrics import LinearProbe, NearestNeighbourProbe, ProbeClassifier
 from tests._processes import run_on_ranks
 
 LAMBDAS = [0.1, 1.0, 10.0, 100.0, 1000.0]
@@ -197,9 +197,9 @@ def test_ridge_classifier_is_that_of_one_hot_targets():
 @pytest.mark.parametrize("grouped", [True, False])
 def test_reservoir_is_a_sample_that_does_not_depend_on_order(grouped):
     x, y = classes(n=3000)
-    whole, part = classified(x, y), classified(x, y, grouped=grouped, reservoir=500)
+    whole, part = classified(x, y), classified(x, y, grouped=grouped, classifier=ProbeClassifier(reservoir=500))
     order = torch.randperm(3000)
-    probe = LinearProbe(5, 3, task="classification", reservoir=500)
+    probe = LinearProbe(5, 3, task="classification", classifier=ProbeClassifier(reservoir=500))
     for rows in order.split(70):
         probe.update(x[rows], y[rows], rows if grouped else None)
     assert part.evaluated == 500
@@ -219,7 +219,7 @@ def test_a_class_with_one_member_is_no_obstacle():
 SETTINGS = {
     "token": {"weight": "token"},
     "group": {"weight": "group"},
-    "classes": {"task": "classification", "reservoir": 50},
+    "classes": {"task": "classification", "classifier": ProbeClassifier(reservoir=50)},
     "classes by group": {"task": "classification", "weight": "group"},
 }
 BOUNDS = {2: [0, 37, 120], 3: [0, 0, 40, 120]}  # of three processes one has no rows

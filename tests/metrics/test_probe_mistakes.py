@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_plugins.callbacks import LayerProbe, probe_layers
-from lightning_plugins.metrics import LinearProbe, NearestNeighbourProbe
+from lightning_plugins.metrics import LinearProbe, NearestNeighbourProbe, ProbeClassifier
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y, GROUPS = X[:, 0] + 1, torch.arange(60)
@@ -30,7 +30,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "negative penalty": ({"lambdas": [-1.0]}, ValueError, "`lambdas` must be at least 0, got -1.0"),
     "penalty is NaN": ({"lambdas": [math.nan]}, ValueError, "`lambdas` must be finite, got nan"),
     "classifier misspelled": ({"classifier": "ldaa"}, ValueError, "`classifier` must be .*; did you mean 'lda'?"),
-    "no reservoir": ({"reservoir": 0}, ValueError, "`reservoir` must be at least 1, got 0"),
     "negative seed": ({"seed": -1}, ValueError, "`seed` must be at least 0, got -1"),
 }
 
@@ -40,6 +39,15 @@ def test_wrong_arguments_fail_in_the_constructor(name: str):
     arguments, error, message = ARGUMENTS[name]
     with pytest.raises(error, match=message):
         LinearProbe(**{"num_features": 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"reservoir": 0}, "`reservoir` must be at least 1, got 0"), ({"kind": "rigde"}, "`kind`.*did you mean 'ridge'")],
+)
+def test_wrong_fields_of_the_classifier_are_named(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        ProbeClassifier(**fields)
 
 
 # name: (features, targets, groups, error, what the message says)

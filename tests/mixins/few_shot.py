@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._lightning import LightningModule  # the contract runs with both packages
 from lightning_plugins.meta import GAP, Preconditioner
-from lightning_plugins.mixins import GAPMixin, MAMLMixin
+from lightning_plugins.mixins import GAPMixin, InnerSettings, MAMLMixin
 
 TASKS = 5
 RATE = 0.2  # of the inner steps: large enough for second-order terms to count
@@ -21,19 +21,24 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
 
 
+def inner_settings(own: dict[str, Any] | None = None) -> InnerSettings:
+    return InnerSettings(**{"steps": 2, "evaluation_steps": 3, "learning_rate": RATE, **(own or {})})
+
+
 class Few(MAMLMixin, LightningModule):
-    def __init__(self, preconditioner: Preconditioner | None = None, **settings: Any) -> None:
-        settings = {"inner_steps": 2, "evaluation_steps": 3, "inner_learning_rate": RATE, **settings}
-        super().__init__(mlp(), F.mse_loss, preconditioner, **settings)
+    def __init__(self, preconditioner: Preconditioner | None = None, *, inner: Any = None, **settings: Any) -> None:
+        super().__init__(mlp(), F.mse_loss, preconditioner, inner=inner_settings(inner), **settings)
 
 
 class FewGAP(GAPMixin, LightningModule):
-    def __init__(self, preconditioner: Preconditioner | None = None, **settings: Any) -> None:
+    def __init__(self, preconditioner: Preconditioner | None = None, *, inner: Any = None, **settings: Any) -> None:
         settings = {
-            "inner_steps": 2, "evaluation_steps": 3, "inner_learning_rate": RATE,
-            "learning_rate": 0.01, "preconditioner_learning_rate": 0.05, **settings,
-        }  # fmt: skip
-        super().__init__(mlp(), F.mse_loss, preconditioner or GAP(linear=True), **settings)
+            "learning_rate": 0.01,
+            "preconditioner_learning_rate": 0.05,
+            **settings,
+        }
+        preconditioner = preconditioner or GAP(linear=True)
+        super().__init__(mlp(), F.mse_loss, preconditioner, inner=inner_settings(inner), **settings)
 
 
 def make_tasks(count: int = 4, tasks: int = TASKS, *, seed: int = 0) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_plugins.callbacks import HybridCompression, MaskScheduling, RankScheduling
-from lightning_plugins.compression import ChoiceRates
+from lightning_plugins.compression import ChoiceRates, Limits
 from lightning_plugins.mixins import CompressionMixin
 from lightning_plugins.schedules import Linear
 from tests._processes import run_on_ranks
@@ -218,10 +218,9 @@ class WithoutInput(CompressionMixin, Model):
         (Loose, {"cost": "flop"}, ValueError, "did you mean 'flops'"),
         (Loose, {"layers": 3}, TypeError, "`layers` must be"),
         (Loose, {"layers": "backbon.*"}, ValueError, r"no module is called 'backbon\.\*'"),
-        (Loose, {"keep": 3}, TypeError, "`keep` must be"),
-        (Loose, {"keep": "haed"}, ValueError, "did you mean 'head'"),
-        (Loose, {"min_channels": 0}, ValueError, "`min_channels` must be at least 1"),
-        (Loose, {"multiple_of": 2.5}, TypeError, "`multiple_of` must be an int"),
+        (Loose, {"limits": 3}, TypeError, "`limits` must be a Limits, got 3"),
+        (Loose, {"limits": Limits(keep="haed")}, ValueError, "did you mean 'head'"),
+        (Loose, {"rates": 0.1}, TypeError, "`rates` must be a ChoiceRates, got 0.1"),
         (Loose, {"masks": False, "ranks": False}, ValueError, "`masks` or `ranks` must be True"),
         (WithoutInput, {}, ValueError, "`inputs` must be given where the module has no `example_input_array`"),
         (WithoutInput, {"masks": False, "cost": "flops"}, ValueError, "`inputs` must be given"),

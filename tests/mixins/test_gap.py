@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_plugins.data import EpisodicDataModule
 from lightning_plugins.meta import GAP, use_batch_statistics
 from lightning_plugins.metrics import FewShotAccuracy, FewShotAccuracyInterval
-from lightning_plugins.mixins import GAPMixin
+from lightning_plugins.mixins import GAPMixin, InnerSettings
 from tests.mixins.few_shot import weights
 from tests.models import Batches, fit
 
@@ -31,9 +31,7 @@ trainer:
 data:
   train: {class_path: lightning_plugins.meta.Sinusoid}
   val: {class_path: lightning_plugins.meta.Sinusoid}
-  tasks_per_batch: 4
-  episodes: 12
-  val_episodes: 4
+  episodes: {train: 12, val: 4, tasks_per_batch: 4}
 """
 OWN = """
 model:
@@ -49,10 +47,8 @@ model:
   preconditioner:
     class_path: lightning_plugins.meta.GAP
     init_args: {linear: true}
-  inner_steps: 2
-  evaluation_steps: 3
+  inner: {steps: 2, evaluation_steps: 3, rates: learned, vectorize: {chunk_size: null}}
   preconditioner_learning_rate: 0.01
-  rates: learned
   step_weights: [0.5, 1.0]
   features: "1"
   metrics:
@@ -70,7 +66,11 @@ class Own(GAPMixin, LightningModule):
 
     def __init__(self, width: int = 5, gain_rate: float = 0.1) -> None:
         super().__init__(
-            Net(width), F.mse_loss, GAP(linear=True), inner_steps=2, preconditioner_learning_rate=gain_rate
+            Net(width),
+            F.mse_loss,
+            GAP(linear=True),
+            inner=InnerSettings(steps=2),
+            preconditioner_learning_rate=gain_rate,
         )
         self.save_hyperparameters()
 
@@ -117,8 +117,8 @@ class Characters(GAPMixin, LightningModule):
         )
         metrics = {"accuracy": FewShotAccuracy(), "interval": FewShotAccuracyInterval()}
         super().__init__(
-            use_batch_statistics(network), F.cross_entropy, inner_steps=2, inner_learning_rate=0.2, learning_rate=0.02,
-            preconditioner_learning_rate=0.02, metrics=metrics,
+            use_batch_statistics(network), F.cross_entropy, inner=InnerSettings(steps=2, learning_rate=0.2),
+            learning_rate=0.02, preconditioner_learning_rate=0.02, metrics=metrics,
         )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torchmetrics import MeanSquaredError
 
-from lightning_plugins.meta import GAP, ApproximateGAP, MetaSGD, use_per_step_statistics
-from lightning_plugins.mixins import GAPMixin, MAMLMixin
+from lightning_plugins.meta import GAP, ApproximateGAP, MetaSGD, Vectorization, use_per_step_statistics
+from lightning_plugins.mixins import GAPMixin, InnerSettings, MAMLMixin
 from tests.mixins.few_shot import (
     RATE,
     ByHand,
@@ -66,7 +66,7 @@ def test_each_of_the_two_rates_is_that_of_its_parameters(rates: tuple[float, flo
 
 
 def test_groups_name_their_parameters():
-    model = Few(MetaSGD(), rates="learned", learning_rate=0.1)
+    model = Few(MetaSGD(), inner={"rates": "learned"}, learning_rate=0.1)
     model.extra = nn.Linear(1, 1)
     groups = model.parameter_groups()
     assert [(group["name"], group["lr"]) for group in groups] == [("weights", 0.1), ("preconditioner", 0.1)]
@@ -85,11 +85,11 @@ def differentiable(model: MAMLMixin) -> Any:
 
 SETTINGS = {
     "MAML": Few,
-    "MAML, every step": lambda: Few(step_weights=[0.5, 1.0], rates="learned_per_step"),
+    "MAML, every step": lambda: Few(step_weights=[0.5, 1.0], inner={"rates": "learned_per_step"}),
     "Meta-SGD": lambda: Few(MetaSGD()),
     "GAP": lambda: FewGAP(GAP(linear=True, derivative="exact")),
     "approximate GAP": lambda: FewGAP(ApproximateGAP(linear=True)),
-    "head": lambda: Few(layers="4"),
+    "head": lambda: Few(inner={"layers": "4"}),
 }
 
 
@@ -114,7 +114,11 @@ def test_the_gradient_of_a_training_step_is_that_of_finite_differences(name: str
 @pytest.mark.parametrize("first", [False, True])
 def test_the_gradient_of_a_training_step_is_that_of_the_published_update(first: bool):
     """An independent one, by plain autograd; the first-order gradient is another one."""
-    model, expected, (batch,) = FewGAP(first_order=first).double(), ByHand().double(), as_double(make_tasks(1))
+    model, expected, (batch,) = (
+        FewGAP(inner={"first_order": first}).double(),
+        ByHand().double(),
+        as_double(make_tasks(1)),
+    )
     model.training_step(batch, 0).backward()
     expected.training_step(batch, 0).backward()
     found = [parameter.grad for parameter in model.parameters()]
@@ -130,10 +134,10 @@ def trainer_for(**settings: Any) -> Trainer:
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"vectorize": False}, {"chunk_size": 2}], ids=str)
-def test_validation_test_and_prediction(settings: dict[str, Any], inference_mode: bool):
+@pytest.mark.parametrize("inner", [{}, {"vectorize": False}, {"vectorize": Vectorization(chunk_size=2)}], ids=str)
+def test_validation_test_and_prediction(inner: dict[str, Any], inference_mode: bool):
     batches = [BATCHES[0], *make_tasks(1, 2, seed=5)]
-    model, expected = FewGAP(**settings), ByHand().double()
+    model, expected = FewGAP(inner=inner), ByHand().double()
     trainer = trainer_for(inference_mode=inference_mode)
     losses = torch.cat([expected.losses(batch, 3) for batch in as_double(batches)]).detach()
     before = {name: value.double() for name, value in weights(model).items()}
@@ -286,7 +290,9 @@ class WithNorms(MAMLMixin, LightningModule):
     def __init__(self) -> None:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
-        super().__init__(use_per_step_statistics(network, 2), F.mse_loss, inner_steps=2, inner_learning_rate=RATE)
+        super().__init__(
+            use_per_step_statistics(network, 2), F.mse_loss, inner=InnerSettings(steps=2, learning_rate=RATE)
+        )
 
 
 def test_statistics_per_step_are_updated_in_training_alone():

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchmetrics import MeanSquaredError
 
-from lightning_plugins.meta import GAP, MetaSGD
-from lightning_plugins.mixins import GAPMixin, MAMLMixin
+from lightning_plugins.meta import GAP, MetaSGD, Vectorization
+from lightning_plugins.mixins import GAPMixin, InnerSettings, MAMLMixin
 from tests.mixins.few_shot import Few, FewGAP, make_tasks
 
 
@@ -77,18 +77,23 @@ LABELLED = (X, Y[..., 0]), (QUERY_X, QUERY_Y[..., 0])
         (lambda: maml(frozen()), ValueError, "must have parameters that require a gradient"),
         (lambda: maml(loss="mse"), TypeError, "`loss` must be a function of outputs and targets, got str"),
         (lambda: maml(None, F.mse_loss, MetaSGD), TypeError, r"got MetaSGD; did you mean `MetaSGD\(\)`"),
-        (lambda: maml(inner_steps=0), ValueError, "`inner_steps` must be at least 1, got 0"),
-        (lambda: maml(inner_learning_rate="0.01"), TypeError, "`inner_learning_rate` must be a number, got '0.01'"),
-        (lambda: maml(evaluation_steps=-1), ValueError, "`evaluation_steps` must be at least 0, got -1"),
-        (lambda: maml(evaluation_steps=2.0), TypeError, "`evaluation_steps` must be an int.*did you mean 2"),
+        (lambda: maml(inner=InnerSettings(steps=0)), ValueError, "`steps` must be at least 1, got 0"),
+        (lambda: InnerSettings(learning_rate="0.01"), TypeError, "`learning_rate` must be a number, got '0.01'"),
+        (lambda: maml(inner={"steps": 2}), TypeError, r"`inner` must be InnerSettings, such as .*got \{'steps': 2\}"),
+        (lambda: InnerSettings(evaluation_steps=-1), ValueError, "`evaluation_steps` must be at least 0, got -1"),
+        (lambda: InnerSettings(evaluation_steps=2.0), TypeError, "`evaluation_steps` must be an int.*did you mean 2"),
         (lambda: maml(learning_rate=-1e-3), ValueError, "`learning_rate` must be at least 0, got -0.001"),
         (lambda: maml(preconditioner_learning_rate=float("nan")), ValueError, "`preconditioner_learning_rate` must be"),
         (lambda: maml(step_weights=[1.0]), ValueError, "`step_weights` must have one number per step, 5, got 1"),
-        (lambda: maml(layers="hed"), ValueError, "no module is called 'hed'"),
-        (lambda: maml(rates="lerned"), ValueError, "`rates`.*did you mean 'learned'"),
+        (lambda: maml(inner=InnerSettings(layers="hed")), ValueError, "no module is called 'hed'"),
+        (lambda: InnerSettings(rates="lerned"), ValueError, "`rates`.*did you mean 'learned'"),
         (lambda: Few(features="5"), ValueError, "no module is called '5'"),
         (lambda: Few(features="*"), ValueError, "`features` must name one module"),
-        (lambda: Few(features="3", chunk_size=2), ValueError, "`chunk_size` must be None where `features` is given"),
+        (
+            lambda: Few(features="3", inner={"vectorize": Vectorization(chunk_size=2)}),
+            ValueError,
+            "`chunk_size` must be None where `features` is given",
+        ),
         (lambda: Few().adapt_and_measure_features(BATCH), ValueError, "`features` must be given to the constructor"),
         (lambda: maml(metrics=[MeanSquaredError()]), TypeError, "`metrics` must be a dictionary.*got list"),
         (lambda: maml(metrics={"mse": F.mse_loss}), TypeError, r"`metrics\['mse'\]` must be a torchmetrics Metric"),

@@ -7,18 +7,19 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
 
+from lightning_plugins.meta import Vectorization
 from tests.mixins.few_shot import ByHand, Few, FewGAP, assert_learned_alike, make_tasks, weights
 from tests.models import Batches, fit
 
 BATCHES = make_tasks()
 
 
-@pytest.mark.parametrize("settings", [{}, {"chunk_size": 2}], ids=str)
+@pytest.mark.parametrize("inner", [{}, {"vectorize": Vectorization(chunk_size=2)}], ids=str)
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-def test_half_precision(precision: str, settings: dict[str, Any]):
+def test_half_precision(precision: str, inner: dict[str, Any]):
     """Under float16 the inner loop computes in float32, so the result is that of float32."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12) if precision == "16-mixed" else None
-    model, expected = FewGAP(**settings), ByHand()
+    model, expected = FewGAP(inner=inner), ByHand()
     fit(model, BATCHES, plugins=MixedPrecision(precision, "cpu", scaler), precision=None)
     fit(expected, BATCHES, precision="32-true")
     if scaler is None:
@@ -30,7 +31,7 @@ def test_half_precision(precision: str, settings: dict[str, Any]):
 
 def test_small_inner_gradients_survive_float16():
     """Times 1e-4 the support loss's gradient has entries below what float16 holds."""
-    model = Few(inner_learning_rate=1e7, inner_steps=1)
+    model = Few(inner={"learning_rate": 1e7, "steps": 1})
     model.inner_loop.loss = lambda outputs, targets: 1e-8 * F.mse_loss(outputs, targets)
     (batch,) = make_tasks(1)
     with torch.autocast("cpu", torch.float16):
@@ -43,7 +44,7 @@ def test_small_inner_gradients_survive_float16():
 def test_a_compiled_part(part: str):
     """Compiled objects that are no LightningModule: the step on its own, and a network compiled before."""
     (batch,) = make_tasks(1)
-    model, expected = FewGAP(inner_steps=1), FewGAP(inner_steps=1)
+    model, expected = FewGAP(inner={"steps": 1}), FewGAP(inner={"steps": 1})
     step = model.training_step
     if part == "step":
         step = torch.compile(step, backend="eager")
@@ -55,7 +56,7 @@ def test_a_compiled_part(part: str):
 
 
 def test_compiled():
-    model, expected = (FewGAP(inner_steps=1, evaluation_steps=1) for _ in range(2))
+    model, expected = (FewGAP(inner={"steps": 1, "evaluation_steps": 1}) for _ in range(2))
     fit(torch.compile(model, backend="eager"), BATCHES, validation=Batches(BATCHES[:1]))
     fit(expected, BATCHES, validation=Batches(BATCHES[:1]))
     torch.testing.assert_close(weights(model), weights(expected))

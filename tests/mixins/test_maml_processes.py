@@ -13,8 +13,8 @@ from torch import nn
 from torchmetrics import MeanSquaredError
 
 from lightning_plugins.callbacks import VNERegularization
-from lightning_plugins.meta import EpisodeLoader, TaskSet, use_per_step_statistics
-from lightning_plugins.mixins import MAMLMixin
+from lightning_plugins.meta import EpisodeLoader, TaskSet, Vectorization, use_per_step_statistics
+from lightning_plugins.mixins import InnerSettings, MAMLMixin
 from tests._killed import Killed, fork_to_be_killed, run_in_nursery, saving
 from tests._processes import run_on_ranks
 from tests.contract_ranks import act_as_rank
@@ -29,13 +29,13 @@ class WithNorms(MAMLMixin, LightningModule):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
         network = use_per_step_statistics(network, 2)
-        super().__init__(network, F.mse_loss, inner_steps=2, inner_learning_rate=RATE, learning_rate=0.01)
+        super().__init__(network, F.mse_loss, inner=InnerSettings(steps=2, learning_rate=RATE), learning_rate=0.01)
 
 
 CASES = {
     "GAP": (lambda: FewGAP(metrics={"mse": MeanSquaredError()}), list),
-    "chunked": (lambda: FewGAP(chunk_size=2), list),
-    "looped": (lambda: FewGAP(vectorize=False), list),
+    "chunked": (lambda: FewGAP(inner={"vectorize": Vectorization(chunk_size=2)}), list),
+    "looped": (lambda: FewGAP(inner={"vectorize": False}), list),
     "statistics per step": (WithNorms, list),
     "VNE": (lambda: FewGAP(features="3"), lambda: [VNERegularization("query_features", weight=0.3)]),
 }
@@ -118,7 +118,7 @@ class WithDropout(MAMLMixin, LightningModule):
     def __init__(self) -> None:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.4), nn.Tanh(), nn.Linear(8, 1))
-        super().__init__(network, F.mse_loss, inner_steps=2, inner_learning_rate=RATE, learning_rate=0.01)
+        super().__init__(network, F.mse_loss, inner=InnerSettings(steps=2, learning_rate=RATE), learning_rate=0.01)
 
 
 # Batches of four: within an epoch, and between two.

@@ -59,7 +59,7 @@ def test_mixin_trains_as_written_by_hand(expected: ByHandWithTerm):
 @pytest.mark.parametrize("features", ["3", "4:input"])
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_callback_trains_as_written_by_hand(expected: ByHandWithTerm, vectorize: bool, features: str):
-    model, plain = FewGAP(features=features, vectorize=vectorize), FewGAP()
+    model, plain = FewGAP(features=features, inner={"vectorize": vectorize}), FewGAP()
     trainer = fit(model, BATCHES, [VNERegularization("query_features", weight=0.3)])
     assert_learned_alike(model, expected)
     assert {"vne/query_features/entropy", "vne/penalty"} <= set(trainer.callback_metrics)

@@ -1,5 +1,6 @@
 """Trainings whose checkpoints older versions wrote, see `README.md`; runs with those versions and with this one."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_plugins import callbacks, regularizers
+from lightning_plugins import callbacks, compression, regularizers
 
 EPOCHS, STEPS = 4, 4
-PHASES = {"unit": "steps", "figures": False}
-CHOICE = {"begin": 2, "end": 7, **PHASES}
 
 
 class Net(LightningModule):
@@ -59,33 +58,40 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(x, y, strict=True))
 
 
-def low_rank(**share: float) -> Callback:
-    """Search ranks at step 2, and split behind step 8."""
-    times = {"search": "energy", "search_at": 2, "factorize_at": 7, **PHASES}
-    return callbacks.LowRankCompression("*", weight=0.1, **share, **times)
-
-
-def low_rank_of_any_version() -> Callback:
-    """Make the callback with the argument that its version has."""
+def choosing(kind: str, budget: float, keep: str | None = None) -> Callback:
+    """Choose from step 2 to step 7, with the arguments that the version has."""
     try:
-        return low_rank(budget=0.7)
-    except TypeError:
-        return low_rank(ratio=0.3)
+        own = {"phase": callbacks.Phase(begin=2, end=7, unit="steps"), "limits": compression.Limits(keep=keep)}
+    except AttributeError:
+        own = {"begin": 2, "end": 7, "unit": "steps", "keep": keep}
+    return getattr(callbacks, kind)("*", budget=budget, cost="params", figures=False, **own)
+
+
+def low_rank() -> Callback:
+    """Search ranks at step 2, and split behind step 8, with the arguments that the version has."""
+    times = {"search_at": 2, "factorize_at": 7, "unit": "steps"}
+    if hasattr(callbacks, "Timing"):
+        own = {"budget": 0.7, "penalty": 0.1, "timing": callbacks.Timing(**times)}
+    else:
+        signature = inspect.signature(callbacks.LowRankCompression)
+        share = {"budget": 0.7} if "budget" in signature.parameters else {"ratio": 0.3}
+        own = {**share, "weight": 0.1, **times}
+    return callbacks.LowRankCompression("*", search="energy", figures=False, **own)
 
 
 MAKE: dict[str, Callable[[], Callback]] = {
     "CalibrationRecorder": callbacks.CalibrationRecorder,
-    "CollapseAlarm": lambda: callbacks.CollapseAlarm("backbone", minimum=0.5, every_n_steps=2, queue_size=5),
+    "CollapseAlarm": lambda: callbacks.CollapseAlarm("backbone", "effective_rank", 0.5, every_n_steps=2, queue_size=5),
     "Distillation": lambda: callbacks.Distillation(layers=["backbone"], weight=0.5),
     "EarlyTermination": lambda: callbacks.EarlyTermination("val_loss", history="curves.jsonl", total=1000),
-    "HybridCompression": lambda: callbacks.HybridCompression("*", budget=0.6, cost="params", keep="head", **CHOICE),
+    "HybridCompression": lambda: choosing("HybridCompression", 0.6, keep="head"),
     "LayerProbe": lambda: callbacks.LayerProbe("backbone", 1, stages=["train"], probe={"folds": 3}, figures=False),
-    "LowRankCompression": low_rank_of_any_version,
-    "MaskScheduling": lambda: callbacks.MaskScheduling("*", budget=0.6, cost="params", keep="head", **CHOICE),
+    "LowRankCompression": low_rank,
+    "MaskScheduling": lambda: choosing("MaskScheduling", 0.6, keep="head"),
     "MutualInformationMonitor": lambda: callbacks.MutualInformationMonitor(
         "backbone", pairs="halves", loss_candidates=8
     ),
-    "RankScheduling": lambda: callbacks.RankScheduling("*", budget=0.8, cost="params", **CHOICE),
+    "RankScheduling": lambda: choosing("RankScheduling", 0.8),
     "RepresentationMonitor": lambda: callbacks.RepresentationMonitor(
         "backbone", every_n_steps=2, metrics=["entropy"], figures=False
     ),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins.compression import beam_search, equal_ratio, layer_costs, trade_off
+from lightning_plugins.compression import BeamOptions, beam_search, equal_ratio, layer_costs, trade_off
 from lightning_plugins.plots import rank_figure
 
 torch.manual_seed(0)
@@ -14,7 +14,13 @@ FULL = {name: cost.full_rank for name, cost in layer_costs(NET).items()}
 
 @pytest.fixture(scope="module")
 def searches():
-    found = beam_search(NET, [(X, Y)], lambda net, b: (net(b[0]).argmax(1) == b[1]).float().mean(), budget=0.5, step=1)
+    found = beam_search(
+        NET,
+        [(X, Y)],
+        lambda net, b: (net(b[0]).argmax(1) == b[1]).float().mean(),
+        budget=0.5,
+        options=BeamOptions(step=1),
+    )
     return {"beam": found, "equal": equal_ratio(NET, budget=0.5), "trade-off": trade_off(NET, budget=0.4)}
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from optuna.trial import TrialState
 
 from lightning_plugins.callbacks import EarlyTermination
-from lightning_plugins.search import TercetPruner, tune
+from lightning_plugins.search import TercetPruner, Workers, tune
 from tests.models import Batches, Classifier, make_batches
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -133,7 +133,6 @@ def test_an_exception_in_a_worker_ends_the_search(tmp_path):
         ({"n_trials": 0}, ValueError, "`n_trials` must be at least 1"),
         ({"direction": "maximum"}, ValueError, "`direction` must be .*did you mean 'maximize'"),
         ({"workers": 0}, ValueError, "`workers` must be at least 1"),
-        ({"retries": -1}, ValueError, "`retries` must be at least 0"),
         ({"seed": 0.5}, TypeError, "`seed` must be an int"),
         (
             {"objective": lambda t, f: 0.0, "workers": 2},
@@ -146,3 +145,9 @@ def test_bad_arguments_are_named(change, error, match, tmp_path):
     arguments = {"objective": squared, "n_trials": 2, "directory": tmp_path, **change}
     with pytest.raises(error, match=match):
         tune(arguments.pop("objective"), arguments.pop("n_trials"), **arguments)
+
+
+@pytest.mark.parametrize(("field", "least", "number"), [("count", 1, 0), ("retries", 0, -1)])
+def test_bad_fields_of_workers_are_named(field, least, number):
+    with pytest.raises(ValueError, match=f"`{field}` must be at least {least}, got {number}"):
+        Workers(**{field: number})

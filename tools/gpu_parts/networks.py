@@ -16,25 +16,29 @@ from lightning_plugins.callbacks import (
     LayerProbe,
     LowRankCompression,
     MaskScheduling,
+    MatchedOutputs,
+    Penalty,
+    Phase,
     RankScheduling,
     RepresentationMonitor,
     RepresentationRegularization,
     SpectralNormCap,
     SpectrumMonitor,
     StableRankRegularization,
+    Timing,
     VNERegularization,
     WeightRegularization,
 )
+from lightning_plugins.compression import ChoiceRates
 from lightning_plugins.regularizers import CodingRate, SoftOrthogonality
 
 WIDTH, CLASSES, ROWS = 128, 10, 96
 LATER = {
     "cost": "params",
-    "unit": "steps",
-    "begin": 1,
-    "end": 10_000,
+    "phase": Phase(begin=1, end=10_000, unit="steps"),
     "figures": False,
 }  # the selection phase is active in every step
+EVERY_FOURTH, EVERY_OTHER = ChoiceRates(refresh_every=4), ChoiceRates(update_every=2)
 RANKS = {"backbone.0": 16, "backbone.2": 16}
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
@@ -46,27 +50,31 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "coding rate": lambda: RepresentationRegularization("backbone", CodingRate(), weight=0.01),
     "soft orthogonality": lambda: WeightRegularization("backbone*", SoftOrthogonality(), weight=0.01),
     "spectral norm cap": lambda: SpectralNormCap("backbone*", 2.0),
-    "distillation": lambda: Distillation(temperature=2.0, weight=1.0),
-    "collapse alarm": lambda: CollapseAlarm("backbone", minimum=1.1, every_n_steps=10_000),
+    "distillation": lambda: Distillation(outputs=MatchedOutputs(temperature=2.0), weight=1.0),
+    "collapse alarm": lambda: CollapseAlarm("backbone", limits=1.1, every_n_steps=10_000),
     "representation monitor": lambda: RepresentationMonitor("backbone", every_n_steps=1, figures=False),
     "spectrum monitor": lambda: SpectrumMonitor("*", every_n_steps=10_000, figures=False),
     "layer probe": lambda: LayerProbe("backbone.1", 1, stages=["train"], controls=["projection"], figures=False),
     "calibration": lambda: CalibrationRecorder("backbone*"),
     "low-rank compression": lambda: LowRankCompression(
-        "backbone*", weight=0.01, ranks=RANKS, search_at=0, factorize_at=None, p=2
+        "backbone*", penalty=Penalty(weight=0.01, p=2), ranks=RANKS, timing=Timing(search_at=0, factorize_at=None)
     ),
     "masks": lambda: MaskScheduling("*", 0.5, **LATER),
-    "masks by magnitude": lambda: MaskScheduling("*", 0.5, criterion="magnitude", update_every=2, **LATER),
+    "masks by magnitude": lambda: MaskScheduling("*", 0.5, criterion="magnitude", rates=EVERY_OTHER, **LATER),
     "ranks": lambda: RankScheduling("*", 0.5, **LATER),
-    "ranks, every fourth": lambda: RankScheduling("*", 0.5, refresh_every=4, **LATER),
+    "ranks, every fourth": lambda: RankScheduling("*", 0.5, rates=EVERY_FOURTH, **LATER),
     "hybrid": lambda: HybridCompression("*", 0.5, **LATER),
-    "hybrid, every fourth": lambda: HybridCompression("*", 0.5, refresh_every=4, **LATER),
+    "hybrid, every fourth": lambda: HybridCompression("*", 0.5, rates=EVERY_FOURTH, **LATER),
 }
 # Callbacks without a part in a training step, with the reason.
 NOT_IN_A_STEP = {
     "AttributionEvaluation": "explains batches of a validation or test, outside of training steps",
     "EarlyTermination": "decides on the CPU, once an epoch, from a metric that is logged",
     "LayerCall": "what a mask is made from; no callback",
+    "Penalty": "an argument of `LowRankCompression`",
+    "Phase": "an argument of the callbacks that choose channels and ranks",
+    "SearchSettings": "an argument of `LowRankCompression`",
+    "Timing": "an argument of `LowRankCompression`",
     "MutualInformationMonitor": "adds up the loss of a contrastive module; it fits its critic after a validation",
     "PointCloudAugmentation": "changes batches of point clouds, with the functions that `numerics` goes through",
     "RepresentationCollapseError": "an error",

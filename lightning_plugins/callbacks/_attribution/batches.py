@@ -2,6 +2,8 @@
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +30,8 @@ def resolve_key(name: str, key: object) -> Key:
     """
     if callable(key):
         return key
+    if isinstance(key, Integral) and not isinstance(key, bool):
+        return int(key)
     if isinstance(key, bool) or not isinstance(key, int | str):
         raise TypeError(
             f"`{name}` must be a key of the batch, an int or a string, or a callable from the batch to a tensor, got"
@@ -45,6 +49,41 @@ def resolve_key(name: str, key: object) -> Key:
             raise ValueError(f"`{name}={key!r}` names {type(found).__name__}, which cannot be called")
         return found  # type: ignore[no-any-return]  # a callable, of whatever it returns
     return key
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchKeys:
+    """Places in a batch: a place in a tuple, a key of a mapping, or a callable from the batch (or its import path).
+
+    In YAML a mapping, without a class path: ``batch: {inputs: image, target: label, mask: box}``.
+
+    Attributes:
+        inputs: The model's inputs ``(B, C, *spatial)``.
+        target: The true classes, integers of shape ``(B,)``.
+        mask: The positions that matter, ``(B, *spatial)``; None if no metric needs them.
+
+    Raises:
+        TypeError: If a field is none of these.
+        ValueError: If nothing callable can be imported from a path.
+
+    Example:
+        >>> BatchKeys(mask=2).resolved()
+        {'inputs': 0, 'target': 1, 'mask': 2}
+    """
+
+    inputs: Key = 0
+    target: Key = 1
+    mask: Key | None = None
+
+    def __post_init__(self) -> None:
+        for name, key in self.resolved().items():
+            if isinstance(key, int):
+                object.__setattr__(self, name, key)
+
+    def resolved(self) -> dict[str, Key]:
+        """Return the keys that are given, with what import paths name."""
+        given = {"inputs": self.inputs, "target": self.target, "mask": self.mask}
+        return {name: resolve_key(name, key) for name, key in given.items() if key is not None or name != "mask"}
 
 
 def take(name: str, key: Key, batch: Any) -> Tensor:

@@ -21,7 +21,7 @@ from lightning_plugins._lightning import (
     isolate_rng,
 )
 from lightning_plugins.compression.networks.evaluation import evaluation
-from lightning_plugins.compression.rank_search.beam_search import beam_search
+from lightning_plugins.compression.rank_search.beam_search import BeamOptions, beam_search
 from lightning_plugins.compression.rank_search.output_energy import output_energy
 from lightning_plugins.compression.rank_search.problem import RankSearch, SearchLevel
 from lightning_plugins.compression.rank_search.selection import energy_threshold, equal_ratio, trade_off
@@ -43,17 +43,19 @@ def check_search_options(search: str, options: dict[str, Any] | None) -> dict[st
     """Return the options, after checking that the search knows their names.
 
     Raises:
-        TypeError: If they are no dict.
-        ValueError: If an option is unknown to the search.
+        TypeError: If they are no dict, or an option is of the wrong type.
+        ValueError: If an option is unknown to the search, or out of its range.
     """
     if options is not None and not isinstance(options, dict):
-        raise TypeError(f"`search_options` must be a dict, got {options!r}")
+        raise TypeError(f"`options` must be a dict, got {options!r}")
     known = {"beam": BEAM_OPTIONS, "output_energy": ("relative",)}.get(search, ())
     for name in options or {}:
         if name not in known:
             near = "".join(f"; did you mean {other!r}?" for other in nearest(str(name), known, limit=1))
             takes = f"takes {', '.join(known)}" if known else "takes none"
-            raise ValueError(f"`search_options`: {search!r} {takes}, got {name!r}{near}")
+            raise ValueError(f"`options`: {search!r} {takes}, got {name!r}{near}")
+    if search == "beam":
+        BeamOptions(**(options or {}))  # which checks them
     return dict(options or {})
 
 
@@ -76,7 +78,8 @@ def search_ranks(
     if search != "beam":
         return _METHODS[search](pl_module, **options)
     with unnoticed(trainer, pl_module):
-        return beam_search(pl_module, batches, score, progress=_show(trainer), **options)
+        own = {name: options.pop(name) for name in (*BEAM_OPTIONS, "calibration") if name in options}
+        return beam_search(pl_module, batches, score, options=BeamOptions(**own, progress=_show(trainer)), **options)
 
 
 @contextmanager
@@ -105,7 +108,7 @@ def search_data(trainer: Trainer, pl_module: LightningModule, source: Any) -> It
         owner = next((o for o in (trainer.datamodule, pl_module) if callable(getattr(o, source, None))), None)  # type: ignore[attr-defined]  # a connector of the Trainer sets `datamodule`
         if owner is None:
             raise MisconfigurationException(
-                f"`search_data` must be batches, or the name of a method of {type(pl_module).__name__} or the "
+                f"`search.data` must be batches, or the name of a method of {type(pl_module).__name__} or the "
                 f"datamodule that returns them, such as 'val_dataloader'; got {source!r}"
             )
         batches: Iterable[Any] = getattr(owner, source)()
@@ -116,7 +119,7 @@ def search_data(trainer: Trainer, pl_module: LightningModule, source: Any) -> It
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or loader.batch_size is None or not hasattr(loader.dataset, "__getitem__"):
         raise MisconfigurationException(
-            "`search_data` must be given where the training data is not one `DataLoader` with a batch size over a "
+            "`search.data` must be given where the training data is not one `DataLoader` with a batch size over a "
             f"dataset with indices, got {type(loader).__name__}; pass batches, or the name of a method such as "
             "'val_dataloader'"
         )
@@ -135,7 +138,7 @@ def load_batches(trainer: Trainer, pl_module: LightningModule, source: Iterable[
     with isolate_rng():  # a loader draws a seed when it is asked for batches
         batches = list(islice(source, count))
     if not batches:
-        raise MisconfigurationException("`search_data` must have at least one batch, got none")
+        raise MisconfigurationException("`search.data` must have at least one batch, got none")
     prepared = []
     for batch in batches:
         moved = pl_module.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
@@ -161,14 +164,17 @@ def score_function(pl_module: LightningModule, score: str | Score | None) -> Sco
     if isinstance(score, str):
         if not callable(getattr(pl_module, score, None)):
             near = "".join(f"; did you mean {other!r}?" for other in nearest(score, dir(pl_module), limit=1))
-            raise MisconfigurationException(f"`score` must be the name of a method of {name}, got {score!r}{near}")
+            raise MisconfigurationException(
+                f"`search.score` must be the name of a method of {name}, got {score!r}{near}"
+            )
         return lambda model, batch: getattr(model, score)(batch)
     if score is not None:
         return score
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            f"`score` must be given with manual optimization, where the training step of {name} returns no loss: the "
-            "name of a method that takes a batch and returns a mean, or a sum and a count; the higher the better"
+            f"`search.score` must be given with manual optimization, where the training step of {name} returns no "
+            "loss: the name of a method that takes a batch and returns a mean, or a sum and a count; the higher the "
+            "better"
         )
     return _negative_loss
 
@@ -196,7 +202,7 @@ def try_score(trainer: Trainer, pl_module: LightningModule, batch: Any, score: s
         except Exception as error:
             what = repr(score) if isinstance(score, str) else "the training step" if score is None else "the function"
             raise MisconfigurationException(
-                f"`score`: the search of ranks scores batches of `search_data` with {what} of "
+                f"`search.score`: the search of ranks scores batches of `search.data` with {what} of "
                 f"{type(pl_module).__name__} in evaluation mode, which fails on the first one ({type(error).__name__}: "
                 f"{error}); pass the name of a method that takes a batch, or a function of module and batch"
             ) from error
@@ -209,7 +215,7 @@ def _negative_loss(pl_module: Any, batch: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(
-            f"`score` must be given where the training step returns no loss, got {type(output).__name__}"
+            f"`search.score` must be given where the training step returns no loss, got {type(output).__name__}"
         )
     return -loss.detach()
 

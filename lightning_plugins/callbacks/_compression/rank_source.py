@@ -1,23 +1,18 @@
 """Source of the ranks of a compression: the user, or a search during training."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from lightning_plugins._checks import (
     check_choice,
     check_finite_number,
     check_positive_int,
-    nearest,
     plain_number,
-    shown,
 )
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.costs import costs_of, example_inputs
 from lightning_plugins.callbacks._compression.rank_search import (
-    SEARCHES,
     Score,
     check_search_options,
     load_batches,
@@ -27,14 +22,13 @@ from lightning_plugins.callbacks._compression.rank_search import (
     try_score,
     unnoticed,
 )
+from lightning_plugins.callbacks._compression.settings import SearchSettings, calibration_options
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.costs.layer_costs import COSTS, Cost
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.rank_search.problem import state_problem
 from lightning_plugins.weights import Scheme
-
-_CALIBRATION = ("mask", "damping", "effort", "memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,41 +42,26 @@ class RankSource:
 
     layers: Sequence[str]
     budget: float
-    search: str
-    search_options: dict[str, Any] | None
-    score: str | Callable[[Any, Any], Any] | None
-    search_data: Any
-    search_batches: int
+    search: SearchSettings
     ranks: dict[str, int] | None
-    calibration: bool | dict[str, Any]
     cost: Cost
     scheme: Scheme
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
-        check_choice("search", self.search, SEARCHES)
-        check_search_options(self.search, self.search_options)
-        if self.score is not None and not isinstance(self.score, str) and not callable(self.score):
-            raise TypeError(f"`score` must be the name of a method, a function or None, got {self.score!r}")
-        data = self.search_data
-        if data is not None and (isinstance(data, bytes | Tensor | Mapping) or not isinstance(data, Iterable)):
-            raise TypeError(f"`search_data` must be batches, the name of a method or None, got {shown(data)}")
-        check_positive_int("search_batches", self.search_batches)
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
         check_choice("cost", self.cost, COSTS)
-        _calibration_options(self.calibration)
-        for name in ("budget", "search_batches"):
-            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        object.__setattr__(self, "budget", plain_number(self.budget))
 
     @property
     def scores(self) -> bool:
         """True if there is a search that looks at data."""
-        return self.ranks is None and self.search == "beam"
+        return self.ranks is None and self.search.method == "beam"
 
     @property
     def needs_data(self) -> bool:
         """True if there is a search or a calibration that looks at data."""
-        return self.scores or self.calibration is not False
+        return self.scores or self.search.calibration is not False
 
     def require(self, name: str, pl_module: LightningModule) -> None:
         """Check the module's methods; for ``setup``.
@@ -91,7 +70,7 @@ class RankSource:
             MisconfigurationException: If there is nothing to score, or to count operations with.
         """
         if self.needs_data:
-            score_function(pl_module, self.score)
+            score_function(pl_module, self.search.score)
         if self.cost == "flops" and pl_module.example_input_array is None:
             raise MisconfigurationException(
                 f"{name}: `cost='flops'` counts a forward pass of the module's `example_input_array`, and "
@@ -139,9 +118,9 @@ class RankSource:
             MisconfigurationException: If there is none, or it cannot be scored.
         """
         if self.needs_data:
-            source = search_data(trainer, pl_module, self.search_data)
+            source = search_data(trainer, pl_module, self.search.data)
             if self.scores:
-                try_score(trainer, pl_module, load_batches(trainer, pl_module, source, 1)[0], self.score)
+                try_score(trainer, pl_module, load_batches(trainer, pl_module, source, 1)[0], self.search.score)
 
     def find(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
         """The ranks by layer name; all processes call."""
@@ -154,18 +133,19 @@ class RankSource:
 
     def calibrated(self, trainer: Trainer, pl_module: LightningModule) -> Calibration | None:
         """Return the calibration of the layers at this moment, None if none is asked for; all processes call."""
-        if self.calibration is False:
+        if self.search.calibration is False:
             return None
         batches, score = self._data(trainer, pl_module)
         names = list(self.layers if self.ranks is None else self.ranks)
         with unnoticed(trainer, pl_module):
-            return Calibration(pl_module, names, **_calibration_options(self.calibration)).record(
+            return Calibration(pl_module, names, **calibration_options(self.search.calibration)).record(
                 batches, forward=score
             )
 
     def _data(self, trainer: Trainer, pl_module: LightningModule) -> tuple[list[Any], Score]:
-        source = search_data(trainer, pl_module, self.search_data)
-        return load_batches(trainer, pl_module, source, self.search_batches), score_function(pl_module, self.score)
+        search = self.search
+        source = search_data(trainer, pl_module, search.data)
+        return load_batches(trainer, pl_module, source, search.batches), score_function(pl_module, search.score)
 
     def _search(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
         options = {"budget": self.budget, "layers": self.layers, "cost": self.cost, "scheme": self.scheme}
@@ -175,31 +155,17 @@ class RankSource:
         score: Any = None
         if self.scores:
             batches, score = self._data(trainer, pl_module)
-        if self.calibration is not False and self.search != "equal_ratio":
+        if self.search.calibration is not False and self.search.method != "equal_ratio":
             options["calibration"] = self.calibrated(trainer, pl_module)
         return search_ranks(
             trainer,
             pl_module,
-            self.search,
+            self.search.method,
             batches,
             score,
             **options,
-            **check_search_options(self.search, self.search_options),
+            **check_search_options(self.search.method, self.search.options),
         ).ranks
-
-
-def _calibration_options(calibration: bool | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(calibration, bool):
-        return {}
-    if not isinstance(calibration, dict):
-        raise TypeError(
-            f"`calibration` must be a bool, or a dict of the options {', '.join(_CALIBRATION)}, got {calibration!r}"
-        )
-    for name in calibration:
-        if name not in _CALIBRATION:
-            near = "".join(f"; did you mean {other!r}?" for other in nearest(str(name), _CALIBRATION, limit=1))
-            raise ValueError(f"`calibration` takes the options {', '.join(_CALIBRATION)}, got {name!r}{near}")
-    return calibration
 
 
 def _check_budget(budget: float) -> None:

@@ -27,8 +27,8 @@ def require_compression(name: str, settings: CompressionSettings, trainer: Train
             f"{name} takes a step of its own with every step of the optimizer, and {type(pl_module).__name__} uses "
             "manual optimization; subclass `lightning_plugins.mixins.CompressionMixin` and call its methods"
         )
-    require_end(name, trainer, settings.unit)
-    require_known_total(name, settings.schedule, trainer)
+    require_end(name, trainer, settings.phase.unit)
+    require_known_total(name, settings.phase.schedule, trainer)
     if pl_module.example_input_array is None and (settings.masks or settings.cost == "flops"):
         why = "`cost='flops'` counts" if settings.cost == "flops" else "the search for channels follows"
         raise MisconfigurationException(

@@ -122,8 +122,9 @@ class ScheduledCompression(CompressingCallback):
         self._record.add(trainer.global_step, self._share, kept, self._ranks)
 
     def _missed(self) -> str:
+        phase = self.settings.phase
         return (
-            f"`end={self.settings.end}` ({self.settings.unit}), so nothing was removed: the module is the dense one; "
+            f"`end={phase.end}` ({phase.unit}), so nothing was removed: the module is the dense one; "
             "train on, or choose an earlier `end`"
         )
 
@@ -175,10 +176,10 @@ class ScheduledCompression(CompressingCallback):
         if not network.followed:
             with as_written(trainer, pl_module):
                 require_fitting_steps(type(self).__name__, trainer, pl_module, network, batch)
-        if self._mode == _HARD or not reached(trainer, settings.begin, settings.unit):
+        if self._mode == _HARD or not reached(trainer, settings.phase.begin, settings.phase.unit):
             return
         choice = self._choice or self._attach(trainer, pl_module, network)
-        if reached(trainer, settings.end, settings.unit):
+        if reached(trainer, settings.phase.end, settings.phase.unit):
             self._harden(trainer, choice)
             return
         if self._mode == _WHOLE:
@@ -188,7 +189,7 @@ class ScheduledCompression(CompressingCallback):
         done = min(max(way(training_progress(trainer, with_totals=way.needs_total)), 0.0), 1.0)
         if settings.learned:
             choice.act(done)
-        elif self._updated_at < 0 or trainer.global_step >= self._updated_at + settings.update_every:
+        elif self._updated_at < 0 or trainer.global_step >= self._updated_at + settings.rates.update_every:
             self._updated_at = trainer.global_step
             before, found = network.kept(), network.choose_heaviest(1 - done * (1 - settings.budget))
             network.be_hard(found.kept)
@@ -208,7 +209,7 @@ class ScheduledCompression(CompressingCallback):
     def _advance(self, trainer: Trainer, pl_module: LightningModule, *, last: bool = False) -> None:
         """Make the network smaller if it is due, between two epochs."""
         settings, network = self.settings, self._network
-        if network is None or not reached(trainer, settings.end, settings.unit, between_epochs=True):
+        if network is None or not reached(trainer, settings.phase.end, settings.phase.unit, between_epochs=True):
             return
         choosing = self._choice or self._attach(trainer, pl_module, network)
         if self._mode != _HARD:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_plugins._checks import check_finite_number, check_fraction, check_positive_int
 from lightning_plugins.distributed import gather_row_counts, gather_rows, is_distributed
 from lightning_plugins.functional.spectrum import at_least_float32, exact, full_precision, normalize_rows
 from lightning_plugins.metrics import (
@@ -26,6 +27,42 @@ METRICS: dict[str, type[GramMetric]] = {
     "stable_rank": FeatureStableRank,
 }
 RANKS = ("effective_rank", "rankme", "stable_rank")  # of which a share of the width can be asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollapseLimits:
+    """Limits below which measurements of `CollapseAlarm` are too low, and how many in a row raise the alarm.
+
+    A measurement is too low if it is below any limit that is given, or not a number. At least one must be given.
+
+    Attributes:
+        minimum: The lowest acceptable value.
+        share: The least share, in [0, 1], of the most that a rank could be (the number of features, or of rows if there
+            are fewer) that is not too low; for the ranks only.
+        drop: How far below its best so far the metric may fall, as a share of the best, in [0, 1].
+        patience: How many measurements in a row must be too low, at least 1.
+
+    Raises:
+        ValueError: If a field is out of its range, or there is no limit.
+        TypeError: If a field is of the wrong type.
+
+    Example:
+        >>> CollapseLimits(share=0.1, patience=3).patience
+        3
+    """
+
+    minimum: float | None = None
+    share: float | None = None
+    drop: float | None = None
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        for name, check in (("minimum", check_finite_number), ("share", check_fraction), ("drop", check_fraction)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check(name, getattr(self, name)))
+        object.__setattr__(self, "patience", check_positive_int("patience", self.patience))
+        if self.minimum is None and self.share is None and self.drop is None:
+            raise ValueError("`minimum`, `share` or `drop` must say what is too low, got none; try `share=0.1`")
 
 
 @dataclass

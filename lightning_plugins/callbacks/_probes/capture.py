@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.callbacks._rows.capture import LayerRows
 from lightning_plugins.callbacks._rows.masks import LayerCall
-from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.callbacks._rows.readout import Readout
 
 
 class CopyingCapture(LayerRows):
@@ -16,7 +16,7 @@ class CopyingCapture(LayerRows):
     """
 
     def __init__(self, model: nn.Module, layers: str | Sequence[str], *, needs_gradient: bool = False) -> None:
-        super().__init__(model, layers, Rows(), needs_gradient=needs_gradient)
+        super().__init__(model, layers, Readout(), needs_gradient=needs_gradient)
         self._tensors: dict[str, list[Tensor]] = {label: [] for label in self.labels}
 
     @property

@@ -8,16 +8,32 @@ from torch import Tensor
 
 from lightning_plugins.callbacks._trainer.requirements import agreed_widths
 from lightning_plugins.distributed import is_distributed
-from lightning_plugins.metrics import LinearProbe, ProbeResult
+from lightning_plugins.metrics import LinearProbe, ProbeClassifier, ProbeResult
 
 State = dict[str, dict[str, Any]]
+
+
+def make_probe(width: int, options: Mapping[str, Any]) -> LinearProbe:
+    """Make the probe of a layer.
+
+    Args:
+        width: The number of features.
+        options: Arguments of `LinearProbe` by name, and ``reservoir``, of its `ProbeClassifier`.
+
+    Returns:
+        The probe.
+    """
+    own = dict(options)
+    if "reservoir" in own:
+        own["classifier"] = ProbeClassifier(kind=own.get("classifier", "ridge"), reservoir=own.pop("reservoir"))
+    return LinearProbe(width, **own)
 
 
 class LayerProbes:
     """One probe per layer.
 
     Args:
-        options: Arguments of `LinearProbe` other than the number of features.
+        options: As for `make_probe`.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -92,7 +108,7 @@ class LayerProbes:
             self._probes[label] = probe
 
     def _new(self, width: int, device: torch.device) -> LinearProbe:
-        probe = LinearProbe(width, **self._options)
+        probe = make_probe(width, self._options)
         probe.to(device)
         num_targets = probe.settings.num_targets
         targets = torch.empty(0, num_targets, device=device)

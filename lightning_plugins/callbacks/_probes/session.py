@@ -14,9 +14,9 @@ from lightning_plugins._lightning import MisconfigurationException, rank_zero_wa
 from lightning_plugins.callbacks._probes.batches import first_input
 from lightning_plugins.callbacks._probes.capture import CopyingCapture
 from lightning_plugins.callbacks._probes.controls import InitialNetwork, NetworkCalls, random_projection
-from lightning_plugins.callbacks._probes.probes import LayerProbes
+from lightning_plugins.callbacks._probes.probes import LayerProbes, make_probe
 from lightning_plugins.callbacks._probes.rows import BatchRows, RowSelection
-from lightning_plugins.metrics import LinearProbe, ProbeResult
+from lightning_plugins.metrics import ProbeResult
 
 
 def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def check_options(probe: Mapping[str, Any] | None) -> dict[str, Any]:
     if "num_features" in options:
         raise ValueError("`probe` must leave out 'num_features', which the layers determine")
     try:
-        LinearProbe(1, **options)
+        make_probe(1, options)
     except TypeError as error:
         if "unexpected keyword" in str(error):
             raise TypeError(f"`probe`: {str(error).replace('LinearProbe.__init__()', 'LinearProbe')}") from None

@@ -15,11 +15,11 @@ from lightning_plugins.callbacks._rows.compiled import is_compiled
 from lightning_plugins.callbacks._rows.hooks import Hook
 from lightning_plugins.callbacks._rows.layouts import LayerLayout
 from lightning_plugins.callbacks._rows.masks import LayerCall, Parameters
-from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.callbacks._rows.readout import Readout
 from lightning_plugins.callbacks._rows.select import selected
 from lightning_plugins.selection import TensorRef, module_at, select_tensors
 
-_OWN = Rows()
+_OWN = Readout()
 
 
 class NotCapturedError(MisconfigurationException):
@@ -56,7 +56,7 @@ class LayerRows:
     """
 
     def __init__(
-        self, model: nn.Module, layers: str | Sequence[str], rows: Rows = _OWN, *, needs_gradient: bool = True
+        self, model: nn.Module, layers: str | Sequence[str], rows: Readout = _OWN, *, needs_gradient: bool = True
     ) -> None:
         self._model = model
         self._rows = rows

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_plugins._lightning import MisconfigurationException, rank_zero_warn
 from lightning_plugins.callbacks._rows.capture import LayerRows
 from lightning_plugins.callbacks._rows.masks import LayerCall
-from lightning_plugins.callbacks._rows.rows import Rows
+from lightning_plugins.callbacks._rows.readout import Readout
 
 
 class ObservedRows(LayerRows):
@@ -26,7 +26,7 @@ class ObservedRows(LayerRows):
         rows: How tensors become rows.
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[str], rows: Rows) -> None:
+    def __init__(self, model: nn.Module, layers: str | Sequence[str], rows: Readout) -> None:
         super().__init__(model, layers, rows, needs_gradient=False)
         self._kept: dict[str, list[Tensor]] = {label: [] for label in self.labels}
         self.left_out: dict[str, str] = {}  # layers that could not be read, and why

@@ -1,12 +1,14 @@
 """The mean distance of a student's tensors from a teacher's, over the valid positions of all processes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_plugins._checks import check_choice, check_positive_number
+from lightning_plugins.callbacks._rows.select import Select, Step, check_select
 from lightning_plugins.distributed import is_distributed, world_size
 from lightning_plugins.functional.distillation import cosine_error, feature_error, soft_target_divergence
 from lightning_plugins.functional.pooling import check_layout, layout_axes, pool_embeddings
@@ -14,6 +16,42 @@ from lightning_plugins.functional.tensors import check_floating, check_real
 
 LOSSES = ("kl", "mse", "cosine")
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NCHW"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedOutputs:
+    """The outputs of a network that `Distillation` holds against the teacher's, and by which distance.
+
+    In YAML a mapping, without a class path: ``outputs: {select: logits, temperature: 2.0}``.
+
+    Attributes:
+        select: Location of the tensor to match in the network's output: a key, attribute or index, such as
+            ``"logits"``, or a list of them; None for the first tensor, False for none.
+        loss: ``"kl"``, the divergence of class probabilities, for logits; ``"mse"`` or ``"cosine"`` for embeddings.
+        temperature: Softens the probabilities, for ``"kl"``; above 0.
+
+    Raises:
+        ValueError: If a field is out of its range.
+        TypeError: If a field is of the wrong type.
+
+    Example:
+        >>> MatchedOutputs(select="logits", temperature=2.0).loss
+        'kl'
+    """
+
+    select: Select | Literal[False] = None
+    loss: Literal["kl", "mse", "cosine"] = "kl"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _ = self.path
+        check_choice("loss", self.loss, LOSSES)
+        object.__setattr__(self, "temperature", check_positive_number("temperature", self.temperature))
+
+    @property
+    def path(self) -> tuple[Step, ...] | Literal[False] | None:
+        """The steps that lead to the tensor; None for the first one, False for none."""
+        return False if self.select is False else check_select(self.select)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,50 @@
 """Phases of training: positions in steps, epochs or fractions, and whether they have been reached."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_plugins._checks import check_choice
+from lightning_plugins._checks import check_choice, plain_number
 from lightning_plugins._lightning import MisconfigurationException, Trainer
 from lightning_plugins.callbacks._trainer.progress import training_progress
-from lightning_plugins.schedules import UNITS, Piecewise, Unit, check_position
+from lightning_plugins.schedules import UNITS, Piecewise, Schedule, Unit, check_position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of training, and progress in it.
+
+    Attributes:
+        begin: When it begins, in ``unit``, at least 0; fractions are at most 1.
+        end: When it ends, in ``unit``, after ``begin``.
+        unit: ``"fraction"`` of training, ``"steps"`` of the optimizer, or ``"epochs"``.
+        schedule: Progress in the phase, from 0 to 1, as a function of training progress
+            (`lightning_plugins.schedules`); by default that of the callback, from ``begin`` to ``end``.
+
+    Raises:
+        ValueError: If a field is out of its range.
+        TypeError: If a field is of the wrong type.
+
+    Example:
+        >>> Phase(end=0.5)
+        Phase(begin=0.1, end=0.5, unit='fraction', schedule=None)
+    """
+
+    begin: float = 0.1
+    end: float = 0.7
+    unit: Unit = "fraction"
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None and not isinstance(self.schedule, Schedule):
+            raise TypeError(
+                f"`schedule` must be a Schedule from 0 to 1 such as `Linear(0.0, 1.0, begin=0.1, until=0.7)`, or None, "
+                f"got {self.schedule!r}"
+            )
+        check_phases(self.unit, begin=self.begin, end=self.end)
+        if self.begin == self.end:
+            raise ValueError(f"`end` must be after `begin`, or nothing is chosen, got {self.end!r} for both")
+        for name in ("begin", "end"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
 
 
 def check_phases(unit: Unit, **positions: float) -> None:

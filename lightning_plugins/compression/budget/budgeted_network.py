@@ -52,7 +52,7 @@ class BudgetedNetwork:
         attach: bool = True,
     ) -> None:
         self.model, self.settings = model, settings
-        layers, keep, cost = settings.layers, settings.keep, settings.cost
+        layers, keep, cost = settings.layers, settings.limits.keep, settings.cost
         self.groups: list[ChannelGroup] = []
         if settings.masks:
             found = None if groups is None else groups_from_state(groups)
@@ -95,7 +95,7 @@ class BudgetedNetwork:
         """Attach masks and thresholds, without changing the model's outputs."""
         before = computed_names(self.model)
         self.masks = apply_masks(self.model, self.groups) if self.groups else None
-        ranked, every = self._ranked, self.settings.refresh_every
+        ranked, every = self._ranked, self.settings.rates.refresh_every
         self.thresholds = apply_thresholds(self.model, ranked, refresh_every=every) if ranked else None
         # Names of parameters that are computed from others now, with the names of these.
         self.renamed = {plain: own for plain, own in computed_names(self.model).items() if plain not in before}
@@ -229,7 +229,7 @@ class BudgetedNetwork:
         return {name: max(1, int((margin > 0).sum())) for name, margin in margins.items()}, margins
 
     def _project(self, *chosen: Any) -> Projection:
-        least, step = self.settings.min_channels, self.settings.multiple_of
+        least, step = self.settings.limits.min_size, self.settings.limits.multiple_of
         return project(self.budget, *chosen, min_channels=least, multiple_of=step)
 
     def _check_budget(self) -> None:

@@ -1,7 +1,6 @@
 """The selection of channels and ranks over training: its phases and its steps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,23 +9,9 @@ from torch import Tensor
 from lightning_plugins.compression.budget.budget import Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice_optimizer import ChoiceOptimizer
+from lightning_plugins.compression.budget.filling import ChoiceRates
 
 _SETTLED = 0.9  # of the way, from which on the cost is that of the budget
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceRates:
-    """Step sizes of scores and thresholds.
-
-    Attributes:
-        scores: The learning rate of the scores, in logits of the masks.
-        thresholds: That of the thresholds, as shares of a layer's largest singular value.
-        beta_max: The inverse temperature at the end.
-    """
-
-    scores: float = 0.05
-    thresholds: float = 0.001
-    beta_max: float = 100.0
 
 
 class Choice:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number, check_positive_int
+from lightning_plugins._checks import check_callable, check_finite_number, check_instance, check_positive_int
 from lightning_plugins._deprecation import Replaced, renamed, share_left
+from lightning_plugins._grouping import grouped
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.networks.evaluation import evaluation
@@ -21,6 +23,62 @@ from lightning_plugins.compression.rank_search.truncation import TruncatedWeight
 from lightning_plugins.weights import Scheme
 
 
+@dataclass(frozen=True, kw_only=True)
+class BeamOptions:
+    """Options of a beam search of ranks.
+
+    Attributes:
+        width: Number of rank vectors that a level starts from, at least 1.
+        step: An int lowers any layer's rank by that much. A float in (0, 1) is the fraction of the selected layers'
+            cost that a step removes, rounded to at least one rank, so that steps in small and large layers compare.
+        bounds: Minimum and maximum score of a sample, such as ``(0, 1)`` for accuracy. Given them, children that can no
+            longer win are not scored to the end.
+        reuse_activations: Whether outputs of modules before the first changed layer are kept, those of one batch at a
+            time. False for models that keep a state of their own in the forward pass, or to save memory.
+        state_file: A JSON file that is replaced after every level. If it exists, and belongs to the same search of the
+            same weights, the search resumes from it.
+        calibration: Inputs of the layers, such as a `Calibration`: weights are then truncated as `factorize` with it
+            truncates them.
+        progress: Called with every new `SearchLevel`, on every process; see `rich_progress`.
+
+    Raises:
+        ValueError: If a field is out of its range.
+        TypeError: If a field is of the wrong type.
+
+    Example:
+        >>> BeamOptions(width=2, bounds=(0, 1)).step
+        0.02
+    """
+
+    width: int = 4
+    step: int | float = 0.02
+    bounds: tuple[float, float] | None = None
+    reuse_activations: bool = True
+    state_file: str | Path | None = None
+    calibration: InputMoments | None = None
+    progress: Callable[[SearchLevel], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.progress is not None:
+            check_callable("progress", self.progress)
+        check_positive_int("width", self.width)
+        if isinstance(self.step, float) and not 0 < self.step < 1:
+            raise ValueError(
+                f"`step` must be a fraction of the cost in (0, 1), or an int of ranks, got {self.step!r}"
+                + (f"; did you mean {int(self.step)}?" if self.step.is_integer() and self.step >= 1 else "")
+            )
+        if not isinstance(self.step, float):
+            check_positive_int("step", self.step)
+        if self.bounds is None:
+            return
+        if not isinstance(self.bounds, tuple | list) or len(self.bounds) != 2:
+            raise TypeError(f"`bounds` must be the least and the largest score, such as (0, 1), got {self.bounds!r}")
+        least, most = (check_finite_number("bounds", bound) for bound in self.bounds)
+        if not least < most:
+            raise ValueError(f"`bounds` must be the least and the largest score, such as (0, 1), got {self.bounds!r}")
+
+
+@grouped(options=BeamOptions)
 @renamed(ratio=Replaced("budget", share_left))
 def beam_search(
     model: nn.Module,
@@ -32,13 +90,7 @@ def beam_search(
     cost: Cost = "params",
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     scheme: Scheme = 1,
-    width: int = 4,
-    step: int | float = 0.02,
-    bounds: tuple[float, float] | None = None,
-    reuse_activations: bool = True,
-    state_file: str | Path | None = None,
-    calibration: InputMoments | None = None,
-    progress: Callable[[SearchLevel], None] | None = None,
+    options: BeamOptions = BeamOptions(),
 ) -> RankSearch:
     """Find ranks that are within a budget of the layers' cost and keep the score high.
 
@@ -71,18 +123,7 @@ def beam_search(
         cost: ``"params"`` for weights, ``"flops"`` for floating-point operations of a forward pass of ``inputs``.
         inputs: Input of the model for ``cost="flops"``: a tensor, a tuple of arguments or a dict of keyword arguments.
         scheme: How a convolution's kernel becomes a matrix; see `low_rank_layer`.
-        width: How many rank vectors a level starts from, at least 1.
-        step: An int lowers any layer's rank by that much. A float in (0, 1) is the fraction of the selected layers'
-            cost that a step removes, rounded to at least one rank, so that steps in small and large layers compare.
-        bounds: Minimum and maximum score of a sample, such as ``(0, 1)`` for accuracy. Given them, children that can no
-            longer win are not scored to the end.
-        reuse_activations: Whether outputs of modules before the first changed layer are kept, those of one batch at a
-            time. False for models that keep a state of their own in the forward pass, or to save memory.
-        state_file: A JSON file that is replaced after every level. If it exists, and belongs to the same search of the
-            same weights, the search resumes from it.
-        calibration: What the layers receive, such as a `Calibration`: weights are then truncated as `factorize` with it
-            truncates them.
-        progress: Called with every new `SearchLevel`, on every process; see `rich_progress`.
+        options: Width and steps of the search, bounds of the score, and other options of a `BeamOptions`.
 
     Returns:
         The ranks, their score, the share that they leave, and the trace.
@@ -109,7 +150,7 @@ def beam_search(
         ...     return accuracy(net(x), y, task="multiclass", num_classes=4)
         >>> net = Net()
         >>> batches = [(x, net(x).argmax(1)) for x in torch.randn(3, 32, 8)]
-        >>> found = beam_search(net, batches, score, budget=0.5, bounds=(0, 1))
+        >>> found = beam_search(net, batches, score, budget=0.5, options=BeamOptions(bounds=(0, 1)))
         >>> found.share <= 0.5, list(found.ranks)
         (True, ['body', 'head'])
 
@@ -117,35 +158,37 @@ def beam_search(
         Eo et al., Neural Networks 2023, https://arxiv.org/abs/2111.15179. Our reading: where the search starts,
         what a child is and how the last step ends.
     """
-    _check_arguments(score, width, step, bounds, progress)
+    check_callable("score", score)
+    check_instance("options", options, BeamOptions, "a BeamOptions, such as BeamOptions(width=4)")
     check_batches(batches)
     problem = state_problem(model, budget, layers, cost, inputs, scheme)
-    steps = rank_steps(problem, step)
+    steps = rank_steps(problem, options.step)
     device = next(iter(problem.modules.values())).weight.device
-    path = None if state_file is None else Path(state_file)
+    path = None if options.state_file is None else Path(options.state_file)
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
-        weights = stack.enter_context(TruncatedWeights(problem.modules, scheme, calibration))
-        reuse = stack.enter_context(PrefixReuse(model, problem.modules, enabled=reuse_activations))
+        weights = stack.enter_context(TruncatedWeights(problem.modules, scheme, options.calibration))
+        reuse = stack.enter_context(PrefixReuse(model, problem.modules, enabled=options.reuse_activations))
         description = {"weights": weights.fingerprint(), "layers": list(problem.names), "budget": budget}
-        if calibration is not None:  # three digits: sums of a resumed process may differ in the last ones
+        if options.calibration is not None:  # three digits: sums of a resumed process may differ in the last ones
             description["calibration"] = [f"{float(energy.sum()):.2e}" for energy in weights.energies]
-        description |= {"costs": [list(one) for one in problem.costs], "scheme": scheme, "width": width, "steps": steps}
+        description |= {"costs": [list(one) for one in problem.costs], "scheme": scheme}
+        description |= {"width": options.width, "steps": steps}
         state = SearchState() if path is None else SearchState.load(path, description, device)
-        scores = CandidateScores(model, batches, score, weights, reuse, bounds)
-        search = Beam(problem, steps, width, scores, discarded_energies(weights.energies, device), state)
+        scores = CandidateScores(model, batches, score, weights, reuse, options.bounds)
+        search = Beam(problem, steps, options.width, scores, discarded_energies(weights.energies, device), state)
         while search.beam or not state.levels:
             level = search.advance()
             if path is not None:
                 state.save(path, description)
-            if progress is not None:
-                progress(level)
+            if options.progress is not None:
+                options.progress(level)
     return search.result()
 
 
 @contextmanager
 def rich_progress() -> Iterator[Callable[[SearchLevel], None]]:
-    """A bar of the removed fraction for ``beam_search(..., progress=...)``, drawn with rich.
+    """A bar of the removed fraction for ``BeamOptions(progress=...)``, drawn with rich.
 
     Yields:
         What to pass as ``progress``.
@@ -172,23 +215,3 @@ def rich_progress() -> Iterator[Callable[[SearchLevel], None]]:
             bar.update(task, completed=done, total=max(whole, done), description=text)
 
         yield show
-
-
-def _check_arguments(score: object, width: int, step: float, bounds: object, progress: object) -> None:
-    for name, value in (("score", score), ("progress", progress)):
-        if not callable(value) and (name, value) != ("progress", None):
-            raise TypeError(f"`{name}` must be callable, got {type(value).__name__}")
-    check_positive_int("width", width)
-    if isinstance(step, float) and not 0 < step < 1:
-        raise ValueError(
-            f"`step` must be a fraction of the cost in (0, 1), or an int of ranks, got {step!r}"
-            + (f"; did you mean {int(step)}?" if step.is_integer() and step >= 1 else "")
-        )
-    if not isinstance(step, float):
-        check_positive_int("step", step)
-    if bounds is not None:
-        if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-            raise TypeError(f"`bounds` must be the least and the largest score, such as (0, 1), got {bounds!r}")
-        least, most = (check_finite_number("bounds", bound) for bound in bounds)
-        if not least < most:
-            raise ValueError(f"`bounds` must be the least and the largest score, such as (0, 1), got {bounds!r}")

@@ -5,13 +5,14 @@ logits.
 """
 
 from lightning_plugins.functional.attribution.curves import (
+    CurveSteps,
     curve_area,
     degradation_score,
     perturbation_curve,
     scaled_curve,
 )
 from lightning_plugins.functional.attribution.faithfulness import faithfulness_correlation
-from lightning_plugins.functional.attribution.infidelity import infidelity
+from lightning_plugins.functional.attribution.infidelity import NoiseDraws, infidelity
 from lightning_plugins.functional.attribution.localization import (
     LocalizationScores,
     attribution_auroc,
@@ -29,7 +30,9 @@ from lightning_plugins.functional.attribution.sensitivity import sensitivity
 from lightning_plugins.functional.attribution.spans import beat_spans, boxes_to_mask, spans_to_mask
 
 __all__ = [
+    "CurveSteps",
     "LocalizationScores",
+    "NoiseDraws",
     "Perturbation",
     "attribution_auroc",
     "attribution_localization",

@@ -1,11 +1,13 @@
 """Curves of a model's score while the most, or least, relevant positions of a map are removed."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_plugins._checks import check_bool, check_callable, check_choice, check_positive_int
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.functional.attribution.positions import maps_of_inputs, with_channels
 from lightning_plugins.functional.attribution.random import random_bits, sample_keys
 from lightning_plugins.functional.attribution.replacement import (
@@ -30,6 +32,34 @@ Order = Literal["most", "least"]
 ORDERS: tuple[Order, ...] = ("most", "least")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurveSteps:
+    """Points of a `perturbation_curve`, after the first.
+
+    Attributes:
+        count: Number of points, one patch each, at least 1; None for the number of patches. With more steps than
+            patches the last points have all patches replaced.
+        spread: Whether the steps are spread evenly, so that the last one replaces all patches.
+
+    Raises:
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of its range.
+
+    Example:
+        >>> CurveSteps(count=10, spread=True).count
+        10
+    """
+
+    count: int | None = None
+    spread: bool = False
+
+    def __post_init__(self) -> None:
+        check_bool("spread", self.spread)
+        if self.count is not None:
+            object.__setattr__(self, "count", check_positive_int("count", self.count))
+
+
+@grouped(steps=Group(CurveSteps, main="count"))
 def perturbation_curve(
     forward: Forward,
     inputs: Tensor,
@@ -38,8 +68,7 @@ def perturbation_curve(
     *,
     perturbation: Perturbation | None = None,
     order: Order = "most",
-    steps: int | None = None,
-    spread: bool = False,
+    steps: int | CurveSteps | None = None,
     output: Output = "probability",
     max_forward_batch: int = MAX_FORWARD_BATCH,
 ) -> Tensor:
@@ -55,9 +84,8 @@ def perturbation_curve(
         target: Class of each sample, integers of shape ``(B,)``.
         perturbation: How patches are replaced; by default `Perturbation()`.
         order: ``"most"`` replaces the most relevant patches first (MoRF), ``"least"`` the least relevant (LeRF).
-        steps: Number of points after the first, one patch each; by default the number of patches. With more steps than
-            patches the last points have all patches replaced.
-        spread: Whether the steps are spread evenly, so that the last one replaces all patches.
+        steps: Number of points after the first, one patch each; by default the number of patches. `CurveSteps` also
+            spreads them evenly over the patches.
         output: ``"probability"`` of the class, or its ``"logit"``.
         max_forward_batch: Maximum number of inputs in one forward pass.
 
@@ -83,13 +111,13 @@ def perturbation_curve(
     limit = check_positive_int("max_forward_batch", max_forward_batch)
     check_callable("forward", forward, "a function from inputs to logits")
     check_choice("output", output, OUTPUTS)
-    check_bool("spread", spread)
+    number, spread = (steps.count, steps.spread) if isinstance(steps, CurveSteps) else (steps, False)
     how = checked_perturbation(perturbation, Perturbation())
     maps, x = maps_of_inputs(attributions, inputs), with_channels(inputs.detach())
     target = checked_target(target, len(x)).to(x.device)
     patches, keys = Patches(tuple(x.shape[2:]), how.patch, x.device), sample_keys(x)
     places = patch_places(patches.sums(maps), keys, order=order, seed=how.seed)
-    counts, point = steps_of(patches.count, steps, spread=spread).unique(return_inverse=True)  # avoid duplicates
+    counts, point = steps_of(patches.count, number, spread=spread).unique(return_inverse=True)  # avoid duplicates
 
     def as_given(copies: Tensor) -> Tensor:
         return copies[:, 0] if inputs.ndim == 2 else copies

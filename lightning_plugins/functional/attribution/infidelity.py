@@ -1,6 +1,7 @@
 """Error of attributions as predictions of the effect of noise on the score."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,10 +10,11 @@ from lightning_plugins._checks import (
     check_bool,
     check_callable,
     check_choice,
-    check_finite_number,
     check_non_negative_int,
     check_positive_int,
+    check_positive_number,
 )
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.functional.attribution.positions import checked_maps
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys, split_keys
 from lightning_plugins.functional.attribution.scoring import (
@@ -26,16 +28,48 @@ from lightning_plugins.functional.attribution.scoring import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoiseDraws:
+    """Gaussian noise that is added to inputs, to score attributions as predictions of its effect.
+
+    Attributes:
+        count: Number of draws per sample, at least 1.
+        std: Standard deviation of the noise, above 0.
+        seed: Seed of the noise, which depends on it and on the sample.
+
+    Raises:
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of its range.
+
+    Example:
+        >>> NoiseDraws(count=20, std=0.2)
+        NoiseDraws(count=20, std=0.2, seed=0)
+    """
+
+    count: int = 10
+    std: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", check_positive_int("count", self.count))
+        object.__setattr__(self, "seed", check_non_negative_int("seed", self.seed))
+        object.__setattr__(self, "std", check_positive_number("std", self.std))
+
+
+def as_noise(draws: int | NoiseDraws) -> NoiseDraws:
+    """Return the noise that an argument ``draws`` stands for."""
+    return draws if isinstance(draws, NoiseDraws) else NoiseDraws(count=check_positive_int("draws", draws))
+
+
+@grouped(draws=Group(NoiseDraws, main="count"))
 def infidelity(
     forward: Forward,
     inputs: Tensor,
     attributions: Tensor,
     target: Tensor,
     *,
-    draws: int = 10,
-    std: float = 0.1,
+    draws: int | NoiseDraws = 10,
     normalize: bool = True,
-    seed: int = 0,
     output: Output = "logit",
     max_forward_batch: int = MAX_FORWARD_BATCH,
 ) -> Tensor:
@@ -49,11 +83,10 @@ def infidelity(
         inputs: Shape ``(B, ...)``.
         attributions: The same shape; a single channel is distributed evenly over the channels of ``inputs``.
         target: Class of each sample, integers of shape ``(B,)``.
-        draws: Number of noise draws per sample.
-        std: Standard deviation of the noise.
+        draws: Number of noise draws per sample; `NoiseDraws` also has the standard deviation, by default 0.1, and the
+            seed of the noise.
         normalize: Whether to scale each map by the best-fitting factor first: the scale of most attributions is
             arbitrary and would dominate the result.
-        seed: Seed of the noise, which depends on it and on the sample.
         output: ``"logit"`` of the class, or its ``"probability"``.
         max_forward_batch: Maximum number of inputs in one forward pass.
 
@@ -73,11 +106,8 @@ def infidelity(
     Source:
         Yeh et al., NeurIPS 2019, https://arxiv.org/abs/1901.09392.
     """
-    check_positive_int("draws", draws)
-    seed = check_non_negative_int("seed", seed)
+    drawn = as_noise(draws)
     limit = check_positive_int("max_forward_batch", max_forward_batch)
-    if check_finite_number("std", std) <= 0:
-        raise ValueError(f"`std` must be above 0, got {std!r}")
     check_callable("forward", forward, "a function from inputs to logits")
     check_choice("output", output, OUTPUTS)
     check_bool("normalize", normalize)
@@ -86,15 +116,15 @@ def infidelity(
         raise TypeError("`inputs` must be numbers, to which noise can be added, got torch.bool; convert them")
     x, maps = inputs.detach(), _elementwise(attributions, inputs)
     target, keys = checked_target(target, len(x)).to(x.device), sample_keys(x)
-    dots = maps.new_zeros(len(x), draws + 1)
+    dots = maps.new_zeros(len(x), drawn.count + 1)
 
     def make(samples: Tensor, points: Tensor) -> Tensor:
-        noise = noise_of(x, keys, samples, points, std, seed)
+        noise = noise_of(x, keys, samples, points, drawn.std, drawn.seed)
         noise = noise * (points > 0).to(noise).reshape(-1, *[1] * (x.ndim - 1))
         dots[samples, points] = (maps[samples] * noise).flatten(1).sum(1)
         return (x[samples] - noise.to(x)).to(x)
 
-    scores = score_copies(forward, make, target, draws + 1, limit, output)
+    scores = score_copies(forward, make, target, drawn.count + 1, limit, output)
     change, predicted = (scores[:, :1] - scores[:, 1:]).to(dots), dots[:, 1:]
     if normalize:
         square = predicted.square().sum(1, keepdim=True)

@@ -2,24 +2,67 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._checks import check_choice, check_positive_int
 from lightning_plugins.meta.loop.structure import TaskBatch
 from lightning_plugins.meta.loop.tasks import Draws, chunk_by_chunk, over_tasks
 
 Vectorize = bool | Literal["auto"]
+Randomness = Literal["different", "same"]
 
 _PIXELS = 64 * 64  # image size from which vectorised convolutions are slower on a CPU than a loop over tasks
 
 
-def check_vectorize(vectorize: object) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Vectorization:
+    """Order in which an inner loop computes the tasks of a batch, and how many at a time.
+
+    In YAML a mapping, without a class path: ``vectorize: {chunk_size: 2}``.
+
+    Attributes:
+        mode: Whether to use ``torch.func.vmap``; otherwise the tasks run one after the other. ``"auto"`` chooses the
+            faster form (on a CPU a loop for convolutions of large images), and falls back to a loop with one warning
+            for models that ``vmap`` does not support, such as recurrent ones.
+        chunk_size: Number of tasks, at least 1, whose graph is in memory at a time; None for all.
+        randomness: Whether dropout draws ``"different"`` or the ``"same"`` masks for the tasks.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field is out of its range.
+
+    Example:
+        >>> Vectorization(chunk_size=2)
+        Vectorization(mode='auto', chunk_size=2, randomness='different')
+    """
+
+    mode: Vectorize = "auto"
+    chunk_size: int | None = None
+    randomness: Randomness = "different"
+
+    def __post_init__(self) -> None:
+        check_vectorize("mode", self.mode)
+        if self.chunk_size is not None:
+            object.__setattr__(self, "chunk_size", check_positive_int("chunk_size", self.chunk_size))
+        check_choice("randomness", self.randomness, get_args(Randomness))
+
+
+def as_vectorization(vectorize: Vectorize | Vectorization) -> Vectorization:
+    """Return the settings that an argument ``vectorize`` stands for."""
+    if isinstance(vectorize, Vectorization):
+        return vectorize
+    return Vectorization(mode=check_vectorize("vectorize", vectorize))
+
+
+def check_vectorize(name: str, vectorize: object) -> Any:
     """Raise an error for anything but True, False and "auto"."""
     if not isinstance(vectorize, bool) and not (isinstance(vectorize, str) and vectorize == "auto"):
         kind = ValueError if isinstance(vectorize, str) else TypeError
-        raise kind(f'`vectorize` must be True, False or "auto", got {vectorize!r}')
+        raise kind(f'`{name}` must be True, False or "auto", got {vectorize!r}')
     return vectorize
 
 

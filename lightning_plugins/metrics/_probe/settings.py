@@ -27,6 +27,39 @@ LAMBDAS = tuple(10.0 ** (exponent / 2) for exponent in range(-4, 13))
 MIN_FOLDS = 3  # one held out, and two for choosing the penalty
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeClassifier:
+    """The classifier whose accuracy `LinearProbe` measures, and the rows stored for it.
+
+    Attributes:
+        kind: ``"ridge"``, ``"lda"`` or ``"softmax"``.
+        reservoir: Maximum number of rows stored for measuring accuracies, at least 1.
+
+    Raises:
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of its range.
+
+    Example:
+        >>> ProbeClassifier(kind="softmax").reservoir
+        10000
+    """
+
+    kind: Classifier = "ridge"
+    reservoir: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, CLASSIFIERS)
+        object.__setattr__(self, "reservoir", check_positive_int("reservoir", self.reservoir))
+
+
+def as_classifier(classifier: Classifier | ProbeClassifier) -> ProbeClassifier:
+    """Return the settings that an argument ``classifier`` stands for."""
+    if isinstance(classifier, ProbeClassifier):
+        return classifier
+    check_choice("classifier", classifier, CLASSIFIERS)
+    return ProbeClassifier(kind=classifier)
+
+
 @dataclass(frozen=True)
 class ProbeSettings:
     """Settings of `LinearProbe`; documented there."""
@@ -53,8 +86,6 @@ class ProbeSettings:
                 f"{self.folds}"
             )
         check_non_negative_int("controls", self.controls)
-        check_choice("classifier", self.classifier, CLASSIFIERS)
-        check_positive_int("reservoir", self.reservoir)
         check_non_negative_int("seed", self.seed)
         for name in ("num_features", "num_targets", "controls"):
             check_room(name, getattr(self, name) ** 2)

@@ -12,6 +12,7 @@ from lightning_plugins._checks import (
     check_positive_int,
     check_positive_number,
 )
+from lightning_plugins._grouping import Group, grouped
 from lightning_plugins.functional.attribution import (
     Perturbation,
     faithfulness_correlation,
@@ -19,6 +20,7 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     sensitivity,
 )
+from lightning_plugins.functional.attribution.infidelity import NoiseDraws, as_noise
 from lightning_plugins.functional.attribution.random import random_normal, sample_keys
 from lightning_plugins.functional.attribution.replacement import checked_perturbation
 from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Explain, Forward
@@ -89,10 +91,9 @@ class Infidelity(ForwardMetric):
     The baseline are random maps of the same size on the same samples.
 
     Args:
-        draws: How often noise is drawn for each sample.
-        std: Its standard deviation.
+        draws: How often noise is drawn for each sample; or `lightning_plugins.functional.attribution.NoiseDraws`, with
+            its standard deviation and seed.
         normalize: Whether each map is first scaled by the factor that fits best.
-        seed: Of the noise.
         num_classes: Number of classes, for results per class.
         per_class: Whether to return one result per class; needs ``num_classes``.
         max_forward_batch: Maximum number of inputs in one forward pass.
@@ -112,20 +113,19 @@ class Infidelity(ForwardMetric):
     higher_is_better = False
     best = 0.0
 
+    @grouped(draws=Group(NoiseDraws, main="count"))
     def __init__(
         self,
         *,
-        draws: int = 10,
-        std: float = 0.1,
+        draws: int | NoiseDraws = 10,
         normalize: bool = True,
-        seed: int = 0,
         num_classes: int | None = None,
         per_class: bool = False,
         max_forward_batch: int = MAX_FORWARD_BATCH,
     ) -> None:
         super().__init__(num_classes=num_classes, per_class=per_class, max_forward_batch=max_forward_batch)
-        self.draws, self.std = check_positive_int("draws", draws), check_positive_number("std", std)
-        self.normalize, self.seed = check_bool("normalize", normalize), check_non_negative_int("seed", seed)
+        self.noise, self.normalize = as_noise(draws), check_bool("normalize", normalize)
+        self.draws, self.std, self.seed = self.noise.count, self.noise.std, self.noise.seed
 
     def score(self, forward: Forward, inputs: Tensor, attributions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Score each sample; see `infidelity`."""
@@ -140,10 +140,8 @@ class Infidelity(ForwardMetric):
             inputs,
             maps,
             target,
-            draws=self.draws,
-            std=self.std,
+            draws=self.noise,
             normalize=self.normalize,
-            seed=self.seed,
             max_forward_batch=self.max_forward_batch,
         )
 

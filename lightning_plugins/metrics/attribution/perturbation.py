@@ -14,6 +14,7 @@ from lightning_plugins.functional.attribution import (
     random_attributions,
     scaled_curve,
 )
+from lightning_plugins.functional.attribution.curves import CurveSteps
 from lightning_plugins.functional.attribution.replacement import checked_perturbation
 from lightning_plugins.functional.attribution.scoring import MAX_FORWARD_BATCH, Forward, check_inputs, checked_target
 from lightning_plugins.metrics._sums import SumMetric
@@ -158,8 +159,7 @@ class DegradationScore(SumMetric):
             target,
             perturbation=self.perturbation,
             order=order,
-            steps=self.steps,
-            spread=True,
+            steps=CurveSteps(count=self.steps, spread=True),
             max_forward_batch=self.max_forward_batch,
         )
 

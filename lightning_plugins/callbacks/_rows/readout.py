@@ -1,12 +1,14 @@
-"""The rows of a layer: selection of the tensor, its layout, valid positions, and pooling."""
+"""From a layer's tensor to rows: selection of the tensor, its layout, valid positions, and pooling."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_plugins._checks import check_instance
 from lightning_plugins.callbacks._rows.layouts import LayerLayout, UnknownLayoutError
 from lightning_plugins.callbacks._rows.masks import LayerCall, Mask, find_mask
 from lightning_plugins.callbacks._rows.pool import Pool, callable_name, resolve_callable, resolve_pool
@@ -15,35 +17,58 @@ from lightning_plugins.functional.pooling import check_layout, pool_embeddings
 from lightning_plugins.selection import TensorRef
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Settings by which tensors of layers become rows, checked in the constructor.
+@dataclass(frozen=True, kw_only=True)
+class Readout:
+    """Rules by which the tensors of layers become rows: one embedding per sample, or per token.
 
-    Args:
-        pool: A name out of `lightning_plugins.functional.pooling.POOLS`, a callable, its import path, or a mapping with
-            ``class_path`` and ``init_args``.
-        select: Location of the tensor in the layer's output: an index, a key, an attribute, or a list of them.
-        mask: The name of an argument or entry of the batch, the position of an entry, or a callable or its import path.
-        layout: As for `pool_embeddings`; None takes it from the module.
+    In YAML a mapping, without a class path: ``readout: {pool: cls, mask: attention_mask}``.
+
+    Attributes:
+        pool: How a feature map or token sequence becomes a matrix of embeddings: ``"mean"`` or ``"max"`` over the valid
+            positions, ``"first"`` or ``"last"`` of them, ``"cls"`` (the first position), ``"tokens"`` (every valid
+            position is a row), ``"flatten"``, or a callable from the layer's tensor (and the mask, if one is named) to
+            a tensor of shape ``(N, d)``; also its import path, or its ``class_path`` and ``init_args``.
+        select: Which tensor of a nested output (or input): an index, a key, an attribute, or a list of them from the
+            outside in, as ``["hidden_states", -1]``. By default the first one, of a transformers output
+            ``last_hidden_state``.
+        mask: Which positions are no padding: the name of an argument that the layer, or a module around it, receives in
+            the same call, or of an entry of the batch (an int: its position), or a callable from the
+            `lightning_plugins.callbacks.LayerCall` to the mask, or its import path; see
+            `lightning_plugins.functional.pool_embeddings`. A name that ends in ``padding_mask`` is, as in torch, true
+            at the padding. Packed and nested sequences need none.
+        layout: What the dimensions of the tensor are, one letter each, as ``"NLC"``; needed where the module does not
+            tell.
 
     Raises:
-        ValueError: If an argument is out of its range.
-        TypeError: If an argument is of the wrong type.
+        ValueError: If a field is out of its range.
+        TypeError: If a field is of the wrong type.
+
+    Example:
+        >>> Readout(pool="last", mask="attention_mask").masked
+        True
     """
 
     pool: Pool = "mean"
     select: Select = None
     mask: Mask | Mapping[str, Any] = None
     layout: str | None = None
-    path: tuple[Step, ...] | None = field(init=False, repr=False)
-    _pool: Any = field(init=False, repr=False)
-    _mask: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", check_select(self.select))
-        object.__setattr__(self, "_pool", resolve_pool(self.pool))
-        object.__setattr__(self, "_mask", check_mask(self.mask))
         check_layout(self.layout)
+        _ = self.path, self._pool, self._mask
+
+    @cached_property
+    def path(self) -> tuple[Step, ...] | None:
+        """The steps that lead to the tensor; None for the first one."""
+        return check_select(self.select)
+
+    @cached_property
+    def _pool(self) -> Any:
+        return resolve_pool(self.pool)
+
+    @cached_property
+    def _mask(self) -> Any:
+        return check_mask(self.mask)
 
     @property
     def masked(self) -> bool:
@@ -124,3 +149,12 @@ def check_mask(mask: Mask | Mapping[str, Any]) -> Mask:
             f"{type(mask).__name__}"
         )
     return resolve_callable("mask", mask, "the name of an argument or entry of the batch, its position")
+
+
+def check_readout(readout: Readout) -> Readout:
+    """Return ``readout`` if it is one.
+
+    Raises:
+        TypeError: If it is of another type.
+    """
+    return check_instance("readout", readout, Readout, "a Readout, such as `Readout(pool='cls')`")
