@@ -9,11 +9,16 @@ from torch import Tensor, nn
 
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import shrink
+from lightning_plugins.compression.channels.skipped import first_tensor, with_first
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.networks.tracing import tensors_in
 
 _Groups = Sequence[ChannelGroup]
 Run = Callable[[nn.Module, Any], Any]
+_DIFFERS_WITHOUT_BLOCK = (
+    "removing it is not the same as passing its input on: it changes its input in place, or later layers use what else "
+    "it returns"
+)
 _ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError)
 
 
@@ -118,7 +123,7 @@ def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
         if not torch.isfinite(one).all():
             return "its outputs are not finite with random weights"
         if one.numel() and (one - other).abs().max() > trial.tolerance * one.abs().max():
-            return (
+            return _DIFFERS_WITHOUT_BLOCK if any(group.block for group in groups) else (
                 "removing its channels is not the same as masking them: other operations act across channels"
                 if groups
                 else "its outputs differ from run to run"
@@ -149,11 +154,18 @@ def _zero(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tenso
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for group, keep in zip(groups, kept, strict=True):
+            if group.block and not keep.any():
+                model.get_submodule(group.block).register_forward_hook(_pass_on, with_kwargs=True)
             mask = torch.cat([keep, torch.ones(1, dtype=torch.bool)])
             for member in group.members:
                 if member.side in {"out", "norm"} or (member.side == "in" and group.gate_inputs):
                     gone = (~mask[torch.tensor(member.units)]).nonzero()[:, 0]
                     tensors[member.parameter].index_fill_(member.dim, gone.to(tensors[member.parameter].device), 0)
+
+
+def _pass_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    given = first_tensor(args, kwargs)
+    return output if given is None else with_first(output, given)
 
 
 def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
