@@ -53,6 +53,10 @@ class HybridCompression(ScheduledCompression):
         refresh_every: Steps between two decompositions of the weights. 1 gives the exact gradient in every step, 4 on
             average, at half of the cost.
         figures: Whether to draw masks, ranks, cost and the network that is left, if matplotlib is installed.
+        blocks: Residual blocks that may be removed as a whole, in the form of ``layers``: modules that return the shape
+            of their input, as ``"encoder.layer.*"``. A removed block becomes a
+            `lightning_plugins.compression.Skipped`. With blocks ``layers`` may be an empty list: nothing else is
+            chosen.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -93,6 +97,7 @@ class HybridCompression(ScheduledCompression):
         multiple_of: int = 1,
         refresh_every: int = 1,
         figures: bool = True,
+        blocks: str | list[str] | None = None,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -107,6 +112,7 @@ class HybridCompression(ScheduledCompression):
                 min_channels=min_channels,
                 multiple_of=multiple_of,
                 figures=figures,
+                blocks=blocks,
                 masks=True,
                 ranks=True,
                 learning_rate=learning_rate,

@@ -37,6 +37,10 @@ class MaskScheduling(ScheduledCompression):
         min_channels: Minimum number of units to keep in a channel group.
         multiple_of: Numbers of channels are multiples of this, for speed; heads are not rounded.
         figures: Whether to draw masks, cost and the network that is left, if matplotlib is installed.
+        blocks: Residual blocks that may be removed as a whole, in the form of ``layers``: modules that return the shape
+            of their input, as ``"encoder.layer.*"``. A removed block becomes a
+            `lightning_plugins.compression.Skipped`. With blocks ``layers`` may be an empty list: nothing else is
+            chosen.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -75,6 +79,7 @@ class MaskScheduling(ScheduledCompression):
         min_channels: int = 1,
         multiple_of: int = 1,
         figures: bool = True,
+        blocks: str | list[str] | None = None,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -90,6 +95,7 @@ class MaskScheduling(ScheduledCompression):
                 min_channels=min_channels,
                 multiple_of=multiple_of,
                 figures=figures,
+                blocks=blocks,
                 masks=True,
                 learning_rate=learning_rate,
                 beta_max=beta_max,

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_bool, check_fraction, check_instance
 from lightning_plugins._deprecation import renamed
-from lightning_plugins.compression.budget.budget import Multiplier, Projection
+from lightning_plugins.compression.budget.budget import Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice import Choice, ChoiceRates
 from lightning_plugins.compression.budget.filling import ChoiceSettings
+from lightning_plugins.compression.budget.multiplier import Multiplier
 from lightning_plugins.compression.costs.layer_costs import arguments_of
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.mixins._packages import refuse_other_package
@@ -84,6 +85,7 @@ class CompressionMixin:
         min_channels: int = 1,
         multiple_of: int = 1,
         rates: ChoiceRates | None = None,
+        blocks: str | Sequence[str] | None = None,
     ) -> list[nn.Parameter]:
         """Attach masks to channels and thresholds to singular values; call it before creating the optimizer and DDP.
 
@@ -98,6 +100,7 @@ class CompressionMixin:
             min_channels: The minimum number of channels of a group, and the minimum rank.
             multiple_of: Numbers of channels and ranks are multiples of this.
             rates: The step sizes of scores and thresholds, by default as in the callbacks.
+            blocks: Residual blocks that may be removed as a whole, in the form of ``layers``; None for none.
 
         Returns:
             Scores and thresholds. They are among ``self.parameters()``, but `compression_step` updates them with its
@@ -128,12 +131,12 @@ class CompressionMixin:
         check_bool("ranks", ranks)
         if rates is not None:
             check_instance("rates", rates, ChoiceRates, "a ChoiceRates")
-        least: Any = {"min_channels": min_channels, "multiple_of": multiple_of}
+        least: Any = {"min_channels": min_channels, "multiple_of": multiple_of, "blocks": blocks}
         settings = ChoiceSettings(layers=layers, budget=budget, cost=cost, masks=masks, ranks=ranks, keep=keep, **least)
-        if not masks and not ranks:
+        if not masks and not ranks and blocks is None:
             raise ValueError("`masks` or `ranks` must be True, or there is nothing to choose, got False for both")
         given = arguments_of(getattr(self, "example_input_array", None) if inputs is None else inputs)
-        if given is None and (masks or cost == "flops"):
+        if given is None and (masks or blocks is not None or cost == "flops"):
             raise ValueError("`inputs` must be given where the module has no `example_input_array`, got None for both")
         if given is not None:
             check_instance("inputs", given, (Tensor, tuple, dict), "a tensor, a tuple of arguments or a dict")

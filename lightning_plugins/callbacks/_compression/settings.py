@@ -44,6 +44,11 @@ class CompressionSettings(ChoiceSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("criterion", self.criterion, CRITERIA)
+        if self.blocks is not None and not self.learned:
+            raise ValueError(
+                f"`blocks` must be None with criterion={self.criterion!r}, since the weights of blocks say nothing of "
+                f"their use, got {self.blocks!r}; choose criterion='learned'"
+            )
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
             raise TypeError(
                 f"`schedule` must be a Schedule from 0 to 1 such as `Linear(0.0, 1.0, begin=0.1, until=0.7)`, or None, "

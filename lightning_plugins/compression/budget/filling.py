@@ -20,7 +20,7 @@ class ChoiceSettings:
     """The layers to choose in, and what may be left of a network.
 
     Attributes:
-        layers: The layers to choose in: a name, a glob, or several.
+        layers: The layers to choose in: a name, a glob, or several; with ``blocks`` also an empty list.
         budget: The share of the network's cost that may be left.
         cost: ``"params"`` or ``"flops"``.
         masks: Whether channels are chosen.
@@ -29,6 +29,7 @@ class ChoiceSettings:
         min_channels: Minimum number of units of a group, and minimum rank.
         multiple_of: Numbers of units and ranks are multiples of this.
         refresh_every: In how many steps weights are decomposed once.
+        blocks: The residual blocks that may be removed as a whole, in the form of ``layers``; None for none.
 
     Raises:
         ValueError: If one is out of its range.
@@ -44,14 +45,16 @@ class ChoiceSettings:
     min_channels: int = 1
     multiple_of: int = 1
     refresh_every: int = 1
+    blocks: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        check_layers(self.layers, sides=False)
-        if self.keep is not None:
+        if self.blocks is None or self.layers != []:
+            check_layers(self.layers, sides=False)
+        for name, chosen in (("keep", self.keep), ("blocks", self.blocks)):
             try:
-                check_layers(self.keep, sides=False)
+                check_layers("*" if chosen is None else chosen, sides=False)
             except (TypeError, ValueError) as error:
-                raise type(error)(str(error).replace("`layers`", "`keep`")) from None
+                raise type(error)(str(error).replace("`layers`", f"`{name}`")) from None
         if not 0 < check_finite_number("budget", self.budget) < 1:
             hint = f"; did you mean {self.budget / 100!r}?" if 2 <= self.budget <= 100 else ""
             raise ValueError(

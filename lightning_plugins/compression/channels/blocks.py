@@ -95,10 +95,9 @@ def _candidates(model: nn.Module, blocks: str | Sequence[str]) -> tuple[list[str
     exact = [pattern for pattern in patterns if pattern in modules]
     for name in exact:
         if not _has_forward(modules[name]):
-            entries = list(modules[name]._modules)
             raise ValueError(
                 f"`blocks`: {name!r} is a {type(modules[name]).__name__}, which a forward pass does not call; name its "
-                f"entries, as {f'{name}.{entries[0]}' if entries else name!r!r} or {f'{name}.*'!r}"
+                f"entries: '{name}.*' takes all of them"
             )
     modules = {name: module for name, module in modules.items() if _has_forward(module)}
     inside = {name: _around(name, modules) for name in modules}

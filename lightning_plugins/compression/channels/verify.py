@@ -55,7 +55,9 @@ def tried(
     reasons: dict[str, str] = {}
 
     def fails(chosen: _Groups) -> str:
-        return _difference(trial, chosen, run)
+        # What a block returns besides is needed by the next one, if that is still there.
+        rounds = 3 if sum(bool(group.block) for group in chosen) > 1 else 1
+        return next(filter(None, (_difference(trial, chosen, run, number) for number in range(rounds))), "")
 
     gated = _largest([group._replace(gate_inputs=True) for group in groups], fails, reasons)
     passed = {group.name: group for group in gated}
@@ -98,11 +100,14 @@ def _largest(
     return sorted(passed, key=lambda group: order[group.name])
 
 
-def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
+def _difference(trial: _Trial, groups: _Groups, run: Run, number: int = 0) -> str:
     """Describe the difference between the masked model and the smaller one; empty if there is none."""
     generator = torch.Generator().manual_seed(0)
     kept = []
     for index, group in enumerate(groups):
+        if group.block:  # all leave in the first round, every other one in the second and third
+            kept.append(torch.tensor([number > 0 and index % 2 == number - 1]))
+            continue
         order = torch.randperm(group.size, generator=generator)
         # A third leaves, or a half: sizes of two groups may have to agree.
         kept.append(order >= max(1, group.size // (3 - index % 2)))
@@ -123,10 +128,14 @@ def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
         if not torch.isfinite(one).all():
             return "its outputs are not finite with random weights"
         if one.numel() and (one - other).abs().max() > trial.tolerance * one.abs().max():
-            return _DIFFERS_WITHOUT_BLOCK if any(group.block for group in groups) else (
-                "removing its channels is not the same as masking them: other operations act across channels"
-                if groups
-                else "its outputs differ from run to run"
+            return (
+                _DIFFERS_WITHOUT_BLOCK
+                if groups and groups[-1].block
+                else (
+                    "removing its channels is not the same as masking them: other operations act across channels"
+                    if groups
+                    else "its outputs differ from run to run"
+                )
             )
     return ""
 
