@@ -86,7 +86,7 @@ class Saliency:
         if masks is not None and self._blocks:
             slopes, seen = self._with_blocks(slopes, masks, unscale), torch.ones_like(seen)
         sound = slopes.isfinite().all()
-        decay = torch.where(sound & seen, _DECAY, 1.0)
+        decay = torch.where(sound & seen, _DECAY, 1.0).to(self._squares)
         new = torch.where(sound, slopes, 0).square()
         if masks is not None:
             mask, mean = masks.flat().to(new), self._squares / self.weight.clamp_min(1e-12)

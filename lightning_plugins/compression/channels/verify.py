@@ -15,10 +15,6 @@ from lightning_plugins.compression.networks.tracing import tensors_in
 
 _Groups = Sequence[ChannelGroup]
 Run = Callable[[nn.Module, Any], Any]
-_DIFFERS_WITHOUT_BLOCK = (
-    "removing it is not the same as passing its input on: it changes its input in place, or later layers use what else "
-    "it returns"
-)
 _ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError)
 
 
@@ -128,16 +124,19 @@ def _difference(trial: _Trial, groups: _Groups, run: Run, number: int = 0) -> st
         if not torch.isfinite(one).all():
             return "its outputs are not finite with random weights"
         if one.numel() and (one - other).abs().max() > trial.tolerance * one.abs().max():
-            return (
-                _DIFFERS_WITHOUT_BLOCK
-                if groups and groups[-1].block
-                else (
-                    "removing its channels is not the same as masking them: other operations act across channels"
-                    if groups
-                    else "its outputs differ from run to run"
-                )
-            )
+            return _what_differs(groups)
     return ""
+
+
+def _what_differs(groups: _Groups) -> str:
+    if not groups:
+        return "its outputs differ from run to run"
+    if groups[-1].block:
+        return (
+            "removing it is not the same as passing its input on: it changes its input in place, or later layers use "
+            "what else it returns"
+        )
+    return "removing its channels is not the same as masking them: other operations act across channels"
 
 
 class _Last:
