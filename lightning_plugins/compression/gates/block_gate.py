@@ -47,8 +47,9 @@ class BlockGate:
             mask.register_hook(self._note)
         return with_first(output, torch.lerp(given, computed, mask.to(computed.dtype)))
 
-    def _note(self, grad: Tensor) -> None:
-        self.masks.block_slopes.add(self.index, grad)
+    def _note(self, grad: Tensor | None) -> None:
+        if grad is not None:  # the loss does not depend on it
+            self.masks.block_slopes.add(self.index, grad)
 
 
 class BlockSlopes:
