@@ -44,7 +44,8 @@ class Skipped(nn.Module):
         super().__init__()
         if check_int("returns", returns) < 0:
             raise ValueError(f"`returns` must be 0 for a tensor or the length of a tuple, got {returns!r}")
-        self.register_buffer(BUFFER, torch.zeros(shape_of(returns)))
+        shape = (returns,) if returns else ()
+        self.register_buffer(BUFFER, torch.zeros(shape, dtype=torch.uint8))  # whatever the precision of the rest
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the first tensor among the arguments, in the form in which the block returned its output.
@@ -63,22 +64,6 @@ class Skipped(nn.Module):
         if tensor is None:
             raise TypeError("a skipped block must be given a tensor to return, got none")
         return (tensor, *(None,) * (len(self.skipped) - 1)) if self.skipped.ndim else tensor
-
-
-def shape_of(returns: int) -> tuple[int, ...]:
-    """The shape of the mark of a block by the form of what it returned.
-
-    Args:
-        returns: As for `Skipped`.
-
-    Returns:
-        The shape.
-
-    Example:
-        >>> shape_of(0), shape_of(2)
-        ((), (2,))
-    """
-    return (returns,) if returns else ()
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
