@@ -88,6 +88,7 @@ init_args:
   multiple_of: 1
   refresh_every: 1
   figures: false
+  blocks: null
 """,
         # Where masks close channels, singular values come near to zero, of which a Gram matrix keeps half of the
         # digits: weights that differ by 1e-15 at the beginning differ by up to 9e-7 in the end.
@@ -113,6 +114,7 @@ init_args:
   min_channels: 1
   multiple_of: 1
   figures: false
+  blocks: null
 """,
     ),
     "magnitude": Row(

@@ -225,6 +225,18 @@ def test_a_folder_holds_a_network_with_skipped_blocks(name, tmp_path):
     assert_same(outputs(again, case.inputs), outputs(small, case.inputs))
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_a_configuration_tells_how_many_blocks_are_left(name, tmp_path):
+    case, _ = grouped(name)
+    small = copy.deepcopy(case.net)
+    skip_blocks(small, [case.blocks.replace("*", "0"), case.blocks.replace("*", "2")], case.inputs)
+    save_compressed(small, tmp_path)
+    plain = type(small).from_pretrained(tmp_path, dtype=torch.float64)
+    assert plain.config.num_hidden_layers == 1
+    assert small.config.num_hidden_layers == 3
+    assert_same(outputs(plain, case.inputs), outputs(small, case.inputs), 1e-9)
+
+
 def test_integers_for_weights_cope_with_skipped_blocks():
     net = Deep().eval()
     skip_blocks(net, "blocks.1", torch.ones(2, 4))
