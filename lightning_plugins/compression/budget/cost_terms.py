@@ -96,12 +96,13 @@ def count_terms(
         inner = math.prod(size for dim, size in enumerate(shape) if dim not in dims)
         places = [rows.place(name, dim, shape[dim]) for dim in dims] + [rows.place("", 0, 1)] * (2 - len(dims))
         entries.append((*places, inner, factors[name], numbers.get(name, -1), blocks.of(name)))
-    columns = torch.tensor(entries, dtype=torch.int64).reshape(-1, 6).unbind(1)
+    first, second, inner_sizes, factor, layer, block = torch.tensor(entries, dtype=torch.int64).reshape(-1, 6).unbind(1)
     per_unit = torch.zeros(rows.units, dtype=torch.int64)
     for index, amount in own.items():
         per_unit[rows.offsets[index] : rows.offsets[index + 1]] = amount
     counts, least = rows.tensors()
-    return Terms(counts, least, *columns[:5], per_unit, columns[5], blocks.of_units()), constant
+    terms = Terms(counts, least, first, second, inner_sizes, factor, layer, per_unit, block, blocks.of_units())
+    return terms, constant
 
 
 def beyond_layers(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any) -> dict[int, int]:

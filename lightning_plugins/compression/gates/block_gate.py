@@ -23,7 +23,7 @@ class BlockGate:
     def __init__(self, masks: Any, index: int) -> None:
         self.masks, self.index = masks, index
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """Return the output in its form, with the mask applied to its first tensor.
 
