@@ -84,6 +84,7 @@ init_args:
   limits: {keep: null, min_size: 1, multiple_of: 1}
   rates: {scores: 0.2, thresholds: 0.03, beta_max: 100.0, refresh_every: 1}
   figures: false
+  blocks: null
 """,
         # Where masks close channels, singular values come near to zero, of which a Gram matrix keeps half of the
         # digits: weights that differ by 1e-15 at the beginning differ by up to 9e-7 in the end.
@@ -103,6 +104,7 @@ init_args:
   limits: {keep: head, min_size: 1, multiple_of: 1}
   rates: {scores: 0.2, beta_max: 100.0, update_every: 10}
   figures: false
+  blocks: null
 """,
     ),
     "magnitude": Row(

@@ -47,6 +47,10 @@ class HybridCompression(ScheduledCompression):
         rates: Step sizes of ``scores`` and ``thresholds``, ``beta_max``, and ``refresh_every``, the steps between two
             decompositions of the weights; a `lightning_plugins.compression.ChoiceRates`.
         figures: Whether to draw masks, ranks, cost and the network that is left, if matplotlib is installed.
+        blocks: Residual blocks that may be removed as a whole, in the form of ``layers``: modules that return the shape
+            of their input, as ``"encoder.layer.*"``. A removed block becomes a
+            `lightning_plugins.compression.Skipped`. With blocks ``layers`` may be an empty list: nothing else is
+            chosen.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -88,6 +92,7 @@ class HybridCompression(ScheduledCompression):
         limits: Limits = Limits(),
         rates: ChoiceRates = ChoiceRates(),
         figures: bool = True,
+        blocks: str | list[str] | None = None,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -98,6 +103,7 @@ class HybridCompression(ScheduledCompression):
                 limits=limits,
                 rates=rates,
                 figures=figures,
+                blocks=blocks,
                 masks=True,
                 ranks=True,
             )

@@ -33,6 +33,10 @@ class MaskScheduling(ScheduledCompression):
         rates: Step size of learned ``scores``, ``beta_max``, and ``update_every``, the steps between two choices by
             magnitude; a `lightning_plugins.compression.ChoiceRates`. Its other fields are those of thresholds.
         figures: Whether to draw masks, cost and the network that is left, if matplotlib is installed.
+        blocks: Residual blocks that may be removed as a whole, in the form of ``layers``: modules that return the shape
+            of their input, as ``"encoder.layer.*"``. A removed block becomes a
+            `lightning_plugins.compression.Skipped`. With blocks ``layers`` may be an empty list: nothing else is
+            chosen.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -69,6 +73,7 @@ class MaskScheduling(ScheduledCompression):
         limits: Limits = Limits(),
         rates: ChoiceRates = ChoiceRates(),
         figures: bool = True,
+        blocks: str | list[str] | None = None,
     ) -> None:
         super().__init__(
             CompressionSettings(
@@ -80,6 +85,7 @@ class MaskScheduling(ScheduledCompression):
                 limits=limits,
                 rates=rates,
                 figures=figures,
+                blocks=blocks,
                 masks=True,
             )
         )

@@ -1,10 +1,12 @@
 """Smaller networks: low-rank layers, masks, costs and budgets, search of ranks, physical shrinking, reports."""
 
-from lightning_plugins.compression.budget.budget import Budget, Multiplier, Projection
+from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.budget.filling import ChoiceRates, Limits
+from lightning_plugins.compression.budget.multiplier import Multiplier
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.calibration.sensitivity import output_sensitivity
+from lightning_plugins.compression.channels.blocks import find_blocks, skip_blocks
 from lightning_plugins.compression.channels.find import (
     channel_groups,
     find_channel_groups,
@@ -13,6 +15,7 @@ from lightning_plugins.compression.channels.find import (
 )
 from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSearch, Member
 from lightning_plugins.compression.channels.shrink import shrink
+from lightning_plugins.compression.channels.skipped import Skipped
 from lightning_plugins.compression.costs.layer_costs import LayerCost, layer_costs
 from lightning_plugins.compression.costs.network_costs import Latency, LayerSize, NetworkCosts, measure_network
 from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, bake_masks, masks_of, remove_masks
@@ -59,6 +62,7 @@ __all__ = [
     "RankThresholds",
     "ScoredRanks",
     "SearchLevel",
+    "Skipped",
     "UnitsKept",
     "apply_masks",
     "apply_thresholds",
@@ -71,6 +75,7 @@ __all__ = [
     "energy_threshold",
     "equal_ratio",
     "factorize",
+    "find_blocks",
     "find_channel_groups",
     "groups_from_state",
     "groups_to_state",
@@ -91,6 +96,7 @@ __all__ = [
     "save_compressed",
     "score_ranks",
     "shrink",
+    "skip_blocks",
     "thresholds_of",
     "trade_off",
     "truncated",

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import check_bool, check_fraction, check_instance
 from lightning_plugins._grouping import Group, grouped
-from lightning_plugins.compression.budget.budget import Multiplier, Projection
+from lightning_plugins.compression.budget.budget import Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice import Choice
 from lightning_plugins.compression.budget.filling import ChoiceRates, ChoiceSettings, Limits
+from lightning_plugins.compression.budget.multiplier import Multiplier
 from lightning_plugins.compression.costs.layer_costs import arguments_of
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.mixins._packages import refuse_other_package
@@ -88,6 +89,7 @@ class CompressionMixin:
         ranks: bool = True,
         limits: Limits = Limits(),
         rates: ChoiceRates | None = None,
+        blocks: str | Sequence[str] | None = None,
     ) -> list[nn.Parameter]:
         """Attach masks to channels and thresholds to singular values; call it before creating the optimizer and DDP.
 
@@ -100,6 +102,7 @@ class CompressionMixin:
             ranks: Whether to select ranks.
             limits: Layers to keep unchanged, and possible numbers of channels and ranks.
             rates: The step sizes of scores and thresholds, by default as in the callbacks.
+            blocks: Residual blocks that may be removed as a whole, in the form of ``layers``; None for none.
 
         Returns:
             Scores and thresholds. They are among ``self.parameters()``, but `compression_step` updates them with its
@@ -128,12 +131,12 @@ class CompressionMixin:
             raise RuntimeError("`attach_compression` has been called already; `compress` ends what it began")
         check_bool("masks", masks)
         check_bool("ranks", ranks)
-        given: Any = {"limits": limits, "rates": ChoiceRates() if rates is None else rates}
+        given: Any = {"limits": limits, "rates": ChoiceRates() if rates is None else rates, "blocks": blocks}
         settings = ChoiceSettings(layers=layers, budget=budget, cost=cost, masks=masks, ranks=ranks, **given)
-        if not masks and not ranks:
+        if not masks and not ranks and blocks is None:
             raise ValueError("`masks` or `ranks` must be True, or there is nothing to choose, got False for both")
         example = arguments_of(getattr(self, "example_input_array", None) if inputs is None else inputs)
-        if example is None and (masks or cost == "flops"):
+        if example is None and (masks or blocks is not None or cost == "flops"):
             raise ValueError("`inputs` must be given where the module has no `example_input_array`, got None for both")
         if example is not None:
             check_instance("inputs", example, (Tensor, tuple, dict), "a tensor, a tuple of arguments or a dict")

@@ -6,12 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from lightning_plugins._lightning import LightningModule, MixedPrecision, Trainer, isolate_rng, rank_zero_warn
+from lightning_plugins._lightning import (
+    LightningModule,
+    MixedPrecision,
+    Trainer,
+    isolate_rng,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_plugins.callbacks._compression.costs import example_inputs
 from lightning_plugins.callbacks._compression.settings import CompressionSettings
 from lightning_plugins.callbacks._compression.steps import StepTrial
 from lightning_plugins.compression.budget.budget import Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
+from lightning_plugins.compression.budget.candidates import closed_blocks
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.costs.network_costs import NetworkCosts, measure_network
 from lightning_plugins.compression.reports.report import CompressionReport, UnitsKept
@@ -43,7 +51,15 @@ def plan_network(
     network.followed = not settings.masks or groups is not None
     if network.untouched:
         rank_zero_warn(f"{name}: of what `layers` matches, {network.untouched}")
+    _tell_blocks(name, network)
     return network
+
+
+def _tell_blocks(name: str, network: BudgetedNetwork) -> None:
+    blocks = [group.block for group in network.groups if group.block]
+    if blocks:
+        over = "".join(f"; {block!r} stays: {reason}" for block, reason in network.passed_over.items())
+        rank_zero_info(f"{name}: the blocks that may be removed are {', '.join(map(repr, blocks))}{over}")
 
 
 def require_fitting_steps(
@@ -67,7 +83,7 @@ def require_fitting_steps(
         refused = trainer.strategy.broadcast(trial.refused(network.groups))
     if refused:
         few = "; ".join(f"{group!r} {reason}" for group, reason in list(refused.items())[:3])
-        rank_zero_warn(f"{name}: {len(refused)} groups of channels are kept whole: {few}")
+        rank_zero_warn(f"{name}: {len(refused)} groups of channels and blocks are kept whole: {few}")
         network.leave_out(refused)
     beyond = [] if trial.steps else _beyond_forward(trainer, pl_module)
     if beyond:
@@ -98,10 +114,12 @@ def budget_report(
     Returns:
         The report.
     """
+    gone = closed_blocks(network.groups, choice)
     kept = {
         name: UnitsKept(int(keep.sum()), group.size)
         for group, keep in zip(network.groups, choice.kept, strict=True)
-        for name in group.layers
+        for name in (*group.layers, *filter(None, [group.block]))
+        if not name.startswith(gone)
     }
     after = measure_network(model, inputs, latency=False)
     return CompressionReport(before, after, kept, settings.cost, settings.budget)

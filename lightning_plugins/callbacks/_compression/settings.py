@@ -47,6 +47,11 @@ class CompressionSettings(ChoiceSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("criterion", self.criterion, CRITERIA)
+        if self.blocks is not None and not self.learned:
+            raise ValueError(
+                f"`blocks` must be None with criterion={self.criterion!r}, since the weights of blocks say nothing of "
+                f"their use, got {self.blocks!r}; choose criterion='learned'"
+            )
         check_instance("phase", self.phase, Phase, "a Phase, such as Phase(begin=0.1, end=0.7)")
         self._check_rates()
         object.__setattr__(self, "budget", plain_number(self.budget))

@@ -1,4 +1,4 @@
-"""The cost of a network with masks and ranks, as a number with a gradient; its multiplier; a choice within it."""
+"""The cost of a network with masks and ranks, as a number with a gradient; a choice within it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_choice, check_finite_number, check_fraction
+from lightning_plugins._checks import check_choice, check_fraction
 from lightning_plugins.compression.budget.cost_terms import beyond_layers, count_terms
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.costs.layer_costs import COSTS, Cost
@@ -21,11 +21,11 @@ class Budget:
     k * k * n_out)`` parameters, and that times twice the places at which it is applied in operations. Biases, norms
     and all other parameters are counted too, and so are the products of an attention's heads. Once masks are zeros
     and ones and ranks whole numbers, the cost is exactly that of the smaller network: its number of parameters, or
-    what `torch.utils.flop_counter` counts.
+    what `torch.utils.flop_counter` counts. All that stands in a residual block is multiplied by the block's mask.
 
     Args:
         model: The network before anything is removed, with masks and thresholds on it or without.
-        groups: Its groups of channels, those of the masks.
+        groups: Its groups of channels and its blocks, those of the masks.
         ranks: The names of the layers whose weights may become low-rank, by scheme 1.
         target: The share of the cost that may be left, in (0, 1].
         cost: ``"params"`` or ``"flops"``.
@@ -81,6 +81,7 @@ class Budget:
             self._add_beyond_layers(beyond_layers(model, groups, inputs))
         self.limit = int(target * self.dense)
         self._has_units_beyond = bool(self._terms.per_unit.any())
+        self._has_blocks = any(group.block for group in self.groups)
 
     def share(
         self,
@@ -118,8 +119,12 @@ class Budget:
             low = torch.where(ranked, chosen, 0) * (first + second)
             low = _between(low, torch.minimum(low, entries), bend)
             entries = torch.where(ranked, low, entries)
-        beyond = (terms.per_unit * units).sum(-1) if self._has_units_beyond else 0
-        cost: Tensor = entries @ terms.factor + beyond + self._constant
+        own = terms.per_unit * units if self._has_units_beyond else None
+        if self._has_blocks:
+            opened = torch.cat([units, torch.ones_like(units[..., :1])], dim=-1)  # the last: outside of all blocks
+            entries = entries * opened[..., terms.block]
+            own = None if own is None else own * opened[..., terms.block_of_unit]
+        cost: Tensor = entries @ terms.factor + (0 if own is None else own.sum(-1)) + self._constant
         return cost / self.dense
 
     def soft_share(self, masks: Sequence[Tensor] | None, ranks: Mapping[str, Tensor]) -> Tensor:
@@ -176,7 +181,9 @@ class Budget:
             none = torch.iinfo(torch.int32).max
             rank = torch.tensor([*(int(ranks.get(name, none)) for name in self.ranks), none])[terms.layer]
             entries = torch.where(rank < none, torch.minimum(rank * (first + second), entries), entries)
-        return int((terms.factor * entries).sum() + (terms.per_unit * units.long()).sum()) + self._constant
+        opened = torch.cat([units.long(), torch.ones(1, dtype=torch.int64)])
+        layers, beyond = terms.factor * entries * opened[terms.block], terms.per_unit * units.long()
+        return int(layers.sum() + (beyond * opened[terms.block_of_unit]).sum()) + self._constant
 
     def sides(self, kept: Sequence[Tensor] | None = None) -> dict[str, tuple[int, int]]:
         """The remaining rows and columns of the weights of the layers with ranks.
@@ -202,7 +209,11 @@ class Budget:
             kept = [torch.arange(size) > (0 if place == index else -1) for place, size in enumerate(sizes)]
             beyond = decrease - (self.dense - self.cost(kept))
             self._terms.per_unit.split(sizes)[index].add_(beyond)
-            self._constant -= beyond * sizes[index]
+            block = int(self._terms.block_of_unit.split(sizes)[index][0])
+            if block < sum(sizes):
+                self._terms.per_unit[block] -= beyond * sizes[index]
+            else:
+                self._constant -= beyond * sizes[index]
 
     def _sides(self, units: Tensor) -> tuple[Tensor, Tensor]:
         terms = self._terms
@@ -214,71 +225,6 @@ class Budget:
             terms = self._terms._replace(**{name: getattr(self._terms, name).double() for name in _IN_PRODUCTS})
             self._device_terms[device] = type(terms)(*(part.to(device) for part in terms))
         return self._device_terms[device]
-
-
-class Multiplier:
-    """A Lagrange multiplier that grows while a cost is above its target, and shrinks below it.
-
-    The penalty is ``value * gap + damping / 2 * max(gap, 0) ** 2`` with ``gap = share / target - 1``.
-
-    Args:
-        rate: What the multiplier grows by per update and unit of the gap.
-        damping: The weight of the square.
-
-    Raises:
-        ValueError: If an argument is negative.
-
-    Example:
-        >>> multiplier = Multiplier(rate=0.5)
-        >>> multiplier.update(0.8, target=0.4)
-        0.5
-        >>> multiplier.penalty(torch.tensor(0.8), target=0.4)
-        tensor(1.)
-    """
-
-    def __init__(self, rate: float = 0.05, damping: float = 1.0) -> None:
-        for name, value in (("rate", rate), ("damping", damping)):
-            if check_finite_number(name, value) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {value!r}")
-        self.rate, self.damping, self.value = rate, damping, 0.0
-
-    def penalty(self, share: Tensor, target: float) -> Tensor:
-        """The term of the loss.
-
-        Args:
-            share: The share that is left, a scalar.
-            target: The share that may be left.
-
-        Returns:
-            Scalar.
-        """
-        gap = share / target - 1
-        return self.value * gap + self.damping / 2 * gap.clamp_min(0).square()
-
-    def update(self, share: float, target: float) -> float:
-        """Update with the remaining cost fraction; once per optimizer step.
-
-        Args:
-            share: The share that is left.
-            target: The share that may be left.
-
-        Returns:
-            The multiplier.
-        """
-        self.value = max(0.0, self.value + self.rate * (share / target - 1))
-        return self.value
-
-    def state_dict(self) -> dict[str, float]:
-        """The state as a primitive."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over a state.
-
-        Args:
-            state: From `state_dict`.
-        """
-        self.value = float(state["value"])
 
 
 class Projection(NamedTuple):

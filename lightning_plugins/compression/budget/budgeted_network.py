@@ -1,4 +1,4 @@
-"""A network whose channels and ranks are selected under a budget during training, and which is then shrunk."""
+"""A network whose channels, blocks and ranks are selected under a budget in training, and which is then shrunk."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -7,36 +7,33 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
-from lightning_plugins.compression.budget.carried_state import chained, sliced_replacement, split_layers
+from lightning_plugins.compression.budget.candidates import find_groups, out_of_reach, remove_chosen
 from lightning_plugins.compression.budget.filling import ChoiceSettings, largest_within, rank_layers
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.budget.score_targets import ScoreTargets, weight_norms
 from lightning_plugins.compression.budget.shift import BudgetShift
-from lightning_plugins.compression.channels.find import channel_groups, groups_from_state, groups_to_state
-from lightning_plugins.compression.channels.group import ChannelGroup
-from lightning_plugins.compression.channels.shrink import shrink
-from lightning_plugins.compression.costs.coverage import untouched
+from lightning_plugins.compression.channels.find import groups_to_state
 from lightning_plugins.compression.gates.masks import ChannelMasks, apply_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.segments import Means
 from lightning_plugins.compression.gates.thresholds import apply_thresholds, bake, remove_thresholds, thresholds_of
 from lightning_plugins.compression.networks.plain_names import computed_names
 from lightning_plugins.compression.networks.replacements import Replacements
-from lightning_plugins.selection import select_kept
 
 
 class BudgetedNetwork:
-    """A model with masks on its channels, thresholds on its singular values, or both, and its cost.
+    """A model with masks on its channels and blocks, thresholds on its singular values, or both, and its cost.
 
     Args:
         model: The model, dense. It keeps its parameters as objects until `shrink`.
         settings: The layers to choose in, and what may be left.
         inputs: What the model takes; for ranks under ``"params"`` it is not needed.
-        groups: The state of the groups of channels, where they are known.
+        groups: The state of the groups of channels and blocks, where they are known.
         attach: Whether masks and thresholds are put on at once; else `attach` does it later.
 
     Attributes:
         untouched: Which weights stay whole although ``layers`` matches them, as a sentence; empty where they are few.
+        passed_over: For modules that ``blocks`` matches and that cannot be removed the reasons.
 
     Raises:
         ValueError: If nothing can be compressed, or the budget cannot be met.
@@ -53,16 +50,11 @@ class BudgetedNetwork:
     ) -> None:
         self.model, self.settings = model, settings
         layers, keep, cost = settings.layers, settings.limits.keep, settings.cost
-        self.groups: list[ChannelGroup] = []
-        if settings.masks:
-            found = None if groups is None else groups_from_state(groups)
-            self.groups = channel_groups(model, inputs, layers, keep=keep or ()) if found is None else found
+        self.groups, self.passed_over = find_groups(model, settings, inputs, groups)
         counted = inputs if cost == "flops" else None
-        self._ranked = rank_layers(model, layers, keep, inputs=counted) if settings.ranks else []
+        self._ranked = rank_layers(model, layers, keep, inputs=counted) if settings.ranks and layers else []
         self._counted: dict[str, Any] = {"target": settings.budget, "cost": cost, "inputs": counted}
-        kept = select_kept(model, keep)
-        touched = [member.parameter for group in self.groups for member in group.members] + self._ranked
-        self.untouched = untouched(model, layers, touched, kept)
+        self.untouched = out_of_reach(model, settings, self.groups, self._ranked)
         self._count()
         self.masks: ChannelMasks | None = None
         self.thresholds: RankThresholds | None = None
@@ -146,18 +138,23 @@ class BudgetedNetwork:
         return [parameter for part in self.kinds() for parameter in part]
 
     def kinds(self) -> list[list[nn.Parameter]]:
-        """The scores, and the thresholds, each if there are any."""
-        parts = [None if self.masks is None else self.masks.scores]
-        parts += [None if self.thresholds is None else self.thresholds.values]
-        return [list(part) for part in parts if part is not None]
+        """The scores of channels, those of blocks, and the thresholds, each if there are any."""
+        scores = [] if self.masks is None else list(zip(self.groups, self.masks.scores, strict=True))
+        parts = [[score for group, score in scores if bool(group.block) is whole] for whole in (False, True)]
+        parts.append([] if self.thresholds is None else list(self.thresholds.values))
+        return [part for part in parts if part]
 
     def begin(self) -> None:
         """Let scores begin at the norms of their channels' weights, with a mean of 2: masks are nearly open."""
         self.scores.begin(self.shift)
 
-    def follow_saliency(self) -> None:
-        """Move scores to the saliency of their channels; see `ScoreTargets`."""
-        self.scores.follow(self.shift)
+    def follow_saliency(self, unscale: Tensor | None = None) -> None:
+        """Move scores to the saliency of their channels; see `ScoreTargets`.
+
+        Args:
+            unscale: What gradients that no optimizer of the user's has are multiplied by.
+        """
+        self.scores.follow(self.shift, unscale)
 
     def spectra(self) -> list[Tensor]:
         """The singular values by which thresholds act, in rising order, without gradients."""
@@ -259,7 +256,7 @@ class BudgetedNetwork:
         bake(self.model)
 
     def shrink(self, choice: Projection) -> Replacements:
-        """Remove the closed units and singular values from the baked model.
+        """Remove the closed units, blocks and singular values from the baked model.
 
         Args:
             choice: What stays.
@@ -267,13 +264,7 @@ class BudgetedNetwork:
         Returns:
             The replacements of each removed parameter.
         """
-        before = dict(self.model.named_parameters(remove_duplicate=False))
-        cut: dict[nn.Parameter, Any] = {}
-        slices = shrink(self.model, self.groups, choice.kept) if self.groups else {}
-        for name, cuts in slices.items():
-            if name in before:  # and is no buffer
-                cut[before[name]] = [sliced_replacement(self.model.get_parameter(name), dict(cuts))]
-        return chained(cut, split_layers(self.model, choice.ranks, scheme=1) if choice.ranks else {})
+        return remove_chosen(self.model, self.groups, choice)
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, scores and thresholds, as tensors and primitives."""

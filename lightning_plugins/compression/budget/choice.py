@@ -67,9 +67,9 @@ class Choice:
         network, rates = self.network, self.rates
         spectra = network.spectra()  # taken before the scores move, which would make them outdated
         # Scores are counted in logits of the masks: steps at a high temperature would throw channels open and closed.
-        of_scores = [rates.scores / self._beta] if network.masks is not None else []
         of_thresholds = [rates.thresholds] if network.thresholds is not None else []
-        network.follow_saliency()
+        of_scores = [rates.scores / self._beta] * (len(self.optimizer.counts) - len(of_thresholds))
+        network.follow_saliency(unscale)
         self.optimizer.step(of_scores + of_thresholds, unscale)
         return network.shift.settle(spectra, self.done)
 

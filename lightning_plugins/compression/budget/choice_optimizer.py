@@ -23,7 +23,7 @@ class ChoiceOptimizer:
 
     The mean of the gradients of a group of scores is subtracted. A norm after the layer undoes a common scale of all
     its channels, so that this part is noise; following it would close whole layers. The share of a group is decided by
-    norms of weights and by the saliency of its single channels.
+    norms of weights and by the saliency of its single channels. The score of a block is one for itself.
 
     A step in which an entry of the gradient is not finite changes nothing, and is detected without waiting for the
     device: these are the steps that a scaler skips in fp16.
@@ -42,8 +42,8 @@ class ChoiceOptimizer:
         self._numbers = numbers_of(sizes)
         self._sums = Segments(self._numbers, len(sizes)).to(device)
         self._numbers = self._numbers.to(device)
-        # A threshold is a scalar: nothing is subtracted.
-        shared = [size if parameter.ndim else torch.inf for parameter, size in zip(self.parameters, sizes, strict=True)]
+        # A threshold and the score of a block are alone: nothing is subtracted.
+        shared = [size if size > 1 else torch.inf for size in sizes]
         self._shared = self.average.new_tensor(shared)
         self._kinds = numbers_of(self.counts).to(device)
 

@@ -21,7 +21,7 @@ _OURS = ("channel_masks", "rank_thresholds")
 
 
 class Terms(NamedTuple):
-    """``sum(factor * rows[first] * rows[second] * inner)``, where ``rows = least + counts @ units``.
+    """``sum(factor * rows[first] * rows[second] * inner * units[block])``, where ``rows = least + counts @ units``.
 
     Attributes:
         counts: Number of occurrences of every unit in every row, ``(rows, units)``.
@@ -32,7 +32,9 @@ class Terms(NamedTuple):
         factor: What an entry costs.
         layer: For every term the number of the layer with a rank whose weight it is, or -1.
         per_unit: What a unit costs beyond that, ``(units,)``: the products of an attention's heads, and those with a
-            matrix that no layer holds.
+            matrix that no layer holds. Of a block all that is in it and that no channel changes.
+        block: For every term the unit that is the block in which the layer stands, or the number of units for none.
+        block_of_unit: For every unit the block in which all of its layers stand, likewise.
     """
 
     counts: Tensor
@@ -43,6 +45,8 @@ class Terms(NamedTuple):
     factor: Tensor
     layer: Tensor
     per_unit: Tensor
+    block: Tensor
+    block_of_unit: Tensor
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
@@ -81,7 +85,7 @@ def count_terms(
     """
     parameters = parameters_by_name(model)
     factors, own, constant = _flops(model, groups, parameters, inputs) if flops else (_ones(parameters), {}, 0)
-    rows = _Rows(groups)
+    rows, blocks = _Rows(groups), _Blocks(model, groups)
     numbers = {f"{name}.weight": place for place, name in enumerate(ranks)}
     entries = []
     for name, parameter in parameters.items():
@@ -91,13 +95,14 @@ def count_terms(
         dims = rows.two_dims(name, len(shape))
         inner = math.prod(size for dim, size in enumerate(shape) if dim not in dims)
         places = [rows.place(name, dim, shape[dim]) for dim in dims] + [rows.place("", 0, 1)] * (2 - len(dims))
-        entries.append((*places, inner, factors[name], numbers.get(name, -1)))
-    first, second, inner_sizes, factor, layer = torch.tensor(entries, dtype=torch.int64).reshape(-1, 5).unbind(1)
+        entries.append((*places, inner, factors[name], numbers.get(name, -1), blocks.of(name)))
+    first, second, inner_sizes, factor, layer, block = torch.tensor(entries, dtype=torch.int64).reshape(-1, 6).unbind(1)
     per_unit = torch.zeros(rows.units, dtype=torch.int64)
     for index, amount in own.items():
         per_unit[rows.offsets[index] : rows.offsets[index + 1]] = amount
     counts, least = rows.tensors()
-    return Terms(counts, least, first, second, inner_sizes, factor, layer, per_unit), constant
+    terms = Terms(counts, least, first, second, inner_sizes, factor, layer, per_unit, block, blocks.of_units())
+    return terms, constant
 
 
 def beyond_layers(model: nn.Module, groups: Sequence[ChannelGroup], inputs: Any) -> dict[int, int]:
@@ -172,6 +177,38 @@ class _Rows:
         return counts, torch.tensor(self.least, dtype=torch.int64)
 
 
+class _Blocks:
+    """The blocks that may be removed, and the parameters and groups of channels that leave with each."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        self.groups, self.offsets = groups, [0, *accumulate(group.size for group in groups)]
+        self.none = self.offsets[-1]
+        self.units = {group.block: offset for group, offset in zip(groups, self.offsets, strict=False) if group.block}
+        holders: dict[int, set[int]] = {}
+        for owner, module in clean_modules(model).items() if self.units else ():
+            for parameter in module._parameters.values():
+                holders.setdefault(id(parameter), set()).add(self._around(owner))
+        # A parameter that is used elsewhere as well stays.
+        self.shared = {key for key, found in holders.items() if len(found) > 1}
+        self.parameters = parameters_by_name(model)
+
+    def of(self, parameter: str) -> int:
+        """The unit of the block that a parameter leaves with."""
+        return self.none if id(self.parameters[parameter]) in self.shared else self._around(parameter)
+
+    def of_units(self) -> Tensor:
+        """`Terms.block_of_unit`."""
+        found = torch.full((self.none,), self.none)
+        for offset, group in zip(self.offsets, self.groups, strict=False):
+            around = {self._around(member.parameter) for member in group.members}
+            if len(around) == 1:
+                found[offset : offset + group.size] = around.pop()
+        return found
+
+    def _around(self, name: str) -> int:
+        return next((unit for block, unit in self.units.items() if f"{name}.".startswith(f"{block}.")), self.none)
+
+
 def _ones(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     return dict.fromkeys(parameters, 1)
 
@@ -196,9 +233,11 @@ def _flops(
     own: dict[int, int] = {}
     rest = total - sum(of_layers.values())
     for index, group in enumerate(groups):
-        if group.attention:
-            inside = sum(flops for name, flops in of_layers.items() if name.startswith(f"{group.attention}."))
-            beyond = by_module.get(f"{root}.{group.attention}", 0) - inside
+        if group.attention or group.block:
+            place = group.attention or group.block
+            inside = sum(flops for name, flops in of_layers.items() if name.startswith(f"{place}."))
+            heads = [i for i in own if group.block and groups[i].attention.startswith(f"{place}.")]
+            beyond = by_module.get(f"{root}.{place}", 0) - inside - sum(own[i] * groups[i].size for i in heads)
             own[index] = beyond // group.size
             rest -= own[index] * group.size
     factors = {f"{name}.weight": flops // parameters[f"{name}.weight"].numel() for name, flops in of_layers.items()}

@@ -100,13 +100,14 @@ class ChoiceSettings:
     """The layers to choose in, and what may be left of a network.
 
     Attributes:
-        layers: The layers to choose in: a name, a glob, or several.
+        layers: The layers to choose in: a name, a glob, or several; with ``blocks`` also an empty list.
         budget: The share of the network's cost that may be left.
         cost: ``"params"`` or ``"flops"``.
         masks: Whether channels are chosen.
         ranks: Whether ranks are.
         limits: Layers that stay as they are, and possible sizes.
         rates: Step sizes of scores and thresholds.
+        blocks: The residual blocks that may be removed as a whole, in the form of ``layers``; None for none.
 
     Raises:
         ValueError: If one is out of its range.
@@ -120,9 +121,15 @@ class ChoiceSettings:
     ranks: bool = False
     limits: Limits = Limits()
     rates: ChoiceRates = ChoiceRates()
+    blocks: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        check_layers(self.layers, sides=False)
+        if self.blocks is None or self.layers != []:
+            check_layers(self.layers, sides=False)
+        try:
+            check_layers("*" if self.blocks is None else self.blocks, sides=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("`layers`", "`blocks`")) from None
         if not 0 < check_finite_number("budget", self.budget) < 1:
             hint = f"; did you mean {self.budget / 100!r}?" if 2 <= self.budget <= 100 else ""
             raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_plugins._checks import check_positive_int
 from lightning_plugins._deprecation import renamed
 from lightning_plugins.compression.budget.budget import Budget, Projection
+from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import check_kept
 
 
@@ -35,7 +36,7 @@ def project(
         ranks: The ranks so far, for the layers with ranks.
         margins: How useful the singular values are, on the scale of ``scores`` and in falling order: for masks and
             thresholds of one temperature the scores and ``(s - tau) / s_1``.
-        min_channels: The least number of units of a group, and the least rank of a layer.
+        min_channels: The least number of units of a group, and the least rank of a layer. Every block may be removed.
         multiple_of: Numbers of units and ranks are multiples of this, or as large as they can be. The heads of an
             attention are not rounded.
 
@@ -66,7 +67,7 @@ def project(
         if not state.remove():
             raise ValueError(
                 f"`target` must be at least {state.cost() / budget.dense:.4g} for this network: that is left when all "
-                f"groups and ranks are at their minimum, got {budget.target}"
+                f"groups and ranks are at their minimum{_blocks_too(budget)}, got {budget.target}"
             )
     return Projection(state.masks(), state.split(), state.cost())
 
@@ -107,10 +108,10 @@ class _State:
         for group, keep, score in zip(budget.groups, kept, scores, strict=True):
             score = score.detach().double().cpu()
             order = torch.argsort(score + 2 * keep.cpu() * score.abs().amax().add(1), descending=True, stable=True)
-            step = 1 if group.attention else multiple
+            least, step = self._least(group)
             self.orders.append(order)
             self.values.append(score[order].tolist())
-            self.counts.append(min(group.size, _up(max(int(keep.sum()), minimum), step)))
+            self.counts.append(min(group.size, _up(max(int(keep.sum()), least), step)))
         self.ranks = {name: _up(max(int(rank), minimum), multiple) for name, rank in ranks.items()}
 
     def masks(self) -> list[Tensor]:
@@ -135,9 +136,9 @@ class _State:
         """Remove the least useful block; False if everything is at its minimum."""
         best: tuple[float, int, str, int] | None = None
         for index, (group, count) in enumerate(zip(self.budget.groups, self.counts, strict=True)):
-            step = 1 if group.attention else self.multiple
+            least, step = self._least(group)
             lower = (count - 1) // step * step
-            if lower >= max(1, self.minimum):
+            if lower >= least:
                 candidate = (self.values[index][lower], index, "", lower)
                 best = candidate if best is None or candidate[:2] < best[:2] else best
         sides = self.budget.sides(self.masks() if self.budget.groups else None)
@@ -157,9 +158,19 @@ class _State:
             self.counts[index] = lower
         return True
 
+    def _least(self, group: ChannelGroup) -> tuple[int, int]:
+        """The least number of units of a group, and the number of which it is a multiple."""
+        if group.block:
+            return 0, 1
+        return max(1, self.minimum), 1 if group.attention else self.multiple
+
     def _margin(self, name: str, place: int) -> float:
         margins = self.margins[name]
         return float(margins[place]) if place < len(margins) else -torch.inf
+
+
+def _blocks_too(budget: Budget) -> str:
+    return " and all blocks are removed" if any(group.block for group in budget.groups) else ""
 
 
 def _up(number: int, step: int) -> int:

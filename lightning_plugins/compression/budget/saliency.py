@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget
@@ -12,6 +13,7 @@ from lightning_plugins.compression.gates.masks import ChannelMasks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.segments import Segments
 from lightning_plugins.compression.gates.threshold_function import Basis, wide_view
+from lightning_plugins.distributed import is_distributed, world_size
 
 _DECAY = 0.9
 _OPEN = 0.1  # masks below it say nothing about their channel
@@ -25,8 +27,9 @@ class Saliency:
     d2L/dg2 / 2`` to second order. The first term averages out over batches where the network is trained, and the
     second is estimated by the mean of ``(dL/dg) ** 2``, as by the Fisher information. Both derivatives follow from the
     gradients of the training: that of a channel's gate is the sum of ``W * dL/dW`` over the weights that
-    compute it, that of a singular value's ``u.T @ dL/dW @ W.T @ u``. So channels and directions are measured alike, and
-    divided by the share of the cost that leaves with them, they can be compared.
+    compute it, that of a singular value's ``u.T @ dL/dW @ W.T @ u``. Those of the gates of blocks come from
+    the backward pass, as long as the gates act. So channels, directions and blocks are measured alike, and divided by
+    the share of the cost that leaves with them, they can be compared.
 
     Args:
         model: The model, with masks and thresholds or without.
@@ -52,11 +55,15 @@ class Saliency:
                     units.append(torch.where(places >= 0, places + start, total))
             start += group.size
         self._sums = Segments(torch.cat(units), total).to(device) if units else None
+        self._blocks = [place for place, group in enumerate(budget.groups) if group.block]
+        self._of_channels = torch.tensor([not group.block for group in budget.groups for _ in range(group.size)]).to(
+            device
+        )
         self._weights = {name: tensors[f"{name}.weight"] for name in budget.ranks}
         costs = _costs(budget, device)
         self._unit_costs = torch.cat(costs) if costs else torch.zeros(0, device=device)
         self._squares = torch.zeros(total, device=device)
-        self.weight = torch.zeros((), device=device)
+        self.weight = torch.zeros(total, device=device)  # by unit: gates of blocks act later than there are gradients
 
     @property
     def squares(self) -> list[Tensor]:
@@ -64,23 +71,41 @@ class Saliency:
         return list(self._squares.split(self._sizes))
 
     @torch.no_grad()
-    def observe(self, masks: ChannelMasks | None) -> None:
-        """Take the gradients of an optimizer step into account, unless one of them is not finite.
+    def observe(self, masks: ChannelMasks | None, unscale: Tensor | None = None) -> None:
+        """Take the gradients of an optimizer step into account, unless one of them is not finite; all processes call.
 
         Args:
             masks: The masks that act, if any.
+            unscale: What the derivatives of the masks of blocks are multiplied by.
         """
-        if self._sums is None:
+        if not len(self._squares):
             return
-        slopes = self._sums.sums(torch.cat([part.to(self._squares) for part in self._products()]))
+        slopes, seen = torch.zeros_like(self._squares), self._of_channels
+        if self._sums is not None:
+            slopes = self._sums.sums(torch.cat([part.to(self._squares) for part in self._products()]))
+        if masks is not None and self._blocks:
+            slopes, seen = self._with_blocks(slopes, masks, unscale), torch.ones_like(seen)
         sound = slopes.isfinite().all()
-        decay = torch.where(sound, _DECAY, 1.0)
+        decay = torch.where(sound & seen, _DECAY, 1.0).to(self._squares)
         new = torch.where(sound, slopes, 0).square()
         if masks is not None:
             mask, mean = masks.flat().to(new), self._squares / self.weight.clamp_min(1e-12)
             new = torch.where(mask > _OPEN, new / mask.clamp_min(_OPEN).square(), mean)
         self._squares = torch.lerp(new, self._squares, decay)
         self.weight = torch.lerp(torch.ones_like(self.weight), self.weight, decay)
+
+    def _with_blocks(self, slopes: Tensor, masks: ChannelMasks, unscale: Tensor | None) -> Tensor:
+        """The derivatives with those of the gates of blocks, the mean over all processes; blocks come last."""
+        found = masks.block_slopes.take()
+        zero = slopes.new_zeros(())
+        of_blocks = torch.stack([found.get(place, zero).to(slopes) for place in self._blocks])
+        if is_distributed():
+            dist.all_reduce(of_blocks)
+            of_blocks /= world_size()
+        if unscale is not None:
+            of_blocks *= unscale
+        count = len(self._blocks)
+        return torch.cat([slopes[:-count], of_blocks * masks.flat()[-count:].to(slopes)])
 
     def _products(self) -> list[Tensor]:
         """The sums of every parameter times its gradient over all dimensions but that of the units."""
@@ -144,7 +169,7 @@ class Saliency:
         """
         if state["squares"]:
             self._squares = torch.cat([square.to(self._squares) for square in state["squares"]])
-        self.weight = state["weight"].to(self.weight)
+        self.weight = state["weight"].to(self.weight).expand_as(self._squares)  # once a scalar
 
 
 def _costs(budget: Budget, device: torch.device) -> list[Tensor]:

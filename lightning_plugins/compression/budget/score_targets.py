@@ -54,15 +54,16 @@ class ScoreTargets:
                 scores.copy_(target)
 
     @torch.no_grad()
-    def follow(self, shift: BudgetShift) -> None:
+    def follow(self, shift: BudgetShift, unscale: Tensor | None = None) -> None:
         """Move scores along with the saliency, after a backward pass.
 
         Args:
             shift: What holds the scores and thresholds.
+            unscale: What the derivatives of the masks of blocks are multiplied by.
         """
         if shift.masks is None:
             return
-        self.saliency.observe(shift.masks)
+        self.saliency.observe(shift.masks, unscale)
         found, before = self.saliency.units(), torch.cat(self.targets)
         self._numbers, self._sums = self._numbers.to(found.device), self._sums.to(found.device)
         known = (self._sums.sums(found) > 0)[self._numbers]
@@ -106,7 +107,7 @@ def weight_norms(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Tenso
         groups: Its groups of channels.
 
     Returns:
-        For each group a tensor of shape ``(size,)`` on the CPU, in float64.
+        For each group a tensor of shape ``(size,)`` on the CPU, in float64; of a block 1, as of an average channel.
     """
     tensors = parameters_by_name(model)
     found = []
@@ -117,6 +118,6 @@ def weight_norms(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Tenso
                 weight = tensors[member.parameter].detach().double().movedim(member.dim, 0).flatten(1)
                 units = torch.tensor(member.units) % len(squares)  # the last, at -1: not of this group
                 squares.index_add_(0, units, weight.square().sum(1).cpu())
-        norms = squares[:-1].sqrt()
+        norms = squares[:-1].sqrt() if not group.block else torch.ones_like(squares[:-1])
         found.append(norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
     return found

@@ -1,1 +1,1 @@
-"""Channels that can only be removed together: found, tried on a copy, and removed."""
+"""Channels that can only be removed together, and blocks: found, tried on a copy, and removed."""

@@ -30,6 +30,8 @@ class ChannelGroup(NamedTuple):
         attention: The module whose heads the units are; empty where a unit is a channel.
         gate_inputs: Whether a channel of zeros is none for those who read it: not so behind an activation that does
             not map zero to zero. Then a mask has to stand on the readers' weights as well.
+        block: The residual block that the only unit is, as a whole; empty for channels.
+        returns: The form of what this block returns: see `Skipped`.
     """
 
     name: str
@@ -37,6 +39,8 @@ class ChannelGroup(NamedTuple):
     members: tuple[Member, ...]
     attention: str = ""
     gate_inputs: bool = False
+    block: str = ""
+    returns: int = 0
 
     @property
     def layers(self) -> tuple[str, ...]:

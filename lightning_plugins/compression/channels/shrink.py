@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.resize import heads_of, resize_heads, resize_layer
+from lightning_plugins.compression.channels.skipped import skip_modules
 from lightning_plugins.compression.networks.parametrizations import clean_modules
-from lightning_plugins.compression.networks.pretrained import warn_when_saved
 
 Slices = dict[str, list[tuple[int, Tensor]]]
 
@@ -17,12 +17,14 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
     """Remove channels from all tensors that have them.
 
     The result computes the same as the model with these channels masked. Masks must be off by then (`bake_masks`).
-    Parameters that change become new objects, contiguous in memory; all others stay the objects they are.
+    Parameters that change become new objects, contiguous in memory; all others stay the objects they are. A block that
+    does not stay is replaced by a `Skipped`.
 
     Args:
         model: The model, changed in place.
         groups: The groups, as `channel_groups` found them in this model.
-        kept: For every group a boolean tensor of shape ``(size,)``: which units stay; at least one in each group.
+        kept: For every group a boolean tensor of shape ``(size,)``: which units stay; at least one in each group of
+            channels.
 
     Returns:
         For every parameter and buffer that was cut its name and, by dimension, the indices that were kept. An
@@ -47,10 +49,14 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
     }
+    forms = {group.block: group.returns for group, keep in zip(groups, kept, strict=True) if not keep.any()}
+    gone = tuple(f"{block}." for block in forms)
     stays: dict[tuple[str, int], Tensor] = {}
     for group, keep in zip(groups, kept, strict=True):
         mask = torch.cat([keep.cpu(), torch.ones(1, dtype=torch.bool)])  # the last, at -1: not of this group
         for member in group.members:
+            if member.parameter.startswith(gone):
+                continue
             tensor = tensors.get(member.parameter)
             if tensor is None or tensor.shape[member.dim] != len(member.units):
                 found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
@@ -69,9 +75,11 @@ def shrink(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tens
     for group, keep in zip(groups, kept, strict=True):
         if group.attention and not keep.all():
             for attention in {group.attention, *(layer.rpartition(".")[0] for layer in group.layers)}:
+                if attention.startswith(gone):
+                    continue
                 if (heads := heads_of(modules[attention])) is not None:  # some read it off the shapes
                     resize_heads(modules[attention], heads * int(keep.sum()) // group.size)
-    warn_when_saved(model)
+    skip_modules(model, {modules[block]: form for block, form in forms.items()})
     return slices
 
 
@@ -83,7 +91,7 @@ def check_kept(groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
         kept: A boolean tensor for each.
 
     Raises:
-        ValueError: If their number or shapes differ, they are not boolean, or one keeps nothing.
+        ValueError: If their number or shapes differ, they are not boolean, or one keeps no channel.
     """
     if len(kept) != len(groups):
         raise ValueError(f"`kept` must have one mask for each of the {len(groups)} groups, got {len(kept)}")
@@ -93,7 +101,7 @@ def check_kept(groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
                 f"`kept` must hold a boolean tensor of shape ({group.size},) for {group.name!r}, got {keep.dtype} of "
                 f"shape {tuple(keep.shape)}"
             )
-        if not keep.any():
+        if not group.block and not keep.any():
             raise ValueError(f"`kept` must leave at least one unit of {group.name!r}, got none")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import shrink
+from lightning_plugins.compression.channels.skipped import first_tensor, with_first
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.networks.tracing import tensors_in
 
@@ -50,7 +51,9 @@ def tried(
     reasons: dict[str, str] = {}
 
     def fails(chosen: _Groups) -> str:
-        return _difference(trial, chosen, run)
+        # What a block returns besides is needed by the next one, if that is still there.
+        rounds = 3 if sum(bool(group.block) for group in chosen) > 1 else 1
+        return next(filter(None, (_difference(trial, chosen, run, number) for number in range(rounds))), "")
 
     gated = _largest([group._replace(gate_inputs=True) for group in groups], fails, reasons)
     passed = {group.name: group for group in gated}
@@ -93,11 +96,14 @@ def _largest(
     return sorted(passed, key=lambda group: order[group.name])
 
 
-def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
+def _difference(trial: _Trial, groups: _Groups, run: Run, number: int = 0) -> str:
     """Describe the difference between the masked model and the smaller one; empty if there is none."""
     generator = torch.Generator().manual_seed(0)
     kept = []
     for index, group in enumerate(groups):
+        if group.block:  # all leave in the first round, every other one in the second and third
+            kept.append(torch.tensor([number > 0 and index % 2 == number - 1]))
+            continue
         order = torch.randperm(group.size, generator=generator)
         # A third leaves, or a half: sizes of two groups may have to agree.
         kept.append(order >= max(1, group.size // (3 - index % 2)))
@@ -118,12 +124,19 @@ def _difference(trial: _Trial, groups: _Groups, run: Run) -> str:
         if not torch.isfinite(one).all():
             return "its outputs are not finite with random weights"
         if one.numel() and (one - other).abs().max() > trial.tolerance * one.abs().max():
-            return (
-                "removing its channels is not the same as masking them: other operations act across channels"
-                if groups
-                else "its outputs differ from run to run"
-            )
+            return _what_differs(groups)
     return ""
+
+
+def _what_differs(groups: _Groups) -> str:
+    if not groups:
+        return "its outputs differ from run to run"
+    if groups[-1].block:
+        return (
+            "removing it is not the same as passing its input on: it changes its input in place, or later layers use "
+            "what else it returns"
+        )
+    return "removing its channels is not the same as masking them: other operations act across channels"
 
 
 class _Last:
@@ -149,11 +162,18 @@ def _zero(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tenso
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for group, keep in zip(groups, kept, strict=True):
+            if group.block and not keep.any():
+                model.get_submodule(group.block).register_forward_hook(_pass_on, with_kwargs=True)
             mask = torch.cat([keep, torch.ones(1, dtype=torch.bool)])
             for member in group.members:
                 if member.side in {"out", "norm"} or (member.side == "in" and group.gate_inputs):
                     gone = (~mask[torch.tensor(member.units)]).nonzero()[:, 0]
                     tensors[member.parameter].index_fill_(member.dim, gone.to(tensors[member.parameter].device), 0)
+
+
+def _pass_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    given = first_tensor(args, kwargs)
+    return output if given is None else with_first(output, given)
 
 
 def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

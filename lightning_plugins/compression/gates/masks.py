@@ -11,6 +11,7 @@ from lightning_plugins._checks import check_choice, check_finite_number
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import check_kept
 from lightning_plugins.compression.gates.annealed import Annealed
+from lightning_plugins.compression.gates.block_gate import BlockGate, BlockSlopes, put_on_gate, take_off_gates
 from lightning_plugins.compression.gates.masked_weight import Masked, scale_at_once
 from lightning_plugins.compression.gates.shared_masks import SharedMasks
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
@@ -28,6 +29,7 @@ class ChannelMasks(Annealed):
         scores: For each group a vector ``a`` of shape ``(size,)``. Units with a positive score stay.
         beta: The inverse temperature of the masks, a buffer.
         hard: Whether the masks are ``1[a > 0]``, a buffer.
+        block_slopes: The derivatives of the loss with respect to the masks of blocks, since they were last taken.
     """
 
     hard: Tensor
@@ -42,6 +44,7 @@ class ChannelMasks(Annealed):
         self.is_hard = False  # the value of `hard`, read without waiting for the device
         self._noise: list[Tensor] | None = None
         self.shared = SharedMasks()
+        self.block_slopes = BlockSlopes()
 
     def set_hard(self, hard: bool = True) -> None:
         """Choose between masks of zeros and ones and soft ones.
@@ -133,7 +136,8 @@ def apply_masks(
     """Multiply every channel of the groups by a mask, from now on.
 
     The weights that compute a channel are scaled, ``diag(m) W``, with its bias, and so are the scale and shift of its
-    norm; where a channel of zeros is not zero for its readers, their weights are scaled too. The scores are registered
+    norm; where a channel of zeros is not zero for its readers, their weights are scaled too. The mask ``m`` of a block
+    turns its output ``f(x)`` into ``x + m * (f(x) - x)``. The scores are registered
     once, as parameters of the submodule ``channel_masks`` of the model, whatever number of layers they act on; the
     weights themselves move to ``<layer>.parametrizations.weight.original``, the same parameter objects.
 
@@ -176,6 +180,9 @@ def apply_masks(
     plan = list(_plan(groups))
     for name, dim, _, units in plan:
         _check_fits(modules, name, dim, len(units))
+    for group in groups:
+        if group.block and group.block not in modules:
+            raise ValueError(f"`groups` must be those of this model: it has no block called {group.block!r}")
     masks = ChannelMasks(groups, beta=beta, gate=gate, init=init)
     reference = next(model.parameters())
     # Scores move by less than half precision tells apart.
@@ -189,6 +196,9 @@ def apply_masks(
         masked = Masked(masks, parts, modules[owner], attribute).to(reference.device)
         put_on(modules[owner], attribute, masked)
         masks.shared.users.append(masked)
+    for index, group in enumerate(groups):
+        if group.block:
+            put_on_gate(modules[group.block], BlockGate(masks, index))
     return masks
 
 
@@ -220,6 +230,8 @@ def remove_masks(model: nn.Module) -> None:
 def bake_masks(model: nn.Module) -> None:
     """Write hard masks into the weights and take the masks off: channels without a positive score become zeros.
 
+    A block that does not stay cannot be written into weights: it acts again until `shrink` removes it.
+
     Args:
         model: The model. Its parameters stay the same objects.
 
@@ -238,6 +250,7 @@ def _take_off(model: nn.Module, *, bake: bool) -> None:
     scale_at_once(model)
     for module in list(model.modules()):
         take_off(module, Masked, bake=bake)
+    take_off_gates(model)
     del model._modules[NAME]
 
 

@@ -21,6 +21,7 @@ from lightning_plugins.compression.structure.folder_files import (
     write_tensors,
 )
 from lightning_plugins.compression.structure.restore_structure import restore_structure
+from lightning_plugins.compression.structure.shallower import shallower
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,8 +39,9 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
     ``from_pretrained`` loads them too; elsewhere they are called ``compressed.safetensors``, which it refuses instead
     of leaving layers at random values.
 
-    A model's configuration is brought up to date first (`update_configuration`). Under several processes call it on
-    one of them.
+    A model's configuration is brought up to date first (`update_configuration`). Removed blocks of a model of
+    transformers are left out and the others numbered anew, if its configuration can say how many are left. Under
+    several processes call it on one of them.
 
     Args:
         model: The network; any module, such as a model of transformers or timm, or a `LightningModule`.
@@ -66,10 +68,11 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
     folder = _path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, and {str(folder)!r} is a file")
-    state = _state(model)
-    tensors, tied = _without_doubles(state)
+    _state(model)  # checks it before anything is changed
     pretrained = is_pretrained_model(model)
     update_configuration(model)
+    model = shallower(model) if pretrained else model
+    tensors, tied = _without_doubles(_state(model))
     file = PLAIN_FILE if pretrained and configuration_tells(model) else OWN_FILE
     folder.mkdir(parents=True, exist_ok=True)
     for old in (STRUCTURE, PLAIN_FILE, OWN_FILE):  # written last: without the structure file the folder is incomplete

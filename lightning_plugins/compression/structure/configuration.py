@@ -58,7 +58,7 @@ def _step(model: Any, own: _Sizes, best: int) -> tuple[str, int] | None:
         for old, new in zip(fresh.get(name, ()), shape, strict=False)
         if old != new
     }
-    for config in _configurations(model.config):
+    for config in configurations(model.config):
         for settings in _candidates(config, sorted(pairs)):
             before = {key: getattr(config, key, _ABSENT) for key in settings}
             _set(config, settings)
@@ -91,7 +91,15 @@ def _set(config: Any, settings: dict[str, Any]) -> None:
             setattr(config, key, value)
 
 
-def _configurations(config: Any) -> Iterator[Any]:
+def configurations(config: Any) -> Iterator[Any]:
+    """A configuration and those in it.
+
+    Args:
+        config: The configuration of a model.
+
+    Yields:
+        Configurations.
+    """
     yield config
     yield from (value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "model_type"))
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lightning_plugins._checks import nearest
 from lightning_plugins.compression.channels.resize import heads_of, projections_of, resize_heads, resize_layer, why_not
+from lightning_plugins.compression.channels.skipped import BUFFER, Skipped, skip_modules
 from lightning_plugins.compression.low_rank.layers import empty_low_rank_layer
 from lightning_plugins.compression.low_rank.splittable import Layer, is_low_rank_pair, reason_against, replace_modules
 from lightning_plugins.compression.low_rank.transposed import as_linear, is_transposed
-from lightning_plugins.compression.networks.pretrained import warn_when_saved
 from lightning_plugins.compression.structure.state_keys import (
     Shape,
     align,
@@ -31,7 +31,8 @@ def restore_structure(model: M, state_dict: Mapping[str, Any], *, strict: bool =
 
     Keys ``fc.0.weight`` and ``fc.1.weight``, where the model has ``fc.weight``, are a low-rank layer; the shapes of the
     kernels say of which scheme. A tensor that is smaller than the model's is that of a layer with fewer channels;
-    depthwise groups, sizes of norms and the number of an attention's heads (whose size stays) follow from it. No
+    depthwise groups, sizes of norms and the number of an attention's heads (whose size stays) follow from it. A key
+    ``block.skipped`` is that of a block that was removed: a `Skipped` takes its place. No
     values are loaded: ``model.load_state_dict(state_dict)`` does that afterwards. New parameters take device, dtype
     and ``requires_grad`` of those they replace; shared modules and tied parameters stay so. A model that has the
     structure already is left as it is. If something cannot be explained nothing is changed.
@@ -89,6 +90,7 @@ class _Plan:
         self.pairs: dict[nn.Module, nn.Sequential] = {}
         self.shapes: dict[nn.Module, dict[str, Shape]] = {}
         self.heads: dict[nn.Module, int] = {}
+        self.skipped: dict[nn.Module, int] = {}
         halves = {half for module in model.modules() for half in _halves(module)}
         for name, module in named_modules(model):
             if self._is_pair(name):
@@ -96,6 +98,7 @@ class _Plan:
             else:
                 self._plan_shapes(name, module, may_grow=module in halves)
             self._plan_heads(name, module)
+            self._plan_skipped(name, module)
         self._look_for_strangers(strict=strict)
 
     def _is_pair(self, name: str) -> bool:
@@ -158,14 +161,32 @@ class _Plan:
                 )
             self.heads.setdefault(module, heads * new // old)
 
+    def _plan_skipped(self, name: str, module: nn.Module) -> None:
+        mark, key = self.incoming.get(f"{name}.{BUFFER}"), f"{name}.{BUFFER}"
+        if mark is None or key in self.known:
+            return
+        others = [other for other in self.incoming if other.startswith(f"{name}.") and other != key]
+        if others:
+            self.problems.append(f"{name!r} is skipped there and has {others[0]!r} as well")
+        elif len(mark) > 1 or not any(module._modules.values()):
+            self.problems.append(f"{name!r} is skipped there, and in the model a {type(module).__name__}, not a block")
+        self.skipped[module] = sum(mark)
+
     def _look_for_strangers(self, *, strict: bool) -> None:
         modules = dict(named_modules(self.model))
+        skipped = [name for name, module in modules.items() if isinstance(module, Skipped)]
         for key in self.incoming:
             layer, _, _ = half_of(key)
             if key in self.known or (layer is not None and modules.get(layer) in self.pairs):
                 continue
             holder, _, tensor = key.rpartition(".")
             below = modules.get(holder)
+            if tensor == BUFFER and below in self.skipped:
+                continue
+            around = next((name for name in skipped if key.startswith(f"{name}.")), None)
+            if around is not None:
+                self.problems.append(f"{around!r} is there and skipped in the model; start from a fresh model")
+                continue
             if tensor == "weight" and below is not None and _halves(below):
                 self.problems.append(f"{holder!r} is dense there and low-rank in the model; start from a fresh model")
             elif strict:
@@ -187,7 +208,7 @@ class _Plan:
         for module, heads in self.heads.items():
             resize_heads(module, heads)
         replace_modules(self.model, self.pairs)
-        warn_when_saved(self.model)
+        skip_modules(self.model, self.skipped)
 
 
 def _scheme(dense: Shape, first: Shape, second: Shape) -> Scheme | None:
