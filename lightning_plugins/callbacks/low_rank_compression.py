@@ -13,6 +13,7 @@ from lightning_plugins.callbacks._compression.compressing_callback import Compre
 from lightning_plugins.callbacks._compression.costs import network_costs
 from lightning_plugins.callbacks._compression.rank_source import RankSource
 from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to_loggers
+from lightning_plugins.callbacks._surgery.averages import put_averages_in_place
 from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors
 from lightning_plugins.callbacks._surgery.swap import operate, require_operable
 from lightning_plugins.callbacks._terms.logged import log_value
@@ -165,7 +166,7 @@ class LowRankCompression(CompressingCallback):
 
     def _require(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
-        require_operable(name, trainer, parametrizes=False)
+        require_operable(name, trainer)
         require_end(name, trainer, self.unit)
         self._source.require(name, pl_module)
 
@@ -273,6 +274,8 @@ class LowRankCompression(CompressingCallback):
                 self._penalty.load_state_dict(self._penalty_state)
 
     def _split(self, trainer: Trainer, pl_module: LightningModule, *, last: bool) -> None:
+        if last:
+            put_averages_in_place(trainer, pl_module)
         ranks = self._source.smaller(trainer, pl_module, self.found or {})
         before = network_costs(trainer, pl_module)
         settings: Any = {"scheme": self.scheme, "calibration": self._source.calibrated(trainer, pl_module)}

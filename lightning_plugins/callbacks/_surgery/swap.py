@@ -40,9 +40,8 @@ _MAGNITUDES = {"exp_inf", "step_size"}
 _VALUES = {"AdamWScheduleFree": {"z"}, "SGDScheduleFree": {"z"}, "RAdamScheduleFree": {"z"}}
 
 # They hold copies of the parameters, or their names or masks.
-_AVERAGES = "averages parameters that would no longer be there; average the small network in a `fit` of its own"
 _REFUSED = {
-    "StochasticWeightAveraging": _AVERAGES,
+    "StochasticWeightAveraging": "averages parameters that would no longer be there; use `WeightAveraging`",
     "BaseFinetuning": "keeps the names of parameters that would no longer be there; set `requires_grad` in your module",
     "ModelPruning": "keeps masks of parameters that would no longer be there; use one of the two",
 }
@@ -51,18 +50,16 @@ _REFUSED = {
 _Groups = list[list[nn.Parameter]]
 
 
-def require_operable(name: str, trainer: Trainer, *, parametrizes: bool) -> None:
+def require_operable(name: str, trainer: Trainer) -> None:
     """Raise an error for strategies and callbacks that hold references to parameters; for ``setup``.
 
     Args:
         name: Of the callback that replaces parameters.
         trainer: The Trainer.
-        parametrizes: Whether it also computes weights from others before, in which an average of weights would mix up
-            parameters and put other names into checkpoints. Otherwise averages restart at the surgery.
 
     Raises:
         MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
-            for averages of weights.
+            for callbacks that keep copies, names or masks of parameters. Averages by ``WeightAveraging`` follow.
     """
     strategy = trainer.strategy
     sharded = isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)  # the second one is a DDPStrategy, too
@@ -76,10 +73,9 @@ def require_operable(name: str, trainer: Trainer, *, parametrizes: bool) -> None
             f"{name} changes the module, and processes that are spawned or forked hand weights back to a module in "
             "which nothing was changed; pass `strategy='ddp'` and run a script"
         )
-    averages = {"WeightAveraging": _AVERAGES} if parametrizes else {}
-    for other, reason in (averages | _REFUSED).items():
-        kind = getattr(callbacks, other, None)  # WeightAveraging is not in every version of Lightning
-        found = next((c for c in trainer.callbacks if kind is not None and isinstance(c, kind)), None)  # type: ignore[attr-defined]  # a connector of the Trainer sets `callbacks`
+    for other, reason in _REFUSED.items():
+        kind = getattr(callbacks, other)
+        found = next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]  # a connector of the Trainer sets `callbacks`
         if found is not None:
             raise MisconfigurationException(
                 f"{name} replaces parameters during training, and {type(found).__name__} {reason}"
