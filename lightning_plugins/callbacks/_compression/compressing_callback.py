@@ -13,6 +13,7 @@ from lightning_plugins.callbacks._compression.saved_state import adopt_older_ent
 from lightning_plugins.callbacks._surgery.averages import renew_averages
 from lightning_plugins.callbacks._surgery.monitors import forget_best, warn_if_unsaved
 from lightning_plugins.callbacks._surgery.restored_structure import StructureHook
+from lightning_plugins.callbacks._surgery.sharding import adopt_saved_structure
 from lightning_plugins.callbacks._surgery.swap import require_operable_optimizers
 from lightning_plugins.callbacks._trainer.phases import in_epoch, is_last_epoch
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module, require_same_on_ranks
@@ -93,6 +94,17 @@ class CompressingCallback(Callback, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the layers, which the module may have only now, and at the optimizers."""
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._look(trainer, pl_module)
+        elif adopt_saved_structure(trainer, pl_module):
+            self._structure.made_small = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at layers and optimizers where a checkpoint was loaded after ``on_fit_start``."""
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
         if not self.finished and self._structure.made_small:
             warn_of_lost_state(name)

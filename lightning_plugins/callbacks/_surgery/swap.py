@@ -30,7 +30,9 @@ from lightning_plugins._lightning import (
     isolate_rng,
     rank_zero_warn,
 )
+from lightning_plugins.callbacks._surgery.sharding import change_whole
 from lightning_plugins.compression.networks.replacements import Replacement, Replacements
+from lightning_plugins.compression.networks.sharded import is_sharded
 
 # What optimizers remember of each entry of a parameter: averages of gradients, which map linearly, averages of their
 # squares, magnitudes, and other values of the parameter itself. Nothing is assumed of any other name.
@@ -50,20 +52,21 @@ _REFUSED = {
 _Groups = list[list[nn.Parameter]]
 
 
-def require_operable(name: str, trainer: Trainer) -> None:
+def require_operable(name: str, trainer: Trainer, *, whole: bool = False) -> None:
     """Raise an error for strategies and callbacks that hold references to parameters; for ``setup``.
 
     Args:
         name: Of the callback that replaces parameters.
         trainer: The Trainer.
+        whole: Whether FSDP2 is accepted, for a callback that looks at whole parameters only.
 
     Raises:
         MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
             for callbacks that keep copies, names or masks of parameters. Averages by ``WeightAveraging`` follow.
     """
     strategy = trainer.strategy
-    sharded = isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)  # the second one is a DDPStrategy, too
-    if sharded or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    kinds = (SingleDeviceStrategy, DDPStrategy, *((ModelParallelStrategy,) if whole else ()))
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, kinds):  # which is a DDPStrategy, too
         raise MisconfigurationException(
             f"{name} replaces parameters, which are sharded under {type(strategy).__name__}; pass `strategy='ddp'` or "
             "`devices=1`, or compress the trained module with `lightning_plugins.compression`"
@@ -103,19 +106,17 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
         trainer: The Trainer inside of its `fit`.
         pl_module: Its module.
         change: Swaps layers of the module in place and returns the replacements of each removed parameter, an empty
-            list for one without. New parameters must be contiguous: a checkpoint keeps no memory layout.
+            list for one without. New parameters must be contiguous: a checkpoint keeps no memory layout. It finds whole
+            parameters where FSDP2 shards them.
 
     Raises:
         RuntimeError: If ``change`` returns no replacements for a parameter that it removed.
     """
-    before = dict(pl_module.named_parameters())
-    replacements = change()
-    present = {id(parameter) for parameter in pl_module.parameters()}
-    lost = [
-        name for name, parameter in before.items() if id(parameter) not in present and parameter not in replacements
-    ]
-    if lost:
-        raise RuntimeError(f"parameters were removed without naming their replacements: {lost[:5]}")
+
+    def checked() -> Replacements:
+        return _with_all_named(pl_module, change)
+
+    replacements = change_whole(pl_module, checked) if is_sharded(pl_module) else checked()
     wrap_anew(trainer, pl_module)  # before states are carried: DDP sends the parameters of the first process to all
     fresh = _fresh_optimizers(pl_module)
     if fresh is not None and len(fresh) != len(trainer.optimizers):
@@ -131,6 +132,18 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
                 "state; let it collect parameters without asking for layers by name"
             )
     _compile_anew(pl_module)
+
+
+def _with_all_named(pl_module: LightningModule, change: Callable[[], Replacements]) -> Replacements:
+    before = dict(pl_module.named_parameters())
+    replacements = change()
+    present = {id(parameter) for parameter in pl_module.parameters()}
+    lost = [
+        name for name, parameter in before.items() if id(parameter) not in present and parameter not in replacements
+    ]
+    if lost:
+        raise RuntimeError(f"parameters were removed without naming their replacements: {lost[:5]}")
+    return replacements
 
 
 def wrap_anew(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,107 @@
+"""`LowRankCompression` under FSDP2: whole tensors are split in every process, and their factors sharded again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+from lightning_plugins.distributed import full_tensor
+from tests._killed import saving
+from tests._processes import run_on_ranks
+from tests.callbacks.budgets import BATCHES
+from tests.callbacks.low_rank import RANKS, Model, in_steps, seeded
+from tests.contract_ranks import BOUNDS, act_as_rank
+from tests.models import fit, shard
+from tests.sharding import fully_shard
+
+SMALL_AT = 12
+
+
+class Adaptive(Model):
+    """With moments to carry over, and a weight decay for which parameters are sorted."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.example_input_array = BATCHES[0][0]
+        self.double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch) * self.trainer.world_size
+
+    def configure_optimizers(self) -> Any:
+        plain = [p for name, p in self.named_parameters() if name.endswith("bias")]
+        decayed = [p for name, p in self.named_parameters() if name.endswith("weight")]
+        groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed}]
+        return torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1)
+
+
+class Sharded(Adaptive):
+    """Has its layers only from `configure_model` on, as the strategy wants it; each is sharded by itself."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.unmade: list[nn.Module] = [self.backbone, self.head]
+        del self.backbone, self.head
+
+    def configure_model(self) -> None:
+        if self.unmade:
+            self.backbone, self.head = self.unmade
+            self.unmade = []
+            self.configure_sharding()
+
+    def configure_sharding(self) -> None:
+        for layer in (self.backbone[0], self.backbone[2], self.head):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class InBlocks(Sharded):
+    """The layers that are split belong to the group of a block, which stays in memory after the forward pass."""
+
+    def configure_sharding(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        fully_shard(self.head, mesh=mesh)
+        fully_shard(self.backbone, mesh=mesh, reshard_after_forward=False)
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: full_tensor(value).detach().clone() for name, value in tensors.items()}
+
+
+def moments(trainer: Any) -> list[dict[str, Tensor]]:
+    (optimizer,) = trainer.optimizers
+    return [whole(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
+
+
+def outcome(kind: Any, batches: Any, callbacks: Any = (), **settings: Any) -> dict[str, Any]:
+    model, callback = seeded(kind), in_steps(ranks=RANKS)
+    trainer = fit(model, batches, [callback, *callbacks], max_epochs=3, **settings)
+    return {
+        "weights": whole(dict(model.state_dict())),
+        "moments": moments(trainer),
+        "report": callback.report.to_json(),
+        "kinds": sorted({type(p.data).__name__ for p in model.parameters()}),
+    }
+
+
+def sharded(**settings: Any) -> dict[str, Any]:
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return {"strategy": strategy, "devices": 2, "precision": "32-true", **settings}
+
+
+def train(rank: int, kind: Any) -> dict[str, Any]:
+    act_as_rank(rank, 2)
+    return outcome(kind, shard(BATCHES, BOUNDS[2]), **sharded())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", [Sharded, InBlocks])
+def test_two_processes_equal_one(kind, tmp_path):
+    expected = outcome(Adaptive, BATCHES)
+    for found in run_on_ranks(train, 2, tmp_path, kind):
+        assert found["kinds"] == ["DTensor"]  # control: the factors are sharded as well
+        assert found["report"] == expected["report"]
+        torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found["moments"], expected["moments"], rtol=1e-5, atol=1e-10)
