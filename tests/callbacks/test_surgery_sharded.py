@@ -105,3 +105,27 @@ def test_two_processes_equal_one(kind, tmp_path):
         assert found["report"] == expected["report"]
         torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(found["moments"], expected["moments"], rtol=1e-5, atol=1e-10)
+
+
+def resume(rank: int, folder: str, distributed: bool) -> dict[str, Any]:
+    """Train straight on, then go on from the checkpoints of several steps."""
+    act_as_rank(rank, 2)
+
+    def run(callbacks: Any = (), **settings: Any) -> dict[str, Any]:
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed)
+        return outcome(InBlocks, shard(BATCHES, BOUNDS[2]), callbacks, **sharded(strategy=strategy, **settings))
+
+    found = {0: run([saving(folder)], enable_checkpointing=True)}
+    for step in (2, 8, 12, 15):  # dense, with ranks, behind the last dense batch, small
+        found[step] = run(ckpt_path=Path(folder) / f"step={step}.ckpt")
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("distributed", [True, False], ids=["shards", "whole"])
+def test_a_resumed_training_equals_an_uninterrupted_one(distributed, tmp_path):
+    for found in run_on_ranks(resume, 2, tmp_path, str(tmp_path), distributed):
+        for step in (2, 8, 12, 15):
+            assert found[step]["report"] == found[0]["report"]
+            for part in ("weights", "moments"):
+                torch.testing.assert_close(found[step][part], found[0][part], rtol=0, atol=0, msg=f"{part}, {step}")

@@ -35,11 +35,7 @@ def require_sharding(name: str, trainer: Trainer, pl_module: LightningModule) ->
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return
     require_supported_strategy(name, trainer)
-    if not callable(getattr(pl_module, _METHOD, None)):
-        raise MisconfigurationException(
-            f"{name} replaces layers, which have to be sharded again; move the calls of `fully_shard` from "
-            f"`configure_model` of {type(pl_module).__name__} to a method `{_METHOD}(self)`, and call it there"
-        )
+    _require_method(name, pl_module)
     if averages_of(trainer):
         raise MisconfigurationException(
             f"{name}: Lightning's averages of weights do not work with ModelParallelStrategy; leave them out, or pass "
@@ -111,26 +107,43 @@ def whole_network(pl_module: LightningModule) -> LightningModule:
     return whole
 
 
-def adopt_saved_structure(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Give a sharded network the structure of the checkpoint that Lightning is about to read; for ``on_fit_start``.
+class SavedStructure:
+    """Gives a sharded network the structure of a checkpoint right before Lightning reads it.
 
-    Lightning reads it by the names and shapes of the sharded network. The optimizers are made anew.
+    Lightning reads a checkpoint of sharded parameters by the names and shapes of the present ones, through its
+    strategy, before any callback is told of it.
 
-    Returns:
-        Whether anything was changed.
+    Args:
+        name: Of the callback that replaces parameters.
+        trainer: The Trainer.
+        pl_module: The module.
+        adopted: Called when the network has become another.
     """
-    path = trainer.ckpt_path
-    if path is None or not is_sharded(pl_module):
-        return False
-    before = shapes_of(pl_module)
-    saved = _saved_shapes(Path(path))
-    if all(saved.get(name) == shape for name, shape in before.items()):
-        return False
-    make_whole(pl_module)
-    restore_structure(pl_module, {name: torch.empty(shape, device="meta") for name, shape in saved.items()})
-    shard_again(pl_module)
-    trainer.strategy.setup_optimizers(trainer)
-    return True
+
+    def __init__(self, name: str, trainer: Trainer, pl_module: LightningModule, adopted: Callable[[], None]) -> None:
+        self._name, self._trainer, self._module, self._adopted = name, trainer, pl_module, adopted
+        self._load = trainer.strategy.load_checkpoint
+        vars(trainer.strategy)["load_checkpoint"] = self._load_checkpoint
+
+    def remove(self) -> None:
+        """Leave the strategy as it was."""
+        vars(self._trainer.strategy).pop("load_checkpoint", None)
+
+    def _load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        path = Path(self._trainer.strategy.broadcast(checkpoint_path))
+        saved, present = _saved_shapes(path), shapes_of(self._module)
+        if is_sharded(self._module) and any(saved.get(name) != shape for name, shape in present.items()):
+            self._adopt(saved)
+        return self._load(checkpoint_path, *args, **kwargs)
+
+    def _adopt(self, saved: dict[str, tuple[int, ...]]) -> None:
+        _require_method(self._name, self._module)
+        make_whole(self._module)
+        restore_structure(self._module, {name: torch.empty(shape, device="meta") for name, shape in saved.items()})
+        shard_again(self._module)
+        if self._trainer.optimizers:
+            self._trainer.strategy.setup_optimizers(self._trainer)
+        self._adopted()
 
 
 def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -147,3 +160,11 @@ def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         for name, entry in entries.items()
         if name.startswith(prefix) and hasattr(entry, "size")
     }
+
+
+def _require_method(name: str, pl_module: LightningModule) -> None:
+    if not callable(getattr(pl_module, _METHOD, None)):
+        raise MisconfigurationException(
+            f"{name} replaces layers, which have to be sharded again; move the calls of `fully_shard` from "
+            f"`configure_model` of {type(pl_module).__name__} to a method `{_METHOD}(self)`, and call it there"
+        )
