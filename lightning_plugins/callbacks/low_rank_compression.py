@@ -22,6 +22,7 @@ from lightning_plugins.callbacks._trainer.phases import check_phases, reached, r
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.compression.budget.carried_state import split_layers
 from lightning_plugins.compression.networks.replacements import Replacements
+from lightning_plugins.compression.networks.sharded import is_sharded
 from lightning_plugins.compression.rank_search.problem import removed_for
 from lightning_plugins.compression.reports.report import CompressionReport
 from lightning_plugins.plots import compression_figure
@@ -267,7 +268,14 @@ class LowRankCompression(CompressingCallback):
             self._split(trainer, pl_module, last=last)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.found = self._source.find(trainer, pl_module)
+        def search() -> Replacements:
+            self.found = self._source.find(trainer, pl_module)
+            return {}
+
+        if self._source.ranks is None and is_sharded(pl_module):
+            operate(trainer, pl_module, search)  # which sees the network whole
+        else:
+            search()
         self._regularize(trainer, pl_module)
 
     def _regularize(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,7 +17,11 @@ from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import fit, shard
 from tests.sharding import fully_shard
 
-SMALL_AT = 12
+GIVEN = {"ranks": RANKS}
+SEARCHED: dict[str, Any] = {
+    "beam": {"search_options": {"width": 2}},
+    "outputs": {"search": "output_energy", "calibration": True, "cost": "flops"},
+}
 
 
 class Adaptive(Model):
@@ -75,8 +79,8 @@ def moments(trainer: Any) -> list[dict[str, Tensor]]:
     return [whole(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
 
 
-def outcome(kind: Any, batches: Any, callbacks: Any = (), **settings: Any) -> dict[str, Any]:
-    model, callback = seeded(kind), in_steps(ranks=RANKS)
+def outcome(kind: Any, batches: Any, callbacks: Any = (), how: Any = GIVEN, **settings: Any) -> dict[str, Any]:
+    model, callback = seeded(kind), in_steps(**how)
     trainer = fit(model, batches, [callback, *callbacks], max_epochs=3, **settings)
     return {
         "weights": whole(dict(model.state_dict())),
@@ -105,6 +109,23 @@ def test_two_processes_equal_one(kind, tmp_path):
         assert found["report"] == expected["report"]
         torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(found["moments"], expected["moments"], rtol=1e-5, atol=1e-10)
+
+
+def search(rank: int) -> dict[str, Any]:
+    act_as_rank(rank, 2)
+    batches = shard(BATCHES, BOUNDS[2])
+    data = {"search_data": BATCHES[:2]}
+    return {name: outcome(InBlocks, batches, how={**how, **data}, **sharded()) for name, how in SEARCHED.items()}
+
+
+@pytest.mark.distributed
+def test_searches_look_at_the_whole_network(tmp_path):
+    first, second = run_on_ranks(search, 2, tmp_path)
+    for name, how in SEARCHED.items():
+        expected = outcome(Adaptive, BATCHES, how={**how, "search_data": BATCHES[:2]})
+        assert first[name]["report"] == second[name]["report"] == expected["report"]
+        torch.testing.assert_close(first[name]["weights"], expected["weights"], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(first[name]["moments"], expected["moments"], rtol=1e-5, atol=1e-10)
 
 
 def resume(rank: int, folder: str, distributed: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lightning_plugins.callbacks._compression.saved_state import adopt_older_ent
 from lightning_plugins.callbacks._surgery.averages import renew_averages
 from lightning_plugins.callbacks._surgery.monitors import forget_best, warn_if_unsaved
 from lightning_plugins.callbacks._surgery.restored_structure import StructureHook
-from lightning_plugins.callbacks._surgery.sharding import SavedStructure
+from lightning_plugins.callbacks._surgery.sharding import SavedStructure, require_shards_inside
 from lightning_plugins.callbacks._surgery.swap import require_operable_optimizers
 from lightning_plugins.callbacks._trainer.phases import in_epoch, is_last_epoch
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module, require_same_on_ranks
@@ -114,6 +114,7 @@ class CompressingCallback(Callback, ABC):
         if self.finished:
             return
         require_operable_optimizers(name, trainer)
+        require_shards_inside(name, pl_module)
         self._begin(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

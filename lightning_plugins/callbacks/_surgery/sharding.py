@@ -13,7 +13,7 @@ from lightning_plugins._lightning import LightningModule, MisconfigurationExcept
 from lightning_plugins.callbacks._surgery.averages import averages_of, shapes_of
 from lightning_plugins.callbacks._trainer.requirements import require_supported_strategy
 from lightning_plugins.compression.networks.replacements import Replacement, Replacements
-from lightning_plugins.compression.networks.sharded import is_sharded, make_whole, whole_copy
+from lightning_plugins.compression.networks.sharded import is_group, is_sharded, make_whole, whole_copy
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.distributed import full_tensor
 
@@ -99,6 +99,19 @@ class _Sharded:
 
 def _as_it_is(state: Tensor, squares: bool) -> Tensor:
     return state
+
+
+def require_shards_inside(name: str, pl_module: LightningModule) -> None:
+    """Raise an error for a module that is sharded itself, which cannot be replaced; once it is configured.
+
+    Raises:
+        MisconfigurationException: If ``fully_shard`` was applied to the module and not to modules in it.
+    """
+    if is_group(pl_module):
+        raise MisconfigurationException(
+            f"{name} replaces sharded modules, but not the LightningModule; call `fully_shard` in `{_METHOD}` on "
+            f"modules of {type(pl_module).__name__}, not on itself"
+        )
 
 
 def whole_network(pl_module: LightningModule) -> LightningModule:
