@@ -16,13 +16,13 @@ from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to
 from lightning_plugins.callbacks._surgery.averages import put_averages_in_place
 from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors
 from lightning_plugins.callbacks._surgery.sharding import require_sharding, whole_network
-from lightning_plugins.callbacks._surgery.swap import operate, require_operable
+from lightning_plugins.callbacks._surgery.swap import look_at_whole, operate, require_operable
 from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._trainer.phases import check_phases, reached, require_end
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.compression.budget.carried_state import split_layers
+from lightning_plugins.compression.costs.network_costs import NetworkCosts
 from lightning_plugins.compression.networks.replacements import Replacements
-from lightning_plugins.compression.networks.sharded import is_sharded
 from lightning_plugins.compression.rank_search.problem import removed_for
 from lightning_plugins.compression.reports.report import CompressionReport
 from lightning_plugins.plots import compression_figure
@@ -268,14 +268,7 @@ class LowRankCompression(CompressingCallback):
             self._split(trainer, pl_module, last=last)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        def search() -> Replacements:
-            self.found = self._source.find(trainer, pl_module)
-            return {}
-
-        if self._source.ranks is None and is_sharded(pl_module):
-            operate(trainer, pl_module, search)  # which sees the network whole
-        else:
-            search()
+        self.found = look_at_whole(trainer, pl_module, lambda: self._source.find(trainer, pl_module))
         self._regularize(trainer, pl_module)
 
     def _regularize(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -289,7 +282,7 @@ class LowRankCompression(CompressingCallback):
     def _split(self, trainer: Trainer, pl_module: LightningModule, *, last: bool) -> None:
         if last:
             put_averages_in_place(trainer, pl_module)
-        costs = []
+        costs: list[NetworkCosts] = []
 
         def split() -> Replacements:
             ranks = self._source.smaller(trainer, pl_module, self.found or {})
@@ -301,4 +294,5 @@ class LowRankCompression(CompressingCallback):
 
         operate(trainer, pl_module, split)
         self._penalty = self._penalty_state = None
-        self._deliver(trainer, pl_module, CompressionReport(*costs), last=last)
+        before, after = costs
+        self._deliver(trainer, pl_module, CompressionReport(before, after), last=last)

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_plugins.distributed import full_tensor
@@ -14,7 +16,7 @@ from tests._processes import run_on_ranks
 from tests.callbacks.budgets import BATCHES
 from tests.callbacks.low_rank import RANKS, Model, in_steps, seeded
 from tests.contract_ranks import BOUNDS, act_as_rank
-from tests.models import fit, shard
+from tests.models import Batches, fit, shard
 from tests.sharding import fully_shard
 
 GIVEN = {"ranks": RANKS}
@@ -109,6 +111,50 @@ def test_two_processes_equal_one(kind, tmp_path):
         assert found["report"] == expected["report"]
         torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(found["moments"], expected["moments"], rtol=1e-5, atol=1e-10)
+
+
+class ShardsItself(Sharded):
+    def configure_sharding(self) -> None:
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+def end(rank: int, folder: str) -> dict[str, Any]:
+    """Split behind the last step; validate from that checkpoint; and refuse what cannot be done."""
+    act_as_rank(rank, 2)
+    batches, path = shard(BATCHES, BOUNDS[2]), Path(folder) / "small.ckpt"
+    split = {"how": {"ranks": RANKS, "factorize_at": 18}}
+    found = {"split": outcome(InBlocks, batches, [SavesAtEnd(path)], **split, **sharded())}
+    model = seeded(InBlocks)
+    settings: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(callbacks=[in_steps(ranks=RANKS)], **sharded(**settings))
+    trainer.validate(model, Batches(BATCHES[:1]), ckpt_path=path, verbose=False)
+    found["validated"] = {
+        "weights": whole(dict(model.state_dict())),
+        "left": "load_checkpoint" in vars(trainer.strategy),
+    }
+    with pytest.raises(
+        MisconfigurationException, match="call `fully_shard` in `configure_sharding` on modules of Shard"
+    ):
+        outcome(ShardsItself, batches, **sharded())
+    return found
+
+
+class SavesAtEnd(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.distributed
+def test_a_split_at_the_end_and_a_validation_of_the_small_network(tmp_path):
+    expected = outcome(Adaptive, BATCHES, how={"ranks": RANKS, "factorize_at": 18})
+    for found in run_on_ranks(end, 2, tmp_path, str(tmp_path)):
+        torch.testing.assert_close(found["split"]["weights"], expected["weights"], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found["split"]["moments"], expected["moments"], rtol=1e-5, atol=1e-10)
+        torch.testing.assert_close(found["validated"]["weights"], found["split"]["weights"], rtol=0, atol=0)
+        assert not found["validated"]["left"]
 
 
 def search(rank: int) -> dict[str, Any]:

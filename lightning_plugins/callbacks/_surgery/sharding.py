@@ -13,7 +13,7 @@ from lightning_plugins._lightning import LightningModule, MisconfigurationExcept
 from lightning_plugins.callbacks._surgery.averages import averages_of, shapes_of
 from lightning_plugins.callbacks._trainer.requirements import require_supported_strategy
 from lightning_plugins.compression.networks.replacements import Replacement, Replacements
-from lightning_plugins.compression.networks.sharded import is_group, is_sharded, make_whole, whole_copy
+from lightning_plugins.compression.networks.sharded import class_before_sharding, is_group, is_sharded, make_whole, whole_copy
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.distributed import full_tensor
 
@@ -34,8 +34,8 @@ def require_sharding(name: str, trainer: Trainer, pl_module: LightningModule) ->
     """
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return
-    require_supported_strategy(name, trainer)
     _require_method(name, pl_module)
+    require_supported_strategy(name, trainer)
     if averages_of(trainer):
         raise MisconfigurationException(
             f"{name}: Lightning's averages of weights do not work with ModelParallelStrategy; leave them out, or pass "
@@ -110,7 +110,7 @@ def require_shards_inside(name: str, pl_module: LightningModule) -> None:
     if is_group(pl_module):
         raise MisconfigurationException(
             f"{name} replaces sharded modules, but not the LightningModule; call `fully_shard` in `{_METHOD}` on "
-            f"modules of {type(pl_module).__name__}, not on itself"
+            f"modules of {class_before_sharding(pl_module).__name__}, not on itself"
         )
 
 
@@ -164,7 +164,9 @@ def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.is_file():
         weights = torch.load(path, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
         return {name: tuple(value.shape) for name, value in weights.items()}
-    from torch.distributed.checkpoint import FileSystemReader  # imported late: it takes a good part of a second
+    from torch.distributed.checkpoint.filesystem import (
+        FileSystemReader,  # imported late: it takes a good part of a second
+    )
 
     entries = FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = "state_dict."

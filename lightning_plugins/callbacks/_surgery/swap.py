@@ -9,12 +9,11 @@ has the new structure from the start, would give moments to the wrong parameters
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, LBFGS, Optimizer
 
 from lightning_plugins._lightning import (
@@ -30,6 +29,7 @@ from lightning_plugins._lightning import (
     isolate_rng,
     rank_zero_warn,
 )
+from lightning_plugins.callbacks._surgery.rewrapping import wrap_anew
 from lightning_plugins.callbacks._surgery.sharding import change_whole
 from lightning_plugins.compression.networks.replacements import Replacement, Replacements
 from lightning_plugins.compression.networks.sharded import is_sharded
@@ -49,6 +49,7 @@ _REFUSED = {
 }
 
 
+Seen = TypeVar("Seen")
 _Groups = list[list[nn.Parameter]]
 
 
@@ -134,6 +135,29 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
     _compile_anew(pl_module)
 
 
+def look_at_whole(trainer: Trainer, pl_module: LightningModule, look: Callable[[], Seen]) -> Seen:
+    """Look at a network that is being trained, whole where FSDP2 shards it, between two steps; all processes call.
+
+    Args:
+        trainer: The Trainer inside of its `fit`.
+        pl_module: Its module.
+        look: Looks, and changes nothing.
+
+    Returns:
+        What ``look`` returned.
+    """
+    if not is_sharded(pl_module):
+        return look()
+    seen: list[Seen] = []
+
+    def change() -> Replacements:
+        seen.append(look())
+        return {}
+
+    operate(trainer, pl_module, change)
+    return seen[0]
+
+
 def _with_all_named(pl_module: LightningModule, change: Callable[[], Replacements]) -> Replacements:
     before = dict(pl_module.named_parameters())
     replacements = change()
@@ -144,13 +168,6 @@ def _with_all_named(pl_module: LightningModule, change: Callable[[], Replacement
     if lost:
         raise RuntimeError(f"parameters were removed without naming their replacements: {lost[:5]}")
     return replacements
-
-
-def wrap_anew(trainer: Trainer, pl_module: LightningModule) -> None:
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
-        strategy.model = pl_module
-        strategy.configure_ddp()
 
 
 def _compile_anew(pl_module: LightningModule) -> None:
