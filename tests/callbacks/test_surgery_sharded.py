@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_plugins.distributed import full_tensor
+from lightning_plugins.mixins import CompressionMixin
 from tests._killed import saving
 from tests._processes import run_on_ranks
 from tests.callbacks.budgets import BATCHES
@@ -44,7 +45,7 @@ class Adaptive(Model):
         return torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1)
 
 
-class Sharded(Adaptive):
+class Sharded(CompressionMixin, Adaptive):
     """Has its layers only from `configure_model` on, as the strategy wants it; each is sharded by itself."""
 
     def __init__(self, **arguments: Any) -> None:

@@ -13,7 +13,13 @@ from lightning_plugins._lightning import LightningModule, MisconfigurationExcept
 from lightning_plugins.callbacks._surgery.averages import averages_of, shapes_of
 from lightning_plugins.callbacks._trainer.requirements import require_supported_strategy
 from lightning_plugins.compression.networks.replacements import Replacement, Replacements
-from lightning_plugins.compression.networks.sharded import class_before_sharding, is_group, is_sharded, make_whole, whole_copy
+from lightning_plugins.compression.networks.sharded import (
+    class_before_sharding,
+    is_group,
+    is_sharded,
+    make_whole,
+    whole_copy,
+)
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.distributed import full_tensor
 
@@ -152,7 +158,8 @@ class SavedStructure:
     def _adopt(self, saved: dict[str, tuple[int, ...]]) -> None:
         _require_method(self._name, self._module)
         make_whole(self._module)
-        restore_structure(self._module, {name: torch.empty(shape, device="meta") for name, shape in saved.items()})
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in saved.items()}
+        restore_structure(self._module, tensors, strict=False)  # names that are missing are for Lightning to report
         shard_again(self._module)
         if self._trainer.optimizers:
             self._trainer.strategy.setup_optimizers(self._trainer)
