@@ -22,12 +22,16 @@ from lightning_plugins.callbacks._compression.settings import (
     as_search,
 )
 from lightning_plugins.callbacks._monitors.figures import check_figures, hand_to_loggers
+from lightning_plugins.callbacks._surgery.averages import put_averages_in_place
 from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors
-from lightning_plugins.callbacks._surgery.swap import operate, require_operable
+from lightning_plugins.callbacks._surgery.sharding import require_sharding, whole_network
+from lightning_plugins.callbacks._surgery.swap import look_at_whole, operate, require_operable
 from lightning_plugins.callbacks._terms.logged import log_value
 from lightning_plugins.callbacks._trainer.phases import reached, require_end
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
 from lightning_plugins.compression.budget.carried_state import split_layers
+from lightning_plugins.compression.costs.network_costs import NetworkCosts
+from lightning_plugins.compression.networks.replacements import Replacements
 from lightning_plugins.compression.rank_search.problem import removed_for
 from lightning_plugins.compression.reports.report import CompressionReport
 from lightning_plugins.plots import compression_figure
@@ -146,7 +150,8 @@ class LowRankCompression(CompressingCallback):
 
     def _require(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
-        require_operable(name, trainer, parametrizes=False)
+        require_operable(name, trainer, whole=True)
+        require_sharding(name, trainer, pl_module)
         require_end(name, trainer, self.unit)
         self._source.require(name, pl_module)
 
@@ -159,11 +164,12 @@ class LowRankCompression(CompressingCallback):
         name = type(self).__name__
         if self.factorize_at is not None:
             warn_of_mirrors(name, pl_module)
-        self._source.warn_of_untouched(name, pl_module)
+        network = whole_network(pl_module)
+        self._source.warn_of_untouched(name, network)
         if self.found is not None:  # from a checkpoint
             self._regularize(trainer, pl_module)
         else:
-            self._source.check_layers(trainer, pl_module)
+            self._source.check_layers(trainer, network)
 
     def _missed(self) -> str | None:
         if self.factorize_at is None:
@@ -175,6 +181,7 @@ class LowRankCompression(CompressingCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check for the data of the search now, when no training is lost if there is none."""
+        super().on_train_start(trainer, pl_module)
         if self.found is None and not self.finished:
             self._source.check_data(trainer, pl_module)
 
@@ -242,11 +249,11 @@ class LowRankCompression(CompressingCallback):
             self._split(trainer, pl_module, last=last)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.found = self._source.find(trainer, pl_module)
+        self.found = look_at_whole(trainer, pl_module, lambda: self._source.find(trainer, pl_module))
         self._regularize(trainer, pl_module)
 
     def _regularize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ranks = self._source.smaller(trainer, pl_module, self.found or {})
+        ranks = self._source.smaller(trainer, whole_network(pl_module), self.found or {})
         if self.weight and ranks:
             self._penalty = StableRankRegularization(list(ranks), rank=ranks, **self._settings)
             self._penalty.on_fit_start(trainer, pl_module)
@@ -254,10 +261,19 @@ class LowRankCompression(CompressingCallback):
                 self._penalty.load_state_dict(self._penalty_state)
 
     def _split(self, trainer: Trainer, pl_module: LightningModule, *, last: bool) -> None:
-        ranks = self._source.smaller(trainer, pl_module, self.found or {})
-        before = network_costs(trainer, pl_module)
-        settings: Any = {"scheme": self.scheme, "calibration": self._source.calibrated(trainer, pl_module)}
-        operate(trainer, pl_module, lambda: split_layers(pl_module, ranks, **settings))
+        if last:
+            put_averages_in_place(trainer, pl_module)
+        costs: list[NetworkCosts] = []
+
+        def split() -> Replacements:
+            ranks = self._source.smaller(trainer, pl_module, self.found or {})
+            costs.append(network_costs(trainer, pl_module))
+            calibration = self._source.calibrated(trainer, pl_module)
+            replacements = split_layers(pl_module, ranks, scheme=self.scheme, calibration=calibration)
+            costs.append(network_costs(trainer, pl_module))
+            return replacements
+
+        operate(trainer, pl_module, split)
         self._penalty = self._penalty_state = None
-        report = CompressionReport(before, network_costs(trainer, pl_module))
-        self._deliver(trainer, pl_module, report, last=last)
+        before, after = costs
+        self._deliver(trainer, pl_module, CompressionReport(before, after), last=last)

@@ -72,7 +72,8 @@ class CompressionMixin:
         """
         if not isinstance(self, nn.Module):
             raise TypeError(f"`CompressionMixin` must be mixed into a LightningModule, got {type(self).__name__}")
-        if _network_of(self) is None:  # otherwise the module has its original structure, with masks
+        # With masks on the module has its original structure; a checkpoint of shards has no weights here.
+        if _network_of(self) is None and "state_dict" in checkpoint:
             restore_structure(self, checkpoint["state_dict"], strict=False)  # as strict as `load_state_dict`
         parent: Any = super()  # LightningModule, or another mixin
         parent.on_load_checkpoint(checkpoint)

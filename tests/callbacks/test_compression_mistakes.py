@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -110,8 +110,13 @@ class WithoutInput(Model):
             "`unit='fraction'` counts in fractions",
         ),
         (HybridCompression, {"schedule": Linear(0.0, 1.0)}, Model, {"max_epochs": -1}, "counts in fractions"),
-        (HybridCompression, {}, Model, {"callbacks": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging"),
-        (MaskScheduling, {}, Model, {"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging averages parameters"),
+        (
+            HybridCompression,
+            {},
+            Model,
+            {"callbacks": [StochasticWeightAveraging(0.1)]},
+            "StochasticWeightAveraging .* use `WeightAveraging`",
+        ),
         (RankScheduling, {}, Model, {"callbacks": [BackboneFinetuning()]}, "set `requires_grad` in your module"),
         (HybridCompression, {}, Lbfgs, {}, "not possible for LBFGS; use SGD, AdamW or another optimizer"),
         (HybridCompression, {}, Model, {"callbacks": [ModelPruning("l1_unstructured", amount=0.5)]}, "ModelPruning"),

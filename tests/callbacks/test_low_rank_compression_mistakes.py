@@ -4,15 +4,17 @@ import inspect
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_plugins.callbacks import LowRankCompression, Penalty, SearchSettings, Timing
@@ -151,12 +153,41 @@ def test_a_training_step_without_a_loss_is_no_score():
         fit(WithoutLoss(), BATCHES[:1], [callback], max_epochs=1)
 
 
-def test_fsdp_is_refused(monkeypatch):
-    callback = LowRankCompression("head")
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback])
-    monkeypatch.setattr(trainer._accelerator_connector, "strategy", ModelParallelStrategy())
-    with pytest.raises(Exception, match="LowRankCompression replaces parameters, which are sharded under ModelParall"):
-        callback.setup(trainer, Classifier(), "fit")
+class CanBeShardedAgain(Classifier):
+    def configure_sharding(self) -> None:
+        raise AssertionError
+
+
+class Mesh(ModelParallelStrategy):
+    """Has processes of a number of its own."""
+
+    ranks = 1
+
+    @property
+    def device_mesh(self) -> Any:
+        return {"tensor_parallel": SimpleNamespace(size=lambda: self.ranks)}
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "others", "message"),
+    [
+        (
+            Classifier,
+            1,
+            [],
+            "move the calls of `fully_shard` from `configure_model` of Classifier to a method `configure_",
+        ),
+        (CanBeShardedAgain, 2, [], "got `tensor_parallel_size=2`; pass `tensor_parallel_size=1`"),
+        (CanBeShardedAgain, 1, [EMAWeightAveraging()], "averages of weights do not work with ModelParallelStrategy"),
+    ],
+)
+def test_sharding_that_cannot_be_done_again_is_named(model, ranks, others, message, monkeypatch):
+    callback, strategy = LowRankCompression("head", search="energy"), Mesh()
+    strategy.ranks = ranks
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback, *others])
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
+    with pytest.raises(MisconfigurationException, match=message):
+        callback.setup(trainer, model(), "fit")
 
 
 def test_a_module_of_the_other_package_is_refused():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -346,7 +346,6 @@ def test_what_is_used_of_lightning_is_there():
 
 
 REFUSED = {
-    "EMA": [EMAWeightAveraging()],
     "SWA": [StochasticWeightAveraging(0.1)],
     "finetuning": [BackboneFinetuning()],
     "pruning": [ModelPruning("l1_unstructured")],
@@ -357,7 +356,7 @@ REFUSED = {
 def test_callbacks_that_hold_on_to_parameters_are_refused(name):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=REFUSED[name])
     with pytest.raises(MisconfigurationException, match=f"Mine replaces .* {type(REFUSED[name][0]).__name__} "):
-        require_operable("Mine", trainer, parametrizes=True)
+        require_operable("Mine", trainer)
 
 
 @pytest.mark.parametrize("strategy", [ModelParallelStrategy(), FSDPStrategy()], ids=lambda s: type(s).__name__)
@@ -365,14 +364,14 @@ def test_strategies_that_shard_are_refused(strategy, monkeypatch):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
     with pytest.raises(MisconfigurationException, match=r"are sharded under .*; pass `strategy='ddp'`"):
-        require_operable("Mine", trainer, parametrizes=True)
+        require_operable("Mine", trainer)
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
 def test_strategies_that_hand_weights_back_are_refused(strategy):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=2, strategy=strategy)
     with pytest.raises(MisconfigurationException, match="nothing was changed; pass `strategy='ddp'` and run a script"):
-        require_operable("Mine", trainer, parametrizes=True)
+        require_operable("Mine", trainer)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.ASGD])

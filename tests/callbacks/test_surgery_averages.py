@@ -131,3 +131,31 @@ def test_two_processes_have_one_average(tmp_path):
     first, second = run_on_ranks(train, 2, tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert "backbone.0.1.weight" in first
+
+
+class Stops(Callback):
+    """Ends training before the epoch with which the surgery was to come."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 11:
+            trainer.should_stop = True
+
+
+class Replaces(Callback):
+    """Puts other weights in place when training ends."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.load_state_dict(self.weights)
+
+
+@pytest.mark.parametrize("first", ["compression", "average"])
+def test_a_split_that_no_training_follows_is_that_of_the_averaged_weights(first):
+    model, watched, callbacks = seeded().double(), Weights(), [in_steps(ranks=RANKS), average()]
+    callbacks = callbacks if first == "compression" else callbacks[::-1]
+    fit(model, BATCHES, [*callbacks, watched, Stops()], max_epochs=4)
+    by_itself = seeded().double()
+    fit(by_itself, BATCHES, [Replaces(by_hand(watched.found)), in_steps(ranks=RANKS), Stops()], max_epochs=4)
+    torch.testing.assert_close(dict(model.state_dict()), dict(by_itself.state_dict()))

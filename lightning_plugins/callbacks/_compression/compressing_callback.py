@@ -7,12 +7,13 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_plugins._lightning import Callback, LightningModule, ModelParallelStrategy, Trainer, rank_zero_warn
 from lightning_plugins.callbacks._compression.recalibration import recalibrate_norms
 from lightning_plugins.callbacks._compression.saved_state import adopt_older_entry, entry_of, warn_of_lost_state
 from lightning_plugins.callbacks._surgery.averages import renew_averages
 from lightning_plugins.callbacks._surgery.monitors import forget_best, warn_if_unsaved
 from lightning_plugins.callbacks._surgery.restored_structure import StructureHook
+from lightning_plugins.callbacks._surgery.sharding import SavedStructure, require_shards_inside
 from lightning_plugins.callbacks._surgery.swap import require_operable_optimizers
 from lightning_plugins.callbacks._trainer.phases import in_epoch, is_last_epoch
 from lightning_plugins.callbacks._trainer.requirements import require_lightning_module, require_same_on_ranks
@@ -34,7 +35,7 @@ class CompressingCallback(Callback, ABC):
         super().__init__()
         self.layers = layers
         self._compressed: weakref.ref[LightningModule] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | SavedStructure] = []
         self._structure = StructureHook()
         self._norms: NormStatistics | None = None
         self._forget()
@@ -80,6 +81,8 @@ class CompressingCallback(Callback, ABC):
         require_lightning_module(type(self).__name__, pl_module)
         self._structure.made_small = False
         self._handles.append(pl_module.register_load_state_dict_pre_hook(self._structure))  # type: ignore[no-untyped-call]  # torch's
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._handles.append(SavedStructure(type(self).__name__, trainer, pl_module, self._structure.note))
         if stage != "fit":
             return
         self._require(trainer, pl_module)
@@ -93,6 +96,15 @@ class CompressingCallback(Callback, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the layers, which the module may have only now, and at the optimizers."""
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._look(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at layers and optimizers where a checkpoint was loaded after ``on_fit_start``."""
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(self).__name__
         if not self.finished and self._structure.made_small:
             warn_of_lost_state(name)
@@ -102,6 +114,7 @@ class CompressingCallback(Callback, ABC):
         if self.finished:
             return
         require_operable_optimizers(name, trainer)
+        require_shards_inside(name, pl_module)
         self._begin(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,7 +21,7 @@ def require_compression(name: str, settings: CompressionSettings, trainer: Train
             fractions of it are asked for, and strategies and callbacks that hold references to parameters.
     """
     require_lightning_module(name, pl_module)
-    require_operable(name, trainer, parametrizes=True)
+    require_operable(name, trainer)
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} takes a step of its own with every step of the optimizer, and {type(pl_module).__name__} uses "

@@ -20,6 +20,7 @@ from lightning_plugins.callbacks._compression.costs import example_inputs
 from lightning_plugins.callbacks._compression.record import ChoiceRecord
 from lightning_plugins.callbacks._compression.requirements import require_alone, require_compression
 from lightning_plugins.callbacks._compression.settings import CompressionSettings
+from lightning_plugins.callbacks._surgery.averages import averages_of, pair_by_plain_names, put_averages_in_place
 from lightning_plugins.callbacks._surgery.mirrors import warn_of_mirrors
 from lightning_plugins.callbacks._surgery.rewrapping import rewrap
 from lightning_plugins.callbacks._surgery.swap import operate
@@ -54,6 +55,7 @@ class ScheduledCompression(CompressingCallback):
         self._hooks: list[RemovableHandle] = []
         self._network: BudgetedNetwork | None = None
         self._choice: Choice | None = None  # once masks and thresholds are on
+        self._unpair = self._take_back = _nothing
 
     def _forget(self) -> None:
         super()._forget()
@@ -121,6 +123,17 @@ class ScheduledCompression(CompressingCallback):
             log_value(pl_module, f"rank/{name}", rank)
         self._record.add(trainer.global_step, self._share, kept, self._ranks)
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decompose averaged weights for themselves, which Lightning puts in place for the validation."""
+        thresholds = None if self._choice is None else self._choice.network.thresholds
+        if thresholds is not None and averages_of(trainer):
+            self._take_back = thresholds.set_aside()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the decompositions of the weights that are trained."""
+        self._take_back()
+        self._take_back = _nothing
+
     def _missed(self) -> str:
         phase = self.settings.phase
         return (
@@ -132,9 +145,7 @@ class ScheduledCompression(CompressingCallback):
         """Let go of the module: a network that is not smaller yet is the dense one again."""
         super().teardown(trainer, pl_module, stage)
         network, self._network = self._network, None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._let_go()
         if network is not None:
             self._state = self._own_state(network)
             self._choice = None
@@ -168,8 +179,17 @@ class ScheduledCompression(CompressingCallback):
             pl_module.register_load_state_dict_pre_hook(load),  # type: ignore[no-untyped-call]  # torch's
         ]
         rewrap(trainer, pl_module, _PARTS)
+        self._unpair = pair_by_plain_names(trainer, network.renamed)
         self._choice = Choice(network, self.settings.rates)
         return self._choice
+
+    def _let_go(self) -> None:
+        """Remove what is around the module for the time of the choice."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._unpair()
+        self._unpair = self._take_back = _nothing
 
     def _let_act(self, trainer: Trainer, pl_module: LightningModule, network: BudgetedNetwork, batch: Any) -> None:
         settings = self.settings
@@ -211,13 +231,13 @@ class ScheduledCompression(CompressingCallback):
         settings, network = self.settings, self._network
         if network is None or not reached(trainer, settings.phase.end, settings.phase.unit, between_epochs=True):
             return
+        if last:
+            put_averages_in_place(trainer, pl_module)
         choosing = self._choice or self._attach(trainer, pl_module, network)
         if self._mode != _HARD:
             self._harden(trainer, choosing)
         choice = trainer.strategy.broadcast(network.choose())  # ranks may have risen again since
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._let_go()
         network.bake(choice)
         with as_written(trainer, pl_module):
             operate(trainer, pl_module, lambda: network.shrink(choice))
@@ -229,6 +249,10 @@ class ScheduledCompression(CompressingCallback):
         self._deliver(trainer, pl_module, report, last=last)
         if settings.figures and trainer.is_global_zero and has_matplotlib():
             self._record.draw(trainer, report, settings)
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _unscaling(trainer: Trainer, device: torch.device) -> Tensor | None:

@@ -30,6 +30,10 @@ class StructureHook:
         if module._trainer is not None:  # an average's part of the checkpoint is read next
             renew_averages(module._trainer, module)
 
+    def note(self) -> None:
+        """Remember that the structure of a smaller network has come in another way."""
+        self.made_small = True
+
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """Copies and pickles of the module do not belong to the callback."""
         return _nothing, ()

@@ -1,11 +1,17 @@
-"""DDP around a module on whose parameters parametrizations were put."""
+"""DDP around a module whose parameters were replaced, or computed from others by parametrizations."""
 
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_plugins._lightning import LightningModule, Trainer
-from lightning_plugins.callbacks._surgery.swap import wrap_anew
+from lightning_plugins._lightning import DDPStrategy, LightningModule, Trainer
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def wrap_anew(trainer: Trainer, pl_module: LightningModule) -> None:
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = pl_module
+        strategy.configure_ddp()
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule, ignored: tuple[str, ...]) -> None:

@@ -9,12 +9,11 @@ has the new structure from the start, would give moments to the wrong parameters
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, LBFGS, Optimizer
 
 from lightning_plugins._lightning import (
@@ -30,7 +29,10 @@ from lightning_plugins._lightning import (
     isolate_rng,
     rank_zero_warn,
 )
+from lightning_plugins.callbacks._surgery.rewrapping import wrap_anew
+from lightning_plugins.callbacks._surgery.sharding import change_whole
 from lightning_plugins.compression.networks.replacements import Replacement, Replacements
+from lightning_plugins.compression.networks.sharded import is_sharded
 
 # What optimizers remember of each entry of a parameter: averages of gradients, which map linearly, averages of their
 # squares, magnitudes, and other values of the parameter itself. Nothing is assumed of any other name.
@@ -40,33 +42,32 @@ _MAGNITUDES = {"exp_inf", "step_size"}
 _VALUES = {"AdamWScheduleFree": {"z"}, "SGDScheduleFree": {"z"}, "RAdamScheduleFree": {"z"}}
 
 # They hold copies of the parameters, or their names or masks.
-_AVERAGES = "averages parameters that would no longer be there; average the small network in a `fit` of its own"
 _REFUSED = {
-    "StochasticWeightAveraging": _AVERAGES,
+    "StochasticWeightAveraging": "averages parameters that would no longer be there; use `WeightAveraging`",
     "BaseFinetuning": "keeps the names of parameters that would no longer be there; set `requires_grad` in your module",
     "ModelPruning": "keeps masks of parameters that would no longer be there; use one of the two",
 }
 
 
+Seen = TypeVar("Seen")
 _Groups = list[list[nn.Parameter]]
 
 
-def require_operable(name: str, trainer: Trainer, *, parametrizes: bool) -> None:
+def require_operable(name: str, trainer: Trainer, *, whole: bool = False) -> None:
     """Raise an error for strategies and callbacks that hold references to parameters; for ``setup``.
 
     Args:
         name: Of the callback that replaces parameters.
         trainer: The Trainer.
-        parametrizes: Whether it also computes weights from others before, in which an average of weights would mix up
-            parameters and put other names into checkpoints. Otherwise averages restart at the surgery.
+        whole: Whether FSDP2 is accepted, for a callback that looks at whole parameters only.
 
     Raises:
         MisconfigurationException: For any strategy but a single device and DDP in processes that a script starts, and
-            for averages of weights.
+            for callbacks that keep copies, names or masks of parameters. Averages by ``WeightAveraging`` follow.
     """
     strategy = trainer.strategy
-    sharded = isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)  # the second one is a DDPStrategy, too
-    if sharded or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    kinds = (SingleDeviceStrategy, DDPStrategy, *((ModelParallelStrategy,) if whole else ()))
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, kinds):  # which is a DDPStrategy, too
         raise MisconfigurationException(
             f"{name} replaces parameters, which are sharded under {type(strategy).__name__}; pass `strategy='ddp'` or "
             "`devices=1`, or compress the trained module with `lightning_plugins.compression`"
@@ -76,10 +77,9 @@ def require_operable(name: str, trainer: Trainer, *, parametrizes: bool) -> None
             f"{name} changes the module, and processes that are spawned or forked hand weights back to a module in "
             "which nothing was changed; pass `strategy='ddp'` and run a script"
         )
-    averages = {"WeightAveraging": _AVERAGES} if parametrizes else {}
-    for other, reason in (averages | _REFUSED).items():
-        kind = getattr(callbacks, other, None)  # WeightAveraging is not in every version of Lightning
-        found = next((c for c in trainer.callbacks if kind is not None and isinstance(c, kind)), None)  # type: ignore[attr-defined]  # a connector of the Trainer sets `callbacks`
+    for other, reason in _REFUSED.items():
+        kind = getattr(callbacks, other)
+        found = next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]  # a connector of the Trainer sets `callbacks`
         if found is not None:
             raise MisconfigurationException(
                 f"{name} replaces parameters during training, and {type(found).__name__} {reason}"
@@ -107,19 +107,17 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
         trainer: The Trainer inside of its `fit`.
         pl_module: Its module.
         change: Swaps layers of the module in place and returns the replacements of each removed parameter, an empty
-            list for one without. New parameters must be contiguous: a checkpoint keeps no memory layout.
+            list for one without. New parameters must be contiguous: a checkpoint keeps no memory layout. It finds whole
+            parameters where FSDP2 shards them.
 
     Raises:
         RuntimeError: If ``change`` returns no replacements for a parameter that it removed.
     """
-    before = dict(pl_module.named_parameters())
-    replacements = change()
-    present = {id(parameter) for parameter in pl_module.parameters()}
-    lost = [
-        name for name, parameter in before.items() if id(parameter) not in present and parameter not in replacements
-    ]
-    if lost:
-        raise RuntimeError(f"parameters were removed without naming their replacements: {lost[:5]}")
+
+    def checked() -> Replacements:
+        return _with_all_named(pl_module, change)
+
+    replacements = change_whole(pl_module, checked) if is_sharded(pl_module) else checked()
     wrap_anew(trainer, pl_module)  # before states are carried: DDP sends the parameters of the first process to all
     fresh = _fresh_optimizers(pl_module)
     if fresh is not None and len(fresh) != len(trainer.optimizers):
@@ -137,11 +135,39 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
     _compile_anew(pl_module)
 
 
-def wrap_anew(trainer: Trainer, pl_module: LightningModule) -> None:
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
-        strategy.model = pl_module
-        strategy.configure_ddp()
+def look_at_whole(trainer: Trainer, pl_module: LightningModule, look: Callable[[], Seen]) -> Seen:
+    """Look at a network that is being trained, whole where FSDP2 shards it, between two steps; all processes call.
+
+    Args:
+        trainer: The Trainer inside of its `fit`.
+        pl_module: Its module.
+        look: Looks, and changes nothing.
+
+    Returns:
+        What ``look`` returned.
+    """
+    if not is_sharded(pl_module):
+        return look()
+    seen: list[Seen] = []
+
+    def change() -> Replacements:
+        seen.append(look())
+        return {}
+
+    operate(trainer, pl_module, change)
+    return seen[0]
+
+
+def _with_all_named(pl_module: LightningModule, change: Callable[[], Replacements]) -> Replacements:
+    before = dict(pl_module.named_parameters())
+    replacements = change()
+    present = {id(parameter) for parameter in pl_module.parameters()}
+    lost = [
+        name for name, parameter in before.items() if id(parameter) not in present and parameter not in replacements
+    ]
+    if lost:
+        raise RuntimeError(f"parameters were removed without naming their replacements: {lost[:5]}")
+    return replacements
 
 
 def _compile_anew(pl_module: LightningModule) -> None:

@@ -11,9 +11,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plugins._lightning import MisconfigurationException
 from lightning_plugins.callbacks._rows.pool import resolve_callable
+from lightning_plugins.compression.networks.sharded import is_sharded, whole_copy
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.compression.structure.state_keys import clean
-from lightning_plugins.distributed import full_tensor
 
 START = "start"
 _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -93,8 +93,7 @@ def _copied(network: nn.Module) -> nn.Module:
             "`teacher='start'` copies the network before it is compressed, and there are masks on it already; put "
             "Distillation before the callback that compresses in the Trainer's list"
         )
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in network.parameters())
-    return _whole(network) if sharded else _uncompiled(copy.deepcopy(network))
+    return whole_copy(network) if is_sharded(network) else _uncompiled(copy.deepcopy(network))
 
 
 def _uncompiled(copied: nn.Module) -> nn.Module:
@@ -103,30 +102,6 @@ def _uncompiled(copied: nn.Module) -> nn.Module:
         for name in ("_compiler_ctx", "forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(copied).pop(name, None)
     return copied
-
-
-def _whole(module: Any) -> Any:
-    """A copy of a module that FSDP2 shards, which refuses to be copied, with whole tensors; all processes call.
-
-    Attributes that are neither tensors nor modules are those of the original.
-
-    Returns:
-        The copy, of the class that the module had before.
-    """
-    kind: type[nn.Module] = type(module)
-    if kind.__mro__[1].__name__ == "FSDPModule":  # the class that `fully_shard` made stands before the module's own
-        kind = kind.__mro__[2]
-    state = module.__getstate__() if hasattr(module, "_trainer") else vars(module)  # without the Trainer
-    made: nn.Module = kind.__new__(kind)
-    vars(made).update({**state, **vars(nn.Module())})  # without hooks
-    for name, tensor in module._parameters.items():
-        made._parameters[name] = None if tensor is None else nn.Parameter(full_tensor(tensor.detach()).clone())
-    for name, tensor in module._buffers.items():
-        made._buffers[name] = None if tensor is None else full_tensor(tensor).clone()
-    made._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    for name, child in module._modules.items():
-        made._modules[name] = None if child is None else _whole(child)
-    return made
 
 
 def _loaded(path: Path, network: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """The thresholds of a model as a module, and the ranks they leave."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,21 @@ class RankThresholds(Annealed):
     def hard_ranks(self) -> dict[str, int]:
         """The numbers of singular values above the thresholds, at least 1."""
         return {name: max(1, int((margin > 0).sum())) for name, margin in self.margins().items()}
+
+    def set_aside(self) -> Callable[[], None]:
+        """Forget the decompositions, because weights get other values for a while.
+
+        Returns:
+            A function to call when they have their values of now again, after which computations go on as if they had
+            always had them.
+        """
+        remembered = [(step, step.set_aside()) for step in self._steps]
+
+        def take_back() -> None:
+            for step, own in remembered:
+                step.take_back(own)
+
+        return take_back
 
     def get_extra_state(self) -> dict[str, Any]:
         """The decompositions in use and their ages, for resuming; where every step makes exact ones, nothing."""

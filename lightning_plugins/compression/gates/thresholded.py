@@ -18,6 +18,8 @@ from lightning_plugins.compression.gates.threshold_function import (
 )
 from lightning_plugins.functional.spectrum import at_least_float32, full_precision
 
+_REMEMBERED = ("_basis", "_exact", "_key", "_current_at_load", "_age", "_tau", "_tau_key", "_lowering")
+
 
 class Thresholded(nn.Module):
     """Lower the singular values of a weight, and scale its rows first if the mask before it is deferred.
@@ -102,6 +104,17 @@ class Thresholded(nn.Module):
             self._tau = None if state["tau"] is None else state["tau"].to(device)
             self._exact = bool(state.get("exact", True))
             self._current_at_load = bool(state.get("current", False)) and followed_bases.follows(self._basis.values)
+
+    def set_aside(self) -> dict[str, Any]:
+        """Forget what belongs to the present weight; returns it, for `take_back`."""
+        remembered = {name: vars(self)[name] for name in _REMEMBERED}
+        self._key = self._basis = self._lowering = self._tau = self._tau_key = None
+        self._exact, self._current_at_load, self._age = False, False, 0
+        return remembered
+
+    def take_back(self, remembered: dict[str, Any]) -> None:
+        """Go on from what `set_aside` returned, once the weight has its values of then."""
+        vars(self).update(remembered)
 
     @property
     def basis(self) -> Basis | None:
