@@ -117,7 +117,7 @@ def test_validations_see_the_averaged_weights_under_the_present_masks(criterion)
 
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_validations_see_the_averaged_weights_under_the_present_thresholds(refresh_every):
-    seen, averages = validated(in_steps(RankScheduling, refresh_every=refresh_every, threshold_learning_rate=0.1))
+    seen, averages = validated(in_steps(RankScheduling, refresh_every=refresh_every, thresholds=0.1))
     for one, dense in zip(seen, averages, strict=True):
         left, values, right = torch.linalg.svd(dense["backbone.0.weight"], full_matrices=False)
         expected = left @ torch.diag((values - one["tau"].detach()).clamp_min(0)) @ right

@@ -14,7 +14,7 @@ from lightning_plugins.callbacks import HybridCompression, MaskScheduling
 from lightning_plugins.compression import ChoiceRates, Skipped, masks_of
 from lightning_plugins.mixins import CompressionMixin
 from tests._killed import Killed, fork_ranks, fork_to_be_killed, run_in_nursery, saving
-from tests.callbacks.budgets import in_steps, params
+from tests.callbacks.budgets import in_steps, nested, params
 from tests.compression.deep import Deep
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import fit, shard
@@ -133,7 +133,7 @@ class Residual(LightningModule):
 def train_residual(useless: int | None, seed: int, **settings: Any) -> tuple[Residual, Any]:
     model = Residual(useless, seed)
     phases = {"unit": "steps", "begin": 5, "end": 35, "figures": False}
-    callback = MaskScheduling(**{"blocks": "net.blocks.*", "cost": "params", **phases, **settings})
+    callback = MaskScheduling(**nested({"blocks": "net.blocks.*", "cost": "params", **phases, **settings}))
     fit(model, model.batches, [callback], max_epochs=2, precision="32-true")
     return model, callback
 
