@@ -4,7 +4,8 @@ All runs have the same number of steps and learning rate schedule and deliver a 
 dense network's FLOPs. Torch-Pruning removes channels after two fifths of the training, the same fraction from all
 layers (its default), the smallest that meets the budget, and fine-tunes for the rest with a fresh optimizer:
 "Torch-Pruning, magnitude" by the norms of weights, "Torch-Pruning, BN" by the scales of batch norms; "global" ranks the
-channels of all layers together and leaves each layer a twentieth.
+channels of all layers together and leaves each layer a twentieth. "Model-Optimizer, FastNAS" searches for numbers of
+channels at the same time, by the accuracy on the training images, and needs that package.
 
 The digits are those of scikit-learn; the glyphs are thirty characters, drawn by the seed, in the fonts shipped with
 matplotlib, rotated, scaled and shifted at random. The seed determines the training images, the initial network and the
@@ -55,6 +56,7 @@ METHODS = (
     "Torch-Pruning, magnitude",
     "Torch-Pruning, BN",
     "Torch-Pruning, magnitude, global",
+    "Model-Optimizer, FastNAS",
 )
 
 
@@ -127,7 +129,37 @@ def prune(model: Classifier, budget: float, method: str) -> None:
     model.net = pruned(high).net
 
 
-def fit_with_torch_pruning(model: Classifier, loader: DataLoader, epochs: int, budget: float, method: str) -> None:
+def search_with_fastnas(model: Classifier, budget: float, loader: DataLoader) -> None:
+    """Remove channels with Model-Optimizer, by the accuracy on the training images, without rounding their numbers."""
+    import contextlib
+    import io
+    import tempfile
+
+    import modelopt.torch.prune as mtp
+    from modelopt.torch.prune.fastnas import FastNASConfig
+
+    settings = FastNASConfig().model_dump(by_alias=True)
+    for rules in settings.values():
+        for rule in rules.values():
+            rule.update({key: 1 for key in rule or () if key.endswith("_divisor")})
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+
+    def accuracy(network: nn.Module) -> float:
+        network.eval()
+        with torch.no_grad():
+            return float((network(images).argmax(1) == labels).float().mean())
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        model.net, _ = mtp.prune(
+            model.net,
+            mode=[("fastnas", settings)],
+            constraints={"flops": f"{100 * budget:g}%"},
+            dummy_input=model.example_input_array,
+            config={"data_loader": loader, "score_func": accuracy, "checkpoint": f"{folder}/search"},
+        )
+
+
+def fit_with_other(model: Classifier, loader: DataLoader, epochs: int, budget: float, method: str) -> None:
     steps, done = epochs * len(loader), 0
 
     def optimizer(first: int) -> tuple[Any, Any]:
@@ -143,7 +175,10 @@ def fit_with_torch_pruning(model: Classifier, loader: DataLoader, epochs: int, b
     for epoch in range(epochs):
         if epoch == round(AT * epochs):
             model.eval()
-            prune(model, budget, method)
+            if method.startswith("Torch-Pruning"):
+                prune(model, budget, method)
+            else:
+                search_with_fastnas(model, budget, loader)
             model.train()
             model.zero_grad()
             current, schedule = optimizer(done)
@@ -180,8 +215,8 @@ def run(case: Case) -> dict[str, float]:
     dense, begun = flops(model.eval()), time.process_time()
     model.train()
     found: dict[str, float] = {}
-    if case.method.startswith("Torch-Pruning"):
-        fit_with_torch_pruning(model, loader, case.epochs, case.budget, case.method)
+    if case.method.startswith(("Torch-Pruning", "Model-Optimizer")):
+        fit_with_other(model, loader, case.epochs, case.budget, case.method)
     else:
         callbacks = [] if case.method == "dense" else [callback(case.method, case.budget)]
         settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -252,7 +287,8 @@ TEXT = """# Channels, ranks or both within a budget: accuracy against Torch-Prun
 600 training images of ten digits or of thirty characters, batches of 100, AdamW under one cycle of its learning rate,
 from scratch. `HybridCompression` selects channels and ranks jointly, `RankScheduling` only ranks, `MaskScheduling` only
 channels (learned, or by magnitude); Torch-Pruning removes the same fraction of channels from all layers after two
-fifths of the training, or those ranked last overall ("global"). Intervals are 95 % over training seeds. "Minus the
+fifths of the training, or those ranked last overall ("global"); Model-Optimizer's FastNAS searches then for numbers of
+channels by the accuracy on the training images. Intervals are 95 % over training seeds. "Minus the
 better Torch-Pruning" compares seed by seed with the more accurate of its rows *for that seed*, which favours
 Torch-Pruning; rows with fewer than five seeds are preliminary. The script is `benchmarks/hybrid_compression_study.py`;
 its results are in `hybrid_compression.json`.
