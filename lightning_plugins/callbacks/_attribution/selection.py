@@ -11,8 +11,6 @@ from lightning_plugins._checks import (
     check_fraction,
     check_non_negative_int,
     check_positive_int,
-    is_number,
-    plain_number,
 )
 from lightning_plugins._lightning import MisconfigurationException
 from lightning_plugins.callbacks._attribution.batches import resolve_key
@@ -45,8 +43,8 @@ class SampleSelection:
 
     def __post_init__(self) -> None:
         _ = self.rule
-        if is_number(self.select):
-            object.__setattr__(self, "select", plain_number(self.select))
+        if not (self.select is None or isinstance(self.select, str) or callable(self.select)):
+            object.__setattr__(self, "select", check_fraction("select", self.select))
         if self.classes is not None:
             if isinstance(self.classes, str | bytes) or not isinstance(self.classes, Sequence) or not self.classes:
                 raise ValueError(f"`classes` must name at least one positive class, such as [1], got {self.classes!r}")
