@@ -3,7 +3,7 @@
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_plugins._lightning import LightningModule, Trainer
-from lightning_plugins.callbacks._surgery.swap import wrap_anew
+from lightning_plugins.callbacks._surgery.swap import compile_anew, wrap_anew
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -28,3 +28,4 @@ def rewrap(trainer: Trainer, pl_module: LightningModule, ignored: tuple[str, ...
         own.pop(_IGNORED)
         if before is not None:
             own[_IGNORED] = before
+    compile_anew(pl_module)  # what is compiled already does not ask for new hooks

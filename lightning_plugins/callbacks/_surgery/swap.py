@@ -134,7 +134,7 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
                 f"({type(optimizer).__name__}), so checkpoints from here on cannot be resumed with the optimizer's "
                 "state; let it collect parameters without asking for layers by name"
             )
-    _compile_anew(pl_module)
+    compile_anew(pl_module)
 
 
 def wrap_anew(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,7 +144,7 @@ def wrap_anew(trainer: Trainer, pl_module: LightningModule) -> None:
         strategy.configure_ddp()
 
 
-def _compile_anew(pl_module: LightningModule) -> None:
+def compile_anew(pl_module: LightningModule) -> None:
     compiled = getattr(pl_module, "_compiler_ctx", None) is not None or any(
         isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in pl_module.modules()
     )
