@@ -301,6 +301,7 @@ def test_mistakes_are_named_before_the_training_begins(settings, message):
         fit(model, token_batches(), [depth(**settings)], max_epochs=1)
 
 
+@pytest.mark.slow
 def test_a_compiled_module_chooses_as_a_plain_one():
     reports = []
     for compiled in (False, True):
