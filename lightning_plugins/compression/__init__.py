@@ -2,8 +2,8 @@
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.budget.filling import ChoiceRates, Limits
-from lightning_plugins.compression.budget.multiplier import Multiplier
 from lightning_plugins.compression.budget.projection import project
+from lightning_plugins.compression.budget.shift import Multiplier
 from lightning_plugins.compression.calibration.calibration import Calibration
 from lightning_plugins.compression.calibration.sensitivity import output_sensitivity
 from lightning_plugins.compression.channels.blocks import find_blocks, skip_blocks

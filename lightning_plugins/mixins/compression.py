@@ -12,7 +12,7 @@ from lightning_plugins.compression.budget.budget import Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
 from lightning_plugins.compression.budget.choice import Choice
 from lightning_plugins.compression.budget.filling import ChoiceRates, ChoiceSettings, Limits
-from lightning_plugins.compression.budget.multiplier import Multiplier
+from lightning_plugins.compression.budget.shift import Multiplier
 from lightning_plugins.compression.costs.layer_costs import arguments_of
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.mixins._packages import refuse_other_package

@@ -299,3 +299,15 @@ def test_mistakes_are_named_before_the_training_begins(settings, message):
     model = tiny_bert()
     with pytest.raises(ValueError, match=message):
         fit(model, token_batches(), [depth(**settings)], max_epochs=1)
+
+
+@pytest.mark.slow
+def test_a_compiled_module_chooses_as_a_plain_one():
+    reports = []
+    for compiled in (False, True):
+        model, callback = tiny_bert(), depth(budget=0.6)
+        given = torch.compile(model, backend="aot_eager") if compiled else model
+        fit(given, token_batches(), [callback], max_epochs=3)
+        reports.append(callback.report)
+        assert skipped(model)
+    assert reports[0] == reports[1]

@@ -19,7 +19,7 @@ from lightning_plugins.callbacks._compression.settings import CompressionSetting
 from lightning_plugins.callbacks._compression.steps import StepTrial
 from lightning_plugins.compression.budget.budget import Projection
 from lightning_plugins.compression.budget.budgeted_network import BudgetedNetwork
-from lightning_plugins.compression.budget.candidates import closed_blocks
+from lightning_plugins.compression.budget.carried_state import closed_blocks
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.costs.network_costs import NetworkCosts, measure_network
 from lightning_plugins.compression.reports.report import CompressionReport, UnitsKept

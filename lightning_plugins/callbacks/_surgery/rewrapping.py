@@ -1,5 +1,7 @@
 """DDP around a module whose parameters were replaced, or computed from others by parametrizations."""
 
+import torch
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_plugins._lightning import DDPStrategy, LightningModule, Trainer
@@ -34,3 +36,12 @@ def rewrap(trainer: Trainer, pl_module: LightningModule, ignored: tuple[str, ...
         own.pop(_IGNORED)
         if before is not None:
             own[_IGNORED] = before
+    compile_anew(pl_module)  # what is compiled already does not ask for new hooks
+
+
+def compile_anew(pl_module: LightningModule) -> None:
+    compiled = getattr(pl_module, "_compiler_ctx", None) is not None or any(
+        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in pl_module.modules()
+    )
+    if compiled:
+        torch.compiler.reset()

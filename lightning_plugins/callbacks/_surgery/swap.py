@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.optim import ASGD, LBFGS, Optimizer
 
 from lightning_plugins._lightning import (
@@ -29,7 +28,7 @@ from lightning_plugins._lightning import (
     isolate_rng,
     rank_zero_warn,
 )
-from lightning_plugins.callbacks._surgery.rewrapping import wrap_anew
+from lightning_plugins.callbacks._surgery.rewrapping import compile_anew, wrap_anew
 from lightning_plugins.callbacks._surgery.sharding import change_whole
 from lightning_plugins.compression.networks.replacements import Replacement, Replacements
 from lightning_plugins.compression.networks.sharded import is_sharded
@@ -132,7 +131,7 @@ def operate(trainer: Trainer, pl_module: LightningModule, change: Callable[[], R
                 f"({type(optimizer).__name__}), so checkpoints from here on cannot be resumed with the optimizer's "
                 "state; let it collect parameters without asking for layers by name"
             )
-    _compile_anew(pl_module)
+    compile_anew(pl_module)
 
 
 def look_at_whole(trainer: Trainer, pl_module: LightningModule, look: Callable[[], Seen]) -> Seen:
@@ -168,14 +167,6 @@ def _with_all_named(pl_module: LightningModule, change: Callable[[], Replacement
     if lost:
         raise RuntimeError(f"parameters were removed without naming their replacements: {lost[:5]}")
     return replacements
-
-
-def _compile_anew(pl_module: LightningModule) -> None:
-    compiled = getattr(pl_module, "_compiler_ctx", None) is not None or any(
-        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None for module in pl_module.modules()
-    )
-    if compiled:
-        torch.compiler.reset()
 
 
 def _fresh_optimizers(pl_module: LightningModule) -> list[Optimizer] | None:

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression.budget.budget import Budget, Projection
-from lightning_plugins.compression.budget.candidates import find_groups, out_of_reach, remove_chosen
-from lightning_plugins.compression.budget.filling import ChoiceSettings, largest_within, rank_layers
+from lightning_plugins.compression.budget.carried_state import remove_chosen
+from lightning_plugins.compression.budget.filling import (
+    ChoiceSettings,
+    find_groups,
+    largest_within,
+    out_of_reach,
+    rank_layers,
+)
 from lightning_plugins.compression.budget.projection import project
 from lightning_plugins.compression.budget.score_targets import ScoreTargets, weight_norms
 from lightning_plugins.compression.budget.shift import BudgetShift

@@ -1,15 +1,59 @@
-"""Carry an optimizer's state of a weight over to the parameters that replace it."""
+"""Remove what was not chosen, and carry an optimizer's state of a weight over to the parameters that replace it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_plugins.compression.budget.budget import Projection
+from lightning_plugins.compression.channels.group import ChannelGroup
+from lightning_plugins.compression.channels.shrink import shrink
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.factorize import factorize
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.low_rank.transposed import is_transposed
 from lightning_plugins.compression.networks.replacements import Replacement, Replacements
 from lightning_plugins.weights import Scheme, matrix_to_weight, weight_to_matrix
+
+
+def remove_chosen(model: nn.Module, groups: list[ChannelGroup], choice: Projection) -> Replacements:
+    """Remove closed units and blocks, and singular values, from a baked model.
+
+    Args:
+        model: The model, changed in place.
+        groups: Its groups of channels and blocks.
+        choice: What stays.
+
+    Returns:
+        The replacements of each removed parameter; none for those of a block.
+    """
+    before = dict(model.named_parameters(remove_duplicate=False))
+    cut: dict[nn.Parameter, Any] = {}
+    slices = shrink(model, groups, choice.kept) if groups else {}
+    for name, cuts in slices.items():
+        if name in before:  # and is no buffer
+            cut[before[name]] = [sliced_replacement(model.get_parameter(name), dict(cuts))]
+    left = {id(parameter) for parameter in model.parameters()}
+    gone = closed_blocks(groups, choice)
+    for name, parameter in before.items():
+        if name.startswith(gone) and id(parameter) not in left:
+            cut.setdefault(parameter, [])
+    ranks = {name: rank for name, rank in choice.ranks.items() if not name.startswith(gone)}
+    return chained(cut, split_layers(model, ranks, scheme=1) if ranks else {})
+
+
+def closed_blocks(groups: Iterable[ChannelGroup], choice: Projection) -> tuple[str, ...]:
+    """The prefixes of the names of all that stands in blocks that do not stay.
+
+    Args:
+        groups: Groups of channels and blocks.
+        choice: What stays.
+
+    Returns:
+        Names that end in a dot.
+    """
+    pairs = zip(groups, choice.kept, strict=True)
+    return tuple(f"{group.block}." for group, keep in pairs if group.block and not keep.any())
 
 
 def split_layers(

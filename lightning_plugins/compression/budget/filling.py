@@ -1,6 +1,6 @@
 """Settings and candidates of a choice under a budget, and the best of them that fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,10 @@ from lightning_plugins._checks import (
     plain_number,
 )
 from lightning_plugins.compression.budget.budget import Budget
+from lightning_plugins.compression.channels.blocks import find_blocks
+from lightning_plugins.compression.channels.find import channel_groups, find_channel_groups, groups_from_state
+from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSearch
+from lightning_plugins.compression.costs.coverage import untouched
 from lightning_plugins.compression.costs.layer_costs import COSTS, Cost, run
 from lightning_plugins.compression.low_rank.splittable import select_layers
 from lightning_plugins.compression.networks.parametrizations import clean_modules
@@ -168,6 +172,62 @@ def largest_within(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if budget.cost(first(middle), ranks) <= limit else (low, middle - 1)
     return first(low)
+
+
+def find_groups(
+    model: nn.Module, settings: ChoiceSettings, inputs: Any, state: Iterable[dict[str, Any]] | None
+) -> ChannelSearch:
+    """Find the groups of channels, and after them the blocks.
+
+    Args:
+        model: The model, dense.
+        settings: The layers and blocks to choose in.
+        inputs: What the model takes.
+        state: The state of the groups, where they are known.
+
+    Returns:
+        The groups, and for modules that match ``blocks`` and are none the reasons.
+
+    Raises:
+        ValueError: If there is nothing to choose in.
+    """
+    if state is not None:
+        return ChannelSearch(groups_from_state(state), {})
+    found: list[ChannelGroup] = []
+    keep, blocks = settings.limits.keep or (), settings.blocks
+    if settings.masks and settings.layers:  # blocks are enough to choose in
+        find = channel_groups if blocks is None else _found_channels
+        found = find(model, inputs, settings.layers, keep=keep)
+    if blocks is None:
+        return ChannelSearch(found, {})
+    search = find_blocks(model, inputs, blocks, keep=settings.limits.keep)
+    return ChannelSearch([*found, *search.groups], search.refused)
+
+
+def _found_channels(*arguments: Any, **chosen: Any) -> list[ChannelGroup]:
+    return find_channel_groups(*arguments, **chosen).groups
+
+
+def out_of_reach(
+    model: nn.Module, settings: ChoiceSettings, groups: Iterable[ChannelGroup], ranked: Iterable[str]
+) -> str:
+    """Say which weights stay whole although ``layers`` matches them.
+
+    Args:
+        model: The model, dense.
+        settings: The layers to choose in.
+        groups: Groups of channels and blocks.
+        ranked: Layers that may become low-rank.
+
+    Returns:
+        A sentence; empty where they are few.
+    """
+    if not settings.layers:
+        return ""
+    touched = [member.parameter for group in groups for member in group.members] + list(ranked)
+    blocks = tuple(f"{group.block}." for group in groups if group.block)
+    touched += [name for name, _ in model.named_parameters() if name.startswith(blocks)]
+    return untouched(model, settings.layers, touched, select_kept(model, settings.limits.keep))
 
 
 def rank_layers(

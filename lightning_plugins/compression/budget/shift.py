@@ -1,10 +1,11 @@
-"""Shift of all scores and thresholds at which a network meets its budget."""
+"""Shift of all scores and thresholds at which a network meets its budget, and a multiplier of its cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_plugins._checks import check_finite_number
 from lightning_plugins.compression.budget.budget import Budget
 from lightning_plugins.compression.gates.masks import ChannelMasks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
@@ -103,3 +104,68 @@ class BudgetShift:
         highest = _HIGHEST * table.largest.to(scales) / scales
         values = torch.stack([value.detach() for value in self.thresholds.values])[:, None]
         return torch.minimum((values + self.exchange.to(values) * shifts.to(values)).clamp_min(0), highest[:, None])
+
+
+class Multiplier:
+    """A Lagrange multiplier that grows while a cost is above its target, and shrinks below it.
+
+    The penalty is ``value * gap + damping / 2 * max(gap, 0) ** 2`` with ``gap = share / target - 1``.
+
+    Args:
+        rate: What the multiplier grows by per update and unit of the gap.
+        damping: The weight of the square.
+
+    Raises:
+        ValueError: If an argument is negative.
+
+    Example:
+        >>> multiplier = Multiplier(rate=0.5)
+        >>> multiplier.update(0.8, target=0.4)
+        0.5
+        >>> multiplier.penalty(torch.tensor(0.8), target=0.4)
+        tensor(1.)
+    """
+
+    def __init__(self, rate: float = 0.05, damping: float = 1.0) -> None:
+        for name, value in (("rate", rate), ("damping", damping)):
+            if check_finite_number(name, value) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {value!r}")
+        self.rate, self.damping, self.value = rate, damping, 0.0
+
+    def penalty(self, share: Tensor, target: float) -> Tensor:
+        """The term of the loss.
+
+        Args:
+            share: The share that is left, a scalar.
+            target: The share that may be left.
+
+        Returns:
+            Scalar.
+        """
+        gap = share / target - 1
+        return self.value * gap + self.damping / 2 * gap.clamp_min(0).square()
+
+    def update(self, share: float, target: float) -> float:
+        """Update with the remaining cost fraction; once per optimizer step.
+
+        Args:
+            share: The share that is left.
+            target: The share that may be left.
+
+        Returns:
+            The multiplier.
+        """
+        self.value = max(0.0, self.value + self.rate * (share / target - 1))
+        return self.value
+
+    def state_dict(self) -> dict[str, float]:
+        """The state as a primitive."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over a state.
+
+        Args:
+            state: From `state_dict`.
+        """
+        self.value = float(state["value"])
