@@ -84,7 +84,8 @@ def moments(trainer: Any) -> list[dict[str, Tensor]]:
 
 def outcome(kind: Any, batches: Any, callbacks: Any = (), how: Any = GIVEN, **settings: Any) -> dict[str, Any]:
     model, callback = seeded(kind), in_steps(**how)
-    trainer = fit(model, batches, [callback, *callbacks], max_epochs=3, **settings)
+    validation = Batches(BATCHES[:1])  # it leaves parameters gathered
+    trainer = fit(model, batches, [callback, *callbacks], max_epochs=3, validation=validation, **settings)
     return {
         "weights": whole(dict(model.state_dict())),
         "moments": moments(trainer),

@@ -50,17 +50,22 @@ def step(net: Net) -> dict[str, Tensor]:
 def change(rank: int) -> dict[str, Any]:
     net, seen = Net(), list[str]()
     net.shard()
-    found: dict[str, Any] = {"sharded": [step(net)]}
+    found: dict[str, Any] = {"sharded": [step(net)], "placed": [type(p.data).__name__ for p in net.parameters()]}
     net.body.register_forward_hook(lambda *_: seen.append("body"))
     handle = net.body[2].register_forward_pre_hook(lambda *_: seen.append("last"))
     groups = [weakref.ref(module) for module in net.modules() if is_group(module)]
     state = {name: value.clone() for name, value in whole_copy(net).state_dict().items()}
+    with torch.no_grad():
+        net.eval()(torch.zeros(2, 4))  # after which parameters stay gathered
+    assert is_sharded(net.train())
+    seen.clear()
     wholes = make_whole(net)
     gc.collect()
     found["left"] = [one() is not None for one in groups], is_sharded(net), [type(m).__name__ for m in net.modules()]
     torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
     assert net.first.weight is net.second.weight
     assert set(wholes.values()) == set(net.parameters())
+    assert [type(old.data).__name__ for old in wholes] == found["placed"]
     assert not net.first.bias.requires_grad
     found["whole"] = step(net)
     net.shard()

@@ -15,8 +15,9 @@ _HOOKS = (
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Return whether parameters of a network are shared out over processes."""
-    return any(hasattr(parameter, "full_tensor") for parameter in network.parameters())
+    """Return whether parameters of a network are shared out over processes, or were gathered for a forward pass."""
+    shared_out = any(hasattr(parameter, "full_tensor") for parameter in network.parameters())
+    return shared_out or any(is_group(module) for module in network.modules())
 
 
 def is_group(module: nn.Module) -> bool:
