@@ -148,12 +148,13 @@ class SavedStructure:
         """Leave the strategy as it was."""
         vars(self._trainer.strategy).pop("load_checkpoint", None)
 
-    def _load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self._trainer.strategy.broadcast(checkpoint_path))
-        saved, present = _saved_shapes(path), shapes_of(self._module)
-        if is_sharded(self._module) and any(saved.get(name) != shape for name, shape in present.items()):
-            self._adopt(saved)
-        return self._load(checkpoint_path, *args, **kwargs)
+        if is_sharded(self._module) and path.exists():  # otherwise Lightning says so
+            saved, present = _saved_shapes(path, weights_only), shapes_of(self._module)
+            if any(saved.get(name) != shape for name, shape in present.items()):
+                self._adopt(saved)
+        return self._load(checkpoint_path, weights_only=weights_only)
 
     def _adopt(self, saved: dict[str, tuple[int, ...]]) -> None:
         _require_method(self._name, self._module)
@@ -166,14 +167,13 @@ class SavedStructure:
         self._adopted()
 
 
-def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _saved_shapes(path: Path, weights_only: bool | None) -> dict[str, tuple[int, ...]]:
     """The shapes in a distributed checkpoint, or in a file of whole weights, by name."""
     if path.is_file():
-        weights = torch.load(path, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
+        weights = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)["state_dict"]
         return {name: tuple(value.shape) for name, value in weights.items()}
-    from torch.distributed.checkpoint.filesystem import (
-        FileSystemReader,  # imported late: it takes a good part of a second
-    )
+    # Imported late: it takes a good part of a second.
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     entries = FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = "state_dict."
