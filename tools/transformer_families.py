@@ -3,7 +3,8 @@
 Nothing is downloaded: every model is built from a small configuration. For each the groups are found, random units are
 masked, and the model is shrunk to a budget. The smaller model must compute the same as the masked one, its parameters
 must be within the budget and equal its prediction, it must be restored from a folder written by `save_compressed`, and
-it must train. `--markdown` writes the table into docs/transformers.md.
+it must train. In a second copy the last block of every stack is skipped, as far as it can be. `--markdown` writes the
+table into docs/transformers.md.
 """
 
 import argparse
@@ -26,11 +27,13 @@ from lightning_plugins.compression import (
     Budget,
     apply_masks,
     bake_masks,
+    find_blocks,
     find_channel_groups,
     load_compressed,
     project,
     save_compressed,
     shrink,
+    skip_blocks,
 )
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.networks.tracing import tensors_in
@@ -46,7 +49,9 @@ value are removed together, and the attention layers of T5, which pass a bias on
 compares the smaller model's outputs with those of the masked one, in float64, relative to the largest. *Configuration*
 is the part of the structure that the configuration can express, if all layers lose equally many; the rest is in
 `structure.json`. Every model was trained for two steps before and after, and `save_compressed` and `load_compressed`
-restored it bit for bit.
+restored it bit for bit. *Blocks* is the number of blocks that can be removed as a whole, of those that there are; the
+last one of each stack was removed, with the same comparisons. In T5 all blocks but the last pass on a bias that the
+first one computes.
 
 Residual streams are not pruned, since norms compute their statistics over them, nor are embeddings tied to them.
 """
@@ -133,6 +138,7 @@ class Row(NamedTuple):
     parameters: str = ""
     difference: float = float("inf")
     configuration: str = ""
+    blocks: str = ""
     problem: str = ""
 
 
@@ -179,6 +185,33 @@ def come_again(model: nn.Module, kind: Any, inputs: dict[str, Tensor]) -> None:
             raise RuntimeError("outputs differ behind save_compressed and load_compressed")
 
 
+def first_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The input of a block instead of its output."""
+    given = args[0] if args else kwargs["hidden_states"]
+    return (given, *output[1:]) if isinstance(output, tuple) else given
+
+
+def without_blocks(model: nn.Module, inputs: dict[str, Tensor], kind: Any) -> tuple[str, float]:
+    """Skip the last block of every stack: the number of blocks that can be skipped, of all, and the difference."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = sum(len(model.get_submodule(name)) for name in stacks)
+    found = [group.block for group in find_blocks(model, inputs, [f"{name}.*" for name in stacks]).groups]
+    last = list({name.rpartition(".")[0]: name for name in found}.values())
+    small = skip_blocks(copy.deepcopy(model), last, inputs)
+    handles = [model.get_submodule(name).register_forward_hook(first_again, with_kwargs=True) for name in last]
+    pairs = list(zip(tensors_in(run(model, inputs)), tensors_in(run(small, inputs)), strict=True))
+    for handle in handles:
+        handle.remove()
+    train_two_steps(small, inputs)
+    with TemporaryDirectory() as folder:
+        save_compressed(small, folder)
+        again = load_compressed(kind, folder)
+    pairs += zip(tensors_in(run(small, inputs)), tensors_in(run(again, inputs)), strict=True)
+    difference = max(float((one - other).abs().max() / one.abs().max()) for one, other in pairs)
+    return f"{len(found)} of {blocks}", difference
+
+
 def expressed(model: nn.Module, groups: list[Any], kind: Any) -> str:
     """Find out whether the configuration can express a model in which every layer lost half of its units."""
     before = copy.deepcopy(model.config.to_dict())
@@ -214,15 +247,18 @@ def try_family(family: Family) -> Row:
     come_again(small, family.model, inputs)
     train_two_steps(small, inputs)
     come_again(small, family.model, inputs)
-    return row._replace(configuration=expressed(copy.deepcopy(model), groups, family.model))
+    blocks, difference = without_blocks(model, inputs, family.model)
+    if not difference <= TOLERANCE:
+        return row._replace(problem=f"outputs without blocks differ by {difference:.1e}")
+    return row._replace(blocks=blocks, configuration=expressed(copy.deepcopy(model), groups, family.model))
 
 
 def markdown(rows: list[Row]) -> str:
     lines = [HEAD.format(version=transformers.__version__)]
-    lines += ["| family | heads | perceptrons | parameters | difference | configuration |", "|" + "---|" * 6]
+    lines += ["| family | heads | perceptrons | blocks | parameters | difference | configuration |", "|" + "---|" * 7]
     for row in rows:
-        cells = (row.family, row.heads, row.perceptrons, row.parameters, f"{row.difference:.0e}", row.configuration)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells = (row.family, row.heads, row.perceptrons, row.blocks, row.parameters, f"{row.difference:.0e}")
+        lines.append(f"| {' | '.join(map(str, cells))} | {row.configuration} |")
     return "\n".join(lines) + "\n"
 
 
@@ -240,7 +276,15 @@ def main() -> int:
         if arguments.only in family.name:
             row = try_family(family)
             rows.append(row)
-            print(*row[:4], f"{row.difference:.0e}", row.configuration, row.problem or "exact", sep="  ", flush=True)
+            print(
+                *row[:4],
+                f"{row.difference:.0e}",
+                row.configuration,
+                row.blocks,
+                row.problem or "exact",
+                sep="  ",
+                flush=True,
+            )
     if arguments.markdown:
         PAGE.write_text(markdown(rows), encoding="utf-8")
     return int(any(row.problem for row in rows))
