@@ -22,8 +22,8 @@ from tests.sharding import fully_shard
 
 GIVEN = {"ranks": RANKS}
 SEARCHED: dict[str, Any] = {
-    "beam": {"search_options": {"width": 2}},
-    "outputs": {"search": "output_energy", "calibration": True, "cost": "flops"},
+    "beam": {"options": {"width": 2}},
+    "outputs": {"method": "output_energy", "calibration": True, "cost": "flops"},
 }
 
 
@@ -162,7 +162,7 @@ def test_a_split_at_the_end_and_a_validation_of_the_small_network(tmp_path):
 def search(rank: int) -> dict[str, Any]:
     act_as_rank(rank, 2)
     batches = shard(BATCHES, BOUNDS[2])
-    data = {"search_data": BATCHES[:2]}
+    data = {"data": BATCHES[:2]}
     return {name: outcome(InBlocks, batches, how={**how, **data}, **sharded()) for name, how in SEARCHED.items()}
 
 
@@ -170,7 +170,7 @@ def search(rank: int) -> dict[str, Any]:
 def test_searches_look_at_the_whole_network(tmp_path):
     first, second = run_on_ranks(search, 2, tmp_path)
     for name, how in SEARCHED.items():
-        expected = outcome(Adaptive, BATCHES, how={**how, "search_data": BATCHES[:2]})
+        expected = outcome(Adaptive, BATCHES, how={**how, "data": BATCHES[:2]})
         assert first[name]["report"] == second[name]["report"] == expected["report"]
         torch.testing.assert_close(first[name]["weights"], expected["weights"], rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(first[name]["moments"], expected["moments"], rtol=1e-5, atol=1e-10)
