@@ -116,11 +116,11 @@ METHODS = {
 
 
 class FewShot(MAMLMixin, LightningModule):
-    def __init__(self, **settings) -> None:
+    def __init__(self, layers=None, **settings) -> None:
         super().__init__(
             SmallViT(),
             F.cross_entropy,
-            inner=InnerSettings(steps=3, evaluation_steps=5, learning_rate=0.1),
+            inner=InnerSettings(steps=3, evaluation_steps=5, learning_rate=0.1, layers=layers),
             learning_rate=2e-3,
             metrics={"accuracy": FewShotAccuracy(), "interval": FewShotAccuracyInterval()},
             **settings,

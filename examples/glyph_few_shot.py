@@ -35,7 +35,7 @@ from lightning_plugins.meta import (
     use_batch_statistics,
 )
 from lightning_plugins.metrics import AdaptationCurve, FewShotAccuracy, FewShotAccuracyInterval
-from lightning_plugins.mixins import GAPMixin, MAMLMixin
+from lightning_plugins.mixins import GAPMixin, InnerSettings, MAMLMixin
 from lightning_plugins.plots import adaptation_figure, gains_figure
 
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "150"))  # batches of four tasks; the tests set 2
@@ -89,8 +89,8 @@ def conv4(channels: int = 32) -> nn.Module:
 # the weights, one for the preconditioner. `linear=True` adds gains to the last layer.
 
 # %%
-settings = {"inner_steps": 3, "evaluation_steps": 5, "inner_learning_rate": 0.1}
-settings |= {"learning_rate": 2e-3, "preconditioner_learning_rate": 5e-2}
+inner = InnerSettings(steps=3, evaluation_steps=5, learning_rate=0.1)
+settings = {"inner": inner, "learning_rate": 2e-3, "preconditioner_learning_rate": 5e-2}
 metrics = {"accuracy": FewShotAccuracy(), "interval": FewShotAccuracyInterval()}
 
 
