@@ -86,14 +86,31 @@ def test_imports_without_extras(name):
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
+def test_names_imported_on_demand_say_which_extra_they_need():
+    code = """
+import lightning_plugins.search as search
+for name in search.__all__:
+    try:
+        getattr(search, name)
+    except ImportError as error:
+        print(name, "lightning-plugins[search]" in str(error))
+"""
+    done = run(HIDE_EXTRAS + code)
+    names = ["B2EASampler", "SharedTrial", "TercetPruner", "TuneResult", "origins", "shared_trials", "tune"]
+    assert done.stdout.split("\n") == [*(f"{name} True" for name in names), ""], done.stderr
+
+
 @pytest.mark.parametrize("name", ["torchvision", "matplotlib.pyplot"])
 def test_hidden_extras_are_hidden(name):
     assert f"No module named '{name.partition('.')[0]}'" in run(f"{HIDE_EXTRAS}\nimport {name}").stderr
 
 
+OWN = ("lightning_plugins.functional.", "lightning_plugins._checks.", "lightning_plugins._grouping.")
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "functional").rglob("*.py")), ids=lambda path: path.stem)
 def test_functional_imports_torch_alone(path):
-    """Beside the standard library, itself, and the argument checks, which import nothing else.
+    """Beside the standard library, itself, and the checks and groups of arguments, which import nothing else.
 
     The convex hull of hidden points has no equal in torch; that module imports SciPy, inside of its function only, as
     `test_imports_without_extras` holds.
@@ -110,7 +127,7 @@ def test_functional_imports_torch_alone(path):
         for name in imported
         if name.partition(".")[0] not in {"torch", *sys.stdlib_module_names}
         and (path.stem, name) != ("hidden_points", "scipy.spatial")
-        and not f"{name}.".startswith(("lightning_plugins.functional.", "lightning_plugins._checks."))
+        and not f"{name}.".startswith(OWN)
     }
     assert strange == set()
 

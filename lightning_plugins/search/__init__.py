@@ -1,6 +1,6 @@
 """Hyperparameter search with few trials: a sampler and a pruner for Optuna, and training runs as trials.
 
-All but `TercetRule` need the extra ``search`` and are imported on demand.
+All but `TercetRule` and `Workers` need the extra ``search``; they are imported on demand.
 """
 
 from importlib import import_module

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
-from optuna.trial import TrialState
-
 from lightning_plugins._checks import check_non_negative_int, check_positive_int
 
 if TYPE_CHECKING:
@@ -102,6 +100,8 @@ def _take(left: Any) -> bool:
 
 def _give_back(study: "optuna.Study", worker: str, left: Any, retries: int) -> None:
     """Mark a killed worker's trial as failed, and enqueue its parameters again."""
+    from optuna.trial import TrialState  # imported late: `Workers` needs no Optuna
+
     lost = [t for t in study.get_trials(states=(TrialState.RUNNING,)) if t.user_attrs.get("worker", worker) == worker]
     for trial in lost:
         study.tell(trial.number, state=TrialState.FAIL)
@@ -114,5 +114,7 @@ def _give_back(study: "optuna.Study", worker: str, left: Any, retries: int) -> N
 
 def _close(study: "optuna.Study") -> None:
     """Fail trials still marked as running when no worker is left."""
+    from optuna.trial import TrialState
+
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
