@@ -44,10 +44,19 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def _commit() -> str:
-    """The commit, with "-dirty" if a tracked file differs from it, except stored measurements."""
+    """The commit, with "-dirty" if a tracked file differs from it, except stored measurements and their pages."""
     folder = Path(__file__).parent
     found = subprocess.run(["git", "describe", "--always"], cwd=folder, capture_output=True, text=True, check=False)
-    changed = ["git", "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)*.json"]
+    changed = [
+        "git",
+        "diff",
+        "--quiet",
+        "HEAD",
+        "--",
+        ":(top)",
+        ":(top,exclude)*.json",
+        ":(top,exclude)docs/benchmarks",
+    ]
     dirty = subprocess.run(changed, cwd=folder, capture_output=True, check=False).returncode != 0
     return f"{found.stdout.strip()}{'-dirty' * dirty}" if found.returncode == 0 else "unknown"
 

@@ -10,8 +10,7 @@ incumbent's mean result to the best mean of the table. Ordered parameters are in
 
 The method ``smac`` needs that package (`pip install smac`, whose forest is compiled with swig), ``hebo`` HEBO, whose
 pins exclude current NumPy (`pip install --no-deps HEBO pymoo==0.6.0 gpytorch GPy paramz catboost disjoint-set ...`).
-``hebo`` takes about 14 processor seconds per suggestion, a day and more of one core for ten seeds of all tables, so
-it is no part of the tables.
+``hebo`` takes many times as long per suggestion as the others and is no part of the tables.
 
 Every search is kept in a file and read from there, so that a run that was stopped goes on. Seeds come first, so that a
 part of the runs is a balanced one.

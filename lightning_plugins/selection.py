@@ -200,7 +200,7 @@ def select_tensors(model: nn.Module, layers: str | Sequence[str]) -> list[Tensor
         matches = _match(name, modules)
         if name not in modules:  # a glob
             matches = [match for match in matches if "parametrizations" not in match.split(".")]
-        called = [match for match in matches if _is_called(modules[match])]
+        called = [match for match in matches if is_called(modules[match])]
         if not called:
             found = _few(_type_names(modules, matches), "type")
             inside = [below for below in modules if below.startswith(f"{name}.")]
@@ -253,8 +253,19 @@ def _meant(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
     return sorted(outside, key=len, reverse=True)[:1] or within[:3]
 
 
-def _is_called(module: nn.Module) -> bool:
-    """Tell whether the module defines a forward; module lists and dicts do not, so their hooks never run."""
+def is_called(module: nn.Module) -> bool:
+    """Tell whether a module defines a forward; module lists and dicts do not, so their hooks never run.
+
+    Args:
+        module: The module.
+
+    Returns:
+        True if it does.
+
+    Example:
+        >>> is_called(nn.Sequential()), is_called(nn.ModuleList())
+        (True, False)
+    """
     return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 

@@ -1,6 +1,5 @@
 """A model, and compressions of it under a budget within a few steps, that several test files share."""
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from lightning_plugins.callbacks import HybridCompression, Phase
 from lightning_plugins.compression import ChoiceRates, Limits
+from tests.callbacks.nesting import gathered
 from tests.models import Classifier, make_batches
 
 BATCHES = [(x.double(), y) for x, y in make_batches(6)]
@@ -30,13 +30,7 @@ def seeded(kind: Any = Model, **arguments: Any) -> Any:
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of a compression, with the fields of its dataclasses among the settings gathered in these."""
-    given = dict(settings)
-    for name, kind in {"phase": Phase, "limits": Limits, "rates": ChoiceRates}.items():
-        own = {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
-        if own:
-            given[name] = kind(**own)
-    return given
+    return gathered(settings, {"phase": Phase, "limits": Limits, "rates": ChoiceRates})
 
 
 def in_steps(kind: Any = HybridCompression, **settings: Any) -> Any:

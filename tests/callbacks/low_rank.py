@@ -1,12 +1,12 @@
 """A model, and a compression of it within a few steps, that several test files share."""
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks import LowRankCompression, Penalty, SearchSettings, Timing
+from tests.callbacks.nesting import gathered
 from tests.models import Classifier, make_batches
 
 BATCHES = make_batches(6)
@@ -31,13 +31,7 @@ def seeded(kind: Any = Model, **arguments: Any) -> Any:
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of the compression, with the fields of its dataclasses among the settings gathered in these."""
-    given = dict(settings)
-    for name, kind in {"search": SearchSettings, "penalty": Penalty, "timing": Timing}.items():
-        own = {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
-        if own:
-            given[name] = kind(**own)
-    return given
+    return gathered(settings, {"search": SearchSettings, "penalty": Penalty, "timing": Timing})
 
 
 def in_steps(search_at: float = 3, factorize_at: float | None = 9, **settings: Any) -> LowRankCompression:

@@ -80,7 +80,7 @@ class CompressingCallback(Callback, ABC):
         """Check the module and the Trainer, and make the module ready for checkpoints of its compressed form."""
         require_lightning_module(type(self).__name__, pl_module)
         self._structure.made_small = False
-        self._handles.append(pl_module.register_load_state_dict_pre_hook(self._structure))  # type: ignore[no-untyped-call]  # torch's
+        self._handles.append(pl_module.register_load_state_dict_pre_hook(self._structure))  # type: ignore[no-untyped-call]  # torch does not annotate it
         if isinstance(trainer.strategy, ModelParallelStrategy):
             self._handles.append(SavedStructure(type(self).__name__, trainer, pl_module, self._structure.note))
         if stage != "fit":

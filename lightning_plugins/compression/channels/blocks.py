@@ -10,7 +10,7 @@ from lightning_plugins.compression.channels.skipped import Skipped, first_tensor
 from lightning_plugins.compression.channels.verify import tried
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.networks.parametrizations import clean_modules, plain_copy
-from lightning_plugins.selection import check_layers, select_kept, select_modules
+from lightning_plugins.selection import check_layers, is_called, select_kept, select_modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,6 +37,13 @@ def find_blocks(
     Raises:
         ValueError: If a name is not that of such a block, or none is left.
         TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> import torch
+        >>> block = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> search = find_blocks(nn.Sequential(nn.Linear(4, 4), block), torch.zeros(1, 4), "*")
+        >>> [group.block for group in search.groups], search.refused
+        (['1'], {'0': 'it is a Linear, and not a block of several layers'})
     """
     exact, chosen = _candidates(model, blocks)
     refused, found = _forms(model, example_inputs, chosen, select_kept(model, keep))
@@ -94,12 +101,12 @@ def _candidates(model: nn.Module, blocks: str | Sequence[str]) -> tuple[list[str
         raise type(error)(str(error).replace("`layers`", "`blocks`")) from None
     exact = [pattern for pattern in patterns if pattern in modules]
     for name in exact:
-        if not _has_forward(modules[name]):
+        if not is_called(modules[name]):
             raise ValueError(
                 f"`blocks`: {name!r} is a {type(modules[name]).__name__}, which a forward pass does not call; name its "
                 f"entries: '{name}.*' takes all of them"
             )
-    modules = {name: module for name, module in modules.items() if _has_forward(module)}
+    modules = {name: module for name, module in modules.items() if is_called(module)}
     inside = {name: _around(name, modules) for name in modules}
     for name in exact:
         if inside[name]:
@@ -107,10 +114,6 @@ def _candidates(model: nn.Module, blocks: str | Sequence[str]) -> tuple[list[str
     places = {name: place for place, name in enumerate(clean_modules(model))}
     outermost = sorted((name for name in modules if not inside[name]), key=places.__getitem__)
     return exact, {name: modules[name] for name in outermost}
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 def _around(name: str, modules: Mapping[str, nn.Module]) -> str:

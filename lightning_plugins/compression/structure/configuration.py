@@ -16,7 +16,8 @@ _HEADS = (
     *("encoder_attention_heads", "decoder_attention_heads", "decoder_num_heads"),
 )
 _WIDTHS = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim")
-_ERRORS = (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError, IndexError)
+# The checks of configurations and of models that are built from them.
+BUILD_ERRORS = (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError, IndexError, KeyError)
 _SHARED = "num_key_value_groups"
 _ABSENT = object()
 _Sizes = dict[str, tuple[int, ...]]
@@ -109,7 +110,7 @@ def _fresh(model: Any) -> _Sizes | None:
     try:
         with torch.device("meta"):
             return _sizes(type(model)(copy.deepcopy(model.config)))
-    except _ERRORS:  # the configuration's and the model's own checks
+    except BUILD_ERRORS:
         return None
 
 

@@ -7,13 +7,16 @@ from torch import nn
 
 from lightning_plugins.compression.channels.skipped import Skipped
 from lightning_plugins.compression.networks.pretrained import configuration_tells
-from lightning_plugins.compression.structure.configuration import configurations, update_configuration
+from lightning_plugins.compression.structure.configuration import (
+    BUILD_ERRORS,
+    configurations,
+    update_configuration,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 _KINDS = "layer_types"  # one for every block
-_ERRORS = (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError, IndexError, KeyError)
 
 
 def shallower(model: M) -> M:
@@ -39,7 +42,7 @@ def shallower(model: M) -> M:
     try:
         update_configuration(small)
         told = configuration_tells(small)
-    except _ERRORS:  # the configuration's and the model's own checks
+    except BUILD_ERRORS:
         return model
     return small if told else model
 
