@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from tests._processes import run_on_ranks
 from tests.callbacks.budgets import BATCHES, Model, seeded
@@ -15,7 +16,6 @@ from tests.contract_compression import COMPRESSIONS
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.contract_table import assert_close
 from tests.models import fit, shard
-from tests.sharding import fully_shard
 
 
 class Summed(Model):

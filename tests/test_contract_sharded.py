@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_plugins.callbacks import VNERegularization
 from lightning_plugins.distributed import full_tensor
@@ -16,7 +17,6 @@ from tests.contract_by_hand import Model
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.contract_table import SETTINGS, assert_close
 from tests.models import fit, make_batches, shard
-from tests.sharding import fully_shard
 
 BATCHES = make_batches(6)
 

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_plugins.callbacks import stable_rank
 from lightning_plugins.callbacks.stable_rank import StableRankRegularization
@@ -21,7 +22,6 @@ from lightning_plugins.schedules import Linear, Piecewise
 from tests._processes import run_on_ranks
 from tests._waits import Waits
 from tests.models import Batches, Classifier, fit, make_batches, shard
-from tests.sharding import fully_shard
 
 BATCHES = make_batches(6)
 WEIGHT = 0.3

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_plugins.distributed import full_tensor
 from lightning_plugins.mixins import CompressionMixin
@@ -18,7 +19,6 @@ from tests.callbacks.budgets import BATCHES
 from tests.callbacks.low_rank import RANKS, Model, in_steps, seeded
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import Batches, fit, shard
-from tests.sharding import fully_shard
 
 GIVEN = {"ranks": RANKS}
 SEARCHED: dict[str, Any] = {

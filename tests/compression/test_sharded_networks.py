@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_plugins.compression.networks.sharded import is_group, is_sharded, make_whole, whole_copy
 from tests._processes import run_on_ranks
-from tests.sharding import fully_shard
 
 
 class Net(nn.Module):

@@ -1,7 +1,7 @@
 """A network in evaluation mode for a while, and left as it was."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -35,5 +35,5 @@ def layer_by_layer() -> Iterator[None]:
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Compiled code runs as it was written, so that hooks are called."""
-    stance = getattr(torch.compiler, "set_stance", None)  # torch 2.5 has none
-    return nullcontext() if stance is None else stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
