@@ -1,6 +1,7 @@
 """`LowRankCompression` under FSDP2: whole tensors are split in every process, and their factors sharded again."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_plugins.callbacks._surgery.sharding import SavedStructure
 from lightning_plugins.distributed import full_tensor
 from lightning_plugins.mixins import CompressionMixin
 from tests._killed import saving
@@ -198,3 +200,10 @@ def test_a_resumed_training_equals_an_uninterrupted_one(distributed, tmp_path):
             assert found[step]["report"] == found[0]["report"]
             for part in ("weights", "moments"):
                 torch.testing.assert_close(found[step][part], found[0][part], rtol=0, atol=0, msg=f"{part}, {step}")
+
+
+def test_strategies_of_older_versions_are_called_as_they_are():
+    strategy = SimpleNamespace(load_checkpoint=lambda checkpoint_path: {"path": checkpoint_path}, broadcast=str)
+    trainer: Any = SimpleNamespace(strategy=strategy, optimizers=[])
+    SavedStructure("LowRankCompression", trainer, Model(), lambda: None)
+    assert strategy.load_checkpoint("last.ckpt") == {"path": "last.ckpt"}

@@ -148,13 +148,13 @@ class SavedStructure:
         """Leave the strategy as it was."""
         vars(self._trainer.strategy).pop("load_checkpoint", None)
 
-    def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def _load_checkpoint(self, checkpoint_path: Any, **options: Any) -> dict[str, Any]:  # none in Lightning 2.5
         path = Path(self._trainer.strategy.broadcast(checkpoint_path))
         if is_sharded(self._module) and path.exists():  # otherwise Lightning says so
-            saved, present = _saved_shapes(path, weights_only), shapes_of(self._module)
+            saved, present = _saved_shapes(path, options.get("weights_only")), shapes_of(self._module)
             if any(saved.get(name) != shape for name, shape in present.items()):
                 self._adopt(saved)
-        return self._load(checkpoint_path, weights_only=weights_only)
+        return self._load(checkpoint_path, **options)
 
     def _adopt(self, saved: dict[str, tuple[int, ...]]) -> None:
         _require_method(self._name, self._module)
