@@ -67,6 +67,7 @@ METHODS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "b2ea with one arm": lambda seed: B2EASampler(seed=seed),
     "b2ea without transform": lambda seed: B2EASampler(seed=seed, transform=False),
 }
+MANY = 10  # seeds, for the ranks that leave out methods with fewer
 RANKED = ("b2ea", "random", "tpe", "gp", "nsga2", "smac")
 ABLATIONS = {
     "b2ea without mutation": {"_KEEP": 1.0},
@@ -156,6 +157,8 @@ def page(tasks: list[str]) -> str:
         if found:
             medians = [f"{statistics.median(r[at - 1] for r in found.values()):.3g}" for at in AT]
             rows.append([task, method, str(len(found)), *medians])
+    main = [method for method in methods if method in RANKED]
+    many = [m for m in main if all(len(regrets_of(results, task, m)) >= MANY for task in tasks)]
     times = {m: [v["seconds"] for k, v in results["runs"].items() if f"/{m}/" in k] for m in methods}
     seconds = [[method, f"{statistics.median(values):.3f}"] for method, values in times.items()]
     parts = [
@@ -164,8 +167,12 @@ def page(tasks: list[str]) -> str:
         "## Median regret",
         markdown_table(["table", "method", "seeds", *(f"at {at}" for at in AT)], rows),
         "## Mean rank",
-        "Over tables and the seeds that all these methods have; in brackets how many places were averaged.",
-        markdown_table(["method", *(f"at {at}" for at in AT)], ranks(results, tasks, methods)),
+        "Over tables and the seeds that all methods of a table have; in brackets how many places were averaged. "
+        "Methods with few seeds are in the second table only.",
+        markdown_table(["method", *(f"at {at}" for at in AT)], ranks(results, tasks, many)),
+        markdown_table(["method", *(f"at {at}" for at in AT)], ranks(results, tasks, main)),
+        "The method with the lowest mean rank, among those of the first table:",
+        markdown_table(["table", *(f"at {at}" for at in AT)], firsts(results, tasks, many)),
         "## Sign tests",
         "On how many seeds B2EA's regret is the smaller one, of those where it is not equal, and the two-sided p.",
         markdown_table(["rival", "table", *(f"at {at}" for at in AT)], signs(results, tasks, methods)),
@@ -190,20 +197,34 @@ makes this page from the searches stored beside it. Rows of fewer than five seed
 methods."""
 
 
-def ranks(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
-    """Mean ranks over tables and the seeds that all main methods have; ties share their rank."""
-    main = [method for method in methods if method in RANKED]
-    collected: dict[str, list[list[float]]] = {method: [[] for _ in AT] for method in main}
+def places(results: dict[str, dict], tasks: list[str], methods: list[str], at: int) -> dict[str, list[float]]:
+    """Places of each method over tables and the seeds that all of them have; ties share theirs."""
+    found: dict[str, list[float]] = {method: [] for method in methods}
     for task in tasks:
-        found = {method: regrets_of(results, task, method) for method in main}
-        for seed in set.intersection(*(set(each) for each in found.values())):
-            for column, at in enumerate(AT):
-                places = rankdata([found[method][seed][at - 1] for method in main])
-                for method, place in zip(main, places, strict=True):
-                    collected[method][column].append(float(place))
-    return [
-        [m, *(f"{statistics.mean(c):.2f} ({len(c)})" if c else "" for c in columns)] for m, columns in collected.items()
-    ]
+        regrets = [regrets_of(results, task, method) for method in methods]
+        for seed in sorted(set.intersection(*map(set, regrets))):
+            for method, place in zip(methods, rankdata([one[seed][at - 1] for one in regrets]), strict=True):
+                found[method].append(float(place))
+    return found
+
+
+def ranks(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
+    """Mean ranks over all tables."""
+    found = [places(results, tasks, methods, at) for at in AT]
+    return [[m, *(f"{statistics.mean(one[m]):.2f} ({len(one[m])})" for one in found if one[m])] for m in methods]
+
+
+def firsts(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
+    """The method with the lowest mean rank on each table, and on how many tables B2EA is that."""
+
+    def first(task: str, at: int) -> str:
+        found = {method: statistics.mean(each) for method, each in places(results, [task], methods, at).items()}
+        best = min(found, key=lambda method: found[method])
+        return f"{best} {found[best]:.2f}" + ("" if best == "b2ea" else f", b2ea {found['b2ea']:.2f}")
+
+    rows = [[task, *(first(task, at) for at in AT)] for task in tasks]
+    wins = [sum(row[column].startswith("b2ea") for row in rows) for column in range(1, len(AT) + 1)]
+    return [*rows, ["b2ea is first on", *(f"{won} of {len(tasks)}" for won in wins)]]
 
 
 def targets(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
@@ -229,17 +250,24 @@ def targets(results: dict[str, dict], tasks: list[str], methods: list[str]) -> l
 
 
 def signs(results: dict[str, dict], tasks: list[str], methods: list[str]) -> list[list[str]]:
-    """By table, on how many seeds B2EA's regret is the smaller one, ties left out, with the sign test's p."""
+    """By table and over all, on how many seeds B2EA's regret is the smaller one, with the sign test's p."""
     rows = []
-    for rival, task in product([method for method in methods if method != "b2ea"], tasks):
-        ours, theirs = regrets_of(results, task, "b2ea"), regrets_of(results, task, rival)
-        cells = []
-        for at in AT:
-            pairs = [(ours[s][at - 1], theirs[s][at - 1]) for s in ours.keys() & theirs.keys()]
-            won, lost = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-            cells.append(f"{won} of {won + lost}, {binomtest(won, won + lost).pvalue:.2g}" if won + lost else "")
-        rows.append([rival, task, *cells])
+    for rival in [method for method in methods if method != "b2ea"]:
+        pairs = {task: pairs_of(results, task, rival) for task in tasks if regrets_of(results, task, rival)}
+        pairs["all tables"] = [pair for each in pairs.values() for pair in each]
+        for task, each in pairs.items():
+            cells = []
+            for at in AT:
+                won, lost = (sum(sign * (a[at - 1] - b[at - 1]) < 0 for a, b in each) for sign in (1, -1))
+                cells.append(f"{won} of {won + lost}, {binomtest(won, won + lost).pvalue:.2g}" if won + lost else "")
+            rows.append([rival, task, *cells])
     return rows
+
+
+def pairs_of(results: dict[str, dict], task: str, rival: str) -> list[tuple[list[float], list[float]]]:
+    """Regrets of B2EA and of the rival with the same seed."""
+    ours, theirs = regrets_of(results, task, "b2ea"), regrets_of(results, task, rival)
+    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def main() -> None:
