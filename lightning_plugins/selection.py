@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from lightning_plugins._checks import nearest
+from lightning_plugins._checks import check_instance, nearest
 
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")
@@ -55,10 +55,8 @@ def split_side(layer: str) -> tuple[str, Side]:
         ValueError: If the suffix is neither ``:input`` nor ``:output``.
 
     Example:
-        >>> split_side("backbone.fc:input")
-        ('backbone.fc', 'input')
-        >>> split_side("backbone.fc")
-        ('backbone.fc', 'output')
+        >>> split_side("backbone.fc:input"), split_side("backbone.fc")
+        (('backbone.fc', 'input'), ('backbone.fc', 'output'))
     """
     name, colon, side = layer.rpartition(":")
     if not colon:
@@ -157,15 +155,17 @@ def select_kept(
         Clean dotted names.
 
     Raises:
-        ValueError: As `select_modules`, of ``keep``.
-        TypeError: As `select_modules`, of ``keep``.
+        ValueError: As `select_modules`.
+        TypeError: As `select_modules`.
 
     Example:
         >>> select_kept(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), "0")
         {'0'}
     """
+    if keep is None or (isinstance(keep, Sequence) and not len(keep)):
+        return set()
     try:
-        return set(select_modules(model, keep, types=types)) if keep else set()
+        return set(select_modules(model, keep, types=types))
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("`layers`", "`keep`")) from None
 
@@ -217,6 +217,7 @@ def select_tensors(model: nn.Module, layers: str | Sequence[str]) -> list[Tensor
 
 def _named_modules(model: nn.Module, *, wrapped: bool) -> dict[str, nn.Module]:
     """All modules but the root by clean name; ``wrapped`` selects the wrapped module rather than the wrapper."""
+    check_instance("model", model, nn.Module, "a torch.nn.Module")
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):  # a shared module has several names
         clean = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
@@ -255,9 +256,6 @@ def _meant(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 
 def is_called(module: nn.Module) -> bool:
     """Tell whether a module defines a forward; module lists and dicts do not, so their hooks never run.
-
-    Args:
-        module: The module.
 
     Returns:
         True if it does.

@@ -254,16 +254,17 @@ def other_package(base: type) -> Any:
 def test_trainer_and_module_of_pytorch_lightning():
     import pytorch_lightning
 
-    trainer = pytorch_lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        callbacks=vne("backbone")(),
-    )
-    with pytest.raises(MisconfigurationException, match=r"comes from `pytorch_lightning`; .* change the imports to"):
-        trainer.fit(other_package(pytorch_lightning.LightningModule), BATCHES)
+    old = pytorch_lightning.__version__.startswith("2.5")  # its Trainer is the first to see the callback
+    message = "Expected a parent" if old else r"comes from `pytorch_lightning`; .* change the imports to"
+    with pytest.raises(ValueError if old else MisconfigurationException, match=message):
+        pytorch_lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            callbacks=vne("backbone")(),
+        ).fit(other_package(pytorch_lightning.LightningModule), BATCHES)
 
 
 def test_module_of_pytorch_lightning():

@@ -205,7 +205,7 @@ def bad_calls():
         (lambda: Budget(net, ranks=["stem.2"], target=0.4), "`ranks` must name layers"),
         (lambda: budget.cost(kept[:1]), "`kept` must have a tensor of shape"),
         (lambda: budget.cost(kept, {"stem.0": 1}), "`ranks` must be of layers named"),
-        (lambda: project(tight, kept, scores), "`target` must be at least"),
+        (lambda: project(tight, kept, scores), "`budget.target` must be at least"),
         (lambda: project(budget, kept, scores, min_channels=0), "`min_channels` must be at least 1"),
         (lambda: project(budget, kept, scores, multiple_of=0), "`multiple_of` must be at least 1"),
         (lambda: project(budget, kept, scores[:2]), "`scores` must have one tensor"),

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_choice, check_fraction
+from lightning_plugins._checks import check_choice, check_fraction, check_instance, check_text
 from lightning_plugins.compression.budget.cost_terms import beyond_layers, count_terms
-from lightning_plugins.compression.channels.group import ChannelGroup
+from lightning_plugins.compression.channels.group import ChannelGroup, check_groups
 from lightning_plugins.compression.costs.layer_costs import COSTS, Cost
+from lightning_plugins.compression.networks.arguments import check_module, check_tensors
 
 _IN_PRODUCTS = ("least", "inner", "factor", "per_unit")  # of floating numbers: whole ones below 2 ** 53 stay exact
 
@@ -61,6 +62,10 @@ class Budget:
         check_choice("cost", cost, COSTS)
         if cost == "params" and inputs is not None:
             raise ValueError("`inputs` must be left out with cost='params', for which nothing is run")
+        check_module(model)
+        check_groups(groups)
+        for name in check_instance("ranks", ranks, (list, tuple), "a list of names of layers"):
+            check_text("ranks", name, "a list of names of layers")
         self.groups, self.ranks, self.target = tuple(groups), tuple(ranks), target
         thresholds = model._modules.get("rank_thresholds")
         if thresholds is not None:
@@ -165,6 +170,9 @@ class Budget:
             ValueError: If ``kept`` does not fit the groups, or a layer has no rank here.
         """
         terms = self._terms
+        if kept is not None:
+            check_tensors("kept", kept)
+        check_instance("ranks", {} if ranks is None else ranks, Mapping, "ranks by names of layers")
         if kept is not None and [tuple(keep.shape) for keep in kept] != [(group.size,) for group in self.groups]:
             raise ValueError(
                 f"`kept` must have a tensor of shape (size,) for each of the {len(self.groups)} groups, got shapes "

@@ -243,7 +243,7 @@ class BudgetedNetwork:
         try:
             self._project(nothing, scores, least, margins)
         except ValueError as error:
-            raise ValueError(str(error).replace("`target`", "`budget`")) from None
+            raise ValueError(str(error).replace("`budget.target`", "`budget`")) from None
 
     def remove(self) -> None:
         """Take masks and thresholds off, those that are on: the model is the dense one."""

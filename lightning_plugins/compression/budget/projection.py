@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_instance, check_int, check_positive_int
 from lightning_plugins._deprecation import renamed
 from lightning_plugins.compression.budget.budget import Budget, Projection
 from lightning_plugins.compression.channels.group import ChannelGroup
 from lightning_plugins.compression.channels.shrink import check_kept
+from lightning_plugins.compression.networks.arguments import check_tensors
 
 
 @renamed(minimum="min_channels", multiple="multiple_of")
@@ -57,6 +58,13 @@ def project(
     """
     check_positive_int("min_channels", min_channels)
     check_positive_int("multiple_of", multiple_of)
+    check_instance("budget", budget, Budget, "a Budget")
+    check_tensors("kept", kept)
+    check_tensors("scores", scores)
+    for name, given in (("ranks", ranks), ("margins", margins)):
+        check_instance(name, {} if given is None else given, Mapping, "a mapping by names of layers")
+    for name, rank in (ranks or {}).items():
+        check_int(f"ranks[{name!r}]", rank)
     check_kept_shapes(budget, kept, scores)
     ranks, margins = dict(ranks or {}), dict(margins or {})
     for name in budget.ranks:
@@ -66,8 +74,8 @@ def project(
     while state.cost() > budget.limit:
         if not state.remove():
             raise ValueError(
-                f"`target` must be at least {state.cost() / budget.dense:.4g} for this network: that is left when all "
-                f"groups and ranks are at their minimum{_blocks_too(budget)}, got {budget.target}"
+                f"`budget.target` must be at least {state.cost() / budget.dense:.4g} for this network, which is "
+                f"left when all groups and ranks are at their minimum{_blocks_too(budget)}, got {budget.target}"
             )
     return Projection(state.masks(), state.split(), state.cost())
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_finite_number
+from lightning_plugins._checks import check_finite_number, check_positive_number, shown
 from lightning_plugins.compression.budget.budget import Budget
 from lightning_plugins.compression.gates.masks import ChannelMasks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
@@ -106,6 +106,9 @@ class BudgetShift:
         return torch.minimum((values + self.exchange.to(values) * shifts.to(values)).clamp_min(0), highest[:, None])
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 class Multiplier:
     """A Lagrange multiplier that grows while a cost is above its target, and shrinks below it.
 
@@ -141,8 +144,14 @@ class Multiplier:
 
         Returns:
             Scalar.
+
+        Raises:
+            TypeError: If ``share`` is no dense tensor of floating-point numbers.
         """
-        gap = share / target - 1
+        dense = isinstance(share, Tensor) and share.layout == torch.strided and not share.is_nested
+        if not dense or share.dtype not in _FLOATS:
+            raise TypeError(f"`share` must be a scalar tensor of floating-point numbers, got {shown(share)}")
+        gap = share / check_positive_number("target", target) - 1
         return self.value * gap + self.damping / 2 * gap.clamp_min(0).square()
 
     def update(self, share: float, target: float) -> float:
@@ -154,7 +163,13 @@ class Multiplier:
 
         Returns:
             The multiplier.
+
+        Raises:
+            TypeError: If an argument is no number.
+            ValueError: If ``target`` is not positive, or ``share`` not finite.
         """
+        check_finite_number("share", share)
+        check_positive_number("target", target)
         self.value = max(0.0, self.value + self.rate * (share / target - 1))
         return self.value
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_plugins._checks import nearest
+from lightning_plugins._checks import check_text, nearest
 from lightning_plugins.compression.calibration.masking import Mask, RowIndex, check_mask, mask_of
 from lightning_plugins.compression.calibration.moment_sums import MomentSums
 from lightning_plugins.compression.calibration.passes import Forward, check_forward, model_pass, placed
@@ -191,9 +191,12 @@ class Calibration:
             raise ValueError("`calibration` must be gathered before it is used; call `gather()` after the last batch")
         if self.batches == 0:
             raise ValueError("`calibration` must have recorded batches; call `record(batches)` first")
+        check_text("name", name)
         if name not in self._found:
             near = "".join(f"; did you mean {other!r}?" for other in nearest(name, list(self._layers), limit=1))
-            raise ValueError(f"`calibration` must be of all layers that are split, but has no layer {name!r}{near}")
+            raise ValueError(
+                f"`calibration` must be of all layers that are split, but has no layer of the `name` {name!r}{near}"
+            )
         total, rows = self._found[name]
         if rows == 0:
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._checks import check_instance
 from lightning_plugins.compression.calibration.masking import RowIndex
 from lightning_plugins.compression.calibration.rows import rows_of, take, width
 from lightning_plugins.compression.low_rank.splittable import Layer
@@ -87,6 +88,7 @@ class MomentSums:
             return
         self.flush()
         layer = self.layers[name]
+        check_instance("batches", given, Tensor, f"batches from which layer {name!r} gets a tensor")
         rows = rows_of(layer, given.detach())
         where = index.rows(name, rows.places, given.device)
         count = torch.Size(rows.places).numel() if where is None else len(where)

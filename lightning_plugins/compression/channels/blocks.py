@@ -9,6 +9,7 @@ from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSe
 from lightning_plugins.compression.channels.skipped import Skipped, first_tensor, skip_modules
 from lightning_plugins.compression.channels.verify import tried
 from lightning_plugins.compression.costs.layer_costs import run
+from lightning_plugins.compression.networks.arguments import check_example
 from lightning_plugins.compression.networks.parametrizations import clean_modules, plain_copy
 from lightning_plugins.selection import check_layers, is_called, select_kept, select_modules
 
@@ -127,6 +128,7 @@ def _forms(
 ) -> tuple[dict[str, str], dict[str, int]]:
     """For modules that are no blocks the reason, and for the others the form of what they return."""
     refused: dict[str, str] = {}
+    check_example("example_inputs", inputs)
     found: dict[str, int] = {}
     for name, module in chosen.items():
         inner = next((other for other in kept if other == name or other.startswith(f"{name}.")), None)

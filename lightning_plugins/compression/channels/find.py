@@ -2,18 +2,20 @@
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_plugins._checks import check_instance, shown
 from lightning_plugins.compression.channels.attention import attention_groups
 from lightning_plugins.compression.channels.dependencies import Bundle, bundles, parameters_of
-from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSearch, Member
+from lightning_plugins.compression.channels.group import ChannelGroup, ChannelSearch, Member, check_groups
 from lightning_plugins.compression.channels.verify import tried
 from lightning_plugins.compression.low_rank.splittable import replace_modules
 from lightning_plugins.compression.low_rank.transposed import as_linear, is_transposed
+from lightning_plugins.compression.networks.arguments import check_example, check_module
 from lightning_plugins.compression.networks.parametrizations import plain_copy
 from lightning_plugins.selection import check_layers, select_kept, select_modules
 
@@ -81,13 +83,17 @@ def find_channel_groups(
 
     Raises:
         TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> import torch
+        >>> search = find_channel_groups(net, torch.zeros(1, 3))
+        >>> [group.name for group in search.groups], list(search.refused)
+        (['0'], ['2'])
     """
     check_layers(layers, sides=False)
-    if not isinstance(example_inputs, Tensor | tuple | Mapping):
-        raise TypeError(
-            "`example_inputs` must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
-            f"{type(example_inputs).__name__}" + ("; did you mean a tuple?" if isinstance(example_inputs, list) else "")
-        )
+    check_module(model)
+    check_example("example_inputs", example_inputs)
     kinds = (*_PRODUCERS, *{type(module) for module in model.modules() if is_transposed(module)})
     chosen = set(select_modules(model, layers, types=kinds))
     chosen -= select_kept(model, keep, types=kinds)
@@ -139,7 +145,7 @@ def _traced_groups(
         )
 
 
-def groups_to_state(groups: Iterable[ChannelGroup]) -> list[dict[str, Any]]:
+def groups_to_state(groups: Sequence[ChannelGroup]) -> list[dict[str, Any]]:
     """Groups as primitives, for a checkpoint that loads with ``weights_only=True``.
 
     Args:
@@ -147,7 +153,15 @@ def groups_to_state(groups: Iterable[ChannelGroup]) -> list[dict[str, Any]]:
 
     Returns:
         One dict per group.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> import torch
+        >>> (state,) = groups_to_state(groups := channel_groups(net, torch.zeros(1, 3)))
+        >>> state["name"], state["size"], groups_from_state([state]) == groups
+        ('0', 8, True)
     """
+    check_groups(groups)
     return [{**group._asdict(), "members": [member._asdict() for member in group.members]} for group in groups]
 
 
@@ -159,11 +173,23 @@ def groups_from_state(state: Iterable[dict[str, Any]]) -> list[ChannelGroup]:
 
     Returns:
         The groups.
+
+    Raises:
+        TypeError: If it is not of that form.
+
+    Example:
+        >>> member = {"parameter": "0.weight", "dim": 0, "side": "out", "units": [0, 1]}
+        >>> groups_from_state([{"name": "0", "size": 2, "members": [member]}])[0].layers
+        ('0',)
     """
+    rule = "a list of dicts, as `groups_to_state` gives"
     groups = []
-    for entry in state:
-        members = tuple(Member(**{**member, "units": tuple(member["units"])}) for member in entry["members"])
-        groups.append(ChannelGroup(**{**entry, "members": members}))
+    for entry in check_instance("state", state, (list, tuple), rule):
+        try:
+            members = tuple(Member(**{**member, "units": tuple(member["units"])}) for member in entry["members"])
+            groups.append(ChannelGroup(**{**entry, "members": members}))
+        except (KeyError, TypeError, IndexError) as error:
+            raise TypeError(f"`state` must be {rule}, got {shown(entry)} in it") from error
     return groups
 
 

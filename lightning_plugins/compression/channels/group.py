@@ -1,6 +1,9 @@
 """Groups of channels that can only be removed together, as data."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from lightning_plugins._checks import check_instance, shown
 
 
 class Member(NamedTuple):
@@ -59,3 +62,21 @@ class ChannelSearch(NamedTuple):
 
     groups: list[ChannelGroup]
     refused: dict[str, str]
+
+
+def check_groups(groups: Sequence[ChannelGroup]) -> None:
+    """Raise an error unless ``groups`` is a list or tuple of groups of channels.
+
+    Raises:
+        TypeError: If it is not.
+
+    Example:
+        >>> check_groups(["net.0"])
+        Traceback (most recent call last):
+            ...
+        TypeError: `groups` must be a list of groups of channels, as `channel_groups` finds, got 'net.0' (str) in it
+    """
+    rule = "a list of groups of channels, as `channel_groups` finds"
+    for group in check_instance("groups", groups, (list, tuple), rule):
+        if not isinstance(group, ChannelGroup):
+            raise TypeError(f"`groups` must be {rule}, got {shown(group)} in it")

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.compression.channels.group import ChannelGroup
+from lightning_plugins.compression.channels.group import ChannelGroup, check_groups
 from lightning_plugins.compression.channels.resize import heads_of, resize_heads, resize_layer
 from lightning_plugins.compression.channels.skipped import skip_modules
+from lightning_plugins.compression.networks.arguments import check_tensors
 from lightning_plugins.compression.networks.parametrizations import clean_modules
 
 Slices = dict[str, list[tuple[int, Tensor]]]
@@ -93,6 +94,8 @@ def check_kept(groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
     Raises:
         ValueError: If their number or shapes differ, they are not boolean, or one keeps no channel.
     """
+    check_groups(groups)
+    check_tensors("kept", kept)
     if len(kept) != len(groups):
         raise ValueError(f"`kept` must have one mask for each of the {len(groups)} groups, got {len(kept)}")
     for group, keep in zip(groups, kept, strict=True):

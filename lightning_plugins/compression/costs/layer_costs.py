@@ -11,6 +11,7 @@ from lightning_plugins._checks import check_choice
 from lightning_plugins.compression.low_rank.layers import full_rank, matrix_shape
 from lightning_plugins.compression.low_rank.splittable import Layer, select_layers
 from lightning_plugins.compression.low_rank.transposed import as_linear
+from lightning_plugins.compression.networks.arguments import check_example
 from lightning_plugins.compression.networks.evaluation import evaluation, layer_by_layer, uncompiled
 from lightning_plugins.weights import Scheme
 
@@ -148,11 +149,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
     """
     if inputs is None:
         raise ValueError("`inputs` must be given to count operations: a tensor, a tuple or a dict, got None")
-    if not isinstance(inputs, Tensor | tuple | Mapping):
-        raise TypeError(
-            "`inputs` must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
-            f"{type(inputs).__name__}" + ("; did you mean a tuple?" if isinstance(inputs, list) else "")
-        )
+    check_example("inputs", inputs)
     with evaluation(model), uncompiled(), layer_by_layer(), _constants(model), warnings.catch_warnings():
         # torch's counter of operations sets hooks on all modules; compiled ones warn of that, and run uncompiled here.
         warnings.filterwarnings("ignore", message="Using `torch.compile")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_bool, check_positive_int
 from lightning_plugins.compression.costs.layer_costs import run
 from lightning_plugins.compression.low_rank.splittable import is_low_rank_pair
 from lightning_plugins.compression.networks.evaluation import evaluation
@@ -109,6 +109,7 @@ def measure_network(
         ({'0': LayerSize(params=15, flops=120)}, 120)
     """
     check_positive_int("repeats", repeats)
+    check_bool("latency", latency)
     check_model("model", model)
     sizes = _layer_sizes(model, check_inputs(inputs) if latency else inputs)
     time_taken = measure_latencies([model], check_inputs(inputs), repeats)[0] if latency else None

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._checks import check_choice, check_finite_number
-from lightning_plugins.compression.channels.group import ChannelGroup
+from lightning_plugins.compression.channels.group import ChannelGroup, check_groups
 from lightning_plugins.compression.channels.shrink import check_kept
 from lightning_plugins.compression.gates.annealed import Annealed
 from lightning_plugins.compression.gates.block_gate import BlockGate, BlockSlopes, put_on_gate, take_off_gates
 from lightning_plugins.compression.gates.masked_weight import Masked, scale_at_once
 from lightning_plugins.compression.gates.shared_masks import SharedMasks
+from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, straight_through
 
@@ -170,6 +171,7 @@ def apply_masks(
     if check_finite_number("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")
     check_finite_number("init", init)
+    check_groups(groups)
     if not groups:
         raise ValueError("`groups` must hold at least one group, got none")
     if masks_of(model) is not None:
@@ -210,7 +212,15 @@ def masks_of(model: nn.Module) -> ChannelMasks | None:
 
     Returns:
         The masks that `apply_masks` put on, or None.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+
+    Example:
+        >>> masks_of(nn.Linear(3, 2)) is None
+        True
     """
+    check_module(model)
     masks = model._modules.get(NAME)
     return masks if isinstance(masks, ChannelMasks) else None
 
@@ -223,6 +233,14 @@ def remove_masks(model: nn.Module) -> None:
 
     Raises:
         ValueError: If it has no masks.
+
+    Example:
+        >>> from lightning_plugins.compression import channel_groups
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> masks = apply_masks(net, channel_groups(net, torch.zeros(1, 3)))
+        >>> remove_masks(net)
+        >>> masks_of(net) is None
+        True
     """
     _take_off(model, bake=False)
 
@@ -237,6 +255,15 @@ def bake_masks(model: nn.Module) -> None:
 
     Raises:
         ValueError: If it has no masks.
+
+    Example:
+        >>> from lightning_plugins.compression import channel_groups
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> masks = apply_masks(net, channel_groups(net, torch.zeros(1, 3)))
+        >>> masks.scores[0].data[:6] = -1.0
+        >>> bake_masks(net)
+        >>> net[0].weight.any(dim=1)
+        tensor([False, False, False, False, False, False,  True,  True])
     """
     masks = masks_of(model)
     if masks is not None:

@@ -16,6 +16,7 @@ from lightning_plugins.compression.gates.rank_thresholds import (
 )
 from lightning_plugins.compression.gates.thresholded import Thresholded
 from lightning_plugins.compression.low_rank.splittable import select_layers
+from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
 
 NAME = "rank_thresholds"
@@ -105,7 +106,15 @@ def thresholds_of(model: nn.Module) -> RankThresholds | None:
 
     Returns:
         The thresholds that `apply_thresholds` put on, or None.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+
+    Example:
+        >>> thresholds_of(nn.Linear(3, 2)) is None
+        True
     """
+    check_module(model)
     thresholds = model._modules.get(NAME)
     return thresholds if isinstance(thresholds, RankThresholds) else None
 
@@ -118,6 +127,13 @@ def remove_thresholds(model: nn.Module) -> None:
 
     Raises:
         ValueError: If it has no thresholds.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 2))
+        >>> thresholds = apply_thresholds(net)
+        >>> remove_thresholds(net)
+        >>> thresholds_of(net) is None
+        True
     """
     if thresholds_of(model) is None:
         raise ValueError("`model` must have thresholds to remove, got none; `apply_thresholds` adds them")
@@ -135,6 +151,16 @@ def bake(model: nn.Module) -> None:
 
     Raises:
         ValueError: If it has neither masks nor thresholds.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 2, bias=False))
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[4.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        >>> thresholds = apply_thresholds(net, init=0.5)
+        >>> bake(net)
+        >>> net[0].weight
+        Parameter containing:
+        tensor([[2., 0., 0.],
+                [0., 0., 0.]], requires_grad=True)
     """
     masks, thresholds = masks_of(model), thresholds_of(model)
     if thresholds is None:

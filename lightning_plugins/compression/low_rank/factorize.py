@@ -5,10 +5,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_bool, check_positive_int
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
 from lightning_plugins.compression.low_rank.layers import full_rank, low_rank_layer, matrix_shape
 from lightning_plugins.compression.low_rank.splittable import Layer, replace_modules, select_layers
+from lightning_plugins.compression.networks.arguments import check_moments
 from lightning_plugins.compression.networks.pretrained import warn_when_saved
 from lightning_plugins.selection import select_modules
 from lightning_plugins.weights import Scheme
@@ -67,6 +68,8 @@ def factorize(
           (2): Linear(in_features=6, out_features=1, bias=True)
         )
     """
+    check_bool("only_if_smaller", only_if_smaller)
+    check_moments(calibration)
     replacements: dict[nn.Module, nn.Sequential] = {}
     for name, (layer, rank) in _chosen(model, ranks, layers, scheme).items():
         smaller = rank * sum(matrix_shape(layer, scheme=scheme)) < layer.weight.numel()

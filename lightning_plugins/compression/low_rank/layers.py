@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_instance, check_positive_int
 from lightning_plugins.compression.low_rank.decomposition import Decomposition, InputMoment, decompose
 from lightning_plugins.compression.low_rank.splittable import Layer, reason_against
 from lightning_plugins.compression.low_rank.transposed import as_linear, is_transposed, stored_weight
-from lightning_plugins.weights import Scheme, weight_to_matrix
+from lightning_plugins.weights import Scheme, check_scheme, weight_to_matrix
 
 
 def low_rank_layer(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment | None = None) -> nn.Sequential:
@@ -84,6 +84,8 @@ def factors(layer: Layer, rank: int, *, scheme: Scheme = 1, moment: InputMoment 
         [(2, 4, 1, 3), (8, 2, 3, 1)]
     """
     _check(layer, rank, scheme)
+    if moment is not None:
+        check_instance("moment", moment, InputMoment, "an InputMoment")
     weight = as_linear(layer).weight
     U, V = Decomposition(weight, moment, scheme=scheme).factors(rank)
     shape = weight.shape
@@ -242,8 +244,7 @@ def _split_settings(layer: nn.Conv1d | nn.Conv2d, scheme: Scheme) -> tuple[dict[
 
 
 def _check(layer: Layer, rank: int, scheme: Scheme) -> None:
-    if scheme not in {1, 2}:
-        raise ValueError(f"`scheme` must be 1 or 2, got {scheme!r}")
+    check_scheme(scheme)
     if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and not is_transposed(layer):
         raise TypeError(f"`layer` must be a Linear, Conv1d or Conv2d, but it {reason_against(layer)}")
     if reason := reason_against(layer, scheme=scheme):

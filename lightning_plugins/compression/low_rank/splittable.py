@@ -13,7 +13,7 @@ from lightning_plugins.compression.low_rank.transposed import is_transposed
 from lightning_plugins.compression.low_rank.weight_readers import readers
 from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.selection import select_modules
-from lightning_plugins.weights import Scheme
+from lightning_plugins.weights import Scheme, check_scheme
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 
@@ -45,6 +45,7 @@ def select_layers(
         >>> list(select_layers(net, "*"))
         ['1', '3']
     """
+    check_scheme(scheme)
     matched = select_modules(model, layers)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     named = {id(model.get_submodule(pattern)) for pattern in patterns if _has(model, pattern)}  # the others are globs

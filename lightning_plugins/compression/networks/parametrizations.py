@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.selection import WRAPPERS
 
 
 def clean_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules, the model itself included, by names without the segments of compilation and checkpointing."""
+    check_module(model)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         found[clean_name(name)] = module  # a wrapper comes before the wrapped module, which holds the parameters

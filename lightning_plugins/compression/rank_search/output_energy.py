@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number, nearest
+from lightning_plugins._checks import check_bool, check_finite_number, nearest
 from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
+from lightning_plugins.compression.networks.arguments import check_moments
 from lightning_plugins.compression.rank_search.choices import Choice, cheapest_choices
 from lightning_plugins.compression.rank_search.problem import RankProblem, RankSearch, state_problem
 from lightning_plugins.compression.rank_search.truncation import energies
@@ -67,6 +68,8 @@ def output_energy(
         Ours. The exchange rate is that of `trade_off`; what it leaves is a multiple-choice knapsack problem, solved by
         dynamic programming over the choices that bounds do not exclude (Dyer, Kayal and Walker, 1984).
     """
+    check_bool("relative", relative)
+    check_moments(calibration)
     problem = state_problem(model, budget, layers, cost, inputs, scheme)
     factors = _factors(problem, sensitivity)
     found = energies(problem.modules, scheme, calibration)
@@ -99,7 +102,7 @@ def _factors(problem: RankProblem, sensitivity: Mapping[str, float] | None) -> l
     factors = []
     for name in problem.names:
         if name not in sensitivity:
-            near = "".join(f"; did you mean {other!r}?" for other in nearest(name, list(sensitivity), limit=1))
+            near = "".join(f"; did you mean {other!r}?" for other in nearest(name, map(str, sensitivity), limit=1))
             raise ValueError(f"`sensitivity` must have a factor for each layer, but has none for {name!r}{near}")
         factors.append(check_finite_number(f"sensitivity[{name!r}]", sensitivity[name]))
         if factors[-1] < 0:

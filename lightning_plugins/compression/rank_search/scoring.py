@@ -245,7 +245,7 @@ def check_batches(batches: Iterable[Any]) -> None:
         TypeError: If ``batches`` is not iterable.
         ValueError: If it is an iterator, which is exhausted after one pass, or a loader that shuffles.
     """
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or (isinstance(batches, Tensor) and batches.ndim == 0):
         raise TypeError(f"`batches` must be a DataLoader or another iterable of batches, got {type(batches).__name__}")
     if isinstance(batches, Iterator):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_callable, check_positive_int, check_text
 from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
@@ -220,9 +220,14 @@ def score_ranks(
     if not isinstance(ranks, Mapping) or not ranks:
         raise TypeError(f"`ranks` must give the rank of at least one layer by name, got {ranks!r}")
     for name, rank in ranks.items():
+        check_text("ranks", name, "a mapping from names of layers to ranks")
         check_positive_int(f"ranks[{name!r}]", rank)
     check_batches(batches)
-    modules = select_layers(model, list(ranks), scheme=scheme, transposed=True)
+    check_callable("score", score, "a function of model and batch")
+    try:
+        modules = select_layers(model, list(ranks), scheme=scheme, transposed=True)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`layers`", "`ranks`")) from None
     wanted = tuple(min(ranks[name], full_rank(module, scheme=scheme)) for name, module in modules.items())
     with (
         evaluation(model),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.compression.low_rank.decomposition import Decomposition, InputMoments
 from lightning_plugins.compression.low_rank.transposed import as_linear, stored_weight
+from lightning_plugins.compression.networks.arguments import check_moments
 from lightning_plugins.weights import Scheme
 
 
@@ -93,6 +94,7 @@ class TruncatedWeights:
 
 def _decomposed(name: str, module: nn.Module, scheme: Scheme, calibration: InputMoments | None) -> Decomposition:
     _finite(name, module)
+    check_moments(calibration)
     moment = None if calibration is None else calibration.moment(name)
     return Decomposition(as_linear(module).weight, moment, scheme=scheme)
 

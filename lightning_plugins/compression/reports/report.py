@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
-from lightning_plugins._checks import check_positive_int
+from lightning_plugins._checks import check_bool, check_positive_int
 from lightning_plugins.compression.costs.network_costs import (
     Inputs,
     Latency,
@@ -238,6 +238,7 @@ def compression_report(
         LayerChange(before=LayerSize(params=210, flops=400), after=LayerSize(params=70, flops=120))
     """
     check_positive_int("repeats", repeats)
+    check_bool("latency", latency)
     if not isinstance(before, NetworkCosts):
         check_model("before", before)
     check_model("after", after)

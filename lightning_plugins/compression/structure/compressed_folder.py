@@ -109,6 +109,14 @@ def load_compressed(model: Callable[..., M], folder: str | Path) -> M:
         ValueError: If the folder holds no compressed network, a file of it is missing or was changed, or it is of
             another network than ``model`` builds.
         ImportError: If safetensors is not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from lightning_plugins.compression import factorize
+        >>> with TemporaryDirectory() as folder:
+        ...     save_compressed(factorize(nn.Sequential(nn.Linear(8, 6)), 2), folder)
+        ...     load_compressed(lambda: nn.Sequential(nn.Linear(8, 6)), folder)[0][0].out_features
+        2
     """
     folder = _path(folder)
     if isinstance(model, nn.Module) or not callable(model):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.selection import WRAPPERS
 
 Shape = tuple[int, ...]
@@ -71,6 +72,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Yields:
         Name and module.
     """
+    check_module(model)
     for name, module in model.named_modules(remove_duplicate=False):
         yield clean(name), module
 
