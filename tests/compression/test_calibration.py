@@ -446,7 +446,7 @@ MISTAKES: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "another layer": (
         lambda net: factorize(net, 0.3, calibration=Calibration(net, "0").record([X])),
         ValueError,
-        "must be of all layers that are split, but has no layer '2'",
+        "must be of all layers that are split, but has no layer of the `name` '2'",
     ),
     "another model": (
         lambda net: factorize(

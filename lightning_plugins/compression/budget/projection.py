@@ -74,8 +74,8 @@ def project(
     while state.cost() > budget.limit:
         if not state.remove():
             raise ValueError(
-                f"`budget.target` must be at least {state.cost() / budget.dense:.4g} for this network, which is "
-                f"left when all groups and ranks are at their minimum{_blocks_too(budget)}, got {budget.target}"
+                f"`budget.target` must be at least {state.cost() / budget.dense:.4g} for this network: "
+                f"that is left when all groups and ranks are at their minimum{_blocks_too(budget)}, got {budget.target}"
             )
     return Projection(state.masks(), state.split(), state.cost())
 
