@@ -7,14 +7,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_choice, check_finite_number
+from lightning_plugins._checks import check_choice
 from lightning_plugins.compression.channels.group import ChannelGroup, check_groups
 from lightning_plugins.compression.channels.shrink import check_kept
 from lightning_plugins.compression.gates.annealed import Annealed
 from lightning_plugins.compression.gates.block_gate import BlockGate, BlockSlopes, put_on_gate, take_off_gates
 from lightning_plugins.compression.gates.masked_weight import Masked, scale_at_once
 from lightning_plugins.compression.gates.shared_masks import SharedMasks
-from lightning_plugins.compression.networks.arguments import check_module
+from lightning_plugins.compression.networks.arguments import check_module, check_single
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
 from lightning_plugins.functional.masks import annealed_sigmoid, hard_concrete, straight_through
 
@@ -168,9 +168,9 @@ def apply_masks(
         Eo et al., https://arxiv.org/abs/2309.13077: our reading.
     """
     check_choice("gate", gate, get_args(Gate))
-    if check_finite_number("beta", beta) <= 0:
+    if check_single("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")
-    check_finite_number("init", init)
+    check_single("init", init)
     check_groups(groups)
     if not groups:
         raise ValueError("`groups` must hold at least one group, got none")

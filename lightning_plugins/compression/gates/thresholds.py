@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_finite_number, check_positive_int
+from lightning_plugins._checks import check_positive_int
 from lightning_plugins.compression.gates.masked_weight import scale_at_once
 from lightning_plugins.compression.gates.masks import bake_masks, masks_of, remove_masks
 from lightning_plugins.compression.gates.rank_thresholds import (
@@ -16,7 +16,7 @@ from lightning_plugins.compression.gates.rank_thresholds import (
 )
 from lightning_plugins.compression.gates.thresholded import Thresholded
 from lightning_plugins.compression.low_rank.splittable import select_layers
-from lightning_plugins.compression.networks.arguments import check_module
+from lightning_plugins.compression.networks.arguments import check_module, check_single
 from lightning_plugins.compression.networks.parametrizations import clean_modules, put_on, take_off
 
 NAME = "rank_thresholds"
@@ -71,9 +71,9 @@ def apply_thresholds(
     Source:
         Eo et al., https://arxiv.org/abs/2309.13077: our reading. The form of the gradient is ours.
     """
-    if check_finite_number("beta", beta) <= 0:
+    if check_single("beta", beta) <= 0:
         raise ValueError(f"`beta` must be positive, got {beta!r}")
-    if check_finite_number("init", init) < 0:
+    if check_single("init", init) < 0:
         raise ValueError(f"`init` must be at least 0, got {init!r}")
     check_positive_int("refresh_every", refresh_every)
     if thresholds_of(model) is not None:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_plugins._checks import check_instance, shown
+from lightning_plugins._checks import check_finite_number, check_instance, shown
 
 
 def check_module(model: nn.Module) -> None:
@@ -77,3 +78,28 @@ def check_moments(calibration: Any) -> None:
             "`calibration` must be a lightning_plugins.compression.Calibration or have its method `moment(name)`, got "
             f"{shown(calibration)}"
         )
+
+
+def check_single(name: str, value: float) -> float:
+    """Return ``value`` if it is a number that single precision can hold.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The argument's value.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is beyond the range of float32.
+
+    Example:
+        >>> check_single("init", 1e39)
+        Traceback (most recent call last):
+            ...
+        ValueError: `init` must be within the range of float32, got 1e+39
+    """
+    if abs(check_finite_number(name, value)) > torch.finfo(torch.float32).max:
+        raise ValueError(f"`{name}` must be within the range of float32, got {value!r}")
+    return value
