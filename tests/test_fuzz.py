@@ -1,6 +1,5 @@
 """Every public name, called with one wrong argument, does its work or says which argument is wrong."""
 
-import os
 import resource
 import signal
 import warnings
@@ -30,15 +29,6 @@ MEMORY = 3 * 2**30  # beyond what the process has: sizes of 1e9 fail at once ins
 RECORDS = [name for name, value in NAMES.items() if fuzzing.is_record(value)]
 SLOW = ("search.B2EASampler", "search.tune", "information.estimate", "callbacks.AttributionEvaluation")
 CALLED = [name for name in NAMES if name not in RECORDS and name not in fuzzing.ALONE]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """In a folder of its own: some functions write to the path that they are given."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("fuzz"))
-    yield
-    os.chdir(before)
 
 
 @cache

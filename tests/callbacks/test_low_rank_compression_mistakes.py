@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -169,25 +169,27 @@ class Mesh(ModelParallelStrategy):
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "others", "message"),
+    ("model", "ranks", "message"),
     [
-        (
-            Classifier,
-            1,
-            [],
-            "move the calls of `fully_shard` from `configure_model` of Classifier to a method `configure_",
-        ),
-        (CanBeShardedAgain, 2, [], "got `tensor_parallel_size=2`; pass `tensor_parallel_size=1`"),
-        (CanBeShardedAgain, 1, [EMAWeightAveraging()], "averages of weights do not work with ModelParallelStrategy"),
+        (Classifier, 1, "move the calls of `fully_shard` from `configure_model` of Classifier to a method `configure_"),
+        (CanBeShardedAgain, 2, "got `tensor_parallel_size=2`; pass `tensor_parallel_size=1`"),
     ],
 )
-def test_sharding_that_cannot_be_done_again_is_named(model, ranks, others, message, monkeypatch):
+def test_sharding_that_cannot_be_done_again_is_named(model, ranks, message, monkeypatch):
     callback, strategy = LowRankCompression("head", search="energy"), Mesh()
     strategy.ranks = ranks
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback, *others])
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback])
     monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
     with pytest.raises(MisconfigurationException, match=message):
         callback.setup(trainer, model(), "fit")
+
+
+def test_averages_of_sharded_weights_are_refused(monkeypatch):
+    monkeypatch.setattr("lightning_plugins.callbacks._surgery.sharding.averages_of", lambda trainer: [object()])
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", Mesh())
+    with pytest.raises(MisconfigurationException, match="averages of weights do not work with ModelParallelStrategy"):
+        LowRankCompression("head", search="energy").setup(trainer, CanBeShardedAgain(), "fit")
 
 
 def test_a_module_of_the_other_package_is_refused():
