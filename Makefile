@@ -7,7 +7,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 # Those that train for long are run by name.
 LONG := $(addprefix benchmarks/,sinusoid.py glyph_few_shot.py low_rank_digits.py hybrid_compression_study.py \
-	representations.py)
+	representations.py minilm_trained.py)
 BENCH ?= $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py))
 
 VENV := .venv

@@ -1,0 +1,225 @@
+"""A pretrained sentence encoder compressed and trained against itself: ranks, channels and blocks, Torch-Pruning.
+
+Encoder, texts and metrics are those of `minilm.py`. Every method has the same number of steps of the same batches, in
+which `Distillation` compares the last hidden states with those of the dense encoder; no label is used.
+
+- ``low rank``: ranks by the error of the outputs and calibrated truncation before the first step.
+- ``DF``: `MaskScheduling` of heads, hidden units of the perceptrons, and whole layers, in the first half of the steps.
+- ``Torch-Pruning``: heads and hidden units by magnitude, the same fraction in each layer, before the first step.
+
+Results are added to a JSON file; a run continues where the last one ended.
+
+    python benchmarks/minilm_trained.py            # what is missing, then docs/benchmarks/minilm_trained.md
+    python benchmarks/minilm_trained.py --report   # the page from what is stored
+"""
+
+import argparse
+import copy
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _docstrings import training_texts
+from _report import describe_machine, markdown_table
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from minilm import LAYERS, Encoder, calibrated, measure, pooled
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks import Distillation, MaskScheduling, Phase
+from lightning_plugins.compression import factorize, output_energy, quantize
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "minilm_trained.md"
+RATE, BATCH, LENGTH, CALIBRATION = 5e-4, 32, 96, 1024
+LEFT = (0.8, 0.6, 0.5, 0.4)
+TEXT = """# Compressing a sentence encoder with training
+
+`python benchmarks/minilm_trained.py`: {machine}.
+
+all-MiniLM-L6-v2 at shares of the weights of its encoder, after {steps} steps of {batch} docstring paragraphs in which
+`Distillation` compares the last hidden states with those of the dense encoder; no label is used, and one training was
+run for each row. *low rank*: ranks by the error of the outputs, calibrated truncation, then all steps. *DF*: heads,
+hidden units of the perceptrons and whole layers, chosen by learned masks in the first half of the steps.
+*Torch-Pruning*: heads and hidden units by magnitude, the same fraction in each layer, then all steps.
+
+MRR is the mean over {sets} sets of 150 paragraphs to retrieve, from other packages than the texts to train with, with
+weights in float32 and in int8. MB are those of the state dict, embeddings included; milliseconds are CPU time for 8
+paragraphs; minutes are CPU time of compression and training.
+
+"""
+
+
+class Student(LightningModule):
+    """The encoder; what it is trained for comes from callbacks alone."""
+
+    def __init__(self, encoder: Encoder, model: nn.Module, steps: int) -> None:
+        super().__init__()
+        self.model, self.steps = model, steps
+        self.example_input_array = next(encoder.batches(["An example.", "Another one."]))
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return pooled(self.model, batch)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return 0.0 * self(**batch).sum()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), RATE, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=self.steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def training_batches(encoder: Encoder, steps: int, seed: int) -> list[dict[str, Tensor]]:
+    """Batches of paragraphs of about equal length, which need little padding."""
+    draw = random.Random(seed)
+    texts = [draw.choice(training_texts())[: 4 * LENGTH] for _ in range(steps * BATCH)]
+    batches: list[dict[str, Tensor]] = []
+    for start in range(0, len(texts), 8 * BATCH):
+        batches += encoder.batches(sorted(texts[start : start + 8 * BATCH], key=len), size=BATCH)
+    draw.shuffle(batches)
+    return batches
+
+
+def weights(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.encoder.parameters() if parameter.ndim == 2)
+
+
+def low_rank(encoder: Encoder, left: float) -> nn.Module:
+    calibration, _ = calibrated(encoder, CALIBRATION)
+    ranks = output_energy(encoder.dense, calibration, budget=left, layers=LAYERS, relative=True).ranks
+    return factorize(copy.deepcopy(encoder.dense), ranks, calibration=calibration)
+
+
+def torch_pruning(encoder: Encoder, left: float) -> nn.Module:
+    """The largest network within the budget, with one fraction of heads and hidden units in all layers."""
+    import torch_pruning as tp
+
+    def pruned(fraction: float) -> nn.Module:
+        model = copy.deepcopy(encoder.dense)
+        attention = [layer.attention.self for layer in model.encoder.layer]
+        residual = [
+            dense for layer in model.encoder.layer for dense in (layer.attention.output.dense, layer.output.dense)
+        ]
+        pruner = tp.pruner.BasePruner(
+            model,
+            next(encoder.batches(["An example.", "Another one."])),
+            importance=tp.importance.MagnitudeImportance(p=2),
+            pruning_ratio=fraction,
+            num_heads={part: one.num_attention_heads for one in attention for part in (one.query, one.key, one.value)},
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio=fraction,
+            ignored_layers=[*residual, model.pooler, model.embeddings],
+            output_transform=lambda output: output.last_hidden_state.sum(),
+        )
+        pruner.step()
+        for one in attention:
+            one.num_attention_heads = one.query.out_features // one.attention_head_size
+            one.all_head_size = one.query.out_features
+        return model
+
+    fractions = [step / 48 for step in range(1, 44)]  # heads go by twelfths, hidden units in finer steps
+    return next(model for model in map(pruned, fractions) if weights(model) <= left * weights(encoder.dense))
+
+
+def choosing(student: Student, left: float) -> Callback:
+    """The callback of DF, whose budget is a share of the whole network."""
+    every = sum(parameter.numel() for parameter in student.parameters())
+    return MaskScheduling(
+        "model.encoder.*",
+        budget=1 - (1 - left) * weights(student.model) / every,
+        cost="params",
+        blocks="model.encoder.layer.*",
+        phase=Phase(begin=0.0, end=0.5),
+        figures=False,
+    )
+
+
+BEFORE: dict[str, Callable[[Encoder, float], nn.Module]] = {"low rank": low_rank, "Torch-Pruning": torch_pruning}
+METHODS = ("low rank", "DF", "Torch-Pruning")
+
+
+def trained(encoder: Encoder, method: str, left: float, steps: int) -> tuple[nn.Module, float]:
+    """The small encoder, and the minutes of CPU time that it took."""
+    seed_everything(0, verbose=False)
+    batches = training_batches(encoder, steps, seed=0)
+    begin = time.process_time()
+    model = BEFORE[method](encoder, left) if method in BEFORE else copy.deepcopy(encoder.dense)
+    student = Student(encoder, model, steps)
+    teacher = Distillation(
+        encoder.dense, outputs="last_hidden_state", network="model", mask="attention_mask", weight=1.0
+    )
+    callbacks = [teacher, choosing(student, left)] if method == "DF" else [teacher]
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    # Short epochs, since a surgery waits for the next one.
+    epoch = max(1, steps // 10)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, limit_train_batches=epoch, callbacks=callbacks, **quiet
+    )
+    trainer.fit(student, torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True))
+    return student.model.eval(), (time.process_time() - begin) / 60
+
+
+def run(settings: argparse.Namespace) -> dict[str, Any]:
+    stored = json.loads(settings.output.read_text()) if settings.output.exists() else {"rows": {}}
+    rows, encoder, dense = stored["rows"], Encoder(), []
+    found = measure(encoder, encoder.dense, settings.sets, dense)
+    rows.setdefault("dense | 1", {**found, "left": 1.0})
+    for left in settings.left:
+        for method in settings.methods:
+            key = f"{method} | {left}"
+            if key in rows:
+                continue
+            model, minutes = trained(encoder, method, left, settings.steps)
+            row = {"minutes": minutes, "left": weights(model) / weights(encoder.dense)}
+            row |= measure(encoder, model, settings.sets, dense)
+            row["int8"] = measure(encoder, quantize(model), settings.sets, dense)
+            rows[key] = row
+            stored |= {"machine": describe_machine("cpu"), "steps": settings.steps}
+            print(key, {name: row[name] for name in ("minutes", "left", "mrr", "milliseconds")}, flush=True)
+            settings.output.write_text(json.dumps(stored, indent=1) + "\n")
+    return stored
+
+
+def page(stored: dict[str, Any]) -> str:
+    """The page with the table."""
+
+    def mean(found: dict[str, Any], name: str) -> float:
+        return statistics.mean(found[name])
+
+    dense = mean(stored["rows"]["dense | 1"], "mrr")
+    lines = []
+    for key, found in sorted(stored["rows"].items(), key=lambda row: -float(row[0].partition(" | ")[2])):
+        method, _, left = key.partition(" | ")
+        mrr, small = mean(found, "mrr"), found.get("int8")
+        line = [method, f"{float(left):.0%}", f"{found['left']:.1%}", f"{mrr:.3f}", f"{mrr / dense:.1%}"]
+        line += [f"{mean(found, 'spearman'):.3f}", f"{mean(small, 'mrr'):.3f}" if small else ""]
+        line += [f"{found['bytes'] / 1e6:.1f}", f"{small['bytes'] / 1e6:.1f}" if small else ""]
+        line += [f"{found['milliseconds']:.0f}", f"{found['minutes']:.1f}" if small else ""]
+        lines.append(line)
+    header = ["method", "budget", "weights left", "MRR", "of dense", "Spearman", "MRR, int8", "MB", "MB, int8", "ms"]
+    sets = len(stored["rows"]["dense | 1"]["mrr"])
+    return TEXT.format(**stored, sets=sets, batch=BATCH) + markdown_table([*header, "minutes"], lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--left", type=float, nargs="+", default=LEFT, help="shares of the encoder's weights to keep")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--sets", type=int, default=5, help="how many sets of paragraphs")
+    parser.add_argument("--output", type=Path, default=PAGE.with_suffix(".json"))
+    parser.add_argument("--report", action="store_true", help="write the page of what was measured before")
+    settings = parser.parse_args()
+    stored = json.loads(settings.output.read_text()) if settings.report else run(settings)
+    text = page(stored)
+    print(text)
+    settings.output.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
