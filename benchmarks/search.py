@@ -194,7 +194,9 @@ published tables (four of HPOLib, three of NAS-Bench-201, from the package simpl
 evaluation is a look-up of one training's result, drawn among those with other seeds; regret is that of the incumbent's
 mean result to the best mean of the table, in the table's units (loss, or percent of accuracy). `benchmarks/search.py`
 makes this page from the searches stored beside it. Rows of fewer than five seeds are a first look and show no order of
-methods."""
+methods. HEBO 0.3.6 is left out: it takes some 14 seconds of a processor per suggestion (`benchmarks/hebo_sampler.py`).
+The last three methods are B2EA without one of its parts, to see what each is worth: the mutation, the second arm (the
+Gaussian process's expected improvement alone), and the transform of values."""
 
 
 def places(results: dict[str, dict], tasks: list[str], methods: list[str], at: int) -> dict[str, list[float]]:
