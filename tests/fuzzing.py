@@ -216,7 +216,7 @@ def like(right: Any) -> dict[str, Callable[[], Any]]:
         "one dimension more": lambda: right.detach()[None],
         "numpy like it": lambda: right.detach().numpy(),
         "list of it": lambda: [right.detach()],
-        "stride 0 like it": lambda: right.detach().mean().expand(right.shape) if right.numel() else right,
+        "stride 0 like it": lambda: right.detach().flatten()[0].expand(right.shape) if right.numel() else right,
         "negative like it": lambda: -right.detach() if right.dtype != torch.bool else right,
     }
     if right.ndim:
