@@ -172,12 +172,12 @@ class Budget:
         terms = self._terms
         if kept is not None:
             check_tensors("kept", kept)
+            if [tuple(keep.shape) for keep in kept] != [(group.size,) for group in self.groups]:
+                raise ValueError(
+                    f"`kept` must have a tensor of shape (size,) for each of the {len(self.groups)} groups, got shapes "
+                    f"{[tuple(keep.shape) for keep in kept]}"
+                )
         check_instance("ranks", {} if ranks is None else ranks, Mapping, "ranks by names of layers")
-        if kept is not None and [tuple(keep.shape) for keep in kept] != [(group.size,) for group in self.groups]:
-            raise ValueError(
-                f"`kept` must have a tensor of shape (size,) for each of the {len(self.groups)} groups, got shapes "
-                f"{[tuple(keep.shape) for keep in kept]}"
-            )
         unknown = set(ranks or ()) - set(self.ranks)
         if unknown:
             raise ValueError(f"`ranks` must be of layers named in the constructor, got {sorted(unknown)}")

@@ -11,7 +11,6 @@ from lightning_plugins._checks import check_bool, check_finite_number, nearest
 from lightning_plugins._deprecation import Replaced, renamed, share_left
 from lightning_plugins.compression.costs.layer_costs import Cost
 from lightning_plugins.compression.low_rank.decomposition import InputMoments
-from lightning_plugins.compression.networks.arguments import check_moments
 from lightning_plugins.compression.rank_search.choices import Choice, cheapest_choices
 from lightning_plugins.compression.rank_search.problem import RankProblem, RankSearch, state_problem
 from lightning_plugins.compression.rank_search.truncation import energies
@@ -69,7 +68,6 @@ def output_energy(
         dynamic programming over the choices that bounds do not exclude (Dyer, Kayal and Walker, 1984).
     """
     check_bool("relative", relative)
-    check_moments(calibration)
     problem = state_problem(model, budget, layers, cost, inputs, scheme)
     factors = _factors(problem, sensitivity)
     found = energies(problem.modules, scheme, calibration)
