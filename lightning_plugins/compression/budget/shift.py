@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_plugins._checks import check_finite_number, check_positive_number, shown
+from lightning_plugins._checks import check_finite_number, check_positive_number
 from lightning_plugins.compression.budget.budget import Budget
 from lightning_plugins.compression.gates.masks import ChannelMasks
 from lightning_plugins.compression.gates.rank_thresholds import RankThresholds
 from lightning_plugins.compression.gates.spectra import SpectrumTable
+from lightning_plugins.functional.tensors import check_floating
 
 _FURTHEST = 8.0
 _HIGHEST = 0.9  # of a threshold, as a share of the largest singular value there is
@@ -106,9 +107,6 @@ class BudgetShift:
         return torch.minimum((values + self.exchange.to(values) * shifts.to(values)).clamp_min(0), highest[:, None])
 
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 class Multiplier:
     """A Lagrange multiplier that grows while a cost is above its target, and shrinks below it.
 
@@ -146,11 +144,10 @@ class Multiplier:
             Scalar.
 
         Raises:
-            TypeError: If ``share`` is no dense tensor of floating-point numbers.
+            TypeError: If ``share`` is no floating tensor, or ``target`` no number.
+            ValueError: If ``target`` is not positive.
         """
-        dense = isinstance(share, Tensor) and share.layout == torch.strided and not share.is_nested
-        if not dense or share.dtype not in _FLOATS:
-            raise TypeError(f"`share` must be a scalar tensor of floating-point numbers, got {shown(share)}")
+        check_floating("share", share)
         gap = share / check_positive_number("target", target) - 1
         return self.value * gap + self.damping / 2 * gap.clamp_min(0).square()
 

@@ -23,6 +23,7 @@ from lightning_plugins.compression.calibration.storage import (
 )
 from lightning_plugins.compression.low_rank.decomposition import InputMoment
 from lightning_plugins.compression.low_rank.splittable import select_layers
+from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.compression.networks.evaluation import evaluation, layer_by_layer, uncompiled
 from lightning_plugins.distributed import is_distributed, sum_over_ranks
 
@@ -75,8 +76,7 @@ class Calibration:
         effort: float | None = 0.25,
         memory: int | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         check_options(damping, effort)
         self._model, self._mask, self.damping, self.effort = model, check_mask(mask), damping, effort
         self._layers = select_layers(model, layers, transposed=True)

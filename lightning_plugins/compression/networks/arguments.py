@@ -15,7 +15,8 @@ def check_module(model: nn.Module) -> None:
     Raises:
         TypeError: If it is not.
     """
-    check_instance("model", model, nn.Module, "a torch.nn.Module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_tensors(name: str, values: Sequence[Tensor]) -> None:

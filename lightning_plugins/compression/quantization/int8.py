@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.compression.structure.restore_structure import restore_structure
 from lightning_plugins.selection import select_modules
@@ -41,8 +42,7 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
         >>> net(torch.ones(2, 32)).shape
         torch.Size([2, 16])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     functions = _torchao()
     chosen: set[nn.Module] = set()
     kept = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}

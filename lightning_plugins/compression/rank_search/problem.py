@@ -11,6 +11,7 @@ from lightning_plugins._checks import check_fraction
 from lightning_plugins._deprecation import share_left
 from lightning_plugins.compression.costs.layer_costs import Cost, LayerCost, layer_costs
 from lightning_plugins.compression.low_rank.splittable import Layer, select_layers
+from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.weights import Scheme
 
 Ranks = tuple[int, ...]  # one per layer, in the order of the problem's names
@@ -155,8 +156,7 @@ def state_problem(
         TypeError: If ``model`` is not a module or ``budget`` not a number.
         ValueError: If ``budget`` is not inside (0, 1), or is less than rank 1 everywhere leaves.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if check_fraction("budget", budget) in {0, 1}:
         raise ValueError(f"`budget` must be more than 0 and less than 1, got {budget!r}; it is the share that is left")
     costs = layer_costs(model, layers, cost=cost, inputs=inputs, scheme=scheme)

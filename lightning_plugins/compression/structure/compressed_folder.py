@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.compression.channels.resize import set_head_attributes
+from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.compression.networks.pretrained import configuration_tells, is_pretrained_model, warn_when_saved
 from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.compression.structure.configuration import update_configuration
@@ -63,8 +64,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
         >>> torch.equal(again[0][0].weight, small[0][0].weight)
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     folder = _path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, and {str(folder)!r} is a file")
