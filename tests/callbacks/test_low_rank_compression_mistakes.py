@@ -184,14 +184,6 @@ def test_sharding_that_cannot_be_done_again_is_named(model, ranks, message, monk
         callback.setup(trainer, model(), "fit")
 
 
-def test_averages_of_sharded_weights_are_refused(monkeypatch):
-    monkeypatch.setattr("lightning_plugins.callbacks._surgery.sharding.averages_of", lambda trainer: [object()])
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    monkeypatch.setattr(trainer._accelerator_connector, "strategy", Mesh())
-    with pytest.raises(MisconfigurationException, match="averages of weights do not work with ModelParallelStrategy"):
-        LowRankCompression("head", search="energy").setup(trainer, CanBeShardedAgain(), "fit")
-
-
 def test_a_module_of_the_other_package_is_refused():
     with pytest.raises(Exception, match="works with modules of `lightning"):
         LowRankCompression("head").setup(Trainer(logger=False, accelerator="cpu"), nn.Linear(2, 2), "fit")

@@ -8,11 +8,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_plugins.callbacks import LowRankCompression
 from lightning_plugins.mixins import CompressionMixin
 from tests._processes import run_on_ranks
 from tests.callbacks.low_rank import BATCHES, RANKS, Model, assert_same, in_steps, seeded
+from tests.callbacks.test_low_rank_compression_mistakes import CanBeShardedAgain, Mesh
 from tests.contract_ranks import BOUNDS, act_as_rank
 from tests.models import Batches, fit, shard
 
@@ -159,3 +162,11 @@ def test_a_split_that_no_training_follows_is_that_of_the_averaged_weights(first)
     by_itself = seeded().double()
     fit(by_itself, BATCHES, [Replaces(by_hand(watched.found)), in_steps(ranks=RANKS), Stops()], max_epochs=4)
     torch.testing.assert_close(dict(model.state_dict()), dict(by_itself.state_dict()))
+
+
+def test_averages_of_sharded_weights_are_refused(monkeypatch):
+    callback = LowRankCompression("head", search="energy")
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback, average()])
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", Mesh())
+    with pytest.raises(MisconfigurationException, match="averages of weights do not work with ModelParallelStrategy"):
+        callback.setup(trainer, CanBeShardedAgain(), "fit")
