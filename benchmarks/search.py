@@ -120,7 +120,9 @@ def search(table: Table, method: str, seed: int) -> dict[str, object]:
     for count in range(1, TRIALS + 1):
         incumbent = int(np.argmin(observed[:count]))
         regrets.append(table.means[keys[incumbent]] - table.best)
-    return {"regret": [float(f"{value:.4g}") for value in regrets], "seconds": round(seconds, 3)}
+    rounded = [float(f"{value:.4g}") for value in regrets]
+    changes = [(count, value) for count, value in enumerate(rounded, 1) if count == 1 or value != rounded[count - 2]]
+    return {"regret": changes, "seconds": round(seconds, 3)}  # few numbers: an incumbent stays for long
 
 
 def run(tasks: list[str], methods: list[str], seeds: int) -> None:
@@ -135,7 +137,7 @@ def run(tasks: list[str], methods: list[str], seeds: int) -> None:
         partial = STORE.with_suffix(".partial")
         partial.write_text(json.dumps(results) + "\n")
         partial.replace(STORE)
-        print(name, results["runs"][name]["regret"][AT[0] - 1 :: 25], flush=True)
+        print(name, after_each_trial(results["runs"][name]["regret"])[AT[0] - 1 :: 25], flush=True)
 
 
 def load() -> dict[str, dict]:
@@ -144,7 +146,14 @@ def load() -> dict[str, dict]:
 
 def regrets_of(results: dict[str, dict], task: str, method: str) -> dict[int, list[float]]:
     prefix = f"{task}/{method}/"
-    return {int(k.removeprefix(prefix)): v["regret"] for k, v in results["runs"].items() if k.startswith(prefix)}
+    own = {int(k.removeprefix(prefix)): v["regret"] for k, v in results["runs"].items() if k.startswith(prefix)}
+    return {seed: after_each_trial(changes) for seed, changes in own.items()}
+
+
+def after_each_trial(changes: list[tuple[int, float]]) -> list[float]:
+    """The regret after each trial, from the trials at which it changed."""
+    ends = [count for count, _ in changes[1:]] + [TRIALS + 1]
+    return [value for (count, value), end in zip(changes, ends, strict=True) for _ in range(count, end)]
 
 
 def page(tasks: list[str]) -> str:
