@@ -8,7 +8,8 @@ fill, at the first batch of a validation, and its queue holds all of them here. 
 stable-pretraining has many requirements that this part does not need:
 
     pip install --no-deps --target FOLDER stable-pretraining loguru omegaconf antlr4-python3-runtime==4.9.3 \\
-        hydra-core kornia kornia_rs datasets dill xxhash multiprocess pyarrow prettytable requests-cache cattrs url-normalize
+        hydra-core kornia kornia_rs datasets dill xxhash multiprocess pyarrow prettytable requests-cache cattrs \\
+        url-normalize
     PYTHONPATH=$PWD:FOLDER python benchmarks/other_monitors.py     # docs/benchmarks/other_monitors.md
 """
 
