@@ -15,10 +15,14 @@ order of the batches, the same for all methods; differences are paired by seed.
     python benchmarks/hybrid_compression_study.py --minutes 10         # as much as begins within ten minutes
     python benchmarks/hybrid_compression_study.py --networks resnet18 --budgets 0.5
 
+With ", trained" behind a network's name it starts from weights of a dense training of 36 epochs on the same images, and
+Torch-Pruning removes channels before the first step.
+
 Results of every run are stored in a file and reused, so that an interrupted study can be continued.
 """
 
 import argparse
+import functools
 import json
 import logging
 import statistics
@@ -48,6 +52,7 @@ from digits import Classifier, Digits
 STORE = ROOT / "docs" / "benchmarks" / "hybrid_compression.json"
 TRAIN, BATCH = 600, 100
 AT = 0.4  # when Torch-Pruning removes channels, as a fraction of the training
+TRAINED, BEFORE = ", trained", 36  # a start from trained weights, and the epochs of that training
 METHODS = (
     "hybrid",
     "ranks",
@@ -159,7 +164,9 @@ def search_with_fastnas(model: Classifier, budget: float, loader: DataLoader) ->
         )
 
 
-def fit_with_other(model: Classifier, loader: DataLoader, epochs: int, budget: float, method: str) -> None:
+def fit_with_other(
+    model: Classifier, loader: DataLoader, epochs: int, budget: float, method: str, at: float = AT
+) -> None:
     steps, done = epochs * len(loader), 0
 
     def optimizer(first: int) -> tuple[Any, Any]:
@@ -173,7 +180,7 @@ def fit_with_other(model: Classifier, loader: DataLoader, epochs: int, budget: f
     model.train()
     current, schedule = optimizer(0)
     for epoch in range(epochs):
-        if epoch == round(AT * epochs):
+        if epoch == round(at * epochs):
             model.eval()
             if method.startswith("Torch-Pruning"):
                 prune(model, budget, method)
@@ -207,21 +214,39 @@ class Case(NamedTuple):
         return " | ".join(map(str, self))
 
 
+def fit(model: Classifier, loader: DataLoader, epochs: int, callbacks: list[Callback]) -> None:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, enable_checkpointing=False, **quiet).fit(
+        model, loader
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def start(network: str, data: str, seed: int) -> dict[str, torch.Tensor]:
+    """The weights that a training begins with."""
+    seed_everything(seed, verbose=False)
+    model = Classifier(network.removesuffix(TRAINED), classes=CLASSES[data])
+    if network.endswith(TRAINED):
+        fit(model, loaders(data, seed)[0], BEFORE, [])
+    return model.state_dict()
+
+
 def run(case: Case) -> dict[str, float]:
     """Accuracy, the remaining fraction of FLOPs, and the remaining channels and split layers."""
+    weights = start(case.network, case.data, case.seed)
     loader, rest = loaders(case.data, case.seed)
     seed_everything(case.seed, verbose=False)
-    model = Classifier(case.network, classes=CLASSES[case.data])
+    trained = case.network.endswith(TRAINED)
+    model = Classifier(case.network.removesuffix(TRAINED), classes=CLASSES[case.data])
+    model.load_state_dict(weights)
     dense, begun = flops(model.eval()), time.process_time()
     model.train()
     found: dict[str, float] = {}
     if case.method.startswith(("Torch-Pruning", "Model-Optimizer")):
-        fit_with_other(model, loader, case.epochs, case.budget, case.method)
+        fit_with_other(model, loader, case.epochs, case.budget, case.method, at=0.0 if trained else AT)
     else:
         callbacks = [] if case.method == "dense" else [callback(case.method, case.budget)]
-        settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = Trainer(max_epochs=case.epochs, callbacks=callbacks, enable_checkpointing=False, **settings)
-        trainer.fit(model, loader)
+        fit(model, loader, case.epochs, callbacks)
         if callbacks:
             report = callbacks[0].report
             kept = [(part.left, part.of) for part in report.kept.values()]
@@ -285,13 +310,14 @@ def tables(store: Store, cases: list[Case]) -> str:
 TEXT = """# Channels, ranks or both within a budget: accuracy against Torch-Pruning
 
 600 training images of ten digits or of thirty characters, batches of 100, AdamW under one cycle of its learning rate,
-from scratch. `HybridCompression` selects channels and ranks jointly, `RankScheduling` only ranks, `MaskScheduling` only
-channels (learned, or by magnitude); Torch-Pruning removes the same fraction of channels from all layers after two
-fifths of the training, or those ranked last overall ("global"); Model-Optimizer's FastNAS searches then for numbers of
-channels by the accuracy on the training images. Intervals are 95 % over training seeds. "Minus the
-better Torch-Pruning" compares seed by seed with the more accurate of its rows *for that seed*, which favours
-Torch-Pruning; rows with fewer than five seeds are preliminary. The script is `benchmarks/hybrid_compression_study.py`;
-its results are in `hybrid_compression.json`.
+from scratch or, where the table says so, from the weights of a dense training of {before} epochs on the same images.
+`HybridCompression` selects channels and ranks jointly, `RankScheduling` only ranks, `MaskScheduling` only channels
+(learned, or by magnitude). Torch-Pruning removes the same fraction of channels from all layers after two fifths of the
+training, or those ranked last overall ("global"); from trained weights it does so before the first step.
+Model-Optimizer's FastNAS searches then for numbers of channels by the accuracy on the training images. Intervals are
+95 % over training seeds. "Minus the better Torch-Pruning" compares seed by seed with the more accurate of its rows *for
+that seed*, which favours Torch-Pruning; rows with fewer than five seeds are preliminary. The script is
+`benchmarks/hybrid_compression_study.py`; its results are in `hybrid_compression.json`.
 
 {machine}
 
@@ -335,7 +361,7 @@ def main() -> None:
             options.store.write_text(json.dumps(kept, indent=1) + "\n")
             print(case.key, store[case.key], flush=True)
     known = [Case(*_typed(key.split(" | "))) for key in store]
-    page = TEXT.format(machine=kept["machine"], tables=tables(store, known))
+    page = TEXT.format(before=BEFORE, machine=kept["machine"], tables=tables(store, known))
     options.store.with_suffix(".md").write_text(page)
     print(page)
 

@@ -4,6 +4,7 @@ Encoder, texts and metrics are those of `minilm.py`. Every method has the same n
 which `Distillation` compares the last hidden states with those of the dense encoder; no label is used.
 
 - ``low rank``: ranks by the error of the outputs and calibrated truncation before the first step.
+- ``BSR``: `LowRankCompression` with ranks from a beam search, the penalty in the first half of the steps.
 - ``DF``: `MaskScheduling` of heads, hidden units of the perceptrons, and whole layers, in the first half of the steps.
 - ``Torch-Pruning``: heads and hidden units by magnitude, the same fraction in each layer, before the first step.
 
@@ -30,21 +31,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from minilm import LAYERS, Encoder, calibrated, measure, pooled
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks import Distillation, MaskScheduling, Phase
-from lightning_plugins.compression import factorize, output_energy, quantize
+from lightning_plugins.callbacks import Distillation, LowRankCompression, MaskScheduling, Penalty, Phase, Timing
+from lightning_plugins.compression import BeamOptions, beam_search, factorize, output_energy, quantize
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "minilm_trained.md"
 RATE, BATCH, LENGTH, CALIBRATION = 5e-4, 32, 96, 1024
 LEFT = (0.8, 0.6, 0.5, 0.4)
+WIDTH = 2  # of the beam
 TEXT = """# Compressing a sentence encoder with training
 
 `python benchmarks/minilm_trained.py`: {machine}.
 
 all-MiniLM-L6-v2 at shares of the weights of its encoder, after {steps} steps of {batch} docstring paragraphs in which
 `Distillation` compares the last hidden states with those of the dense encoder; no label is used, and one training was
-run for each row. *low rank*: ranks by the error of the outputs, calibrated truncation, then all steps. *DF*: heads,
-hidden units of the perceptrons and whole layers, chosen by learned masks in the first half of the steps.
-*Torch-Pruning*: heads and hidden units by magnitude, the same fraction in each layer, then all steps.
+run for each row. *low rank*: ranks by the error of the outputs, calibrated truncation, then all steps. *BSR*: ranks by
+a beam search of width {width} for the agreement of embeddings with the dense ones; in the first half of the steps the
+modified stable rank drives weights to these ranks, then they are truncated. *DF*: heads, hidden units of the
+perceptrons and whole layers, chosen by learned masks in the first half of the steps. *Torch-Pruning*: heads and hidden
+units by magnitude, the same fraction in each layer, then all steps.
 
 MRR is the mean over {sets} sets of 150 paragraphs to retrieve, from other packages than the texts to train with, with
 weights in float32 and in int8. MB are those of the state dict, embeddings included; milliseconds are CPU time for 8
@@ -126,6 +130,31 @@ def torch_pruning(encoder: Encoder, left: float) -> nn.Module:
     return next(model for model in map(pruned, fractions) if weights(model) <= left * weights(encoder.dense))
 
 
+def searched_ranks(encoder: Encoder, left: float) -> dict[str, int]:
+    """Ranks by a beam search; few short texts suffice to compare candidates."""
+    texts = [text[:120] for text in training_texts()[:24]]
+    wanted = encoder.embed(encoder.dense, texts)
+    batch = next(encoder.batches(texts))
+
+    def score(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (pooled(model, batch) * wanted).sum(1).mean()
+
+    return dict(
+        beam_search(encoder.dense, [batch], score, budget=left, layers=LAYERS, options=BeamOptions(width=WIDTH)).ranks
+    )
+
+
+def bsr(encoder: Encoder, left: float) -> Callback:
+    ranks = {f"model.{name}": rank for name, rank in searched_ranks(encoder, left).items()}
+    return LowRankCompression(
+        "model.encoder.*",
+        ranks=ranks,
+        penalty=Penalty(every_n_steps=2),
+        timing=Timing(search_at=0.0, factorize_at=0.5),
+        figures=False,
+    )
+
+
 def choosing(student: Student, left: float) -> Callback:
     """The callback of DF, whose budget is a share of the whole network."""
     every = sum(parameter.numel() for parameter in student.parameters())
@@ -140,7 +169,7 @@ def choosing(student: Student, left: float) -> Callback:
 
 
 BEFORE: dict[str, Callable[[Encoder, float], nn.Module]] = {"low rank": low_rank, "Torch-Pruning": torch_pruning}
-METHODS = ("low rank", "DF", "Torch-Pruning")
+METHODS = ("low rank", "BSR", "DF", "Torch-Pruning")
 
 
 def trained(encoder: Encoder, method: str, left: float, steps: int) -> tuple[nn.Module, float]:
@@ -153,7 +182,11 @@ def trained(encoder: Encoder, method: str, left: float, steps: int) -> tuple[nn.
     teacher = Distillation(
         encoder.dense, outputs="last_hidden_state", network="model", mask="attention_mask", weight=1.0
     )
-    callbacks = [teacher, choosing(student, left)] if method == "DF" else [teacher]
+    callbacks: list[Callback] = [teacher]
+    if method == "DF":
+        callbacks.append(choosing(student, left))
+    elif method == "BSR":
+        callbacks.append(bsr(encoder, left))
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     # Short epochs, since a surgery waits for the next one.
     epoch = max(1, steps // 10)
@@ -203,7 +236,9 @@ def page(stored: dict[str, Any]) -> str:
         lines.append(line)
     header = ["method", "budget", "weights left", "MRR", "of dense", "Spearman", "MRR, int8", "MB", "MB, int8", "ms"]
     sets = len(stored["rows"]["dense | 1"]["mrr"])
-    return TEXT.format(**stored, sets=sets, batch=BATCH) + markdown_table([*header, "minutes"], lines) + "\n"
+    return (
+        TEXT.format(**stored, sets=sets, batch=BATCH, width=WIDTH) + markdown_table([*header, "minutes"], lines) + "\n"
+    )
 
 
 def main() -> None:
