@@ -36,7 +36,7 @@ from lightning_plugins.functional import singular_value_threshold
 from lightning_plugins.regularizers import NuclearNorm
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "other_penalties.md"
-BUDGETS = (0.3, 0.15)
+BUDGETS = (0.15, 0.08)
 LAYERS = ("0", "2")  # of the perceptron; its last layer has ten rows and stays
 EPOCHS, TRAIN, BATCH = 40, 600, 100
 TEXT = """# Penalties on the rank of weights, beside torchao's PAT
@@ -125,16 +125,16 @@ METHODS = {
     "no penalty": Method(None, None, (0.0,)),
     "here: `StableRankRegularization`, p=1": Method(
         lambda ranks, strength: StableRankRegularization(list(ranks), weight=strength, rank=ranks, p=1), None,
-        (0.03, 0.1, 0.3, 1.0),
+        (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
     ),
     "here: `NuclearNorm`": Method(
         lambda ranks, strength: WeightRegularization(list(ranks), NuclearNorm(), weight=strength), None,
-        (1e-3, 3e-3, 1e-2, 3e-2),
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     ),
     "PAT: `ProxNuclearNorm`": Method(
         None,
         lambda net, ranks, strength: pat_nuclear(net, [net.get_submodule(name).weight for name in ranks], strength),
-        (0.01, 0.03, 0.1, 0.2),
+        (3e-3, 1e-2, 3e-2, 0.1, 0.2),
     ),
     "PAT: `MinRankConstraint`": Method(None, lambda net, ranks, strength: pat_rank(net, ranks), (0.0,)),
 }  # fmt: skip
