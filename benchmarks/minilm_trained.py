@@ -37,7 +37,7 @@ from lightning_plugins.compression import BeamOptions, beam_search, factorize, o
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "minilm_trained.md"
 RATE, BATCH, LENGTH, CALIBRATION = 5e-4, 32, 96, 1024
 LEFT = (0.8, 0.6, 0.5, 0.4)
-WIDTH = 2  # of the beam
+WIDTH, STEP = 2, 0.04  # of the beam search
 TEXT = """# Compressing a sentence encoder with training
 
 `python benchmarks/minilm_trained.py`: {machine}.
@@ -140,7 +140,9 @@ def searched_ranks(encoder: Encoder, left: float) -> dict[str, int]:
         return (pooled(model, batch) * wanted).sum(1).mean()
 
     return dict(
-        beam_search(encoder.dense, [batch], score, budget=left, layers=LAYERS, options=BeamOptions(width=WIDTH)).ranks
+        beam_search(
+            encoder.dense, [batch], score, budget=left, layers=LAYERS, options=BeamOptions(width=WIDTH, step=STEP)
+        ).ranks
     )
 
 
