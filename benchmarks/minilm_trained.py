@@ -243,9 +243,28 @@ def page(stored: dict[str, Any]) -> str:
         lines.append(line)
     header = ["method", "budget", "weights left", "MRR", "of dense", "Spearman", "MRR, int8", "MB", "MB, int8", "ms"]
     sets = len(stored["rows"]["dense | 1"]["mrr"])
-    return (
-        TEXT.format(**stored, sets=sets, batch=BATCH, width=WIDTH) + markdown_table([*header, "minutes"], lines) + "\n"
-    )
+    table = markdown_table([*header, "minutes"], lines)
+    return TEXT.format(**stored, sets=sets, batch=BATCH, width=WIDTH, table=table)
+
+
+def figure(stored: dict[str, Any], path: Path) -> None:
+    """MRR over the weights left, in float32 and int8."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    picture, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    rows = [(key.partition(" | ")[0], found) for key, found in stored["rows"].items() if "int8" in found]
+    for place, method in enumerate(METHODS):
+        mine = sorted((found for name, found in rows if name == method), key=lambda found: found["left"])
+        left = [found["left"] for found in mine]
+        axes.plot(left, [statistics.mean(found["mrr"]) for found in mine], f"C{place}o-", label=method)
+        axes.plot(left, [statistics.mean(found["int8"]["mrr"]) for found in mine], f"C{place}x:")
+    axes.axhline(statistics.mean(stored["rows"]["dense | 1"]["mrr"]), color="black", linestyle=":", label="dense")
+    axes.set(xlabel="share of the encoder's weights (dotted: in int8)", ylabel="mean reciprocal rank")
+    axes.legend()
+    picture.savefig(path, dpi=150)
 
 
 def main() -> None:
