@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchao.prototype.pat.group import SVDGrouper
 from torchao.prototype.pat.optim import ProxNuclearNorm, PruneOptimizer
 
-from lightning_plugins.callbacks import StableRankRegularization, WeightRegularization
+from lightning_plugins.callbacks import LowRankCompression, StableRankRegularization, Timing, WeightRegularization
 from lightning_plugins.compression import equal_ratio, factorize
 from lightning_plugins.functional import singular_value_threshold
 from lightning_plugins.regularizers import NuclearNorm
@@ -59,7 +59,10 @@ network on a further seed. Intervals are 95 % over {seeds} training seeds; diffe
 
 {accuracies}
 
-PAT's constraint on the rank projects each weight at every step, so its networks lose nothing when truncated.
+PAT's constraint on the rank projects each weight at every step, so its networks lose nothing when truncated. Its rows
+are those of manual optimization. Lightning's automatic optimization passes the forward and backward pass to the
+optimizer as a closure, which PAT's wrapper calls after it has put the weights without projection back: nothing is then
+trained for the projection (last row).
 
 What PAT does better: penalties for sparsity, of elements, channels, filters and heads, beside those for the rank;
 constraints that are met exactly; groups of parameters with options of their own. It works outside Lightning.
@@ -69,15 +72,23 @@ constraints that are met exactly; groups of parameters with options of their own
 class Perceptron(LightningModule):
     """A classifier of the digits; `wrap` makes its optimizer another."""
 
-    def __init__(self, wrap: Callable[[nn.Module], Any] | None = None) -> None:
+    def __init__(self, wrap: Callable[[nn.Module], Any] | None = None, automatic: bool = True) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
         )  # fmt: skip
         self.wrap = wrap
 
+        self.automatic_optimization = automatic
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        if not self.automatic_optimization:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
 
     def configure_optimizers(self) -> Any:
         return self.wrap(self.net) if self.wrap else sgd(self.net.parameters())
@@ -114,29 +125,43 @@ def pat_rank(net: nn.Module, ranks: dict[str, int]) -> PruneOptimizer:
 
 
 class Method(NamedTuple):
-    """A penalty: its callback here or its optimizer of PAT, and the strengths to choose from."""
+    """A penalty: its callback here or its optimizer of PAT, the strengths to choose from, and who calls the step."""
 
     callback: Callable[[dict[str, int], float], Callback] | None
     optimizer: Callable[[nn.Module, dict[str, int], float], Any] | None
     strengths: tuple[float, ...]
+    automatic: bool = True
 
 
 METHODS = {
     "no penalty": Method(None, None, (0.0,)),
     "here: `StableRankRegularization`, p=1": Method(
         lambda ranks, strength: StableRankRegularization(list(ranks), weight=strength, rank=ranks, p=1), None,
-        (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+        (0.1, 0.3, 1.0, 3.0, 10.0),
     ),
     "here: `NuclearNorm`": Method(
         lambda ranks, strength: WeightRegularization(list(ranks), NuclearNorm(), weight=strength), None,
-        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        (3e-3, 1e-2, 3e-2, 0.1, 0.3),
+    ),
+    "here: `LowRankCompression`": Method(
+        lambda ranks, strength: LowRankCompression(
+            list(ranks), ranks=ranks, penalty=strength, timing=Timing(search_at=0.0, factorize_at=0.5), figures=False
+        ),
+        None,
+        (0.0, 0.1, 1.0, 10.0),
     ),
     "PAT: `ProxNuclearNorm`": Method(
         None,
         lambda net, ranks, strength: pat_nuclear(net, [net.get_submodule(name).weight for name in ranks], strength),
         (3e-3, 1e-2, 3e-2, 0.1, 0.2),
+        automatic=False,
     ),
-    "PAT: `MinRankConstraint`": Method(None, lambda net, ranks, strength: pat_rank(net, ranks), (0.0,)),
+    "PAT: `MinRankConstraint`": Method(
+        None, lambda net, ranks, strength: pat_rank(net, ranks), (0.0,), automatic=False
+    ),
+    "PAT: the same, automatic optimization": Method(
+        None, lambda net, ranks, strength: pat_rank(net, ranks), (0.0,)
+    ),
 }  # fmt: skip
 
 
@@ -158,7 +183,7 @@ def trained(method: Method, strength: float, budget: float, seed: int) -> tuple[
     """Accuracy in percent before and after truncation."""
     train, test = digits(seed)
     seed_everything(seed, verbose=False)
-    model = Perceptron()
+    model = Perceptron(automatic=method.automatic)
     ranks = dict(equal_ratio(model.net, budget=budget, layers=LAYERS).ranks)
     if method.optimizer is not None:
         make = method.optimizer
@@ -168,7 +193,8 @@ def trained(method: Method, strength: float, budget: float, seed: int) -> tuple[
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     trainer = Trainer(accelerator="cpu", max_epochs=EPOCHS, callbacks=callbacks, **quiet)
     trainer.fit(model, DataLoader(train, BATCH, shuffle=True))
-    small = factorize(copy.deepcopy(model.net), ranks)
+    whole = all(isinstance(model.net.get_submodule(name), nn.Linear) for name in ranks)
+    small = factorize(copy.deepcopy(model.net), ranks) if whole else model.net  # it may be small already
     return accuracy(model.net, test), accuracy(small, test)
 
 
