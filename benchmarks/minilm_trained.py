@@ -10,13 +10,15 @@ which `Distillation` compares the last hidden states with those of the dense enc
 
 Results are added to a JSON file; a run continues where the last one ended.
 
-    python benchmarks/minilm_trained.py            # what is missing, then docs/benchmarks/minilm_trained.md
+    python benchmarks/minilm_trained.py            # what is missing
+    python benchmarks/minilm_trained.py --time     # then times, and docs/benchmarks/minilm_trained.md
     python benchmarks/minilm_trained.py --report   # the page from what is stored
 """
 
 import argparse
 import copy
 import json
+import math
 import random
 import statistics
 import time
@@ -30,6 +32,7 @@ from _report import describe_machine, markdown_table
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from minilm import LAYERS, Encoder, calibrated, measure, pooled
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plugins.callbacks import Distillation, LowRankCompression, MaskScheduling, Penalty, Phase, Timing
 from lightning_plugins.compression import BeamOptions, beam_search, factorize, output_energy, quantize
@@ -53,12 +56,16 @@ units by magnitude, the same fraction in each layer, then all steps. DF's budget
 the weights a little more or less than the budget may be left.
 
 MRR is the mean over {sets} sets of 150 paragraphs to retrieve, from other packages than the texts to train with, with
-weights in float32 and in int8. MB are those of the state dict, embeddings included; milliseconds are CPU time for 8
-paragraphs; minutes are CPU time of compression and training.
+weights in float32 and in int8. MB are those of the state dict, embeddings included; minutes are CPU time of
+compression and training on one thread.
 
 {table}
 
 ![MRR over the weights left](../images/minilm_trained.png)
+
+Time of 8 paragraphs: the least CPU time of 20 passes, all encoders in turn, on one thread of {timing_machine}.
+
+{times}
 """
 
 
@@ -204,9 +211,29 @@ def trained(encoder: Encoder, method: str, left: float, steps: int) -> tuple[nn.
     return student.model.eval(), (time.process_time() - begin) / 60
 
 
+def timed(encoder: Encoder, folder: Path) -> dict[str, list[float]]:
+    """Gigaoperations and the least CPU milliseconds of the dense encoder and of all saved ones, interleaved."""
+    models = {"dense | 1": encoder.dense}
+    models |= {path.stem: torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))}
+    batch = next(encoder.batches(training_texts()[:8], size=8))
+    counts, times = {}, dict.fromkeys(models, math.inf)
+    with torch.inference_mode():
+        for key, model in models.items():
+            with FlopCounterMode(display=False) as counter:
+                model(**batch)
+            counts[key] = counter.get_total_flops() / 1e9
+        for _ in range(20):
+            for key, model in models.items():
+                begin = time.process_time()
+                model(**batch)
+                times[key] = min(times[key], 1e3 * (time.process_time() - begin))
+    return {key: [counts[key], times[key]] for key in models}
+
+
 def run(settings: argparse.Namespace) -> dict[str, Any]:
     stored = json.loads(settings.output.read_text()) if settings.output.exists() else {"rows": {}}
     rows, encoder, dense = stored["rows"], Encoder(), []
+    settings.models.mkdir(parents=True, exist_ok=True)
     found = measure(encoder, encoder.dense, settings.sets, dense)
     rows.setdefault("dense | 1", {**found, "left": 1.0})
     for left in settings.left:
@@ -215,12 +242,13 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
             if key in rows:
                 continue
             model, minutes = trained(encoder, method, left, settings.steps)
+            torch.save(model, settings.models / f"{key}.pt")
             row = {"minutes": minutes, "left": weights(model) / weights(encoder.dense)}
             row |= measure(encoder, model, settings.sets, dense)
             row["int8"] = measure(encoder, quantize(model), settings.sets, dense)
             rows[key] = row
             stored |= {"machine": describe_machine("cpu"), "steps": settings.steps}
-            print(key, {name: row[name] for name in ("minutes", "left", "mrr", "milliseconds")}, flush=True)
+            print(key, {name: row[name] for name in ("minutes", "left", "mrr")}, flush=True)
             settings.output.write_text(json.dumps(stored, indent=1) + "\n")
     return stored
 
@@ -239,12 +267,26 @@ def page(stored: dict[str, Any]) -> str:
         line = [method, f"{float(left):.0%}", f"{found['left']:.1%}", f"{mrr:.3f}", f"{mrr / dense:.1%}"]
         line += [f"{mean(found, 'spearman'):.3f}", f"{mean(small, 'mrr'):.3f}" if small else ""]
         line += [f"{found['bytes'] / 1e6:.1f}", f"{small['bytes'] / 1e6:.1f}" if small else ""]
-        line += [f"{found['milliseconds']:.0f}", f"{found['minutes']:.1f}" if small else ""]
+        line += [f"{found['minutes']:.1f}" if small else ""]
         lines.append(line)
-    header = ["method", "budget", "weights left", "MRR", "of dense", "Spearman", "MRR, int8", "MB", "MB, int8", "ms"]
+    header = ["method", "budget", "weights left", "MRR", "of dense", "Spearman", "MRR, int8", "MB", "MB, int8"]
     sets = len(stored["rows"]["dense | 1"]["mrr"])
     table = markdown_table([*header, "minutes"], lines)
-    return TEXT.format(**stored, sets=sets, batch=BATCH, width=WIDTH, table=table)
+    return TEXT.format(**stored, sets=sets, batch=BATCH, width=WIDTH, table=table, times=times(stored["timing"]))
+
+
+def times(found: dict[str, list[float]]) -> str:
+    """The table of operations and times; the last column is what of the saved operations is saved in time."""
+    lines = []
+    whole, slow = found["dense | 1"]
+    for key, (count, spent) in sorted(found.items(), key=lambda row: -float(row[0].partition(" | ")[2])):
+        method, _, left = key.partition(" | ")
+        cells = [method, f"{float(left):.0%}", f"{count:.1f}", f"{count / whole:.1%}", f"{spent:.0f}"]
+        kept = f"{(1 - spent / slow) / (1 - count / whole):.2f}" if key != "dense | 1" else ""
+        lines.append([*cells, f"{spent / slow:.1%}", kept])
+    return markdown_table(
+        ["method", "budget", "GFLOP", "of dense", "ms", "of dense", "saved of what FLOPs save"], lines
+    )
 
 
 def figure(stored: dict[str, Any], path: Path) -> None:
@@ -274,9 +316,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--sets", type=int, default=5, help="how many sets of paragraphs")
     parser.add_argument("--output", type=Path, default=PAGE.with_suffix(".json"))
+    parser.add_argument("--models", type=Path, default=Path("minilm_trained"), help="folder of the trained encoders")
+    parser.add_argument("--time", action="store_true", help="time the encoders in that folder, on a quiet machine")
     parser.add_argument("--report", action="store_true", help="write the page of what was measured before")
     settings = parser.parse_args()
-    stored = json.loads(settings.output.read_text()) if settings.report else run(settings)
+    stored = json.loads(settings.output.read_text()) if settings.report or settings.time else run(settings)
+    if settings.time:
+        torch.set_num_threads(1)
+        stored["timing"], stored["timing_machine"] = timed(Encoder(), settings.models), describe_machine("cpu")
+        settings.output.write_text(json.dumps(stored, indent=1) + "\n")
+    if "timing" not in stored:
+        return
     text = page(stored)
     print(text)
     settings.output.with_suffix(".md").write_text(text, encoding="utf-8")
