@@ -49,7 +49,7 @@ TEXT = """# Compressing a language model without training
 A GPT-2 with {blocks} blocks of width {width} and {tokens:,} tokens, trained for {steps} steps of {batch} pieces of
 {length} tokens of docstrings; the perplexity is that of docstrings of other packages, with one model and one seed. The
 linear layers of its blocks, `Conv1D`, are then factorised without further training. MB are those of the state dict,
-with the embeddings, which are not compressed; int8 is that of the factors, layers that stay whole are in float32.
+with the embeddings, which are not compressed.
 
 {table}
 
@@ -146,6 +146,8 @@ def measured(training: Tensor, test: Tensor, settings: argparse.Namespace) -> Ro
     batches = list(training[:256].split(BATCH))
     calibration = Calibration(model, LAYERS).record(batches, forward=loss)
     rows: Rows = {"dense | 100%": [perplexity(model, test), megabytes(model)]}
+    whole = quantize(copy.deepcopy(model), LAYERS)
+    rows["dense | 100% | int8"] = [perplexity(whole, test), megabytes(whole)]
     for name, search in ranks_of(model, calibration, batches).items():
         for ratio in settings.ratios:
             moments = None if name == "plain SVD" else calibration
@@ -164,8 +166,7 @@ def report(stored: dict[str, Any], output: Path) -> None:
     lines = []
     for key in (key for key in rows if not key.endswith("int8")):
         name, _, kept = key.partition(" | ")
-        cells = [f"{value:.1f}" for value in rows[key] + rows.get(f"{key} | int8", [])]
-        lines.append([name, kept, *cells, *[""] * (4 - len(cells))])
+        lines.append([name, kept, *(f"{value:.1f}" for value in rows[key] + rows[f"{key} | int8"])])
     table = markdown_table(["method", "weights kept", "perplexity", "MB", "perplexity, int8", "MB, int8"], lines)
     text = TEXT.format(
         machine=stored["machine"], steps=stored["steps"], table=table, blocks=BLOCKS, width=WIDTH, tokens=TOKENS,

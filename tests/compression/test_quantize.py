@@ -7,16 +7,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from lightning_plugins.compression import (
     Calibration,
     apply_thresholds,
+    channel_groups,
     equal_ratio,
     factorize,
     find_channel_groups,
     load_quantized,
     quantize,
+    shrink,
 )
+from lightning_plugins.compression.networks.quantized import is_quantized
 
 X = torch.randn(32, 24, generator=torch.Generator().manual_seed(0))
 
@@ -114,3 +119,53 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-plugins\[quantization\]'"):
         quantize(make_net())
+
+
+def make_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 8, "vocab_size": 19}
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes)).eval()
+
+
+def compressed_gpt2(how: str) -> GPT2LMHeadModel:
+    model = make_gpt2()
+    if "factorised" in how:
+        factorize(model, 5, "transformer.h.1.*")
+    if "pruned" in how:
+        groups = [group for group in channel_groups(model, {"input_ids": IDS}) if group.attention]
+        shrink(model, groups, [torch.tensor([True, False, True, True]) for _ in groups])
+    return model
+
+
+IDS = torch.randint(19, (3, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("how", ["dense", "factorised", "pruned"])
+def test_transposed_layers_become_linear_ones(how: str, tmp_path: Path):
+    model = compressed_gpt2(how)
+    exact = model(IDS).logits
+    kinds = {name for name, module in model.named_modules() if type(module) is Conv1D}
+    assert kinds
+    quantize(model)
+    for name in kinds:
+        layer = model.get_submodule(name)
+        assert type(layer) is nn.Linear
+        assert is_quantized(layer.weight)
+        assert not is_quantized(layer.bias)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert float(((model(IDS).logits - exact).norm() / exact.norm()).detach()) < 0.02
+    torch.save(model.state_dict(), tmp_path / "int8.pt")
+    again = load_quantized(make_gpt2(), torch.load(tmp_path / "int8.pt", weights_only=True)).eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    wrapped = {"state_dict": {f"model.{name}": value for name, value in model.state_dict().items()}}
+    module = nn.ModuleDict({"model": make_gpt2()})
+    assert torch.equal(load_quantized(module, wrapped)["model"].eval()(IDS).logits, model(IDS).logits)
+
+
+def test_a_transposed_layer_with_nan_is_named_and_nothing_changed():
+    model = make_gpt2()
+    model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"the weight of 'transformer.h.1.mlp.c_fc' must be finite"):
+        quantize(model)
+    assert not any(is_quantized(parameter) for parameter in model.parameters())
+    assert type(model.transformer.h[0].mlp.c_fc) is Conv1D

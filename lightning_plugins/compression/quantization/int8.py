@@ -6,9 +6,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lightning_plugins.compression.low_rank.splittable import replace_modules
+from lightning_plugins.compression.low_rank.transposed import as_linear, is_transposed
 from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.compression.structure.restore_structure import restore_structure
+from lightning_plugins.compression.structure.state_keys import align, clean, named_modules, shapes_of
 from lightning_plugins.selection import select_modules
 
 M = TypeVar("M", bound=nn.Module)
@@ -19,10 +22,10 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
 
     It comes last: first train, compress (`factorize`, `shrink`, the callbacks) and fine-tune, then quantise. What is
     quantised takes no gradient and is refused by everything here that makes a network smaller. The halves of low-rank
-    layers are linear layers like others. Convolutions, embeddings and norms stay as they are, as do layers with one
-    input, weights that are tied to others, and what `nn.MultiheadAttention` reads without calling it. Activations stay
-    floating: weights are dequantised as a layer runs, so memory and files shrink, but time only with `torch.compile` or
-    on devices with such kernels.
+    layers are linear layers like others, and a ``Conv1D`` of transformers, as in GPT-2, becomes an `nn.Linear`.
+    Convolutions, embeddings and norms stay as they are, as do layers with one input, weights that are tied to others,
+    and what `nn.MultiheadAttention` reads without calling it. Activations stay floating: weights are dequantised as a
+    layer runs, so memory and files shrink, but time only with `torch.compile` or on devices with such kernels.
 
     Args:
         model: The network; a module that holds the layers.
@@ -45,22 +48,30 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
     check_module(model)
     functions = _torchao()
     chosen: set[nn.Module] = set()
+    linear: dict[nn.Module, nn.Module] = {}  # in place of each `Conv1D`
     kept = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    for name, layer in select_modules(model, layers, types=[nn.Linear]).items():
+    types: set[type[nn.Module]] = {nn.Linear, *(type(module) for module in model.modules() if is_transposed(module))}
+    for name, layer in select_modules(model, layers, types=list(types)).items():
         weight = layer._parameters.get("weight")
         if is_quantized(weight):
             raise ValueError(f"`model` must not be quantised twice, but {name!r} is; quantise once, as the last step")
-        # Of a single input a weight and its scale would take more than the weight alone.
-        if weight is None or layer in kept or type(layer) is not nn.Linear or weight.shape[1] == 1:
+        if weight is None or layer in kept or not (type(layer) is nn.Linear or is_transposed(layer)):
+            continue
+        form = as_linear(layer)
+        if form.in_features == 1:  # a weight and its scale would take more than the weight alone
             continue
         if uses[id(weight)] > 1:  # in integers it would no longer be the one of the embedding
             continue
         if not bool(weight.isfinite().all()):
             raise ValueError(f"`model`: the weight of {name!r} must be finite, got NaN or infinite entries")
-        chosen.add(layer)
+        chosen.add(form)
+        if form is not layer:
+            form.weight = nn.Parameter(form.weight.detach().contiguous(), requires_grad=False)
+            linear[layer] = form
     if not chosen:
         raise ValueError(f"`layers`: {layers!r} must match linear layers of torch whose weights are parameters")
+    replace_modules(model, linear)
     functions.quantize_(
         model, functions.Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda layer, _: layer in chosen
     )
@@ -91,6 +102,7 @@ def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
         True
     """
     _torchao()
+    _untranspose(model, state_dict)
     restore_structure(model, state_dict)
     inner = state_dict.get("state_dict")
     model.load_state_dict(inner if isinstance(inner, Mapping) else state_dict, assign=True)
@@ -98,6 +110,18 @@ def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
         if is_quantized(parameter):
             parameter.requires_grad_(False)
     return model
+
+
+def _untranspose(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Put the linear layers in place that `quantize` made of a network's ``Conv1D``."""
+    layers = {name: module for name, module in named_modules(model) if is_transposed(module)}
+    if not layers or not isinstance(state_dict, Mapping):
+        return
+    inner = state_dict.get("state_dict")
+    incoming = inner if isinstance(inner, Mapping) else state_dict
+    state = align({clean(name): value for name, value in incoming.items()}, shapes_of(model))
+    integers = (layer for name, layer in layers.items() if is_quantized(state.get(f"{name}.weight")))
+    replace_modules(model, {layer: as_linear(layer) for layer in integers})
 
 
 def _torchao() -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.selection import WRAPPERS
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 def shapes_in(state_dict: Mapping[str, Any]) -> dict[str, Shape]:
@@ -77,15 +78,15 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield clean(name), module
 
 
-def align(incoming: Mapping[str, Shape], known: Mapping[str, Shape]) -> dict[str, Shape]:
+def align(incoming: Mapping[str, T], known: Mapping[str, Shape]) -> dict[str, T]:
     """Rename what comes in as the model names it, where all names of one side have a prefix that the other lacks.
 
     Args:
-        incoming: Shapes by the names of a state dict.
+        incoming: Shapes, or other values, by the names of a state dict.
         known: Shapes by the names of the model.
 
     Returns:
-        The incoming shapes by the model's names.
+        The incoming values by the model's names.
 
     Example:
         >>> align({"module.fc.weight": (2, 3)}, {"fc.weight": (2, 3), "fc.bias": (2,)})
@@ -145,7 +146,7 @@ def clean(name: str) -> str:
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
-def _heads(names: Mapping[str, Shape]) -> list[str]:
+def _heads(names: Mapping[str, Any]) -> list[str]:
     """The beginnings that all names share, such as ``"model."`` and ``"model.net."``."""
     columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
     common = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
