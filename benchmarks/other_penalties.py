@@ -52,17 +52,17 @@ times 224 pixels takes {step:.1f} CPU seconds. Medians of {repeats}. PAT can app
 
 {times}
 
-**Accuracy of the truncated network.** Perceptron 64-256-256-10 on digits, {train} training images, {epochs} epochs;
-the weights of its first two layers are truncated
-to equal shares, without further training. Each strength is the best of its grid for the truncated
-network on a further seed. Intervals are 95 % over {seeds} training seeds; differences are paired by seed.
+**Accuracy of the truncated network.** Perceptron 64-256-256-10 on digits, {train} training images, {epochs} epochs; the
+weights of its first two layers are truncated to equal shares, without further training, but for `LowRankCompression`,
+which truncates them after half of the training. Each strength is the best of its grid for the truncated network on a
+further seed. Intervals are 95 % over {seeds} training seeds; differences are paired by seed.
 
 {accuracies}
 
 PAT's constraint on the rank projects each weight at every step, so its networks lose nothing when truncated. Its rows
 are those of manual optimization. Lightning's automatic optimization passes the forward and backward pass to the
 optimizer as a closure, which PAT's wrapper calls after it has put the weights without projection back: nothing is then
-trained for the projection (last row).
+trained for the projection ("automatic optimization").
 
 What PAT does better: penalties for sparsity, of elements, channels, filters and heads, beside those for the rank;
 constraints that are met exactly; groups of parameters with options of their own. It works outside Lightning.
@@ -208,13 +208,13 @@ def accuracies(seeds: int) -> str:
             pairs = [trained(method, chosen[name], budget, seed) for seed in range(1, seeds + 1)]
             whole[name], found[name] = [list(values) for values in zip(*pairs, strict=True)]
             print(budget, name, scores, pairs, flush=True)
-        ours = found["here: `StableRankRegularization`, p=1"]
+        ours = found["here: `LowRankCompression`"]
         for name, scores in found.items():
             differences = [mine - score for mine, score in zip(ours, scores, strict=True)]
             lead = "" if scores is ours else mean_and_interval(differences, 1)
             row = [name, f"{budget:g}", f"{chosen[name]:g}" if len(METHODS[name].strengths) > 1 else ""]
             rows.append([*row, mean_and_interval(whole[name], 1), mean_and_interval(scores, 1), lead])
-    header = ["training", "weights left", "strength", "accuracy before", "after truncation", "stable rank minus it"]
+    header = ["training", "weights left", "strength", "accuracy before", "after truncation", "low rank minus it"]
     return markdown_table(header, rows)
 
 
