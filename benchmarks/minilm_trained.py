@@ -53,8 +53,8 @@ run for each row. *low rank*: ranks by the error of the outputs, calibrated trun
 a beam search of width {width} for the agreement of embeddings with the dense ones; in the first half of the steps the
 modified stable rank (of weight {weight}) drives weights to these ranks, then they are truncated. *DF*: heads, hidden
 units of the perceptrons and whole layers, chosen by learned masks in the first half of the steps. *Torch-Pruning*:
-heads and hidden units by magnitude, the same fraction in each layer, then all steps. DF's budget counts biases and norms
-too, so that of the weights a little more or less than the budget may be left.
+heads and hidden units by magnitude, the same fraction in each layer, then all steps. DF's budget counts biases and
+norms too, so that of the weights a little more or less than the budget may be left.
 
 MRR is the mean over {sets} sets of 150 paragraphs to retrieve, from other packages than the texts to train with, with
 weights in float32 and in int8. MB are those of the state dict, embeddings included; minutes are CPU time of
