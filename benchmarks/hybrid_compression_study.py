@@ -294,7 +294,9 @@ def tables(store: Store, cases: list[Case]) -> str:
     for network, data, epochs in dict.fromkeys((case.network, case.data, case.epochs) for case in cases):
         here = [case for case in cases if case[:2] == (data, network) and case.epochs == epochs and case.key in store]
         rows = []
-        for budget, method in dict.fromkeys((case.budget, case.method) for case in here):
+        order = ("dense", *METHODS)
+        pairs = {(case.budget, case.method) for case in here}
+        for budget, method in sorted(pairs, key=lambda pair: (-pair[0], order.index(pair[1]))):
             best: dict[int, float] = {}
             for case in here:
                 if case.budget == budget and case.method.startswith("Torch-Pruning"):
