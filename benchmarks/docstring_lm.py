@@ -130,7 +130,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.5, 0.6], help="fractions to remove")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/docstring_lm.json")
+    parser.add_argument("--report", action="store_true", help="write page and figure of what was measured before")
     settings = parser.parse_args()
+    if settings.report:
+        report(json.loads(settings.output.read_text()), settings.output)
+        return
     training = tokens(training_texts(TRAINING)[: settings.texts])
     places = frequent(training)
     training, test = places[training], places[tokens(training_texts(TEST)[: settings.texts // 10])[:256]]
@@ -188,7 +192,7 @@ def figure(lines: list[list[str]], path: Path) -> None:
         points = sorted((float(line[1].rstrip("%")), float(line[2])) for line in lines if line[0] == name)
         axes.plot([kept for kept, _ in points], [found for _, found in points], marker="o", label=name)
     axes.axhline(float(lines[0][2]), color="black", linestyle=":", label="dense")
-    axes.set(xlabel="weights of the blocks kept (%)", ylabel="perplexity", yscale="log")
+    axes.set(xlabel="weights of the blocks kept (%)", ylabel="perplexity")
     axes.legend()
     picture.savefig(path, dpi=150)
 
