@@ -114,7 +114,7 @@ all-MiniLM-L6-v2, its linear layers factorised with ranks chosen from the activa
 for {steps} steps of 32 paragraphs so that the hidden states of each layer are those of the dense encoder
 (`callbacks.Distillation`). No label is used. Texts to train with are docstrings of other packages than those of the
 {sets} sets of 150 paragraphs to retrieve. MB are those of the state dict, embeddings included.
-Minutes are those of a machine with other work; [time per batch](minilm.md) is in the table without training.
+Minutes are those of a machine with other work; [time per batch](minilm_trained.md) is in another table.
 
 """
 
