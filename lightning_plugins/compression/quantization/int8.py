@@ -11,7 +11,7 @@ from lightning_plugins.compression.low_rank.transposed import as_linear, is_tran
 from lightning_plugins.compression.networks.arguments import check_module
 from lightning_plugins.compression.networks.quantized import is_quantized
 from lightning_plugins.compression.structure.restore_structure import restore_structure
-from lightning_plugins.compression.structure.state_keys import align, clean, named_modules, shapes_of
+from lightning_plugins.compression.structure.state_keys import align, clean, named_modules, shapes_of, values_in
 from lightning_plugins.selection import select_modules
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,10 +56,11 @@ def quantize(model: M, layers: str | Sequence[str] = "*") -> M:
         weight = layer._parameters.get("weight")
         if is_quantized(weight):
             raise ValueError(f"`model` must not be quantised twice, but {name!r} is; quantise once, as the last step")
-        if weight is None or layer in kept or not (type(layer) is nn.Linear or is_transposed(layer)):
+        if weight is None or layer in kept:
             continue
         form = as_linear(layer)
-        if form.in_features == 1:  # a weight and its scale would take more than the weight alone
+        # Of a single input a weight and its scale would take more than the weight alone.
+        if type(form) is not nn.Linear or form.in_features == 1:
             continue
         if uses[id(weight)] > 1:  # in integers it would no longer be the one of the embedding
             continue
@@ -102,26 +103,22 @@ def load_quantized(model: M, state_dict: Mapping[str, Any]) -> M:
         True
     """
     _torchao()
-    _untranspose(model, state_dict)
-    restore_structure(model, state_dict)
-    inner = state_dict.get("state_dict")
-    model.load_state_dict(inner if isinstance(inner, Mapping) else state_dict, assign=True)
+    values = values_in(state_dict)
+    _untranspose(model, values)
+    restore_structure(model, values)
+    model.load_state_dict(values, assign=True)
     for parameter in model.parameters():
         if is_quantized(parameter):
             parameter.requires_grad_(False)
     return model
 
 
-def _untranspose(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+def _untranspose(model: nn.Module, values: Mapping[str, Any]) -> None:
     """Put the linear layers in place that `quantize` made of a network's ``Conv1D``."""
-    layers = {name: module for name, module in named_modules(model) if is_transposed(module)}
-    if not layers or not isinstance(state_dict, Mapping):
-        return
-    inner = state_dict.get("state_dict")
-    incoming = inner if isinstance(inner, Mapping) else state_dict
-    state = align({clean(name): value for name, value in incoming.items()}, shapes_of(model))
-    integers = (layer for name, layer in layers.items() if is_quantized(state.get(f"{name}.weight")))
-    replace_modules(model, {layer: as_linear(layer) for layer in integers})
+    integers = {clean(name): value for name, value in values.items() if is_quantized(value)}
+    names = align(integers, shapes_of(model))
+    layers = {module for name, module in named_modules(model) if is_transposed(module) and f"{name}.weight" in names}
+    replace_modules(model, {layer: as_linear(layer) for layer in layers})
 
 
 def _torchao() -> Any:

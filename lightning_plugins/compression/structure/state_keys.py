@@ -13,6 +13,29 @@ Shape = tuple[int, ...]
 T = TypeVar("T")
 
 
+def values_in(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict, taken out of a checkpoint that has one under ``"state_dict"``.
+
+    Args:
+        state_dict: A state dict or a checkpoint.
+
+    Returns:
+        The state dict.
+
+    Raises:
+        TypeError: If it is not a mapping.
+
+    Example:
+        >>> values_in({"state_dict": {"fc.bias": 0}, "epoch": 3})
+        {'fc.bias': 0}
+    """
+    if not isinstance(state_dict, Mapping):
+        hint = "; load the file first, with `torch.load`" if isinstance(state_dict, str) else ""
+        raise TypeError(f"`state_dict` must be a mapping from names to tensors, got {type(state_dict).__name__}{hint}")
+    inner = state_dict.get("state_dict")
+    return inner if isinstance(inner, Mapping) else state_dict
+
+
 def shapes_in(state_dict: Mapping[str, Any]) -> dict[str, Shape]:
     """The shapes of a state dict's tensors by clean name.
 
@@ -30,11 +53,7 @@ def shapes_in(state_dict: Mapping[str, Any]) -> dict[str, Shape]:
         >>> shapes_in({"state_dict": {"_orig_mod.fc.weight": nn.Linear(3, 2).weight}})
         {'fc.weight': (2, 3)}
     """
-    if not isinstance(state_dict, Mapping):
-        hint = "; load the file first, with `torch.load`" if isinstance(state_dict, str) else ""
-        raise TypeError(f"`state_dict` must be a mapping from names to tensors, got {type(state_dict).__name__}{hint}")
-    inner = state_dict.get("state_dict")
-    found = inner if isinstance(inner, Mapping) else state_dict
+    found = values_in(state_dict)
     shapes = {clean(key): tuple(value.shape) for key, value in found.items() if hasattr(value, "shape")}
     if not shapes:
         keys = ", ".join(map(repr, list(found)[:4])) or "nothing"
