@@ -222,23 +222,23 @@ def fit(model: Classifier, loader: DataLoader, epochs: int, callbacks: list[Call
 
 
 @functools.lru_cache(maxsize=1)
-def start(network: str, data: str, seed: int) -> dict[str, torch.Tensor]:
-    """The weights that a training begins with."""
+def trained_weights(network: str, data: str, seed: int) -> dict[str, torch.Tensor]:
+    """The weights after a dense training."""
     seed_everything(seed, verbose=False)
-    model = Classifier(network.removesuffix(TRAINED), classes=CLASSES[data])
-    if network.endswith(TRAINED):
-        fit(model, loaders(data, seed)[0], BEFORE, [])
+    model = Classifier(network, classes=CLASSES[data])
+    fit(model, loaders(data, seed)[0], BEFORE, [])
     return model.state_dict()
 
 
 def run(case: Case) -> dict[str, float]:
     """Accuracy, the remaining fraction of FLOPs, and the remaining channels and split layers."""
-    weights = start(case.network, case.data, case.seed)
+    network, trained = case.network.removesuffix(TRAINED), case.network.endswith(TRAINED)
+    weights = trained_weights(network, case.data, case.seed) if trained else None
     loader, rest = loaders(case.data, case.seed)
     seed_everything(case.seed, verbose=False)
-    trained = case.network.endswith(TRAINED)
-    model = Classifier(case.network.removesuffix(TRAINED), classes=CLASSES[case.data])
-    model.load_state_dict(weights)
+    model = Classifier(network, classes=CLASSES[case.data])
+    if weights is not None:
+        model.load_state_dict(weights)
     dense, begun = flops(model.eval()), time.process_time()
     model.train()
     found: dict[str, float] = {}

@@ -14,6 +14,7 @@ stable-pretraining has many requirements that this part does not need:
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -213,6 +214,8 @@ def main() -> None:
     parser.add_argument("--result", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
+    if importlib.util.find_spec("stable_pretraining") is None:
+        parser.error("stable-pretraining is missing; the head of this file says how to install it")
     torch.set_num_threads(1)
     os.environ["LOGURU_LEVEL"] = "ERROR"
     warnings.filterwarnings("ignore")

@@ -39,6 +39,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "other_penalties.md"
 BUDGETS = (0.15, 0.08)
 LAYERS = ("0", "2")  # of the perceptron; its last layer has ten rows and stays
 EPOCHS, TRAIN, BATCH = 40, 600, 100
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
 TEXT = """# Penalties on the rank of weights, beside torchao's PAT
 
 `python benchmarks/other_penalties.py`: {machine}; torchao {version}.
@@ -190,8 +191,7 @@ def trained(method: Method, strength: float, budget: float, seed: int) -> tuple[
         model.wrap = lambda net: make(net, ranks, strength)
     layers = {f"net.{name}": rank for name, rank in ranks.items()}
     callbacks = [method.callback(layers, strength)] if method.callback else []
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    trainer = Trainer(accelerator="cpu", max_epochs=EPOCHS, callbacks=callbacks, **quiet)
+    trainer = Trainer(accelerator="cpu", max_epochs=EPOCHS, callbacks=callbacks, **QUIET)
     trainer.fit(model, DataLoader(train, BATCH, shuffle=True))
     whole = all(isinstance(model.net.get_submodule(name), nn.Linear) for name in ranks)
     small = factorize(copy.deepcopy(model.net), ranks) if whole else model.net  # it may be small already
@@ -275,8 +275,7 @@ def times(repeats: int) -> str:
     found = {}
     for name, (callbacks, wrap) in forms.items():
         timer = OfOptimizerStep()
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-        trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[timer, *callbacks], **quiet)
+        trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[timer, *callbacks], **QUIET)
         trainer.fit(ResNet(wrap), DataLoader([(images, labels)] * (repeats + 3), batch_size=None))
         found[name] = statistics.median(timer.seconds[3:])
         print(name, found[name], flush=True)
