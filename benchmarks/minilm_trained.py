@@ -18,9 +18,9 @@ Results are added to a JSON file; a run continues where the last one ended.
 import argparse
 import copy
 import json
-import math
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 from _docstrings import training_texts
 from _report import describe_machine, markdown_table
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from minilm import LAYERS, Encoder, calibrated, measure, pooled
+from minilm import LAYERS, Encoder, calibrated, in_turn, measure, pooled
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,7 +42,7 @@ PICTURE = PAGE.parents[1] / "images" / "minilm_trained.png"
 RATE, BATCH, LENGTH, CALIBRATION = 5e-4, 32, 96, 1024
 LEFT = (0.8, 0.6, 0.5, 0.4)
 WIDTH, STEP = 2, 0.04  # of the beam search
-WEIGHT = 0.01  # of the penalty; with 1, the default, it outweighs the distillation
+WEIGHTS = {"BSR": 0.01, "BSR, weight 1": 1.0}  # of the penalty; 1, the default, outweighs the distillation
 TEXT = """# Compressing a sentence encoder with training
 
 `python benchmarks/minilm_trained.py`: {machine}.
@@ -54,7 +54,8 @@ a beam search of width {width} for the agreement of embeddings with the dense on
 modified stable rank (of weight {weight}) drives weights to these ranks, then they are truncated. *DF*: heads, hidden
 units of the perceptrons and whole layers, chosen by learned masks in the first half of the steps. *Torch-Pruning*:
 heads and hidden units by magnitude, the same fraction in each layer, then all steps. DF's budget counts biases and
-norms too, so that of the weights a little more or less than the budget may be left.
+norms too, so that of the weights a little more or less than the budget may be left. One training each does not rank
+methods that are close.
 
 MRR is the mean over {sets} sets of 150 paragraphs to retrieve, from other packages than the texts to train with, with
 weights in float32 and in int8. MB are those of the state dict, embeddings included; minutes are CPU time of
@@ -159,12 +160,12 @@ def searched_ranks(encoder: Encoder, left: float) -> dict[str, int]:
     )
 
 
-def bsr(encoder: Encoder, left: float) -> Callback:
+def bsr(encoder: Encoder, left: float, weight: float) -> Callback:
     ranks = {f"model.{name}": rank for name, rank in searched_ranks(encoder, left).items()}
     return LowRankCompression(
         "model.encoder.*",
         ranks=ranks,
-        penalty=Penalty(weight=WEIGHT, every_n_steps=2),
+        penalty=Penalty(weight=weight, every_n_steps=2),
         timing=Timing(search_at=0.0, factorize_at=0.5),
         figures=False,
     )
@@ -200,8 +201,8 @@ def trained(encoder: Encoder, method: str, left: float, steps: int) -> tuple[nn.
     callbacks: list[Callback] = [teacher]
     if method == "DF":
         callbacks.append(choosing(student, left))
-    elif method == "BSR":
-        callbacks.append(bsr(encoder, left))
+    elif method in WEIGHTS:
+        callbacks.append(bsr(encoder, left, WEIGHTS[method]))
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     # Short epochs, since a surgery waits for the next one.
     epoch = max(1, steps // 10)
@@ -217,18 +218,12 @@ def timed(encoder: Encoder, folder: Path) -> dict[str, list[float]]:
     models = {"dense | 1": encoder.dense}
     models |= {path.stem: torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))}
     batch = next(encoder.batches(training_texts()[:8], size=8))
-    counts, times = {}, dict.fromkeys(models, math.inf)
-    with torch.inference_mode():
-        for key, model in models.items():
-            with FlopCounterMode(display=False) as counter:
-                model(**batch)
-            counts[key] = counter.get_total_flops() / 1e9
-        for _ in range(20):
-            for key, model in models.items():
-                begin = time.process_time()
-                model(**batch)
-                times[key] = min(times[key], 1e3 * (time.process_time() - begin))
-    return {key: [counts[key], times[key]] for key in models}
+    times, found = in_turn(encoder, models), {}
+    for key, model in models.items():
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model(**batch)
+        found[key] = [counter.get_total_flops() / 1e9, times[key]]
+    return found
 
 
 def run(settings: argparse.Namespace) -> dict[str, Any]:
@@ -274,7 +269,7 @@ def page(stored: dict[str, Any]) -> str:
     sets = len(stored["rows"]["dense | 1"]["mrr"])
     table = markdown_table([*header, "minutes"], lines)
     return TEXT.format(
-        **stored, sets=sets, batch=BATCH, width=WIDTH, weight=WEIGHT, table=table, times=times(stored["timing"])
+        **stored, sets=sets, batch=BATCH, width=WIDTH, weight=WEIGHTS["BSR"], table=table, times=times(stored["timing"])
     )
 
 
@@ -315,11 +310,16 @@ def figure(stored: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--left", type=float, nargs="+", default=LEFT, help="shares of the encoder's weights to keep")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices={*METHODS, *WEIGHTS})
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--sets", type=int, default=5, help="how many sets of paragraphs")
     parser.add_argument("--output", type=Path, default=PAGE.with_suffix(".json"))
-    parser.add_argument("--models", type=Path, default=Path("minilm_trained"), help="folder of the trained encoders")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "minilm_trained"),
+        help="folder of the trained encoders",
+    )
     parser.add_argument("--time", action="store_true", help="time the encoders in that folder, on a quiet machine")
     parser.add_argument("--report", action="store_true", help="write the page of what was measured before")
     settings = parser.parse_args()
