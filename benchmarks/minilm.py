@@ -106,7 +106,7 @@ def measure(encoder: Encoder, model: nn.Module, sets: int, dense: list[Tensor]) 
 
 @torch.inference_mode()
 def in_turn(encoder: Encoder, models: dict[str, nn.Module]) -> dict[str, float]:
-    """The least CPU milliseconds of 20 passes over eight paragraphs, in turn, so that disturbances affect all equally."""
+    """The least CPU milliseconds of 20 passes over eight paragraphs, in turn: disturbances affect all equally."""
     batch = next(encoder.batches(training_texts()[:8], size=8))
     times = dict.fromkeys(models, math.inf)
     for _ in range(20):
